@@ -1,0 +1,288 @@
+"""Configurations: one frozen dataclass a model, filled from the checkpoint's own config.json, and the released models.
+
+Field defaults are those of FLUX.2 [klein] 4B. ``from_config`` takes the dictionary that diffusers or transformers
+wrote and refuses another architecture by name, so that a FLUX.1 or FLUX.2-dev folder fails before a weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+class InputError(ValueError):
+    """A value that cannot be used: the message names it and the way out."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint that cannot be used: the message names the file and the way out."""
+
+
+# The text encoder's layers whose outputs klein reads, counted from zero (hidden_states 9, 18, 27 in transformers).
+TAPPED_LAYERS = (8, 17, 26)
+
+# The tokens that a prompt is padded or cut to, unless the caller says otherwise.
+MAX_SEQUENCE_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Released:
+    """One released model: its Hub id and whether the Hub asks for an accepted licence before a download."""
+
+    repo: str
+    gated: bool
+
+
+RELEASED: dict[str, Released] = {
+    "klein-4b": Released("black-forest-labs/FLUX.2-klein-4B", gated=False),
+    "klein-9b": Released("black-forest-labs/FLUX.2-klein-9B", gated=True),
+    "klein-base-4b": Released("black-forest-labs/FLUX.2-klein-base-4B", gated=False),
+    "klein-base-9b": Released("black-forest-labs/FLUX.2-klein-base-9B", gated=True),
+    "klein-9b-kv": Released("black-forest-labs/FLUX.2-klein-9b-kv", gated=True),
+}
+
+
+def _require(config: Mapping[str, Any], keys: tuple[str, ...], what: str) -> None:
+    missing = [key for key in keys if config.get(key) is None]
+    if missing:
+        raise CheckpointError(f"the {what} config has no {', '.join(missing)}; is it a FLUX.2 [klein] checkpoint?")
+
+
+def _refuse_other_class(config: Mapping[str, Any], expected: str, what: str) -> None:
+    found = config.get("_class_name", expected)
+    if found != expected:
+        named = {"FluxTransformer2DModel": " (FLUX.1)", "AutoencoderKL": " (FLUX.1 or Stable Diffusion)"}.get(found, "")
+        raise CheckpointError(f"the {what} is a {found}{named}, not the {expected} of FLUX.2 [klein]")
+
+
+@dataclass(frozen=True)
+class FluxKleinParams:
+    """The transformer's shape. Defaults are klein-4B's.
+
+    ``head_dim`` times ``num_heads`` is ``hidden_size``; ``axes_dims_rope`` sums to ``head_dim``.
+    """
+
+    in_channels: int = 128
+    hidden_size: int = 3072
+    txt_embed_dim: int = 7680
+    num_heads: int = 24
+    mlp_ratio: float = 3.0
+    depth: int = 5
+    depth_single: int = 20
+    head_dim: int = 128
+    axes_dims_rope: tuple[int, ...] = (32, 32, 32, 32)
+    rope_theta: int = 2000
+    eps: float = 1e-6
+    timestep_channels: int = 256
+
+    def __post_init__(self) -> None:
+        if self.num_heads * self.head_dim != self.hidden_size:
+            raise InputError(
+                f"hidden_size must be num_heads * head_dim = {self.num_heads * self.head_dim}, got {self.hidden_size}"
+            )
+        if len(self.axes_dims_rope) != 4 or sum(self.axes_dims_rope) != self.head_dim:
+            raise InputError(
+                f"axes_dims_rope must be four sizes that sum to head_dim {self.head_dim}, got {self.axes_dims_rope}"
+            )
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Width of the feed-forward layers after the gate."""
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @classmethod
+    def klein_4b(cls) -> FluxKleinParams:
+        return cls()
+
+    @classmethod
+    def klein_9b(cls) -> FluxKleinParams:
+        return cls(hidden_size=4096, txt_embed_dim=12288, num_heads=32, depth=8, depth_single=24)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> FluxKleinParams:
+        """Read a diffusers ``transformer/config.json``.
+
+        Raises:
+            CheckpointError: for another architecture, FLUX.1 and FLUX.2-dev named as such.
+        """
+        _refuse_other_class(config, "Flux2Transformer2DModel", "transformer")
+        if config.get("guidance_embeds"):
+            raise CheckpointError(
+                "the transformer has a guidance embedding: this is FLUX.2-dev, not FLUX.2 [klein]; "
+                f"released klein models: {', '.join(RELEASED)}"
+            )
+        keys = ("num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim", "joint_attention_dim")
+        _require(config, keys, "transformer")
+        in_channels = config.get("in_channels", 128)
+        unsupported = {
+            name: value
+            for name, value, only in (
+                ("patch_size", config.get("patch_size", 1), 1),
+                ("out_channels", config.get("out_channels") or in_channels, in_channels),
+            )
+            if value != only
+        }
+        if unsupported:
+            raise CheckpointError(f"the transformer config has {unsupported}, which no FLUX.2 [klein] checkpoint has")
+        heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
+        return cls(
+            in_channels=in_channels,
+            hidden_size=heads * head_dim,
+            txt_embed_dim=config["joint_attention_dim"],
+            num_heads=heads,
+            mlp_ratio=config.get("mlp_ratio", 3.0),
+            depth=config["num_layers"],
+            depth_single=config["num_single_layers"],
+            head_dim=head_dim,
+            axes_dims_rope=tuple(config.get("axes_dims_rope", (32, 32, 32, 32))),
+            rope_theta=config.get("rope_theta", 2000),
+            eps=config.get("eps", 1e-6),
+            timestep_channels=config.get("timestep_guidance_channels", 256),
+        )
+
+
+@dataclass(frozen=True)
+class Qwen3Config:
+    """The text encoder's shape. Defaults are Qwen3-4B's.
+
+    ``head_dim`` is its own number: in Qwen3-4B it is not ``hidden_size / num_attention_heads``.
+    ``tapped_layers`` are zero-based; nothing after the last of them is built.
+    """
+
+    vocab_size: int = 151936
+    hidden_size: int = 2560
+    intermediate_size: int = 9728
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    tapped_layers: tuple[int, ...] = TAPPED_LAYERS
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that are built: up to the last tapped one."""
+        return self.tapped_layers[-1] + 1
+
+    @property
+    def output_size(self) -> int:
+        """Features of the prompt embeddings: the tapped layers' outputs side by side."""
+        return len(self.tapped_layers) * self.hidden_size
+
+    @classmethod
+    def qwen3_8b(cls) -> Qwen3Config:
+        return cls(hidden_size=4096, intermediate_size=12288)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Qwen3Config:
+        """Read a transformers ``text_encoder/config.json``; old and new spellings of ``rope_theta`` are understood.
+
+        Raises:
+            CheckpointError: for a model that is not Qwen3, or one with too few layers.
+        """
+        if config.get("model_type", "qwen3") != "qwen3":
+            raise CheckpointError(
+                f"the text encoder is a {config['model_type']!r} model; FLUX.2 [klein] needs a Qwen3 (4B or 8B)"
+            )
+        keys = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "num_hidden_layers",
+        )
+        _require(config, keys, "text encoder")
+        if config["num_hidden_layers"] <= TAPPED_LAYERS[-1]:
+            raise CheckpointError(
+                f"the text encoder has {config['num_hidden_layers']} layers; FLUX.2 [klein] reads the output of layer "
+                f"{TAPPED_LAYERS[-1]}, so at least {TAPPED_LAYERS[-1] + 1} are needed"
+            )
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        kind = rope.get("rope_type", "default")
+        if kind != "default" or config.get("attention_bias") or config.get("use_sliding_window"):
+            raise CheckpointError(
+                f"the text encoder config asks for rope_type {kind!r}, attention_bias {config.get('attention_bias')}, "
+                f"use_sliding_window {config.get('use_sliding_window')}; the Qwen3 of FLUX.2 [klein] has none of these"
+            )
+        heads = config["num_attention_heads"]
+        return cls(
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_attention_heads=heads,
+            num_key_value_heads=config["num_key_value_heads"],
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 1e6),
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+        )
+
+
+@dataclass(frozen=True)
+class AutoEncoderConfig:
+    """The autoencoder's shape, in diffusers' field names. Defaults are FLUX.2's.
+
+    ``decoder_block_out_channels`` of None means the encoder's. ``batch_norm_eps`` belongs to the statistics of the
+    packed latents; ``norm_eps`` to the GroupNorms, which diffusers fixes at 1e-6.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 32
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    decoder_block_out_channels: tuple[int, ...] | None = None
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-6
+    batch_norm_eps: float = 1e-4
+
+    @property
+    def decoder_channels(self) -> tuple[int, ...]:
+        return self.decoder_block_out_channels or self.block_out_channels
+
+    @property
+    def packed_channels(self) -> int:
+        """Channels of a latent once its 2x2 patches are packed."""
+        return 4 * self.latent_channels
+
+    @classmethod
+    def flux2(cls) -> AutoEncoderConfig:
+        return cls()
+
+    @classmethod
+    def flux2_small_decoder(cls) -> AutoEncoderConfig:
+        return cls(decoder_block_out_channels=(96, 192, 384, 384))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> AutoEncoderConfig:
+        """Read a diffusers ``vae/config.json``.
+
+        Raises:
+            CheckpointError: for another architecture or an option that FLUX.2 never uses.
+        """
+        _refuse_other_class(config, "AutoencoderKLFlux2", "vae")
+        _require(config, ("block_out_channels", "latent_channels"), "vae")
+        fixed = {
+            "use_quant_conv": True,
+            "use_post_quant_conv": True,
+            "mid_block_add_attention": True,
+            "act_fn": "silu",
+        }
+        changed = {name: config[name] for name, value in fixed.items() if config.get(name, value) != value}
+        if changed or tuple(config.get("patch_size", (2, 2))) != (2, 2) or len(config["block_out_channels"]) != 4:
+            raise CheckpointError(
+                f"the vae config has {changed or {k: config.get(k) for k in ('patch_size', 'block_out_channels')}}, "
+                "which no FLUX.2 autoencoder has"
+            )
+        decoder = config.get("decoder_block_out_channels")
+        return cls(
+            in_channels=config.get("in_channels", 3),
+            out_channels=config.get("out_channels", 3),
+            latent_channels=config["latent_channels"],
+            block_out_channels=tuple(config["block_out_channels"]),
+            decoder_block_out_channels=None if decoder is None else tuple(decoder),
+            layers_per_block=config.get("layers_per_block", 2),
+            norm_num_groups=config.get("norm_num_groups", 32),
+            batch_norm_eps=config.get("batch_norm_eps", 1e-4),
+        )

@@ -1,0 +1,174 @@
+"""Pictures: between PIL and arrays, reference pictures, and files that carry how they were made."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+
+from .config import InputError
+from .latents import PIXELS_PER_TOKEN
+
+# File suffix to Pillow's format and options.
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".png": ("PNG", {}),
+    ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".webp": ("WEBP", {"quality": 95, "method": 6}),
+}
+
+METADATA_KEY = "flux2_mlx"
+REFERENCE_MIN_SIDE = 64
+REFERENCE_MAX_ASPECT = 8
+REFERENCE_MAX_PIXELS = 1024 * 1024
+
+
+def to_unit(decoded: mx.array) -> mx.array:
+    """The decoder's output (B, H, W, 3) in -1..1 to 0..1 in float32, clipped."""
+    return mx.clip(decoded.astype(mx.float32) * 0.5 + 0.5, 0, 1)
+
+
+def to_pil(unit: np.ndarray) -> Image.Image:
+    """(H, W, 3) in 0..1 to an 8-bit RGB picture, rounding half to even."""
+    return Image.fromarray((unit * 255).round().astype(np.uint8))
+
+
+def reference_array(image: Image.Image) -> mx.array:
+    """A reference picture as the transformer takes it: (1, H, W, 3) in -1..1, float32.
+
+    More than 1024 x 1024 pixels are scaled down (Lanczos); sides are cropped around the centre to multiples of 16.
+    Source: diffusers' Flux2ImageProcessor.
+
+    Raises:
+        InputError: for what is no PIL picture, is smaller than 64 pixels a side or more elongated than 8 to 1.
+    """
+    if not isinstance(image, Image.Image):
+        raise InputError(f"a reference must be a PIL.Image.Image, got {type(image).__name__}")
+    width, height = image.size
+    if min(width, height) < REFERENCE_MIN_SIDE:
+        raise InputError(f"a reference of {width} x {height} is too small: at least {REFERENCE_MIN_SIDE} pixels a side")
+    if max(width, height) > REFERENCE_MAX_ASPECT * min(width, height):
+        raise InputError(f"a reference of {width} x {height} is too elongated: at most {REFERENCE_MAX_ASPECT} to 1")
+    if width * height > REFERENCE_MAX_PIXELS:
+        scale = math.sqrt(REFERENCE_MAX_PIXELS / (width * height))
+        image = image.resize((int(width * scale), int(height * scale)), Image.Resampling.LANCZOS)
+        width, height = image.size
+    even_width, even_height = (side // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN for side in (width, height))
+    left, top = (width - even_width) // 2, (height - even_height) // 2
+    image = image.crop((left, top, left + even_width, top + even_height)).convert("RGB")
+    return mx.array(np.asarray(image, np.float32)[None] / 255 * 2 - 1)
+
+
+def check_output(path: Path) -> None:
+    """Refuse, before any work, a file name that could not be written: its format, its folder.
+
+    Raises:
+        InputError: with the way out.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(f"cannot write {path}: the suffix must be one of {', '.join(FORMATS)}")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {path.parent}")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another --output") from None
+
+
+def save_image(image: Image.Image, path: Path, metadata: Mapping[str, Any], parameters: str) -> Path:
+    """Write a picture with how it was made; never over an existing file, never half a file.
+
+    PNG carries both texts as text chunks; JPEG and WebP carry the JSON as ImageDescription and the line as
+    UserComment.
+
+    Args:
+        path: where to; its suffix sets the format. Where the name is taken, "-2", "-3", ... is added.
+        metadata: written as JSON.
+        parameters: the line that other tools read.
+
+    Returns:
+        The path that was written.
+
+    Raises:
+        InputError: for a full disk or another failure to write; nothing is left behind.
+    """
+    check_output(path)
+    kind, options = FORMATS[path.suffix.lower()]
+    text = json.dumps(metadata, ensure_ascii=True)
+    if kind == "PNG":
+        info = PngImagePlugin.PngInfo()
+        info.add_text(METADATA_KEY, text)
+        info.add_itxt("parameters", parameters)
+        options = {"pnginfo": info}
+    else:
+        exif = Image.Exif()
+        exif[ExifTags.Base.ImageDescription] = text
+        comment = b"UNICODE\0" + parameters.encode("utf-16-be")
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+        options = {**options, "exif": exif}
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=path.suffix)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            image.save(file, format=kind, **options)
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # mkstemp made it private
+        return _move_to_free_name(temporary, path)
+    except OSError as error:
+        fault = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise InputError(f"cannot write {path}: {fault}; choose another --output") from None
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def _move_to_free_name(temporary: Path, path: Path) -> Path:
+    """Give a finished file its name, or the first free numbered one: a link fails where a file is, a rename would
+    replace it."""
+    target, number = path, 1
+    while True:
+        try:
+            os.link(temporary, target)
+            return target
+        except FileExistsError:
+            number += 1
+            target = path.with_stem(f"{path.stem}-{number}")
+        except OSError:  # a file system without links
+            if not target.exists():
+                temporary.rename(target)
+                return target
+            number += 1
+            target = path.with_stem(f"{path.stem}-{number}")
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """How a picture of this package was made, from its file.
+
+    Raises:
+        InputError: for a file that is no picture, or carries nothing of this package.
+    """
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(METADATA_KEY) or image.getexif().get(ExifTags.Base.ImageDescription)
+    except (OSError, UnidentifiedImageError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a picture"
+        raise InputError(f"cannot read {path}: {reason}") from None
+    try:
+        metadata = json.loads(text) if isinstance(text, str) else None
+    except ValueError:
+        metadata = None
+    if not isinstance(metadata, dict) or "prompt" not in metadata:
+        raise InputError(f"{path} does not say how it was made; only pictures written by flux2_mlx can be repeated")
+    return metadata

@@ -1,0 +1,68 @@
+"""Memory: what this machine gives MLX, and what each stage needs, so that the pipeline knows what can stay loaded."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
+
+
+def on_gpu() -> bool:
+    """Whether MLX computes on a GPU (Metal or CUDA)."""
+    return mx.default_device().type == mx.DeviceType.gpu
+
+
+def machine_memory() -> int:
+    """Bytes that the stages may hold together: Metal's recommended working set, or three quarters of the memory."""
+    info = mx.device_info()
+    recommended = info.get("max_recommended_working_set_size") or 0
+    if recommended:
+        return int(recommended)
+    total = info.get("total_memory", 0) if on_gpu() else 0
+    return int(int(total or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) * 0.75)
+
+
+def default_dtype() -> mx.Dtype:
+    """bfloat16 on a GPU that has it, float16 on M1 and M2, which emulate bfloat16, float32 on the CPU backend."""
+    if not on_gpu():
+        return mx.float32
+    # Apple's GPU generations: g13 is M1, g14 is M2.
+    apple = re.match(r"applegpu_g(\d+)", str(mx.device_info().get("architecture", "")))
+    return mx.float16 if apple and int(apple[1]) <= 14 else mx.bfloat16
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of a module's weights once they are loaded."""
+    leaves = tree_flatten(module.parameters())
+    return sum(array.nbytes for _, array in leaves if isinstance(array, mx.array))
+
+
+def _scores(heads: int, tokens: int) -> int:
+    """Attention scores: one fused kernel on a GPU, written out (with their softmax) on the CPU."""
+    return 0 if on_gpu() else 2 * 4 * heads * tokens * tokens
+
+
+def text_encoder_bytes(config: Qwen3Config, length: int, dtype: mx.Dtype) -> int:
+    """Estimated intermediates of encoding one prompt of ``length`` tokens."""
+    return length * (3 * config.intermediate_size + 4 * config.output_size) * dtype.size + _scores(
+        config.num_attention_heads, length
+    )
+
+
+def transformer_bytes(params: FluxKleinParams, tokens: int, dtype: mx.Dtype) -> int:
+    """Estimated intermediates of one step over ``tokens`` text and image tokens: about 20 residual streams in the
+    weights' dtype and 6 in float32 for the rotation."""
+    return tokens * params.hidden_size * (20 * dtype.size + 6 * 4) + _scores(params.num_heads, tokens)
+
+
+def decoder_bytes(config: AutoEncoderConfig, height: int, width: int, dtype: mx.Dtype) -> int:
+    """Estimated intermediates of decoding a picture: the widest two activations at full size and one more; the CPU
+    backend also unfolds each 3x3 convolution's input."""
+    widest = config.decoder_channels[1] if len(config.decoder_channels) > 1 else config.decoder_channels[0]
+    live = 3 if on_gpu() else 12
+    return height * width * widest * live * dtype.size

@@ -1,0 +1,77 @@
+"""Rotary position embedding of the transformer: four axes (T, H, W, L), interleaved pairs.
+
+Formula: Su et al., RoFormer (arXiv 2104.09864), one block of head dimensions an axis as in FLUX.
+Reference: diffusers' Flux2PosEmbed and apply_rotary_emb.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from ..config import InputError
+
+
+def four_axes(ids: mx.array, *, text: bool) -> mx.array:
+    """Bring position ids to four columns (T, H, W, L) and a batch axis.
+
+    The checkpoints have four axes. Ids of three columns are taken as (T, H, W); L is the token's index for text and
+    0 for images.
+
+    Args:
+        ids: (N, 3), (N, 4), (B, N, 3) or (B, N, 4).
+        text: whether the tokens are text.
+
+    Returns:
+        (B, N, 4); B is 1 where the ids had no batch axis.
+
+    Raises:
+        InputError: for another shape.
+    """
+    if ids.ndim == 2:
+        ids = ids[None]
+    if ids.ndim != 3 or ids.shape[-1] not in (3, 4):
+        raise InputError(f"position ids must be (B, N, 4) or (B, N, 3), got {ids.shape}")
+    if ids.shape[-1] == 4:
+        return ids
+    batch, tokens, _ = ids.shape
+    index = mx.arange(tokens) if text else mx.zeros((tokens,), mx.int32)
+    index = mx.broadcast_to(index.astype(ids.dtype)[None, :, None], (batch, tokens, 1))
+    return mx.concatenate([ids, index], axis=-1)
+
+
+def rope_table(ids: mx.array, axes_dims: Sequence[int], theta: float) -> tuple[mx.array, mx.array]:
+    """Cosines and sines of every token's rotation angles.
+
+    Axis a has axes_dims[a] / 2 frequencies theta^(-2j / axes_dims[a]). Angles are computed in float64, as the
+    reference does, on the CPU, which is where MLX has that type.
+
+    Args:
+        ids: (B, N, 4) positions.
+
+    Returns:
+        (cos, sin), each (B, N, sum(axes_dims) / 2) in float32.
+    """
+    cpu = mx.cpu
+    angles = []
+    for axis, dims in enumerate(axes_dims):
+        omega = mx.array([theta ** (-2 * j / dims) for j in range(dims // 2)], dtype=mx.float64)
+        position = ids[..., axis, None].astype(mx.float64, stream=cpu)
+        angles.append(mx.multiply(position, omega, stream=cpu))
+    angle = mx.concatenate(angles, axis=-1, stream=cpu)
+    cos, sin = mx.cos(angle, stream=cpu), mx.sin(angle, stream=cpu)
+    return cos.astype(mx.float32, stream=cpu), sin.astype(mx.float32, stream=cpu)
+
+
+def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """Rotate the interleaved pairs (x[2p], x[2p + 1]) of each head in float32; the result has x's dtype.
+
+    Args:
+        x: (B, heads, N, head_dim).
+        cos, sin: (B or 1, N, head_dim / 2) from rope_table.
+    """
+    pairs = x.astype(mx.float32).reshape(*x.shape[:-1], -1, 2)
+    a, b = pairs[..., 0], pairs[..., 1]
+    cos, sin = cos[:, None], sin[:, None]
+    return mx.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape).astype(x.dtype)

@@ -1,0 +1,108 @@
+"""The text encoder: Qwen3 up to the last layer that FLUX.2 [klein] reads.
+
+Features: grouped-query attention with RMSNorm on q and k, half-rotation RoPE, SwiGLU, no biases. The result is the
+outputs of three inner layers side by side, without the final norm; later layers are never built.
+
+Reference: transformers' Qwen3ForCausalLM, whose checkpoint keys are the attribute names here.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..config import Qwen3Config
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        dims, eps = config.hidden_size, config.rms_norm_eps
+        self.q_proj = nn.Linear(dims, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(dims, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(dims, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, dims, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps)
+        self.k_norm = nn.RMSNorm(self.head_dim, eps)
+        self.rope = nn.RoPE(self.head_dim, traditional=False, base=config.rope_theta)
+
+    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
+        batch, tokens, _ = x.shape
+        q = self.q_proj(x).reshape(batch, tokens, self.heads, self.head_dim)
+        k = self.k_proj(x).reshape(batch, tokens, self.kv_heads, self.head_dim)
+        v = self.v_proj(x).reshape(batch, tokens, self.kv_heads, self.head_dim)
+        q = self.rope(self.q_norm(q).transpose(0, 2, 1, 3))
+        k = self.rope(self.k_norm(k).transpose(0, 2, 1, 3))
+        out = mx.fast.scaled_dot_product_attention(
+            q, k, v.transpose(0, 2, 1, 3), scale=self.head_dim**-0.5, mask=mask
+        )
+        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, tokens, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        dims, hidden = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(dims, hidden, bias=False)
+        self.up_proj = nn.Linear(dims, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dims, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen3Model(nn.Module):
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [Layer(config) for _ in range(config.num_layers)]
+
+
+class Qwen3TextEncoder(nn.Module):
+    """Token ids to prompt embeddings."""
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.config = config
+        self.model = Qwen3Model(config)
+
+    def __call__(self, input_ids: mx.array, attention_mask: mx.array | None = None) -> mx.array:
+        """Encode padded prompts.
+
+        Args:
+            input_ids: (B, L) token ids, padded on the right.
+            attention_mask: (B, L), 1 for the prompt's tokens and 0 for padding; None means no padding. A padding row
+                attends to the prompt's tokens alone, and its output is used: the transformer reads every row.
+
+        Returns:
+            (B, L, 3 * hidden): the outputs of the tapped layers side by side, in the weights' dtype.
+        """
+        tokens = input_ids.shape[1]
+        mask = mx.tril(mx.ones((tokens, tokens), dtype=mx.bool_))[None, None]  # (1, 1, L, L)
+        if attention_mask is not None:
+            mask = mask & attention_mask.astype(mx.bool_)[:, None, None]  # (B, 1, L, L)
+        x = self.model.embed_tokens(input_ids)
+        taps = []
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, mask)
+            if i in self.config.tapped_layers:
+                taps.append(x)
+        return mx.concatenate(taps, axis=-1)

@@ -1,0 +1,300 @@
+"""The FLUX.2 [klein] transformer.
+
+Features, in reading order:
+- one modulation of each kind (image, text, single) a step, shared by all blocks;
+- double blocks: image and text have their own weights and attend jointly, text tokens first;
+- single blocks: one fused projection to q, k, v, gate and up; attention and feed-forward in parallel;
+- RMSNorm on q and k, rotary positions of four axes, SwiGLU, LayerNorm without weights, no biases anywhere.
+
+Reference: diffusers' Flux2Transformer2DModel, whose checkpoint keys are the attribute names here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..config import FluxKleinParams
+from .rope import four_axes, rope_table, rotate
+
+FLOAT16_MAX = 65504.0
+
+
+def timestep_embedding(timesteps: mx.array, channels: int) -> mx.array:
+    """Sinusoid of 1000 t: cosines, then sines, of channels / 2 frequencies 10000^(-2j / channels).
+
+    Args:
+        timesteps: (B,), 0..1.
+
+    Returns:
+        (B, channels) in float32.
+    """
+    half = channels // 2
+    frequencies = mx.exp(-math.log(10000.0) / half * mx.arange(half, dtype=mx.float32))
+    angle = 1000.0 * timesteps.astype(mx.float32)[:, None] * frequencies
+    return mx.concatenate([mx.cos(angle), mx.sin(angle)], axis=-1)
+
+
+def modulate(x: mx.array, shift: mx.array, scale: mx.array, eps: float) -> mx.array:
+    """(1 + scale) * LayerNorm(x) + shift; x (B, N, D), shift and scale (B, 1, D)."""
+    return (1 + scale) * mx.fast.layer_norm(x, None, None, eps) + shift
+
+
+def swiglu(x: mx.array) -> mx.array:
+    """silu(first half) * second half of the features: (..., 2M) to (..., M)."""
+    gate, up = mx.split(x, 2, axis=-1)
+    return nn.silu(gate) * up
+
+
+def split_heads(x: mx.array, heads: int) -> mx.array:
+    """(B, N, heads * D) to (B, heads, N, D)."""
+    batch, tokens, _ = x.shape
+    return x.reshape(batch, tokens, heads, -1).transpose(0, 2, 1, 3)
+
+
+def attend(q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """Rotate q and k, attend over all tokens, join the heads: (B, heads, N, D) to (B, N, heads * D)."""
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+    batch, _, tokens, _ = out.shape
+    return out.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
+
+
+def clip_float16(x: mx.array) -> mx.array:
+    """Keep a float16 residual finite, as the reference does; other dtypes pass unchanged."""
+    return mx.clip(x, -FLOAT16_MAX, FLOAT16_MAX) if x.dtype == mx.float16 else x
+
+
+class TimestepEmbedder(nn.Module):
+    def __init__(self, channels: int, dims: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, dims, bias=False)
+        self.linear_2 = nn.Linear(dims, dims, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.linear_2(nn.silu(self.linear_1(x)))
+
+
+class TimeEmbed(nn.Module):
+    def __init__(self, channels: int, dims: int):
+        super().__init__()
+        self.channels = channels
+        self.timestep_embedder = TimestepEmbedder(channels, dims)
+
+    def __call__(self, timesteps: mx.array, dtype: mx.Dtype) -> mx.array:
+        return self.timestep_embedder(timestep_embedding(timesteps, self.channels).astype(dtype))
+
+
+class Modulation(nn.Module):
+    """silu(temb) through one linear, as ``parts`` vectors (B, 1, dims)."""
+
+    def __init__(self, dims: int, parts: int):
+        super().__init__()
+        self.parts = parts
+        self.linear = nn.Linear(dims, parts * dims, bias=False)
+
+    def __call__(self, temb: mx.array) -> list[mx.array]:
+        return mx.split(self.linear(nn.silu(temb))[:, None], self.parts, axis=-1)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dims: int, hidden: int):
+        super().__init__()
+        self.linear_in = nn.Linear(dims, 2 * hidden, bias=False)
+        self.linear_out = nn.Linear(hidden, dims, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.linear_out(swiglu(self.linear_in(x)))
+
+
+class DoubleAttention(nn.Module):
+    """Joint attention of the text and the image stream, each with its own projections."""
+
+    def __init__(self, params: FluxKleinParams):
+        super().__init__()
+        dims, head_dim, eps = params.hidden_size, params.head_dim, params.eps
+        self.heads = params.num_heads
+        self.to_q = nn.Linear(dims, dims, bias=False)
+        self.to_k = nn.Linear(dims, dims, bias=False)
+        self.to_v = nn.Linear(dims, dims, bias=False)
+        self.norm_q = nn.RMSNorm(head_dim, eps)
+        self.norm_k = nn.RMSNorm(head_dim, eps)
+        self.to_out = [nn.Linear(dims, dims, bias=False)]
+        self.add_q_proj = nn.Linear(dims, dims, bias=False)
+        self.add_k_proj = nn.Linear(dims, dims, bias=False)
+        self.add_v_proj = nn.Linear(dims, dims, bias=False)
+        self.norm_added_q = nn.RMSNorm(head_dim, eps)
+        self.norm_added_k = nn.RMSNorm(head_dim, eps)
+        self.to_add_out = nn.Linear(dims, dims, bias=False)
+
+    def __call__(self, img: mx.array, txt: mx.array, cos: mx.array, sin: mx.array) -> tuple[mx.array, mx.array]:
+        heads, tokens = self.heads, txt.shape[1]
+        txt_q = self.norm_added_q(split_heads(self.add_q_proj(txt), heads))
+        txt_k = self.norm_added_k(split_heads(self.add_k_proj(txt), heads))
+        txt_v = split_heads(self.add_v_proj(txt), heads)
+        img_q = self.norm_q(split_heads(self.to_q(img), heads))
+        img_k = self.norm_k(split_heads(self.to_k(img), heads))
+        img_v = split_heads(self.to_v(img), heads)
+        q = mx.concatenate([txt_q, img_q], axis=2)  # (B, heads, L + S, head_dim), text first
+        k = mx.concatenate([txt_k, img_k], axis=2)
+        v = mx.concatenate([txt_v, img_v], axis=2)
+        out = attend(q, k, v, cos, sin)
+        return self.to_out[0](out[:, tokens:]), self.to_add_out(out[:, :tokens])
+
+
+class DoubleBlock(nn.Module):
+    def __init__(self, params: FluxKleinParams):
+        super().__init__()
+        self.eps = params.eps
+        self.attn = DoubleAttention(params)
+        self.ff = FeedForward(params.hidden_size, params.mlp_hidden)
+        self.ff_context = FeedForward(params.hidden_size, params.mlp_hidden)
+
+    def __call__(
+        self,
+        img: mx.array,
+        txt: mx.array,
+        img_mod: list[mx.array],
+        txt_mod: list[mx.array],
+        cos: mx.array,
+        sin: mx.array,
+    ) -> tuple[mx.array, mx.array]:
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod
+        eps = self.eps
+        img_attn, txt_attn = self.attn(
+            modulate(img, img_shift1, img_scale1, eps), modulate(txt, txt_shift1, txt_scale1, eps), cos, sin
+        )
+        img = img + img_gate1 * img_attn
+        txt = txt + txt_gate1 * txt_attn
+        img = img + img_gate2 * self.ff(modulate(img, img_shift2, img_scale2, eps))
+        txt = txt + txt_gate2 * self.ff_context(modulate(txt, txt_shift2, txt_scale2, eps))
+        return img, clip_float16(txt)
+
+
+class SingleAttention(nn.Module):
+    """Attention and feed-forward side by side, from one projection in and one out."""
+
+    def __init__(self, params: FluxKleinParams):
+        super().__init__()
+        dims, hidden = params.hidden_size, params.mlp_hidden
+        self.heads, self.dims = params.num_heads, dims
+        self.to_qkv_mlp_proj = nn.Linear(dims, 3 * dims + 2 * hidden, bias=False)
+        self.norm_q = nn.RMSNorm(params.head_dim, params.eps)
+        self.norm_k = nn.RMSNorm(params.head_dim, params.eps)
+        self.to_out = nn.Linear(dims + hidden, dims, bias=False)
+
+    def __call__(self, x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+        dims = self.dims
+        q, k, v, mlp = mx.split(self.to_qkv_mlp_proj(x), [dims, 2 * dims, 3 * dims], axis=-1)
+        q = self.norm_q(split_heads(q, self.heads))
+        k = self.norm_k(split_heads(k, self.heads))
+        out = attend(q, k, split_heads(v, self.heads), cos, sin)
+        return self.to_out(mx.concatenate([out, swiglu(mlp)], axis=-1))
+
+
+class SingleBlock(nn.Module):
+    def __init__(self, params: FluxKleinParams):
+        super().__init__()
+        self.eps = params.eps
+        self.attn = SingleAttention(params)
+
+    def __call__(self, x: mx.array, mod: list[mx.array], cos: mx.array, sin: mx.array) -> mx.array:
+        shift, scale, gate = mod
+        return clip_float16(x + gate * self.attn(modulate(x, shift, scale, self.eps), cos, sin))
+
+
+class FinalNorm(nn.Module):
+    """LayerNorm modulated by temb; diffusers' order is scale first, then shift."""
+
+    def __init__(self, dims: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.linear = nn.Linear(dims, 2 * dims, bias=False)
+
+    def __call__(self, x: mx.array, temb: mx.array) -> mx.array:
+        scale, shift = mx.split(self.linear(nn.silu(temb))[:, None], 2, axis=-1)
+        return modulate(x, shift, scale, self.eps)
+
+
+class FluxKlein(nn.Module):
+    """The velocity network: noisy image tokens, prompt embeddings and noise level to velocity.
+
+    Weights are random until loaded, and lazy: constructing the 4B or 9B model allocates nothing.
+    """
+
+    def __init__(self, params: FluxKleinParams):
+        super().__init__()
+        self.params = params
+        dims = params.hidden_size
+        self.x_embedder = nn.Linear(params.in_channels, dims, bias=False)
+        self.context_embedder = nn.Linear(params.txt_embed_dim, dims, bias=False)
+        self.time_guidance_embed = TimeEmbed(params.timestep_channels, dims)
+        self.double_stream_modulation_img = Modulation(dims, 6)
+        self.double_stream_modulation_txt = Modulation(dims, 6)
+        self.single_stream_modulation = Modulation(dims, 3)
+        self.transformer_blocks = [DoubleBlock(params) for _ in range(params.depth)]
+        self.single_transformer_blocks = [SingleBlock(params) for _ in range(params.depth_single)]
+        self.norm_out = FinalNorm(dims, params.eps)
+        self.proj_out = nn.Linear(dims, params.in_channels, bias=False)
+
+    @staticmethod
+    def compute_rope(
+        txt_ids: mx.array,
+        img_ids: mx.array,
+        axes_dims: tuple[int, ...] = FluxKleinParams.axes_dims_rope,
+        theta: float = FluxKleinParams.rope_theta,
+    ) -> tuple[mx.array, mx.array]:
+        """Rotation tables of one picture's tokens, text first; constant over its steps.
+
+        Args:
+            txt_ids: (L, 4) or (B, L, 4) positions (T, H, W, L); to three columns L = 0, 1, 2, ... is added.
+            img_ids: (S, 4) or (B, S, 4) likewise; to three columns L = 0 is added.
+            axes_dims, theta: the checkpoint's; the defaults are klein's.
+
+        Returns:
+            (cos, sin), each (B, L + S, head_dim / 2) in float32.
+        """
+        txt_ids, img_ids = four_axes(txt_ids, text=True), four_axes(img_ids, text=False)
+        batch = max(txt_ids.shape[0], img_ids.shape[0])
+        ids = [mx.broadcast_to(ids, (batch, *ids.shape[1:])) for ids in (txt_ids, img_ids)]
+        return rope_table(mx.concatenate(ids, axis=1), axes_dims, theta)
+
+    def __call__(
+        self, img: mx.array, txt: mx.array, timesteps: mx.array, img_ids: mx.array, txt_ids: mx.array
+    ) -> mx.array:
+        """Velocity of the image tokens.
+
+        Args:
+            img: (B, S, in_channels) image tokens; reference tokens, if any, follow the noisy ones.
+            txt: (B, L, txt_embed_dim) prompt embeddings.
+            timesteps: (B,) noise levels, 0..1.
+            img_ids: (B, S, 4) positions; see compute_rope.
+            txt_ids: (B, L, 4) positions.
+
+        Returns:
+            (B, S, in_channels), in the weights' dtype.
+        """
+        cos, sin = self.compute_rope(txt_ids, img_ids, self.params.axes_dims_rope, self.params.rope_theta)
+        return self.forward_with_rope(img, txt, timesteps, cos, sin)
+
+    def forward_with_rope(
+        self, img: mx.array, txt: mx.array, timesteps: mx.array, rope_cos: mx.array, rope_sin: mx.array
+    ) -> mx.array:
+        """The same with tables from compute_rope, so that they are made once a picture."""
+        dtype = self.norm_out.linear.weight.dtype
+        temb = self.time_guidance_embed(timesteps, dtype)
+        img_mod = self.double_stream_modulation_img(temb)
+        txt_mod = self.double_stream_modulation_txt(temb)
+        single_mod = self.single_stream_modulation(temb)
+
+        x = self.x_embedder(img.astype(dtype))
+        c = self.context_embedder(txt.astype(dtype))
+        for block in self.transformer_blocks:
+            x, c = block(x, c, img_mod, txt_mod, rope_cos, rope_sin)
+        z = mx.concatenate([c, x], axis=1)
+        for block in self.single_transformer_blocks:
+            z = block(z, single_mod, rope_cos, rope_sin)
+        return self.proj_out(self.norm_out(z[:, txt.shape[1] :], temb))

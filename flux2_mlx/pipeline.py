@@ -1,0 +1,673 @@
+"""Flux2Pipeline: from a prompt and a seed to a picture, one stage after another.
+
+    prompt -> tokenizer -> text encoder -> prompt embeddings (B, L, 7680)
+    seed -> noise (1, S, 128) -> steps of the transformer -> latents
+    latents -> denormalize, unpack -> decoder -> picture
+
+Reference: diffusers' Flux2KleinPipeline, whose argument names are accepted beside this library's own.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ._version import __version__
+from .config import MAX_SEQUENCE_LENGTH, InputError
+from .images import reference_array, to_pil, to_unit
+from .latents import (
+    NOISES,
+    PIXELS_PER_TOKEN,
+    image_ids,
+    initial_noise,
+    pack_channels_first,
+    pack_latents,
+    text_ids,
+    unpack_latents,
+)
+from .memory import (
+    decoder_bytes,
+    default_dtype,
+    machine_memory,
+    text_encoder_bytes,
+    transformer_bytes,
+    weight_bytes,
+)
+from .models.autoencoder import AutoEncoder
+from .models.text_encoder import Qwen3TextEncoder
+from .models.transformer import FluxKlein
+from .sampler import SCHEDULES, custom_sigmas, euler_step, schedule_sigmas
+from .tokenizer import Qwen3Tokenizer
+from .weights import Checkpoint, load_autoencoder, load_text_encoder, load_transformer, open_checkpoint
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+STAGES = ("text_encoder", "transformer", "autoencoder")
+OUTPUT_TYPES = ("pil", "np", "latent")
+DEFAULT_SIZE = 1024
+MIN_SIDE = 64
+MAX_PIXELS = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides one picture; written into its file and read back by ``--from-image``."""
+
+    prompt: str
+    model: str
+    seed: int
+    width: int
+    height: int
+    num_steps: int
+    guidance: float
+    schedule: str
+    noise: str
+    dtype: str
+    max_sequence_length: int
+    negative_prompt: str = ""
+    sigmas: tuple[float, ...] | None = None
+    version: str = __version__
+
+    def metadata(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return asdict(self)
+
+    def parameters(self) -> str:
+        """The settings in the "parameters" form that other tools read."""
+        lines = [self.prompt]
+        if self.negative_prompt:
+            lines.append(f"Negative prompt: {self.negative_prompt}")
+        schedule = self.schedule if self.sigmas is None else "custom"
+        lines.append(
+            f"Steps: {self.num_steps}, Sampler: Euler, Schedule type: {schedule}, CFG scale: {self.guidance:g}, "
+            f"Seed: {self.seed}, Size: {self.width}x{self.height}, Model: {self.model}, Version: flux2_mlx {self.version}"
+        )
+        return "\n".join(lines)
+
+
+@dataclass
+class Stats:
+    """Seconds, and peak bytes of MLX arrays (weights included), of each part of a run.
+
+    Parts: "load" (weights into memory), "text_encoder", "references", "denoise", "decode".
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        mx.reset_peak_memory()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+            self.peak_bytes[part] = max(self.peak_bytes.get(part, 0), mx.get_peak_memory())
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished step of one picture.
+
+    Attributes:
+        image: which picture of the run, from 0.
+        index: steps done, 1 to settings.num_steps.
+        sigma: the noise level that is left, 0 after the last step.
+        latents: (1, S, 128) tokens at that level, float32.
+        denoised: (1, S, 128) the picture as this step foresees it; equals latents after the last step.
+        settings: of this picture.
+        stats: of the run so far.
+    """
+
+    image: int
+    index: int
+    sigma: float
+    latents: mx.array
+    denoised: mx.array
+    settings: Settings
+    stats: Stats
+    _decode: Callable[[mx.array, Settings, Stats], mx.array] = field(repr=False)
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.settings.num_steps
+
+    def array(self) -> np.ndarray:
+        """The foreseen picture, decoded: (H, W, 3) float32 in 0..1."""
+        return np.array(self._decode(self.denoised, self.settings, self.stats)[0])
+
+    def picture(self) -> Image.Image:
+        """The foreseen picture, decoded to 8-bit RGB."""
+        return to_pil(self.array())
+
+
+@dataclass(frozen=True)
+class Result:
+    """Finished pictures.
+
+    Attributes:
+        images: PIL pictures; (B, H, W, 3) float32 in 0..1 for output_type "np"; (B, H/8, W/8, 32) decoder input for
+            "latent".
+        settings: one a picture, prompt by prompt.
+        seconds, peak_bytes: of each part; see Stats.
+    """
+
+    images: Any
+    settings: list[Settings]
+    seconds: dict[str, float]
+    peak_bytes: dict[str, int]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [settings.seed for settings in self.settings]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A validated call: one Settings a picture, and what the pictures share."""
+
+    pictures: list[Settings]
+    sigmas: list[float]
+    prompt_embeds: list[mx.array] | None  # one (1, L, D) a picture
+    latents: list[mx.array] | None  # one (1, S, C) a picture
+    references: list[mx.array]  # (1, H, W, 3)
+    uses_guidance: bool
+
+
+class Flux2Pipeline:
+    """A checkpoint ready to draw. Stages are loaded when first needed, and unloaded where memory is short.
+
+    Attributes:
+        text_encoder, transformer, autoencoder: the modules; their weights are lazy until a stage is prepared.
+        dtype: of the transformer. In float16 the text encoder and the autoencoder stay in bfloat16, whose range
+            their activations need.
+        memory_limit: bytes that loaded stages and their intermediates may take together.
+        progress: whether loading shows a bar.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: str | mx.Dtype | None = None,
+        memory_limit: int | None = None,
+        progress: bool = False,
+    ):
+        self.checkpoint = checkpoint
+        self.dtype = _dtype(dtype)
+        self.progress = progress
+        self.memory_limit = machine_memory() if memory_limit is None else memory_limit
+        self.tokenizer = Qwen3Tokenizer(checkpoint.folder / "tokenizer")
+        self.text_encoder: Qwen3TextEncoder
+        self.transformer: FluxKlein
+        self.autoencoder: AutoEncoder
+        self._loaded: set[str] = set()
+        self._embeddings: dict[tuple[str, int], mx.array] = {}
+        for stage in STAGES:
+            self._open(stage)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str] = "klein-4b",
+        *,
+        revision: str | None = None,
+        dtype: str | mx.Dtype | None = None,
+        memory_limit: int | None = None,
+        progress: bool = False,
+    ) -> Flux2Pipeline:
+        """Open a checkpoint. Configs, file headers, names and shapes are checked now; weights are read when needed.
+
+        Args:
+            model: a released name ("klein-4b", "klein-9b", "klein-base-4b", "klein-base-9b", "klein-9b-kv"), a folder
+                in the diffusers layout, or a Hub id.
+            revision: branch, tag or commit on the Hub.
+            dtype: "bfloat16", "float16" or "float32"; None takes what suits the machine.
+            memory_limit: bytes that loaded stages may take together; None takes the machine's.
+            progress: show bars while weights are read.
+
+        Raises:
+            CheckpointError: for a checkpoint that cannot be used, with the way out.
+            InputError: for an unknown dtype.
+        """
+        _dtype(dtype)
+        checkpoint = open_checkpoint(model, revision=revision)
+        return cls(checkpoint, dtype=dtype, memory_limit=memory_limit, progress=progress)
+
+    # ------------------------------------------------------------------------------------------------ drawing
+
+    def __call__(
+        self, prompt: str | Sequence[str] | None = None, *, output_type: str = "pil", **options: Any
+    ) -> Result:
+        """Draw pictures.
+
+        Args:
+            prompt: one or several.
+            output_type: "pil"; "np" for float32 arrays in 0..1; "latent" for what the decoder takes.
+            options: those of ``stream``.
+
+        Raises:
+            InputError: for a value that cannot be used.
+            FloatingPointError: where the latents stop being finite.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise InputError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        images: list[Any] = []
+        settings: list[Settings] = []
+        stats = Stats()
+        for step in self.stream(prompt, **options):
+            if not step.is_last:
+                continue
+            stats = step.stats
+            settings.append(step.settings)
+            if output_type == "pil":
+                images.append(step.picture())
+            elif output_type == "np":
+                images.append(step.array())
+            else:
+                images.append(self._unpack(step.latents, step.settings))
+        joined: Any = images
+        if output_type == "np":
+            joined = np.stack(images)
+        elif output_type == "latent":
+            joined = mx.concatenate(images)
+        return Result(joined, settings, stats.seconds, stats.peak_bytes)
+
+    def stream(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        negative_prompt: str = "",
+        image: Image.Image | Sequence[Image.Image] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_steps: int | None = None,
+        guidance: float | None = None,
+        seed: int | None = None,
+        num_images: int | None = None,
+        schedule: str = "flux2",
+        sigmas: Sequence[float] | None = None,
+        noise: str = "torch",
+        max_sequence_length: int = MAX_SEQUENCE_LENGTH,
+        prompt_embeds: mx.array | None = None,
+        latents: mx.array | np.ndarray | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int | None = None,
+    ) -> Iterator[Step]:
+        """Draw pictures one after another, and yield every step, so that a caller can preview, stop, save or time.
+
+        Arguments are checked at once; the work begins with the first step asked for.
+
+        Args:
+            prompt: one or several; each is encoded once, and not again while the last call's are kept.
+            negative_prompt: what guidance leads away from.
+            image: reference pictures, as diffusers takes them.
+            height, width: in pixels, multiples of 16, from 64 up to 4 megapixels; 1024, or the first reference's
+                size, unless given.
+            num_steps: 4 for distilled models and 50 for base models unless given.
+            guidance: scale of classifier-free guidance, 4.0 for base models unless given; distilled models ignore it.
+            seed: of the first picture, the k-th has seed + k; random unless given.
+            num_images: pictures of each prompt.
+            schedule: "flux2" (the official one), "linear" or "comfy".
+            sigmas: custom noise levels instead, shifted as diffusers does.
+            noise: "torch" equals torch's CPU generator; "mlx" draws from mx.random.
+            max_sequence_length: tokens that a prompt is padded or cut to.
+            prompt_embeds: (B, L, D) in place of prompts.
+            latents: (B, 128, H/16, W/16) in diffusers' order, or (B, S, 128), in place of noise.
+            num_inference_steps, guidance_scale, num_images_per_prompt: diffusers' names for num_steps, guidance and
+                num_images.
+
+        Yields:
+            Step, num_steps a picture.
+
+        Raises:
+            InputError: for a value that cannot be used.
+            FloatingPointError: where the latents stop being finite.
+        """
+        num_steps = _either("num_steps", num_steps, "num_inference_steps", num_inference_steps)
+        guidance = _either("guidance", guidance, "guidance_scale", guidance_scale)
+        num_images = _either("num_images", num_images, "num_images_per_prompt", num_images_per_prompt)
+        run = self._validate(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            image=image,
+            height=height,
+            width=width,
+            num_steps=num_steps,
+            guidance=guidance,
+            seed=seed,
+            num_images=1 if num_images is None else num_images,
+            schedule=schedule,
+            sigmas=sigmas,
+            noise=noise,
+            max_sequence_length=max_sequence_length,
+            prompt_embeds=prompt_embeds,
+            latents=latents,
+        )
+        return self._steps(run)
+
+    def _validate(
+        self,
+        *,
+        prompt: str | Sequence[str] | None,
+        negative_prompt: str,
+        image: Image.Image | Sequence[Image.Image] | None,
+        height: int | None,
+        width: int | None,
+        num_steps: int | None,
+        guidance: float | None,
+        seed: int | None,
+        num_images: int,
+        schedule: str,
+        sigmas: Sequence[float] | None,
+        noise: str,
+        max_sequence_length: int,
+        prompt_embeds: mx.array | None,
+        latents: mx.array | np.ndarray | None,
+    ) -> _Run:
+        """Check a call's arguments and fill in the defaults; nothing is computed yet."""
+        distilled, params = self.checkpoint.is_distilled, self.checkpoint.transformer
+        if (prompt is None) == (prompt_embeds is None):
+            raise InputError("give either prompt or prompt_embeds")
+        if prompt_embeds is not None:
+            if prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != params.txt_embed_dim:
+                raise InputError(f"prompt_embeds must be (B, L, {params.txt_embed_dim}), got {prompt_embeds.shape}")
+            max_sequence_length = prompt_embeds.shape[1]
+            prompts = [""] * prompt_embeds.shape[0]
+        else:
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+        if not prompts or not all(isinstance(text, str) for text in [*prompts, negative_prompt]):
+            raise InputError("prompt must be a string or a non-empty list of strings, and negative_prompt a string")
+        _at_least("max_sequence_length", max_sequence_length, 1)
+        _at_least("num_images", num_images, 1)
+        if seed is None:
+            seed = secrets.randbelow(2**32)
+        _at_least("seed", seed, 0)
+        _one_of("noise", noise, NOISES)
+        _one_of("schedule", schedule, SCHEDULES)
+
+        pictures = [image] if isinstance(image, Image.Image) else list(image or ())
+        if pictures and self.checkpoint.has_kv_cache:
+            raise InputError(
+                f"{self.checkpoint.name} takes reference images through its own cache, which is not supported; "
+                "use klein-9b for edits"
+            )
+        references = [reference_array(picture) for picture in pictures]
+        default_height, default_width = references[0].shape[1:3] if references else (DEFAULT_SIZE, DEFAULT_SIZE)
+        height = default_height if height is None else height
+        width = default_width if width is None else width
+        check_size(height, width)
+        tokens = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
+
+        if sigmas is not None:
+            levels = custom_sigmas(sigmas, tokens)
+            if num_steps not in (None, len(levels) - 1):
+                raise InputError(f"num_steps is {num_steps}, but {len(levels) - 1} sigmas are given")
+            num_steps = len(levels) - 1
+        else:
+            num_steps = (4 if distilled else 50) if num_steps is None else num_steps
+            _at_least("num_steps", num_steps, 1)
+            levels = schedule_sigmas(schedule, num_steps, tokens)
+
+        guidance = (1.0 if distilled else 4.0) if guidance is None else float(guidance)
+        if not 0 <= guidance < math.inf:
+            raise InputError(f"guidance must be a number from 0 up, got {guidance}")
+        if distilled and guidance > 1:
+            warnings.warn(
+                f"{self.checkpoint.name} is distilled and draws without guidance; guidance {guidance:g} is ignored",
+                stacklevel=3,
+            )
+            guidance = 1.0
+
+        total = len(prompts) * num_images
+        settings = [
+            Settings(
+                prompt=prompts[k // num_images],
+                model=self.checkpoint.name,
+                seed=seed + k,
+                width=width,
+                height=height,
+                num_steps=num_steps,
+                guidance=guidance,
+                schedule=schedule,
+                noise=noise,
+                dtype=_dtype_name(self.dtype),
+                max_sequence_length=max_sequence_length,
+                negative_prompt=negative_prompt,
+                sigmas=None if sigmas is None else tuple(float(s) for s in sigmas),
+            )
+            for k in range(total)
+        ]
+        given = None
+        if latents is not None:
+            given = _given_latents(mx.array(latents), total, height, width, params.in_channels)
+        embeds = None
+        if prompt_embeds is not None:
+            embeds = [prompt_embeds[k // num_images][None] for k in range(total)]
+        return _Run(settings, levels, embeds, given, references, uses_guidance=guidance > 1)
+
+    def _steps(self, run: _Run) -> Iterator[Step]:
+        """Encode, then draw picture after picture."""
+        stats = Stats()
+        first = run.pictures[0]
+        prompts = [] if run.prompt_embeds else [settings.prompt for settings in run.pictures]
+        negative = [first.negative_prompt] if run.uses_guidance else []
+        encoded = self._encode([*prompts, *negative], first.max_sequence_length, stats)
+        references = self._encode_references(run.references, stats)
+        reference_tokens = sum(tokens.shape[1] for tokens in references)
+
+        image_tokens = (first.height // PIXELS_PER_TOKEN) * (first.width // PIXELS_PER_TOKEN)
+        params = self.checkpoint.transformer
+        sequence = first.max_sequence_length + image_tokens + reference_tokens
+        grids = [image_ids(first.height, first.width)]
+        for k, pixels in enumerate(run.references):
+            grids.append(image_ids(pixels.shape[1], pixels.shape[2], reference=k))
+        cos, sin = FluxKlein.compute_rope(
+            text_ids(first.max_sequence_length),
+            mx.concatenate(grids, axis=1),
+            params.axes_dims_rope,
+            params.rope_theta,
+        )
+
+        def velocity(x: mx.array, txt: mx.array, sigma: float) -> mx.array:
+            img = mx.concatenate([x, *references], axis=1)
+            v = self.transformer.forward_with_rope(img, txt, mx.array([sigma]), cos, sin)
+            return v[:, :image_tokens].astype(mx.float32)
+
+        for k, settings in enumerate(run.pictures):
+            txt = run.prompt_embeds[k] if run.prompt_embeds else encoded[settings.prompt]
+            negative_txt = encoded[settings.negative_prompt] if run.uses_guidance else None
+            if run.latents is not None:
+                x = run.latents[k]
+            else:
+                x = initial_noise(settings.seed, settings.height, settings.width, params.in_channels, settings.noise)
+            for i, (sigma, sigma_next) in enumerate(pairwise(run.sigmas)):
+                # At every step, since a caller may have decoded a preview in between and so unloaded the transformer.
+                self._prepare("transformer", transformer_bytes(params, sequence, self.dtype), stats)
+                with stats.measure("denoise"):
+                    v = velocity(x, txt, sigma)
+                    if negative_txt is not None:
+                        away = velocity(x, negative_txt, sigma)
+                        v = away + settings.guidance * (v - away)
+                    x = euler_step(x, v, sigma, sigma_next)
+                    finite = mx.isfinite(x).all()
+                    mx.eval(x, v, finite)
+                if not finite.item():
+                    raise FloatingPointError(
+                        f"step {i + 1} of {settings.num_steps}: the latents are not finite in {settings.dtype}; "
+                        f"try {'float32' if settings.dtype == 'bfloat16' else 'bfloat16'} (--dtype, dtype=), and check "
+                        "the checkpoint's files if that fails too"
+                    )
+                yield Step(k, i + 1, sigma_next, x, x - sigma_next * v, settings, stats, self._decode)
+
+    # ------------------------------------------------------------------------------------------------ stages
+
+    def _encode(self, prompts: Sequence[str], length: int, stats: Stats) -> dict[str, mx.array]:
+        """Prompt embeddings (1, L, D) of each distinct prompt; those of the last call are not computed again."""
+        kept = {text: self._embeddings[text, length] for text in prompts if (text, length) in self._embeddings}
+        new = [text for text in dict.fromkeys(prompts) if text not in kept]
+        if new:
+            dtype = self._stage_dtype("text_encoder")
+            self._prepare("text_encoder", text_encoder_bytes(self.checkpoint.text_encoder, length, dtype), stats)
+            with stats.measure("text_encoder"):
+                for text in new:
+                    ids, mask = self.tokenizer([text], length)
+                    kept[text] = self.text_encoder(ids, mask)
+                    mx.eval(kept[text])
+        if prompts:
+            self._embeddings = {(text, length): embeds for text, embeds in kept.items()}
+        return kept
+
+    def _encode_references(self, pictures: Sequence[mx.array], stats: Stats) -> list[mx.array]:
+        """Clean, normalized tokens (1, R, 128) of each reference picture (1, H, W, 3)."""
+        tokens = []
+        for pixels in pictures:
+            height, width = pixels.shape[1:3]
+            self._prepare("autoencoder", self._decoder_bytes(height, width), stats)
+            with stats.measure("references"):
+                encoded = self.autoencoder.bn.normalize(pack_latents(self.autoencoder.encoder(pixels)))
+                mx.eval(encoded)
+            tokens.append(encoded)
+        return tokens
+
+    def _decode(self, latents: mx.array, settings: Settings, stats: Stats) -> mx.array:
+        """Sampled tokens (1, S, 128) to a picture (1, H, W, 3) in 0..1, float32."""
+        self._prepare("autoencoder", self._decoder_bytes(settings.height, settings.width), stats)
+        with stats.measure("decode"):
+            image = to_unit(self.autoencoder.decoder(self._unpack(latents, settings)))
+            mx.eval(image)
+        return image
+
+    def _unpack(self, latents: mx.array, settings: Settings) -> mx.array:
+        return unpack_latents(self.autoencoder.bn.denormalize(latents), settings.height, settings.width)
+
+    def _decoder_bytes(self, height: int, width: int) -> int:
+        return decoder_bytes(self.checkpoint.autoencoder, height, width, self._stage_dtype("autoencoder"))
+
+    def _stage_dtype(self, stage: str) -> mx.Dtype:
+        return mx.bfloat16 if self.dtype == mx.float16 and stage != "transformer" else self.dtype
+
+    def _prepare(self, stage: str, working_bytes: int, stats: Stats) -> None:
+        """Bring a stage's weights into memory, other stages out of it as far as the limit needs."""
+        module: nn.Module = getattr(self, stage)
+        weights = 0 if stage in self._loaded else weight_bytes(module)
+        for other in STAGES:
+            if mx.get_active_memory() + weights + working_bytes <= self.memory_limit:
+                break
+            if other != stage and other in self._loaded:
+                self.unload(other)
+        if stage in self._loaded:
+            return
+        arrays = [array for _, array in tree_flatten(module.parameters())]
+        bar = tqdm(
+            total=weights, desc=f"loading {stage}", unit="B", unit_scale=True, leave=False, disable=not self.progress
+        )
+        with bar, stats.measure("load"):
+            for array in arrays:  # one by one: a cast holds its source only for as long as itself takes
+                mx.eval(array)
+                bar.update(array.nbytes)
+        self._loaded.add(stage)
+
+    def unload(self, stage: str | None = None) -> None:
+        """Give a stage's memory back ("text_encoder", "transformer", "autoencoder"; all unless named). Its weights
+        are read again when it is next needed.
+
+        Raises:
+            InputError: for an unknown stage.
+        """
+        if stage is not None:
+            _one_of("stage", stage, STAGES)
+        for name in STAGES if stage is None else (stage,):
+            self._open(name)
+        mx.clear_cache()
+
+    def _open(self, stage: str) -> None:
+        """Build a stage with lazy weights; those of an earlier build are given back."""
+        loaders: dict[str, Callable[[Checkpoint, mx.Dtype], nn.Module]] = {
+            "text_encoder": load_text_encoder,
+            "transformer": load_transformer,
+            "autoencoder": load_autoencoder,
+        }
+        setattr(self, stage, loaders[stage](self.checkpoint, self._stage_dtype(stage)))
+        self._loaded.discard(stage)
+
+
+def check_size(height: int, width: int) -> None:
+    """Refuse a picture's size that cannot be drawn.
+
+    Raises:
+        InputError: unless both are multiples of 16, at least 64, and together at most 4 megapixels.
+    """
+    for name, value in (("height", height), ("width", width)):
+        _at_least(name, value, MIN_SIDE)
+        if value % PIXELS_PER_TOKEN:
+            low = value // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN
+            raise InputError(
+                f"{name} must be a multiple of {PIXELS_PER_TOKEN}, got {value}; the nearest are {low} and "
+                f"{low + PIXELS_PER_TOKEN}"
+            )
+    if height * width > MAX_PIXELS:
+        raise InputError(
+            f"{width} x {height} is {height * width / 2**20:.1f} megapixels; at most {MAX_PIXELS // 2**20} "
+            "(2048 x 2048) can be drawn"
+        )
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _either(name: str, value: Any, other_name: str, other: Any) -> Any:
+    """One argument under two names."""
+    if value is not None and other is not None and value != other:
+        raise InputError(f"{name} ({value}) and {other_name} ({other}) are the same setting; give one of them")
+    return other if value is None else value
+
+
+def _given_latents(latents: mx.array, count: int, height: int, width: int, channels: int) -> list[mx.array]:
+    rows, columns = height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN
+    if latents.shape == (count, channels, rows, columns):
+        latents = pack_channels_first(latents)
+    if latents.shape != (count, rows * columns, channels):
+        raise InputError(
+            f"latents must be {(count, channels, rows, columns)} or {(count, rows * columns, channels)}, "
+            f"got {latents.shape}"
+        )
+    return [latents[k][None].astype(mx.float32) for k in range(count)]
+
+
+def _dtype(dtype: str | mx.Dtype | None) -> mx.Dtype:
+    if dtype is None:
+        return default_dtype()
+    if isinstance(dtype, str):
+        _one_of("dtype", dtype, tuple(DTYPES))
+        return DTYPES[dtype]
+    if dtype not in DTYPES.values():
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    return dtype
+
+
+def _dtype_name(dtype: mx.Dtype) -> str:
+    return next(name for name, value in DTYPES.items() if value == dtype)

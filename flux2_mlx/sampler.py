@@ -1,0 +1,131 @@
+"""Sampling of rectified flow: schedules are functions that return sigmas, the sampler is Euler's step.
+
+A schedule of n steps is n + 1 noise levels from 1.0 (noise) to 0.0 (picture). The velocity is noise minus picture.
+Reference: Black Forest Labs' flux2 sampling and diffusers' FlowMatchEulerDiscreteScheduler.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import mlx.core as mx
+
+from .config import InputError
+
+# The constant shift of ComfyUI's FLUX.2 model, used there as mu whatever the size.
+COMFY_MU = 2.02
+
+
+def empirical_mu(num_tokens: int, num_steps: int) -> float:
+    """Black Forest Labs' fitted time shift for a picture of num_tokens image tokens drawn in num_steps.
+
+    Linear in the tokens at 10 and at 200 steps, and linear in the steps between and beyond; above 4300 tokens the
+    200-step line alone. References never count as tokens.
+    """
+    at_200 = 0.00016927 * num_tokens + 0.45666666
+    if num_tokens > 4300:
+        return at_200
+    at_10 = 8.73809524e-05 * num_tokens + 1.89833333
+    slope = (at_200 - at_10) / 190.0
+    return slope * num_steps + (at_200 - 200.0 * slope)
+
+
+def shift_sigmas(sigmas: Sequence[float], mu: float) -> list[float]:
+    """e^mu / (e^mu + 1/s - 1) of each noise level: larger mu spends more steps at high noise. 0 stays 0."""
+    return [0.0 if s == 0 else math.exp(mu) / (math.exp(mu) + 1 / s - 1) for s in sigmas]
+
+
+def linear_sigmas(num_steps: int) -> list[float]:
+    """1, 1 - 1/n, ..., 0."""
+    return [1 - i / num_steps for i in range(num_steps)] + [0.0]
+
+
+def flux2_sigmas(num_steps: int, num_tokens: int) -> list[float]:
+    """The official schedule: linear, shifted by empirical_mu."""
+    return shift_sigmas(linear_sigmas(num_steps), empirical_mu(num_tokens, num_steps))
+
+
+def comfy_sigmas(num_steps: int) -> list[float]:
+    """ComfyUI's default: linear, shifted by 2.02 at every size."""
+    return shift_sigmas(linear_sigmas(num_steps), COMFY_MU)
+
+
+def custom_sigmas(sigmas: Sequence[float], num_tokens: int) -> list[float]:
+    """A caller's noise levels, shifted by empirical_mu and closed with 0, as diffusers does with them.
+
+    Raises:
+        InputError: unless they fall strictly from at most 1 and stay above 0.
+    """
+    levels = [float(s) for s in sigmas]
+    if not levels or not 0 < levels[-1] <= levels[0] <= 1 or any(a <= b for a, b in pairwise(levels)):
+        raise InputError(f"sigmas must fall strictly within 1 to 0, both ends above 0 (0 is added), got {levels}")
+    return [*shift_sigmas(levels, empirical_mu(num_tokens, len(levels))), 0.0]
+
+
+SCHEDULES = ("flux2", "linear", "comfy")
+
+
+def schedule_sigmas(schedule: str, num_steps: int, num_tokens: int) -> list[float]:
+    """Noise levels of a schedule by name; see SCHEDULES."""
+    if schedule == "linear":
+        return linear_sigmas(num_steps)
+    if schedule == "comfy":
+        return comfy_sigmas(num_steps)
+    return flux2_sigmas(num_steps, num_tokens)
+
+
+def euler_step(x: mx.array, velocity: mx.array, sigma: float, sigma_next: float) -> mx.array:
+    """x + (sigma_next - sigma) * velocity, in x's dtype or the wider of the two."""
+    return x + (sigma_next - sigma) * velocity.astype(x.dtype)
+
+
+@dataclass(frozen=True)
+class FluxSamplerConfig:
+    """Settings of FluxSampler: linear when ``is_schnell``, else shifted by s -> shift s / (1 + (shift - 1) s)."""
+
+    num_steps: int = 4
+    is_schnell: bool = True
+    shift: float = 1.0
+
+    @classmethod
+    def klein(cls) -> FluxSamplerConfig:
+        """Four linear steps. Flux2Pipeline draws with the official schedule instead: see flux2_sigmas."""
+        return cls()
+
+
+class FluxSampler:
+    """A small Euler sampler for loops written by hand."""
+
+    def __init__(self, config: FluxSamplerConfig):
+        self.config = config
+
+    @classmethod
+    def schnell(cls) -> FluxSampler:
+        """Four linear steps."""
+        return cls(FluxSamplerConfig())
+
+    def timesteps(self, num_steps: int | None = None) -> list[float]:
+        """num_steps + 1 noise levels from 1.0 to 0.0; the config's number of steps unless given.
+
+        Raises:
+            InputError: for fewer than one step.
+        """
+        steps = self.config.num_steps if num_steps is None else num_steps
+        if steps < 1:
+            raise InputError(f"num_steps must be at least 1, got {steps}")
+        levels = linear_sigmas(steps)
+        if self.config.is_schnell:
+            return levels
+        shift = self.config.shift
+        return [shift * s / (1 + (shift - 1) * s) for s in levels]
+
+    def step(self, x_t: mx.array, v_pred: mx.array, t: float, t_prev: float) -> mx.array:
+        """x_t + (t_prev - t) * v_pred: one Euler step from noise level t to the lower t_prev."""
+        return euler_step(x_t, v_pred, t, t_prev)
+
+    def sample_prior(self, shape: Sequence[int], key: mx.array | None = None) -> mx.array:
+        """Standard normal numbers of the shape, in float32."""
+        return mx.random.normal(tuple(shape), key=key)

@@ -1,0 +1,78 @@
+"""Prompt to token ids: Qwen3's chat template with thinking off, padded on the right.
+
+Reference: transformers' Qwen2Tokenizer with ``apply_chat_template(..., add_generation_prompt=True,
+enable_thinking=False)``, then ``padding="max_length", truncation=True``, as diffusers calls it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from tokenizers import Tokenizer
+
+from .config import MAX_SEQUENCE_LENGTH, CheckpointError
+
+BEFORE = "<|im_start|>user\n"
+AFTER = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+PAD = "<|endoftext|>"
+
+
+class Qwen3Tokenizer:
+    """The tokenizer of one checkpoint.
+
+    Args:
+        folder: the checkpoint's ``tokenizer`` folder, with tokenizer.json.
+
+    Raises:
+        CheckpointError: for a file that is missing, unreadable, or not Qwen3's.
+    """
+
+    def __init__(self, folder: Path):
+        path = folder / "tokenizer.json"
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exceptions
+            raise CheckpointError(f"{path} cannot be used as a tokenizer ({error}); fetch it again") from None
+        pad = self._tokenizer.token_to_id(PAD)
+        specials = [PAD, "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+        missing = [token for token in specials if self._tokenizer.token_to_id(token) is None]
+        if pad is None or missing:
+            raise CheckpointError(f"{path} is not Qwen3's tokenizer: it has no {', '.join(missing)}")
+        self._pad: int = pad
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+
+    def __call__(
+        self, prompts: Sequence[str], max_sequence_length: int = MAX_SEQUENCE_LENGTH
+    ) -> tuple[mx.array, mx.array]:
+        """Tokenize prompts, each inserted verbatim; special tokens written in a prompt count as such.
+
+        A prompt that is too long loses its end, with a UserWarning that says which words.
+
+        Returns:
+            (ids, mask), each (B, max_sequence_length) int32; the mask is 1 for the prompt's tokens, 0 for padding.
+        """
+        ids = np.full((len(prompts), max_sequence_length), self._pad, np.int32)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            encoding = self._tokenizer.encode(BEFORE + prompt + AFTER, add_special_tokens=False)
+            kept = encoding.ids[:max_sequence_length]
+            if len(encoding.ids) > max_sequence_length:
+                start = encoding.offsets[max_sequence_length][0] - len(BEFORE)
+                cut = prompt[max(start, 0) :]
+                what = f"cut off: {_abridged(cut)!r}" if cut else "the end-of-turn tokens were cut off"
+                warnings.warn(
+                    f"the prompt has {len(encoding.ids)} tokens and max_sequence_length is {max_sequence_length}; {what}",
+                    stacklevel=2,
+                )
+            ids[row, : len(kept)] = kept
+            mask[row, : len(kept)] = 1
+        return mx.array(ids), mx.array(mask)
+
+
+def _abridged(text: str, length: int = 80) -> str:
+    return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"

@@ -1,0 +1,396 @@
+"""Weights: find a checkpoint (folder, Hub id or released name), check its files, and put them into the modules.
+
+Arrays stay lazy: opening a checkpoint reads configs and file headers, and a weight's bytes are read from disk when a
+stage first computes with it. Only safetensors are ever opened; pickles are refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import huggingface_hub
+import mlx.core as mx
+import mlx.nn as nn
+from huggingface_hub import errors as hub_errors
+from mlx.utils import tree_flatten
+from safetensors import SafetensorError, safe_open
+
+from .checkpoints import (
+    is_read_by_klein,
+    sanitize_flux2_klein_weights,
+    sanitize_qwen3_weights,
+    sanitize_vae_weights,
+)
+from .config import RELEASED, AutoEncoderConfig, CheckpointError, FluxKleinParams, InputError, Qwen3Config
+from .models.autoencoder import AutoEncoder
+from .models.text_encoder import Qwen3TextEncoder
+from .models.transformer import FluxKlein
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_FLOATS = {"F32", "F16", "BF16"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.safetensors")
+
+# Stem of each component's weight files in the diffusers layout.
+_STEMS = {
+    "transformer": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "vae": "diffusion_pytorch_model",
+}
+_CONFIG_FILES = (
+    "model_index.json",
+    *(f"{component}/config.json" for component in _STEMS),
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose configs were read and whose files' headers were checked; no weight is in memory.
+
+    Attributes:
+        name: what the caller asked for, without the folders above it.
+        folder: where the files are.
+        is_distilled: whether it draws in few steps without guidance.
+        has_kv_cache: whether it was trained to cache its references (klein-9b-kv).
+        files: each component's weight files.
+    """
+
+    name: str
+    folder: Path
+    is_distilled: bool
+    has_kv_cache: bool
+    transformer: FluxKleinParams
+    text_encoder: Qwen3Config
+    autoencoder: AutoEncoderConfig
+    files: Mapping[str, tuple[Path, ...]]
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def _refetch(path: Path) -> str:
+    """How to get a file again: the command for one in the Hub's cache, else a hint."""
+    cached = re.search(r"models--([^/]+)/snapshots/[^/]+/(.+)$", path.as_posix())
+    if cached:
+        return f"fetch it again: hf download {cached[1].replace('--', '/', 1)} {cached[2]} --force-download"
+    return "fetch or copy it again"
+
+
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Check one safetensors file (header, length, dtypes, offsets) and list its tensors.
+
+    Returns:
+        name to (dtype as written in the file, shape).
+
+    Raises:
+        CheckpointError: for a file that is missing, cut short, corrupt, or no safetensors file at all.
+    """
+    if path.suffix in PICKLES:
+        raise CheckpointError(f"{path} is a pickle, which can run code and is never loaded; get the .safetensors file")
+    try:
+        size = path.stat().st_size
+        with safe_open(path, framework="numpy") as file:
+            header = {}
+            for name in file.keys():  # noqa: SIM118  (not a mapping)
+                tensor = file.get_slice(name)
+                header[name] = (str(tensor.get_dtype()), tuple(tensor.get_shape()))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; {_refetch(path)}") from None
+    except SafetensorError as error:
+        text = str(error)
+        if size == 0:
+            fault = "is empty"
+        elif "IncompleteBuffer" in text or "InvalidHeaderLength" in text or "HeaderTooSmall" in text:
+            fault = f"is cut short: its header asks for more than its {size:,} bytes, or leaves some over"
+        else:
+            fault = f"is no sound safetensors file ({text})"
+        raise CheckpointError(f"{path} {fault}; {_refetch(path)}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    return header
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; {_refetch(path)}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); {_refetch(path)}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object; {_refetch(path)}")
+    return content
+
+
+def _indexed_shards(index: Path, needed: Callable[[str], bool] = lambda name: True) -> tuple[Path, ...]:
+    """The shards that an index names for the needed weights, inside the index's own folder."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map of names to files; {_refetch(index)}")
+    names = sorted({file for name, file in weight_map.items() if needed(name)})
+    for name in names:
+        if Path(name).name != name or name in ("", ".", "..") or "\\" in name:
+            raise CheckpointError(f"{index} names the shard {name!r}, which is outside its folder; refused")
+    return tuple(index.parent / name for name in names)
+
+
+def component_files(folder: Path, component: str) -> tuple[Path, ...]:
+    """Weight files of one component in the diffusers layout: the index's shards, the single file, or shards alone.
+
+    Raises:
+        CheckpointError: where there are none, or shards are missing; the message says what was looked for.
+    """
+    here, stem = folder / component, _STEMS[component]
+    needed = is_read_by_klein if component == "text_encoder" else lambda name: True
+    index, single = here / f"{stem}.safetensors.index.json", here / f"{stem}.safetensors"
+    if index.is_file():
+        files = _indexed_shards(index, needed)
+    elif single.is_file():
+        return (single,)
+    else:
+        files = tuple(sorted(here.glob(f"{stem}-*-of-*.safetensors")))
+        if not files:
+            others = sorted(path.name for path in here.glob("*") if path.suffix in (*PICKLES, ".safetensors"))
+            found = f"found only {', '.join(others)}" if others else "found no weights"
+            pickles = "; pickles are never loaded" if any(name.endswith(PICKLES) for name in others) else ""
+            raise CheckpointError(
+                f"{here}: looked for {index.name}, {single.name} or {stem}-00001-of-0000N.safetensors, {found}{pickles}"
+            )
+        counts = {match[2] for file in files if (match := _SHARD.fullmatch(file.name))}
+        expected = [here / f"{stem}-{i + 1:05}-of-{count}.safetensors" for count in counts for i in range(int(count))]
+        files = tuple(sorted({*files, *expected}))
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(f"{here}: {len(missing)} of {len(files)} shards missing: {', '.join(missing)}")
+    return files
+
+
+def load_safetensors(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> dict[str, mx.array]:
+    """Lazy arrays of a safetensors file, of a list of shards, or of the shards that an index names.
+
+    Every file's header, length, dtypes and offsets are checked first; no tensor data is read.
+
+    Raises:
+        CheckpointError: for a bad file, a weight that is in two shards, or an index whose weights are not there.
+    """
+    names: set[str] = set()
+    if isinstance(path, (str, os.PathLike)):
+        path = Path(path)
+        if path.name.endswith(".index.json"):
+            names = set(_read_json(path).get("weight_map") or ())
+            files: tuple[Path, ...] = _indexed_shards(path)
+        else:
+            files = (path,)
+    else:
+        files = tuple(Path(file) for file in path)
+    weights: dict[str, mx.array] = {}
+    for file in files:
+        header = read_header(file)
+        odd = sorted(f"{name} ({dtype})" for name, (dtype, _) in header.items() if dtype not in _FLOATS | {"I64"})
+        if odd:
+            raise CheckpointError(
+                f"{file} has weights in formats that are not read, only {', '.join(sorted(_FLOATS))}: {', '.join(odd)}"
+            )
+        twice = sorted(header.keys() & weights.keys())
+        if twice:
+            raise CheckpointError(f"{file} repeats weights of another shard: {', '.join(twice)}; {_refetch(file)}")
+        loaded = mx.load(str(file), format="safetensors")
+        assert isinstance(loaded, dict)
+        weights.update(loaded)
+    absent = sorted(names - weights.keys())
+    if absent:
+        raise CheckpointError(f"{path} names weights that its shards do not have: {', '.join(absent)}")
+    return weights
+
+
+# ---------------------------------------------------------------------------------------------------- modules
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def assign(module: M, weights: Mapping[str, mx.array], dtype: mx.Dtype, where: str) -> M:
+    """Put weights into a module, strictly: all names and shapes must match. They stay lazy, cast to dtype.
+
+    Latent statistics ("bn.") stay in float32 whatever the dtype.
+
+    Raises:
+        CheckpointError: naming every missing, unknown and mis-shaped weight at once.
+    """
+    expected: dict[str, mx.array] = dict(tree_flatten(module.parameters()))  # type: ignore[arg-type]
+    missing = sorted(expected.keys() - weights.keys())
+    unknown = sorted(weights.keys() - expected.keys())
+    misshaped = [
+        f"{name} is {weights[name].shape}, not {expected[name].shape}"
+        for name in sorted(expected.keys() & weights.keys())
+        if weights[name].shape != expected[name].shape
+    ]
+    faults = [
+        f"{len(names)} {fault}: {', '.join(names)}"
+        for fault, names in (("missing", missing), ("unknown", unknown), ("mis-shaped", misshaped))
+        if names
+    ]
+    if faults:
+        raise CheckpointError(f"{where}: the weights do not fit the config: {'; '.join(faults)}")
+    module.load_weights(
+        [
+            (name, weights[name].astype(mx.float32 if name.startswith("bn.") else dtype))
+            for name in expected
+        ]
+    )
+    return module
+
+
+def load_transformer(checkpoint: Checkpoint, dtype: mx.Dtype) -> FluxKlein:
+    """The checkpoint's transformer with lazy weights."""
+    weights = sanitize_flux2_klein_weights(load_safetensors(checkpoint.files["transformer"]))
+    return assign(FluxKlein(checkpoint.transformer), weights, dtype, f"{checkpoint.folder}/transformer")
+
+
+def load_text_encoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> Qwen3TextEncoder:
+    """The checkpoint's text encoder with lazy weights, up to the last tapped layer."""
+    weights = sanitize_qwen3_weights(load_safetensors(checkpoint.files["text_encoder"]))
+    return assign(Qwen3TextEncoder(checkpoint.text_encoder), weights, dtype, f"{checkpoint.folder}/text_encoder")
+
+
+def load_autoencoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> AutoEncoder:
+    """The checkpoint's autoencoder with lazy weights."""
+    weights = sanitize_vae_weights(load_safetensors(checkpoint.files["vae"]))
+    return assign(AutoEncoder(checkpoint.autoencoder), weights, dtype, f"{checkpoint.folder}/vae")
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+def open_checkpoint(model: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
+    """Find a checkpoint and check it: configs, pairing of the parts, presence and headers of the files.
+
+    Args:
+        model: a folder in the diffusers layout, a Hub id, or a released name such as "klein-4b". What is not here is
+            downloaded, the needed files only; HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are honoured.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        CheckpointError: for whatever is wrong, with the way out.
+    """
+    name = os.fspath(model)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise InputError(f"revision {revision!r} has no meaning for the local folder {name}")
+        return _open_folder(folder, folder.resolve().name)
+    if folder.exists():
+        raise CheckpointError(f"{name} is a file; give the checkpoint's folder in the diffusers layout")
+    released = RELEASED.get(name)
+    if released is None and not _HUB_ID.fullmatch(name):
+        near = difflib.get_close_matches(name.lower(), RELEASED, n=3, cutoff=0.4) or list(RELEASED)
+        raise CheckpointError(
+            f"no model {name!r}: there is no such folder, and no released model of that name; "
+            f"did you mean {' or '.join(near)}?"
+        )
+    return _open_folder(_download(name, released.repo if released else name, revision), name)
+
+
+def _open_folder(folder: Path, name: str) -> Checkpoint:
+    absent = [file for file in _CONFIG_FILES[:-1] if not (folder / file).is_file()]
+    if absent:
+        raise CheckpointError(f"{folder} is no FLUX.2 [klein] checkpoint in the diffusers layout: no {', '.join(absent)}")
+    index = _read_json(folder / "model_index.json")
+    kind = index.get("_class_name")
+    if kind not in ("Flux2KleinPipeline", "Flux2KleinKVPipeline", "Flux2KleinInpaintPipeline"):
+        other = {"Flux2Pipeline": " (FLUX.2-dev)", "FluxPipeline": " (FLUX.1)", "FluxKontextPipeline": " (FLUX.1)"}
+        raise CheckpointError(
+            f"{folder} holds a {kind}{other.get(str(kind), '')}, not a Flux2KleinPipeline; "
+            f"released klein models: {', '.join(RELEASED)}"
+        )
+    configs = {part: _read_json(folder / part / "config.json") for part in _STEMS}
+    try:
+        transformer = FluxKleinParams.from_config(configs["transformer"])
+        text_encoder = Qwen3Config.from_config(configs["text_encoder"])
+        autoencoder = AutoEncoderConfig.from_config(configs["vae"])
+    except InputError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: a config.json has a value of the wrong type ({error})") from None
+    if transformer.txt_embed_dim != text_encoder.output_size:
+        sizes = {2560: "4B", 4096: "8B"}
+        raise CheckpointError(
+            f"{folder}: the transformer takes prompt embeddings of {transformer.txt_embed_dim} (3 x "
+            f"{transformer.txt_embed_dim // 3}), but the text encoder gives {text_encoder.output_size} (3 x "
+            f"{text_encoder.hidden_size}, Qwen3-{sizes.get(text_encoder.hidden_size, '?')}); klein-4b goes with "
+            "Qwen3-4B and klein-9b with Qwen3-8B"
+        )
+    if transformer.in_channels != autoencoder.packed_channels:
+        raise CheckpointError(
+            f"{folder}: the transformer takes {transformer.in_channels} latent channels, but the autoencoder packs "
+            f"{autoencoder.packed_channels}"
+        )
+    has_kv_cache = kind == "Flux2KleinKVPipeline"
+    return Checkpoint(
+        name=name,
+        folder=folder,
+        is_distilled=has_kv_cache or index.get("is_distilled") is True,
+        has_kv_cache=has_kv_cache,
+        transformer=transformer,
+        text_encoder=text_encoder,
+        autoencoder=autoencoder,
+        files={part: component_files(folder, part) for part in _STEMS},
+    )
+
+
+def _download(name: str, repo: str, revision: str | None) -> Path:
+    """Fetch what the diffusers layout needs of a Hub repository into the Hub's cache; the snapshot's folder."""
+
+    def fetch(revision: str | None, patterns: list[str]) -> Path:
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
+
+    try:
+        indices = [f"{part}/{stem}.safetensors.index.json" for part, stem in _STEMS.items()]
+        folder = fetch(revision, [*_CONFIG_FILES, *indices])
+        patterns = []
+        for part, stem in _STEMS.items():
+            index = folder / part / f"{stem}.safetensors.index.json"
+            if index.is_file():
+                needed = is_read_by_klein if part == "text_encoder" else lambda name: True
+                patterns += [f"{part}/{shard.name}" for shard in _indexed_shards(index, needed)]
+            else:
+                patterns += [f"{part}/{stem}.safetensors", f"{part}/{stem}-*-of-*.safetensors"]
+        return fetch(folder.name, patterns)  # the same commit
+    except hub_errors.GatedRepoError:
+        raise CheckpointError(
+            f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then log in with "
+            "`hf auth login` or set HF_TOKEN"
+        ) from None
+    except hub_errors.RevisionNotFoundError:
+        raise CheckpointError(f"{repo} has no revision {revision!r}; leave it out for the newest") from None
+    except hub_errors.RepositoryNotFoundError:
+        raise CheckpointError(
+            f"no model {name!r}: no such folder here, and the Hub shows no such repository (if it is private or "
+            f"gated, log in with `hf auth login` or set HF_TOKEN); released models: {', '.join(RELEASED)}"
+        ) from None
+    except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise CheckpointError(f"the disk is full: {repo} does not fit in the Hub's cache (HF_HOME moves it)") from None
+        raise CheckpointError(
+            f"cannot fetch {repo}: the Hub cannot be reached and the cache has not all of it (cached: "
+            f"{', '.join(_cached()) or 'no klein model'}); connect, or give --model a folder"
+        ) from None
+
+
+def _cached() -> list[str]:
+    try:
+        present = {repo.repo_id for repo in huggingface_hub.scan_cache_dir().repos}
+    except hub_errors.CacheNotFound:
+        return []
+    return [name for name, released in RELEASED.items() if released.repo in present]
