@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import logging
 import secrets
@@ -14,6 +13,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
+
+from tqdm.auto import tqdm
 
 from ._version import __version__
 from .config import MAX_SEQUENCE_LENGTH, RELEASED, InputError
@@ -116,8 +117,6 @@ def output_path(template: str, seed: int, index: int) -> Path:
 
 def run(arguments: argparse.Namespace) -> None:
     """Draw and save; everything that can be refused is refused before the model is opened."""
-    from tqdm.auto import tqdm
-
     started = time.perf_counter()
     prompt = read_prompt(arguments, sys.stdin)
     seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
@@ -142,19 +141,22 @@ def run(arguments: argparse.Namespace) -> None:
         noise=arguments.noise,
         max_sequence_length=arguments.max_sequence_length,
     )
-    with tqdm(desc="step", unit="step", leave=False, disable=arguments.quiet) as bar:
-        for step in steps:
-            if bar.total is None:
-                bar.reset(total=step.settings.num_steps * arguments.num_images)
-            bar.update()
-            if not step.is_last:
-                continue
-            picture = step.picture()
-            path = output_path(arguments.output, step.settings.seed, step.image)
-            written = save_image(picture, path, step.settings.metadata(), step.settings.parameters())
-            bar.clear()
-            print(f"seed {step.settings.seed}  {written}", flush=True)
-            stats = step.stats
+    bar: tqdm | None = None  # made after the first step, so that bars of loading come before it
+    for step in steps:
+        if bar is None:
+            total = step.settings.num_steps * arguments.num_images
+            bar = tqdm(desc="drawing", total=total, unit="step", leave=False, disable=arguments.quiet)
+        bar.update()
+        if not step.is_last:
+            continue
+        picture = step.picture()
+        path = output_path(arguments.output, step.settings.seed, step.image)
+        written = save_image(picture, path, step.settings.metadata(), step.settings.parameters())
+        bar.clear()
+        print(f"seed {step.settings.seed}  {written}", flush=True)
+    assert bar is not None
+    bar.close()
+    stats = step.stats
     peak = max(stats.peak_bytes.values())
     if not arguments.quiet:
         seconds = "  ".join(f"{part} {value:.1f} s" for part, value in stats.seconds.items())
@@ -186,10 +188,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (InputError, FloatingPointError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        except BrokenPipeError:
-            with contextlib.suppress(OSError):
-                sys.stdout.close()
-            return 1
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return INTERRUPTED

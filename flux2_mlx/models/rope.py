@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from ..config import InputError
 
@@ -45,7 +46,7 @@ def rope_table(ids: mx.array, axes_dims: Sequence[int], theta: float) -> tuple[m
     """Cosines and sines of every token's rotation angles.
 
     Axis a has axes_dims[a] / 2 frequencies theta^(-2j / axes_dims[a]). Angles are computed in float64, as the
-    reference does, on the CPU, which is where MLX has that type.
+    reference does, and in NumPy: MLX's float64 cosine has float32's precision.
 
     Args:
         ids: (B, N, 4) positions.
@@ -53,15 +54,13 @@ def rope_table(ids: mx.array, axes_dims: Sequence[int], theta: float) -> tuple[m
     Returns:
         (cos, sin), each (B, N, sum(axes_dims) / 2) in float32.
     """
-    cpu = mx.cpu
-    angles = []
-    for axis, dims in enumerate(axes_dims):
-        omega = mx.array([theta ** (-2 * j / dims) for j in range(dims // 2)], dtype=mx.float64)
-        position = ids[..., axis, None].astype(mx.float64, stream=cpu)
-        angles.append(mx.multiply(position, omega, stream=cpu))
-    angle = mx.concatenate(angles, axis=-1, stream=cpu)
-    cos, sin = mx.cos(angle, stream=cpu), mx.sin(angle, stream=cpu)
-    return cos.astype(mx.float32, stream=cpu), sin.astype(mx.float32, stream=cpu)
+    positions = np.array(ids, np.float64)
+    angles = [
+        positions[..., axis, None] * float(theta) ** (-np.arange(0, dims, 2) / dims)
+        for axis, dims in enumerate(axes_dims)
+    ]
+    angle = np.concatenate(angles, axis=-1)
+    return mx.array(np.cos(angle).astype(np.float32)), mx.array(np.sin(angle).astype(np.float32))
 
 
 def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:

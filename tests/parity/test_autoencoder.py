@@ -1,0 +1,92 @@
+"""The autoencoder against diffusers' AutoencoderKLFlux2."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+
+from flux2_mlx import AutoEncoder, AutoEncoderConfig, sanitize_vae_weights
+from flux2_mlx.models import autoencoder as module
+from flux2_mlx.weights import assign
+from tests import tiny
+from tests.parity.compare import relative_error, to_mlx, to_torch
+
+
+def ported(model, dtype=mx.float32) -> AutoEncoder:
+    weights = sanitize_vae_weights({name: to_mlx(value) for name, value in model.state_dict().items()})
+    return assign(AutoEncoder(AutoEncoderConfig.from_config(model.config)), weights, dtype, "test")
+
+
+@pytest.fixture(scope="module", params=["full", "small decoder"])
+def model(request):
+    torch.manual_seed(6)
+    extra = {"decoder_block_out_channels": (8, 16, 24, 24)} if request.param == "small decoder" else {}
+    return tiny.autoencoder(**extra)
+
+
+def random(shape, low=-1.0, high=1.0):
+    return mx.array(np.random.default_rng(2).uniform(low, high, shape).astype(np.float32))
+
+
+def nhwc(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+def nchw(x: mx.array) -> torch.Tensor:
+    return to_torch(x).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 64, 96), (2, 48, 32), (1, 16, 80)])
+def test_decoder_equals_diffusers(model, batch, height, width):
+    z = random((batch, height // 8, width // 8, 32), -2, 2)
+    with torch.no_grad():
+        expected = model.decode(nchw(z), return_dict=False)[0]
+    ours = ported(model).decoder(z)
+    assert ours.shape == (batch, height, width, 3)
+    assert relative_error(ours, nhwc(expected)) <= 1e-5
+
+
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 64, 96), (2, 48, 32)])
+def test_encoder_equals_diffusers(model, batch, height, width):
+    image = random((batch, height, width, 3))
+    with torch.no_grad():
+        expected = model.encode(nchw(image)).latent_dist.mode()
+    ours = ported(model).encoder(image)
+    assert ours.shape == (batch, height // 8, width // 8, 32)
+    assert relative_error(ours, nhwc(expected)) <= 1e-5
+
+
+def test_attention_in_chunks_equals_attention_at_once(model, monkeypatch):
+    ours, z = ported(model), random((1, 6, 10, 32))
+    whole = ours.decoder(z)
+    monkeypatch.setattr(module, "SCORES_AT_ONCE", 7 * 60)  # 60 positions, 7 rows at a time
+    assert mx.allclose(ours.decoder(z), whole, rtol=0, atol=1e-5).item()
+
+
+def test_norms_of_faint_inputs(model):
+    """GroupNorm's epsilon only shows where the variance is small."""
+    ours = ported(model).encoder.down_blocks[0].resnets[0].norm1
+    theirs = model.encoder.down_blocks[0].resnets[0].norm1
+    x = 1e-3 * random((1, 4, 4, 16))
+    assert relative_error(ours(x), nhwc(theirs(nchw(x)))) <= 1e-5
+
+
+def test_latent_statistics_equal_diffusers(model):
+    ours, x = ported(model).bn, random((2, 4, 6, 128), -3, 3)
+    mean = model.bn.running_mean.view(1, 1, 1, -1)
+    std = torch.sqrt(model.bn.running_var.view(1, 1, 1, -1) + model.config.batch_norm_eps)
+    assert relative_error(ours.normalize(x), (to_torch(x) - mean) / std) <= 1e-6
+    assert relative_error(ours.denormalize(x), to_torch(x) * std + mean) <= 1e-6
+
+
+def test_statistics_stay_in_float32(model):
+    ours = ported(model, mx.bfloat16)
+    assert ours.bn.running_var.dtype == mx.float32
+    assert ours.decoder.conv_in.weight.dtype == mx.bfloat16
+
+
+def test_sanitizing_twice_changes_nothing(model):
+    once = sanitize_vae_weights({name: to_mlx(value) for name, value in model.state_dict().items()})
+    twice = sanitize_vae_weights(once)
+    assert once.keys() == twice.keys()
+    assert all(mx.array_equal(once[name], twice[name]).item() for name in once)

@@ -1,0 +1,156 @@
+"""Whole pictures, from prompt and seed to pixels, against diffusers.Flux2KleinPipeline on the folder it wrote."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flux2_mlx import Flux2Pipeline
+from tests import tiny
+from tests.parity.compare import assert_same_picture, relative_error, to_mlx
+from tests.prompts import ACCENTS, CHINESE, EMOJI, FOX, LONG, SPECIAL
+
+pytestmark = pytest.mark.filterwarnings("ignore:the prompt has")
+
+
+def generators(seed, count=1):
+    return [torch.Generator("cpu").manual_seed(seed + k) for k in range(count)]
+
+
+@pytest.mark.parametrize("prompt", [FOX, "", EMOJI, CHINESE, ACCENTS, SPECIAL, LONG], ids=lambda p: p[:8] or "empty")
+def test_pictures_of_many_prompts(reference, pipe, prompt):
+    theirs = reference[0](
+        prompt=prompt, height=64, width=96, num_inference_steps=4, guidance_scale=1.0, generator=generators(3)
+    )
+    assert_same_picture(pipe(prompt, height=64, width=96, seed=3).images[0], theirs.images[0])
+
+
+@pytest.mark.parametrize(("steps", "height", "width"), [(1, 64, 64), (4, 128, 64), (50, 64, 112)])
+def test_pictures_of_many_steps_and_sizes(reference, pipe, steps, height, width):
+    theirs = reference[0](
+        prompt=FOX, height=height, width=width, num_inference_steps=steps, guidance_scale=1.0, generator=generators(11)
+    )
+    assert_same_picture(pipe(FOX, height=height, width=width, num_steps=steps, seed=11).images[0], theirs.images[0])
+
+
+@pytest.mark.parametrize("layout", tiny.LAYOUTS)
+def test_pictures_of_both_head_layouts(tmp_path, layout):
+    reference = tiny.pipeline(**tiny.LAYOUTS[layout], seed=8)
+    reference.save_pretrained(tmp_path / layout)
+    theirs = reference(
+        prompt=FOX,
+        height=64,
+        width=80,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        generator=generators(5),
+        max_sequence_length=64,
+    )
+    ours = Flux2Pipeline.from_pretrained(tmp_path / layout)(FOX, height=64, width=80, seed=5, max_sequence_length=64)
+    assert_same_picture(ours.images[0], theirs.images[0])
+
+
+def test_prompts_and_images_in_a_batch(reference, pipe):
+    theirs = reference[0](
+        prompt=[FOX, CHINESE],
+        height=64,
+        width=96,
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        num_images_per_prompt=2,
+        generator=generators(20, 4),
+        max_sequence_length=64,
+    )
+    ours = pipe(
+        [FOX, CHINESE],
+        height=64,
+        width=96,
+        num_inference_steps=2,
+        num_images_per_prompt=2,
+        seed=20,
+        max_sequence_length=64,
+    )
+    assert ours.seeds == [20, 21, 22, 23]
+    assert len(ours.images) == len(theirs.images) == 4
+    for mine, other in zip(ours.images, theirs.images, strict=True):
+        assert_same_picture(mine, other)
+
+
+def test_guidance_of_a_base_model(base_reference):
+    reference, folder = base_reference
+    options = {"height": 64, "width": 96, "guidance_scale": 4.0, "max_sequence_length": 64}
+    theirs = reference(prompt=FOX, num_inference_steps=6, generator=generators(2), **options)
+    ours = Flux2Pipeline.from_pretrained(folder)(FOX, num_inference_steps=6, seed=2, **options)
+    assert_same_picture(ours.images[0], theirs.images[0])
+
+
+def test_reference_pictures(reference, pipe):
+    """Two references of odd sizes, one with alpha: cropped, encoded, normalized and placed as diffusers does."""
+    rng = np.random.default_rng(1)
+    first = Image.fromarray(rng.integers(0, 256, (70, 103, 3), np.uint8))
+    second = Image.fromarray(rng.integers(0, 256, (90, 65, 4), np.uint8), "RGBA")
+    theirs = reference[0](
+        image=[first, second],
+        prompt=FOX,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        generator=generators(9),
+        max_sequence_length=64,
+    )
+    ours = pipe(FOX, image=[first, second], seed=9, max_sequence_length=64)
+    assert ours.images[0].size == (96, 64)
+    assert_same_picture(ours.images[0], theirs.images[0])
+
+
+def test_a_large_reference_is_scaled_down():
+    from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+
+    from flux2_mlx.images import reference_array
+
+    image = Image.fromarray(np.random.default_rng(4).integers(0, 256, (1100, 1300, 3), np.uint8))
+    processor = Flux2ImageProcessor(vae_scale_factor=16)
+    small = processor._resize_to_target_area(image, 1024 * 1024)
+    width, height = (side // 16 * 16 for side in small.size)
+    expected = processor.preprocess(small, height=height, width=width, resize_mode="crop")
+    ours = reference_array(image)
+    assert ours.shape == (1, height, width, 3)
+    assert np.array_equal(np.array(ours), expected.permute(0, 2, 3, 1).numpy())
+
+
+def test_custom_sigmas(reference, pipe):
+    sigmas = [1.0, 0.7, 0.2]
+    options = {"height": 64, "width": 96, "sigmas": sigmas, "num_inference_steps": 3, "max_sequence_length": 64}
+    theirs = reference[0](prompt=FOX, guidance_scale=1.0, generator=generators(1), **options)
+    assert_same_picture(pipe(FOX, seed=1, **options).images[0], theirs.images[0])
+
+
+def test_given_embeddings_and_latents(reference, pipe):
+    embeds, _ = reference[0].encode_prompt(FOX, max_sequence_length=64)
+    latents = torch.randn(1, 128, 4, 6, generator=generators(0)[0])
+    theirs = reference[0](
+        prompt_embeds=embeds, latents=latents, height=64, width=96, num_inference_steps=4, guidance_scale=1.0
+    )
+    ours = pipe(prompt_embeds=to_mlx(embeds), latents=latents.numpy(), height=64, width=96)
+    assert_same_picture(ours.images[0], theirs.images[0])
+
+
+def test_output_types(reference, pipe):
+    options = {"height": 64, "width": 96, "num_inference_steps": 2, "max_sequence_length": 64}
+    for kind, tolerance in (("np", 2e-5), ("latent", 2e-5)):
+        theirs = reference[0](
+            prompt=FOX, guidance_scale=1.0, generator=generators(6), output_type=kind, **options
+        ).images
+        theirs = torch.as_tensor(theirs)
+        ours = mx.array(pipe(FOX, seed=6, output_type=kind, **options).images)
+        assert relative_error(ours, theirs.permute(0, 2, 3, 1) if kind == "latent" else theirs) <= tolerance
+
+
+def test_bfloat16_picture_is_close(reference, checkpoint):
+    """bfloat16 rounds every activation, so pictures agree statistically only."""
+    theirs = reference[0](
+        prompt=FOX, height=64, width=96, num_inference_steps=4, guidance_scale=1.0, generator=generators(0)
+    )
+    ours = Flux2Pipeline.from_pretrained(checkpoint, dtype="bfloat16")(FOX, height=64, width=96, seed=0)
+    difference = np.asarray(ours.images[0], np.float32) - np.asarray(theirs.images[0], np.float32)
+    assert 0 < np.abs(difference).mean() < 3

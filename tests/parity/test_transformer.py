@@ -1,0 +1,139 @@
+"""The transformer against diffusers' Flux2Transformer2DModel."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+
+from flux2_mlx import FluxKlein, FluxKleinParams, image_ids, sanitize_flux2_klein_weights, text_ids
+from flux2_mlx.models.transformer import timestep_embedding
+from flux2_mlx.weights import assign
+from tests import tiny
+from tests.parity.compare import relative_error, to_mlx, to_torch
+
+SIZES = [(64, 96), (112, 64)]
+
+
+def ported(model, dtype=mx.float32) -> FluxKlein:
+    weights = sanitize_flux2_klein_weights({name: to_mlx(value) for name, value in model.state_dict().items()})
+    return assign(FluxKlein(FluxKleinParams.from_config(model.config)), weights, dtype, "test")
+
+
+def inputs(model, height, width, batch=1, length=24, references=()):
+    rng = np.random.default_rng(7)
+    grids = [image_ids(height, width)] + [image_ids(h, w, reference=k) for k, (h, w) in enumerate(references)]
+    img_ids = mx.concatenate(grids, axis=1)
+    img = rng.standard_normal((batch, img_ids.shape[1], 128)).astype(np.float32)
+    txt = 0.5 * rng.standard_normal((batch, length, model.config.joint_attention_dim)).astype(np.float32)
+    timesteps = np.linspace(0.7, 0.3, batch, dtype=np.float32)
+    return mx.array(img), mx.array(txt), mx.array(timesteps), img_ids, text_ids(length)
+
+
+def theirs(model, img, txt, timesteps, img_ids, txt_ids) -> torch.Tensor:
+    with torch.no_grad():
+        return model(
+            hidden_states=to_torch(img),
+            encoder_hidden_states=to_torch(txt),
+            timestep=to_torch(timesteps),
+            img_ids=to_torch(img_ids)[0],
+            txt_ids=to_torch(txt_ids)[0],
+            guidance=None,
+            return_dict=False,
+        )[0]
+
+
+@pytest.fixture(scope="module", params=["4b", "9b"])
+def model(request):
+    torch.manual_seed(3)
+    layout = tiny.LAYOUTS[request.param]
+    return tiny.transformer(layout["heads"], layout["depth"], layout["depth_single"], layout["text_hidden"])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_velocity_equals_diffusers(model, size, batch):
+    args = inputs(model, *size, batch=batch)
+    assert relative_error(ported(model)(*args), theirs(model, *args)) <= 1e-5
+
+
+def test_references_of_other_sizes_follow_the_picture(model):
+    args = inputs(model, 64, 80, references=[(64, 96), (96, 64)])
+    assert relative_error(ported(model)(*args), theirs(model, *args)) <= 1e-5
+
+
+def test_bfloat16_stays_close_to_float32(model):
+    args = inputs(model, 64, 96, batch=2)
+    velocity = ported(model, mx.bfloat16)(*args)
+    assert velocity.dtype == mx.bfloat16
+    assert relative_error(velocity, theirs(model, *args)) <= 3e-2
+
+
+def test_float16_clips_what_overflows():
+    """diffusers clips the residual to float16's range; without it one large activation would end in NaN."""
+    torch.manual_seed(3)
+    model = tiny.transformer()
+    with torch.no_grad():
+        for block in model.transformer_blocks:
+            block.ff_context.linear_out.weight.mul_(3e3)
+        for block in model.single_transformer_blocks:
+            block.attn.to_out.weight.mul_(3e3)
+    args = inputs(model, 64, 64)
+    velocity = ported(model, mx.float16)(*args)
+    assert mx.isfinite(velocity).all().item()
+    assert relative_error(velocity, theirs(model.half(), *(a.astype(mx.float16) for a in args[:2]), *args[2:])) <= 3e-2
+
+
+def test_tables_made_once_give_the_same_velocity(model):
+    ours, args = ported(model), inputs(model, 64, 96)
+    cos, sin = FluxKlein.compute_rope(args[4], args[3], ours.params.axes_dims_rope, ours.params.rope_theta)
+    assert mx.array_equal(ours.forward_with_rope(*args[:3], cos, sin), ours(*args)).item()
+
+
+def test_rope_tables_equal_diffusers(model):
+    """At the far end of the text and of a 2048 x 2048 picture, where float32 angles would be off."""
+    ids = mx.array([[[0, 0, 0, 511], [0, 127, 126, 0], [40, 5, 3, 0]]])
+    cos, sin = FluxKlein.compute_rope(ids[:, :1], ids[:, 1:], tuple(model.config.axes_dims_rope))
+    expected_cos, expected_sin = model.pos_embed(to_torch(ids)[0])
+    assert relative_error(cos[0], expected_cos[:, ::2]) <= 1e-7
+    assert relative_error(sin[0], expected_sin[:, ::2]) <= 1e-7
+
+
+@pytest.mark.parametrize("text_values", [0, 1])
+def test_three_columns_are_completed(model, text_values):
+    ours = ported(model)
+    img, txt, timesteps, img_ids, txt_ids = inputs(model, 64, 96)
+    four_text = mx.concatenate([mx.full((1, 24, 3), text_values, mx.int32), txt_ids[..., 3:]], axis=-1)
+    short = ours(img, txt, timesteps, img_ids[..., :3], four_text[..., :3])
+    assert mx.array_equal(short, ours(img, txt, timesteps, img_ids, four_text)).item()
+
+
+def test_query_and_key_norms_take_epsilon_from_the_config(model):
+    """At ordinary activations 1e-5 and 1e-6 look alike; at tiny ones they do not."""
+    small = to_mlx(1e-3 * torch.randn(1, 5, model.config.attention_head_dim, generator=torch.Generator().manual_seed(0)))
+    ours = ported(model)
+    for mine, reference in (
+        (ours.transformer_blocks[0].attn.norm_q, model.transformer_blocks[0].attn.norm_q),
+        (ours.transformer_blocks[0].attn.norm_added_k, model.transformer_blocks[0].attn.norm_added_k),
+        (ours.single_transformer_blocks[0].attn.norm_k, model.single_transformer_blocks[0].attn.norm_k),
+    ):
+        assert relative_error(mine(small), reference(to_torch(small))) <= 1e-5
+
+
+def test_timestep_embedding_table():
+    """Values computed from the published formula; cosines first, 1000 t inside."""
+    e = timestep_embedding(mx.array([1.0, 0.95808539]), 256)
+    expected = {(0, 0): 0.562379, (0, 1): 0.789615, (0, 127): 0.994232, (0, 128): 0.826880, (0, 255): 0.107254}
+    expected |= {(1, 0): -0.994967, (1, 1): 0.799197, (1, 128): 0.100203}
+    for (row, column), value in expected.items():
+        assert e[row, column].item() == pytest.approx(value, abs=2e-4 if row else 2e-5)
+
+
+@pytest.mark.parametrize("kind", ["double", "single"])
+def test_one_block_at_the_width_of_4b(kind):
+    torch.manual_seed(5)
+    depth, depth_single = (1, 0) if kind == "double" else (0, 1)
+    model = tiny.transformer(24, depth, depth_single, text_hidden=64, head_dim=128)
+    args = inputs(model, 64, 48, length=8)
+    ours = ported(model)
+    assert ours.params.hidden_size == 3072
+    assert relative_error(ours(*args), theirs(model, *args)) <= 1e-5
