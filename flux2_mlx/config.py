@@ -6,8 +6,9 @@ wrote and refuses another architecture by name, so that a FLUX.1 or FLUX.2-dev f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 
@@ -56,8 +57,26 @@ def _refuse_other_class(config: Mapping[str, Any], expected: str, what: str) -> 
         raise CheckpointError(f"the {what} is a {found}{named}, not the {expected} of FLUX.2 [klein]")
 
 
+class _Config:
+    """What the configurations share: every field must have the kind of value that its default has."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]  # the subclasses are dataclasses
+            value, default = getattr(self, field.name), field.default
+            values = value if isinstance(value, tuple) else (value,)
+            if isinstance(default, float):
+                fits = isinstance(value, (int, float)) and 0 < value < math.inf
+            elif default is None and value is None:
+                fits = True
+            else:
+                fits = bool(values) and all(type(v) is int and v > 0 for v in values)
+                fits &= isinstance(value, tuple) == isinstance(default, (tuple, type(None)))
+            if not fits:
+                raise InputError(f"{field.name} cannot be {value!r} in a {type(self).__name__}")
+
+
 @dataclass(frozen=True)
-class FluxKleinParams:
+class FluxKleinParams(_Config):
     """The transformer's shape. Defaults are klein-4B's.
 
     ``head_dim`` times ``num_heads`` is ``hidden_size``; ``axes_dims_rope`` sums to ``head_dim``.
@@ -77,6 +96,7 @@ class FluxKleinParams:
     timestep_channels: int = 256
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_heads * self.head_dim != self.hidden_size:
             raise InputError(
                 f"hidden_size must be num_heads * head_dim = {self.num_heads * self.head_dim}, got {self.hidden_size}"
@@ -143,7 +163,7 @@ class FluxKleinParams:
 
 
 @dataclass(frozen=True)
-class Qwen3Config:
+class Qwen3Config(_Config):
     """The text encoder's shape. Defaults are Qwen3-4B's.
 
     ``head_dim`` is its own number: in Qwen3-4B it is not ``hidden_size / num_attention_heads``.
@@ -220,7 +240,7 @@ class Qwen3Config:
 
 
 @dataclass(frozen=True)
-class AutoEncoderConfig:
+class AutoEncoderConfig(_Config):
     """The autoencoder's shape, in diffusers' field names. Defaults are FLUX.2's.
 
     ``decoder_block_out_channels`` of None means the encoder's. ``batch_norm_eps`` belongs to the statistics of the

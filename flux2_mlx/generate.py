@@ -42,10 +42,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--height", type=int, default=DEFAULT_SIZE, help="in pixels, a multiple of 16 (%(default)s)")
     parser.add_argument("--steps", type=int, dest="num_steps", help="4 for distilled models, 50 for base models")
     parser.add_argument("--guidance", type=float, help="1.0 for distilled models, 4.0 for base models")
-    parser.add_argument("--seed", type=int, help="of the first picture, the next have seed + 1, ...; random unless given")
+    parser.add_argument(
+        "--seed", type=int, help="of the first picture, the next have seed + 1, ...; random unless given"
+    )
     parser.add_argument("--num-images", type=int, default=1, help="how many pictures (%(default)s)")
     parser.add_argument("--schedule", choices=SCHEDULES, default="flux2", help="noise levels (%(default)s)")
-    parser.add_argument("--sigmas", type=float, nargs="+", help="custom noise levels, falling from 1, without the last 0")
+    parser.add_argument(
+        "--sigmas", type=float, nargs="+", help="custom noise levels, falling from 1, without the last 0"
+    )
     parser.add_argument("--noise", choices=NOISES, default="torch", help="the seed's meaning: torch's or MLX's numbers")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="bfloat16; float16 on M1 and M2; float32 on a CPU")
     parser.add_argument(
@@ -58,7 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"takes {{seed}} and {{index}}; {', '.join(FORMATS)} (%(default)s); an existing file is kept, and the new "
         "one numbered",
     )
-    parser.add_argument("--from-image", type=Path, metavar="FILE", help="repeat a picture with the settings in its file")
+    parser.add_argument(
+        "--from-image", type=Path, metavar="FILE", help="repeat a picture with the settings in its file"
+    )
     parser.add_argument("--stats", action="store_true", help="print seconds and peak bytes of each part as JSON")
     parser.add_argument("--quiet", action="store_true", help="no bars, no summary; the seed and the file are printed")
     parser.add_argument("--version", action="version", version=f"flux2_mlx {__version__}")
@@ -163,7 +169,11 @@ def run(arguments: argparse.Namespace) -> None:
         total = time.perf_counter() - started
         print(f"{total:.1f} s in all ({seconds}), peak memory {peak / 1e9:.2f} GB", file=sys.stderr)
     if arguments.stats:
-        report: dict[str, Any] = {"seconds": stats.seconds, "peak_bytes": stats.peak_bytes, "model": pipe.checkpoint.name}
+        report: dict[str, Any] = {
+            "seconds": stats.seconds,
+            "peak_bytes": stats.peak_bytes,
+            "model": pipe.checkpoint.name,
+        }
         print(json.dumps(report))
 
 

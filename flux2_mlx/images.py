@@ -136,7 +136,8 @@ def save_image(image: Image.Image, path: Path, metadata: Mapping[str, Any], para
 
 def _move_to_free_name(temporary: Path, path: Path) -> Path:
     """Give a finished file its name, or the first free numbered one: a link fails where a file is, a rename would
-    replace it."""
+    replace it.
+    """
     target, number = path, 1
     while True:
         try:

@@ -56,13 +56,15 @@ def text_encoder_bytes(config: Qwen3Config, length: int, dtype: mx.Dtype) -> int
 
 def transformer_bytes(params: FluxKleinParams, tokens: int, dtype: mx.Dtype) -> int:
     """Estimated intermediates of one step over ``tokens`` text and image tokens: about 20 residual streams in the
-    weights' dtype and 6 in float32 for the rotation."""
+    weights' dtype and 6 in float32 for the rotation.
+    """
     return tokens * params.hidden_size * (20 * dtype.size + 6 * 4) + _scores(params.num_heads, tokens)
 
 
 def decoder_bytes(config: AutoEncoderConfig, height: int, width: int, dtype: mx.Dtype) -> int:
     """Estimated intermediates of decoding a picture: the widest two activations at full size and one more; the CPU
-    backend also unfolds each 3x3 convolution's input."""
+    backend also unfolds each 3x3 convolution's input.
+    """
     widest = config.decoder_channels[1] if len(config.decoder_channels) > 1 else config.decoder_channels[0]
     live = 3 if on_gpu() else 12
     return height * width * widest * live * dtype.size

@@ -94,7 +94,8 @@ class Settings:
         schedule = self.schedule if self.sigmas is None else "custom"
         lines.append(
             f"Steps: {self.num_steps}, Sampler: Euler, Schedule type: {schedule}, CFG scale: {self.guidance:g}, "
-            f"Seed: {self.seed}, Size: {self.width}x{self.height}, Model: {self.model}, Version: flux2_mlx {self.version}"
+            f"Seed: {self.seed}, Size: {self.width}x{self.height}, Model: {self.model}, "
+            f"Version: flux2_mlx {self.version}"
         )
         return "\n".join(lines)
 

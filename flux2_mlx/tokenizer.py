@@ -66,7 +66,8 @@ class Qwen3Tokenizer:
                 cut = prompt[max(start, 0) :]
                 what = f"cut off: {_abridged(cut)!r}" if cut else "the end-of-turn tokens were cut off"
                 warnings.warn(
-                    f"the prompt has {len(encoding.ids)} tokens and max_sequence_length is {max_sequence_length}; {what}",
+                    f"the prompt has {len(encoding.ids)} tokens and max_sequence_length is "
+                    f"{max_sequence_length}; {what}",
                     stacklevel=2,
                 )
             ids[row, : len(kept)] = kept

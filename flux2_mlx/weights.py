@@ -49,7 +49,6 @@ _CONFIG_FILES = (
     "model_index.json",
     *(f"{component}/config.json" for component in _STEMS),
     "tokenizer/tokenizer.json",
-    "tokenizer/tokenizer_config.json",
 )
 
 
@@ -107,13 +106,8 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; {_refetch(path)}") from None
     except SafetensorError as error:
-        text = str(error)
-        if size == 0:
-            fault = "is empty"
-        elif "IncompleteBuffer" in text or "InvalidHeaderLength" in text or "HeaderTooSmall" in text:
-            fault = f"is cut short: its header asks for more than its {size:,} bytes, or leaves some over"
-        else:
-            fault = f"is no sound safetensors file ({text})"
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        fault = f"is cut short or damaged: {reason} ({size:,} bytes)" if size else "is empty"
         raise CheckpointError(f"{path} {fault}; {_refetch(path)}") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
@@ -244,10 +238,7 @@ def assign(module: M, weights: Mapping[str, mx.array], dtype: mx.Dtype, where: s
     if faults:
         raise CheckpointError(f"{where}: the weights do not fit the config: {'; '.join(faults)}")
     module.load_weights(
-        [
-            (name, weights[name].astype(mx.float32 if name.startswith("bn.") else dtype))
-            for name in expected
-        ]
+        [(name, weights[name].astype(mx.float32 if name.startswith("bn.") else dtype)) for name in expected]
     )
     return module
 
@@ -303,9 +294,11 @@ def open_checkpoint(model: str | os.PathLike[str], *, revision: str | None = Non
 
 
 def _open_folder(folder: Path, name: str) -> Checkpoint:
-    absent = [file for file in _CONFIG_FILES[:-1] if not (folder / file).is_file()]
+    absent = [file for file in _CONFIG_FILES if not (folder / file).is_file()]
     if absent:
-        raise CheckpointError(f"{folder} is no FLUX.2 [klein] checkpoint in the diffusers layout: no {', '.join(absent)}")
+        raise CheckpointError(
+            f"{folder} is no FLUX.2 [klein] checkpoint in the diffusers layout: no {', '.join(absent)}"
+        )
     index = _read_json(folder / "model_index.json")
     kind = index.get("_class_name")
     if kind not in ("Flux2KleinPipeline", "Flux2KleinKVPipeline", "Flux2KleinInpaintPipeline"):
@@ -381,7 +374,9 @@ def _download(name: str, repo: str, revision: str | None) -> Path:
         ) from None
     except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise CheckpointError(f"the disk is full: {repo} does not fit in the Hub's cache (HF_HOME moves it)") from None
+            raise CheckpointError(
+                f"the disk is full: {repo} does not fit in the Hub's cache (HF_HOME moves it)"
+            ) from None
         raise CheckpointError(
             f"cannot fetch {repo}: the Hub cannot be reached and the cache has not all of it (cached: "
             f"{', '.join(_cached()) or 'no klein model'}); connect, or give --model a folder"

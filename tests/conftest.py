@@ -10,7 +10,7 @@ from tests import tiny
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory):
-    """diffusers' pipeline (distilled) and the folder it was written to."""
+    """Diffusers' pipeline (distilled) and the folder it was written to."""
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
     pipe = tiny.pipeline()
     pipe.save_pretrained(folder)

@@ -38,9 +38,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).reshape(batch, tokens, self.kv_heads, self.head_dim)
         q = self.rope(self.q_norm(q).transpose(0, 2, 1, 3))
         k = self.rope(self.k_norm(k).transpose(0, 2, 1, 3))
-        out = mx.fast.scaled_dot_product_attention(
-            q, k, v.transpose(0, 2, 1, 3), scale=self.head_dim**-0.5, mask=mask
-        )
+        out = mx.fast.scaled_dot_product_attention(q, k, v.transpose(0, 2, 1, 3), scale=self.head_dim**-0.5, mask=mask)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, tokens, -1))
 
 

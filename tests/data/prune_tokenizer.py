@@ -10,6 +10,7 @@ checks it. Other texts fall apart into shorter pieces.
 import json
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -23,7 +24,7 @@ TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</
 
 def used_merges(word: str, ranks: dict[tuple[str, str], int]) -> set[tuple[str, str]]:
     parts, used = list(word), set()
-    while pairs := [(ranks[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in ranks]:
+    while pairs := [(ranks[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in ranks]:
         _, i = min(pairs)
         used.add((parts[i], parts[i + 1]))
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
@@ -33,7 +34,9 @@ def used_merges(word: str, ranks: dict[tuple[str, str], int]) -> set[tuple[str, 
 def main(source: Path) -> None:
     full = Tokenizer.from_file(str(source / "tokenizer.json"))
     content = json.loads((source / "tokenizer.json").read_text())
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in content["model"]["merges"]]
+    merges = [
+        tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in content["model"]["merges"]
+    ]
     ranks = {merge: rank for rank, merge in enumerate(merges)}
     texts = [TEMPLATE.format(prompt) for prompt in PROMPTS.values()]
     words = set()

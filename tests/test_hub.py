@@ -1,0 +1,137 @@
+"""Downloads, against a stand-in for the Hub on this machine; each in a process of its own, as a user starts it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from flux2_mlx import RELEASED
+from tests.hub import Hub
+from tests.test_weights import split
+from tests.tiny import rewrite
+
+REPO = RELEASED["klein-4b"].repo
+GATED = RELEASED["klein-9b"].repo
+
+
+@pytest.fixture
+def hub(damaged):
+    (damaged / "flux-2-klein-4b.safetensors").write_bytes(b"a second copy that nobody needs")
+    (damaged / "text_encoder" / "model.safetensors.md").write_text("nor this")
+    with Hub({REPO: damaged, GATED: damaged, "someone/klein-tune": damaged}, gated={GATED: "hf_secret"}) as server:
+        yield server
+
+
+def generate(tmp_path, *arguments, url="http://127.0.0.1:9", **environment):
+    """Run the command with a Hub at url (by default one where nobody answers) and an own cache."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    env |= {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1", **environment}
+    command = [
+        sys.executable,
+        "-m",
+        "flux2_mlx.generate",
+        "a red fox",
+        "--width",
+        "64",
+        "--height",
+        "64",
+        "--steps",
+        "1",
+    ]
+    command += ["--max-sequence-length", "16", "--seed", "0", "--output", str(tmp_path / "fox.png"), *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
+def assert_refused(run, *expected):
+    assert run.returncode == 2, run.stderr
+    errors = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "Traceback" not in run.stderr
+    for text in expected:
+        assert text in errors[0], errors[0]
+
+
+def test_a_released_name_downloads_what_is_needed_once_and_works_offline(hub, tmp_path):
+    run = generate(tmp_path, url=hub.url)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "fox.png").is_file()
+    assert "Fetching" in run.stderr  # a progress bar
+    assert sorted(hub.downloads) == [
+        f"{REPO}/{file}"
+        for file in (
+            "model_index.json",
+            "text_encoder/config.json",
+            "text_encoder/model.safetensors",
+            "tokenizer/tokenizer.json",
+            "transformer/config.json",
+            "transformer/diffusion_pytorch_model.safetensors",
+            "vae/config.json",
+            "vae/diffusion_pytorch_model.safetensors",
+        )
+    ]
+    offline = generate(tmp_path, "--quiet", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
+    assert offline.stderr == ""
+    nobody = generate(tmp_path)
+    assert nobody.returncode == 0, nobody.stderr
+    assert_refused(
+        generate(tmp_path, "--model", "klein-9b"), "cannot fetch", GATED, "(cached: klein-4b)", "--model a folder"
+    )
+
+
+def test_shards_that_nobody_reads_are_not_downloaded(hub, damaged, tmp_path):
+    weight_map = split(damaged / "text_encoder", 2, "model")
+    index = damaged / "text_encoder" / "model.safetensors.index.json"
+    from safetensors.torch import load_file, save_file
+
+    tensors = {
+        name: value
+        for file in set(weight_map.values())
+        for name, value in load_file(damaged / "text_encoder" / file).items()
+    }
+    late = {name for name in tensors if "layers.27." in name or name == "model.norm.weight"}
+    files = {True: "model-00002-of-00002.safetensors", False: "model-00001-of-00002.safetensors"}
+    for is_late, file in files.items():
+        save_file({n: v for n, v in tensors.items() if (n in late) == is_late}, damaged / "text_encoder" / file)
+    import json
+
+    rewrite(index, json.dumps({"weight_map": {name: files[name in late] for name in tensors}}))
+    run = generate(tmp_path, "--model", "someone/klein-tune", "--revision", "v1", url=hub.url)
+    assert run.returncode == 0, run.stderr
+    assert "someone/klein-tune/text_encoder/model-00001-of-00002.safetensors" in hub.downloads
+    assert "someone/klein-tune/text_encoder/model-00002-of-00002.safetensors" not in hub.downloads
+
+
+def test_a_gated_model_says_where_to_accept_and_how_to_log_in(hub, tmp_path):
+    assert_refused(
+        generate(tmp_path, "--model", "klein-9b", url=hub.url),
+        f"{GATED} is gated",
+        f"https://huggingface.co/{GATED}",
+        "hf auth login",
+        "HF_TOKEN",
+    )
+    assert hub.downloads == []
+    run = generate(tmp_path, "--model", "klein-9b", url=hub.url, HF_TOKEN="hf_secret")
+    assert run.returncode == 0, run.stderr
+
+
+def test_unknown_repositories_and_revisions(hub, tmp_path):
+    assert_refused(
+        generate(tmp_path, "--model", "someone/nothing", url=hub.url),
+        "'someone/nothing'",
+        "no such repository",
+        "klein-4b",
+    )
+    assert_refused(generate(tmp_path, "--revision", "v9", url=hub.url), REPO, "no revision 'v9'")
+
+
+def test_no_network_and_nothing_cached(tmp_path):
+    assert_refused(generate(tmp_path), "the Hub cannot be reached", "(cached: no klein model)", "--model a folder")
+    assert_refused(generate(tmp_path, HF_HUB_OFFLINE="1"), "the Hub cannot be reached")
+    assert not (tmp_path / "fox.png").exists()
+
+
+def test_a_repository_that_is_no_klein_checkpoint(hub, damaged, tmp_path):
+    rewrite(damaged / "model_index.json", None)
+    assert_refused(generate(tmp_path, url=hub.url), "no FLUX.2 [klein] checkpoint", "no model_index.json")
