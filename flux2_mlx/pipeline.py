@@ -61,6 +61,7 @@ OUTPUT_TYPES = ("pil", "np", "latent")
 DEFAULT_SIZE = 1024
 MIN_SIDE = 64
 MAX_PIXELS = 4 * 1024 * 1024
+MAX_STEPS = 1000  # noise levels that the models were trained on
 
 
 @dataclass(frozen=True)
@@ -424,6 +425,8 @@ class Flux2Pipeline:
         else:
             num_steps = (4 if distilled else 50) if num_steps is None else num_steps
             _at_least("num_steps", num_steps, 1)
+            if num_steps > MAX_STEPS:
+                raise InputError(f"num_steps must be at most {MAX_STEPS}, got {num_steps}")
             levels = schedule_sigmas(schedule, num_steps, tokens)
 
         guidance = (1.0 if distilled else 4.0) if guidance is None else float(guidance)
@@ -625,7 +628,7 @@ def check_size(height: int, width: int) -> None:
             )
     if height * width > MAX_PIXELS:
         raise InputError(
-            f"{width} x {height} is {height * width / 2**20:.1f} megapixels; at most {MAX_PIXELS // 2**20} "
+            f"{width} x {height} is {height * width / 2**20:.2f} megapixels; at most {MAX_PIXELS // 2**20} "
             "(2048 x 2048) can be drawn"
         )
 

@@ -1,0 +1,149 @@
+"""Picture files: what they carry, and that none is lost or half written."""
+
+import errno
+import json
+import os
+import stat
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from flux2_mlx import InputError, Settings, read_metadata, save_image
+from flux2_mlx.images import check_output, reference_array, to_pil, to_unit
+
+SETTINGS = Settings(
+    prompt='a red fox 🦊, "quoted"\nsecond line',
+    model="klein-4b",
+    seed=42,
+    width=32,
+    height=16,
+    num_steps=4,
+    guidance=1.0,
+    schedule="flux2",
+    noise="torch",
+    dtype="float32",
+    max_sequence_length=512,
+    negative_prompt="blur",
+)
+
+
+@pytest.fixture
+def image():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 32, 3), np.uint8))
+
+
+def save(image, path):
+    return save_image(image, path, SETTINGS.metadata(), SETTINGS.parameters())
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".webp", ".PNG"])
+def test_every_format_carries_its_settings(image, tmp_path, suffix):
+    written = save(image, tmp_path / f"fox{suffix}")
+    assert read_metadata(written) == json.loads(json.dumps(SETTINGS.metadata()))
+    with Image.open(written) as reread:
+        assert reread.size == (32, 16)
+        if reread.format == "PNG":
+            assert np.array_equal(np.asarray(reread), np.asarray(image))
+            assert reread.info["parameters"] == SETTINGS.parameters()
+        else:
+            comment = reread.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
+            assert comment == b"UNICODE\0" + SETTINGS.parameters().encode("utf-16-be")
+
+
+def test_the_parameters_line():
+    assert SETTINGS.parameters() == (
+        'a red fox 🦊, "quoted"\nsecond line\nNegative prompt: blur\nSteps: 4, Sampler: Euler, Schedule type: flux2, '
+        f"CFG scale: 1, Seed: 42, Size: 32x16, Model: klein-4b, Version: flux2_mlx {SETTINGS.version}"
+    )
+
+
+def test_an_existing_file_is_kept(image, tmp_path):
+    path = tmp_path / "fox.png"
+    path.write_bytes(b"precious")
+    assert save(image, path) == tmp_path / "fox-2.png"
+    assert save(image, path) == tmp_path / "fox-3.png"
+    assert path.read_bytes() == b"precious"
+
+
+def test_an_existing_file_is_kept_where_links_do_not_exist(image, tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    assert save(image, tmp_path / "fox.png") == tmp_path / "fox.png"
+    assert save(image, tmp_path / "fox.png") == tmp_path / "fox-2.png"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fox-2.png", "fox.png"]
+
+
+def test_a_file_is_readable_as_the_umask_says(image, tmp_path):
+    before = os.umask(0o027)
+    try:
+        written = save(image, tmp_path / "fox.png")
+        assert stat.S_IMODE(written.stat().st_mode) == 0o640
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize(("code", "text"), [(errno.ENOSPC, "the disk is full"), (errno.EIO, "Input/output error")])
+def test_a_failed_write_leaves_nothing(image, tmp_path, monkeypatch, code, text):
+    def half(self, file, **_):
+        file.write(b"half a picture")
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    with pytest.raises(InputError, match=f"cannot write .*fox.png: {text}"):
+        save(image, tmp_path / "fox.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["fox.bmp", "fox", "fox.png.txt"])
+def test_other_formats_are_refused(tmp_path, name):
+    with pytest.raises(InputError, match=r"the suffix must be one of \.png, \.jpg"):
+        check_output(tmp_path / name)
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(InputError, match="there is no folder"):
+        check_output(tmp_path / "gone" / "fox.png")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", None])
+def test_metadata_of_what_is_no_picture(tmp_path, content):
+    path = tmp_path / "x.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=r"cannot read .*x\.png"):
+        read_metadata(path)
+
+
+@pytest.mark.parametrize("text", [None, "not json", "[1]", '{"other": 1}'])
+def test_metadata_of_another_programs_picture(image, tmp_path, text):
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    if text is not None:
+        info.add_text("flux2_mlx", text)
+    image.save(tmp_path / "x.png", pnginfo=info)
+    with pytest.raises(InputError, match="does not say how it was made"):
+        read_metadata(tmp_path / "x.png")
+
+
+def test_rounding_is_half_to_even_and_values_are_clipped():
+    decoded = mx.array([[[[-2.0, -1.0, 0.0]], [[1.0, 3.0, 2 * 2.5 / 255 - 1]]]])
+    unit = np.array(to_unit(decoded))[0]
+    assert np.asarray(to_pil(unit)).tolist() == [[[0, 0, 128]], [[255, 255, 2]]]
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("fox.png", "must be a PIL.Image.Image, got str"),
+        (Image.new("RGB", (63, 80)), "63 x 80 is too small: at least 64"),
+        (Image.new("RGB", (64, 520)), "64 x 520 is too elongated: at most 8 to 1"),
+    ],
+)
+def test_bad_references(image, message):
+    with pytest.raises(InputError, match=message):
+        reference_array(image)

@@ -1,0 +1,298 @@
+"""Flux2Pipeline: seeds, stages, steps and the arguments it refuses."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image
+
+from flux2_mlx import Flux2Pipeline, InputError, Step
+from flux2_mlx.memory import decoder_bytes, default_dtype, machine_memory, transformer_bytes
+from flux2_mlx.models.text_encoder import Qwen3TextEncoder
+from tests import tiny
+
+SMALL = {"height": 64, "width": 80, "num_steps": 2, "max_sequence_length": 16}
+
+
+def same(a, b) -> bool:
+    return np.array_equal(np.asarray(a), np.asarray(b))
+
+
+# ------------------------------------------------------------------------------------------------ seeds
+
+
+@pytest.mark.parametrize("noise", ["torch", "mlx"])
+def test_image_k_of_a_batch_is_the_single_image_with_seed_plus_k(pipe, noise):
+    batch = pipe("a red fox", seed=7, num_images=3, noise=noise, **SMALL)
+    assert batch.seeds == [7, 8, 9]
+    alone = pipe("a red fox", seed=9, noise=noise, **SMALL)
+    assert same(batch.images[2], alone.images[0])
+    assert not same(batch.images[1], alone.images[0])
+
+
+def test_a_random_seed_is_told_and_repeats(pipe):
+    first = pipe("a red fox", **SMALL)
+    assert same(first.images[0], pipe("a red fox", seed=first.seeds[0], **SMALL).images[0])
+    assert first.seeds != pipe("a red fox", **SMALL).seeds
+
+
+def test_noise_of_torch_is_the_default(pipe):
+    default = pipe("a red fox", seed=1, **SMALL).images[0]
+    assert same(default, pipe("a red fox", seed=1, noise="torch", **SMALL).images[0])
+    assert not same(default, pipe("a red fox", seed=1, noise="mlx", **SMALL).images[0])
+
+
+# ------------------------------------------------------------------------------------------------ text encoding
+
+
+@pytest.fixture
+def encodings(monkeypatch):
+    """Count of the text encoder's calls."""
+    calls = []
+    original = Qwen3TextEncoder.__call__
+
+    def counted(self, *args):
+        calls.append(args[0].shape)
+        return original(self, *args)
+
+    monkeypatch.setattr(Qwen3TextEncoder, "__call__", counted)
+    return calls
+
+
+def test_a_prompt_is_encoded_once(checkpoint, encodings):
+    pipe = Flux2Pipeline.from_pretrained(checkpoint)
+    pipe(["a", "b", "a"], num_images=2, **SMALL)
+    assert len(encodings) == 2
+    pipe("b", seed=5, **SMALL)
+    assert len(encodings) == 2
+    pipe("a", **SMALL)  # the last call's alone are kept
+    assert len(encodings) == 3
+    pipe("a", **{**SMALL, "max_sequence_length": 17})
+    assert len(encodings) == 4
+
+
+def test_a_new_seed_needs_no_text_encoder(checkpoint):
+    pipe = Flux2Pipeline.from_pretrained(checkpoint)
+    pipe("a", **SMALL)
+    pipe.unload("text_encoder")
+    assert "text_encoder" not in pipe("a", seed=3, **SMALL).seconds
+    assert "text_encoder" not in pipe._loaded
+
+
+def test_guidance_encodes_the_negative_prompt(base_reference, encodings):
+    pipe = Flux2Pipeline.from_pretrained(base_reference[1])
+    plain = pipe("a", seed=1, **SMALL)
+    assert len(encodings) == 2
+    assert plain.settings[0].guidance == 4.0
+    other = pipe("a", seed=1, negative_prompt="a red fox", **SMALL)
+    assert not same(plain.images[0], other.images[0])
+    pipe("a", seed=1, guidance=1.0, **SMALL)
+    assert len(encodings) == 3
+
+
+# ------------------------------------------------------------------------------------------------ defaults
+
+
+def test_steps_and_guidance_default_per_model(pipe, base_reference):
+    base = Flux2Pipeline.from_pretrained(base_reference[1])
+    for model, steps, guidance in ((pipe, 4, 1.0), (base, 50, 4.0)):
+        settings = next(model.stream("a", height=64, width=64, max_sequence_length=16)).settings
+        assert (settings.num_steps, settings.guidance) == (steps, guidance)
+
+
+def test_the_default_size_is_1024(pipe):
+    with pytest.raises(InputError, match=r"latents must be \(1, 128, 64, 64\) or \(1, 4096, 128\)"):
+        pipe("a", latents=np.zeros((1, 2)))
+
+
+def test_guidance_of_a_distilled_model_is_ignored_with_a_warning(pipe):
+    expected = pipe("a", seed=1, **SMALL)
+    with pytest.warns(UserWarning, match=r"distilled and draws without guidance; guidance 3\.5 is ignored"):
+        ours = pipe("a", seed=1, guidance_scale=3.5, **SMALL)
+    assert same(ours.images[0], expected.images[0])
+    assert ours.settings[0].guidance == 1.0
+
+
+def test_schedules_differ(pipe):
+    pictures = [pipe("a", seed=1, schedule=schedule, **SMALL).images[0] for schedule in ("flux2", "linear", "comfy")]
+    assert not same(pictures[0], pictures[1])
+    assert not same(pictures[1], pictures[2])
+    assert not same(pictures[0], pictures[2])
+
+
+def test_dtype_follows_the_machine(monkeypatch):
+    from flux2_mlx import memory
+
+    assert default_dtype() == (mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16)
+    monkeypatch.setattr(memory, "on_gpu", lambda: True)
+    for architecture, dtype in (
+        ("applegpu_g13s", mx.float16),
+        ("applegpu_g14d", mx.float16),
+        ("applegpu_g15p", mx.bfloat16),
+        ("applegpu_g17s", mx.bfloat16),
+        ("sm_90", mx.bfloat16),
+    ):
+        monkeypatch.setattr(mx, "device_info", lambda architecture=architecture: {"architecture": architecture})
+        assert default_dtype() == dtype
+
+
+def test_float16_leaves_range_to_the_other_stages(checkpoint):
+    pipe = Flux2Pipeline.from_pretrained(checkpoint, dtype="float16")
+    result = pipe("a", seed=1, **SMALL)
+    assert result.settings[0].dtype == "float16"
+    assert pipe.transformer.proj_out.weight.dtype == mx.float16
+    assert pipe.text_encoder.model.embed_tokens.weight.dtype == mx.bfloat16
+    assert pipe.autoencoder.decoder.conv_in.weight.dtype == mx.bfloat16
+
+
+# ------------------------------------------------------------------------------------------------ steps
+
+
+def test_stream_yields_every_step_of_every_picture(pipe):
+    steps = list(pipe.stream("a", seed=4, num_images=2, **SMALL))
+    assert [(step.image, step.index, step.is_last) for step in steps] == [
+        (0, 1, False),
+        (0, 2, True),
+        (1, 1, False),
+        (1, 2, True),
+    ]
+    assert all(isinstance(step, Step) and step.latents.shape == (1, 20, 128) for step in steps)
+    assert [step.sigma == 0 for step in steps] == [False, True, False, True]
+    assert mx.array_equal(steps[1].denoised, steps[1].latents).item()
+    assert not mx.allclose(steps[0].denoised, steps[0].latents).item()
+    assert same(steps[3].picture(), pipe("a", seed=5, **SMALL).images[0])
+
+
+def test_a_preview_changes_nothing(pipe):
+    expected = pipe("a", seed=4, **SMALL).images[0]
+    for step in pipe.stream("a", seed=4, **SMALL):
+        preview = step.picture()
+        assert preview.size == (80, 64)
+    assert same(preview, expected)
+
+
+def test_a_caller_may_stop(pipe):
+    stream = pipe.stream("a", seed=4, num_images=100, **SMALL)
+    assert next(stream).index == 1
+    stream.close()
+    assert same(pipe("a", seed=4, **SMALL).images[0], pipe("a", seed=4, **SMALL).images[0])
+
+
+def test_the_result_tells_seconds_and_peaks(checkpoint):
+    result = Flux2Pipeline.from_pretrained(checkpoint)("a", **SMALL)
+    assert set(result.seconds) == set(result.peak_bytes) == {"load", "text_encoder", "denoise", "decode"}
+    assert all(seconds > 0 for seconds in result.seconds.values())
+    assert all(peak > 1e6 for peak in result.peak_bytes.values())
+
+
+def test_latents_that_are_not_finite(damaged):
+    def change(tensors):
+        tensors["proj_out.weight"][0, 0] = float("nan")
+
+    tiny.edit_weights(damaged / "transformer" / "diffusion_pytorch_model.safetensors", change)
+    pipe = Flux2Pipeline.from_pretrained(damaged)
+    with pytest.raises(FloatingPointError, match="step 1 of 2: the latents are not finite in float32; try bfloat16"):
+        pipe("a", **SMALL)
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def test_enough_memory_keeps_every_stage(checkpoint):
+    pipe = Flux2Pipeline.from_pretrained(checkpoint)
+    pipe("a", **SMALL)
+    assert pipe._loaded == {"text_encoder", "transformer", "autoencoder"}
+    assert pipe("b", **SMALL).seconds.get("load") is None
+
+
+def test_short_memory_unloads_what_is_not_needed(checkpoint, pipe):
+    mx.clear_cache()
+    short = Flux2Pipeline.from_pretrained(checkpoint, memory_limit=1)
+    before = mx.get_active_memory()
+    for step in short.stream("a", seed=2, **SMALL):
+        assert short._loaded == {"transformer"}, step
+    assert mx.get_active_memory() - before < 10e6  # the text encoder alone is 44 MB
+    picture = step.picture()
+    assert short._loaded == {"autoencoder"}
+    assert same(picture, pipe("a", seed=2, **SMALL).images[0])
+
+
+def test_unload_gives_memory_back_and_the_next_call_draws_the_same(checkpoint):
+    pipe = Flux2Pipeline.from_pretrained(checkpoint)
+    before = mx.get_active_memory()
+    first = pipe("a", seed=2, **SMALL)
+    assert mx.get_active_memory() - before > 40e6
+    pipe.unload()
+    assert mx.get_active_memory() - before < 1e6
+    assert same(first.images[0], pipe("b", seed=2, **SMALL).images[0]) is False
+    assert same(first.images[0], pipe("a", seed=2, **SMALL).images[0])
+    with pytest.raises(InputError, match="stage must be one of"):
+        pipe.unload("vae")
+
+
+def test_estimates_grow_with_the_work(pipe):
+    params, config = pipe.checkpoint.transformer, pipe.checkpoint.autoencoder
+    assert transformer_bytes(params, 4608, mx.bfloat16) > transformer_bytes(params, 1536, mx.bfloat16) > 0
+    assert decoder_bytes(config, 1024, 1024, mx.float32) == 2 * decoder_bytes(config, 1024, 1024, mx.bfloat16)
+    assert 2**30 < machine_memory() < 2**50
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"height": 100}, "height must be a multiple of 16, got 100; the nearest are 96 and 112"),
+        ({"width": 1030}, "width must be a multiple of 16, got 1030; the nearest are 1024 and 1040"),
+        ({"height": 48}, "height must be a whole number of at least 64, got 48"),
+        ({"width": -16}, "width must be a whole number of at least 64, got -16"),
+        ({"width": 2048, "height": 2064}, r"2048 x 2064 is 4\.03 megapixels; at most 4 \(2048 x 2048\)"),
+        ({"height": 64.0}, r"height must be a whole number of at least 64, got 64\.0"),
+        ({"num_steps": 1001}, "num_steps must be at most 1000, got 1001"),
+        ({"num_steps": 0}, "num_steps must be a whole number of at least 1, got 0"),
+        ({"num_inference_steps": -3}, "num_steps must be a whole number of at least 1, got -3"),
+        ({"num_steps": 4, "num_inference_steps": 5}, r"num_steps \(4\) and num_inference_steps \(5\) are the same"),
+        ({"num_images": 0}, "num_images must be a whole number of at least 1, got 0"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        ({"guidance": -1.0}, "guidance must be a number from 0 up, got -1"),
+        ({"guidance": float("nan")}, "guidance must be a number from 0 up, got nan"),
+        ({"noise": "cuda"}, "noise must be one of torch, mlx, got 'cuda'"),
+        ({"schedule": "karras"}, "schedule must be one of flux2, linear, comfy, got 'karras'"),
+        ({"max_sequence_length": 0}, "max_sequence_length must be a whole number of at least 1, got 0"),
+        ({"sigmas": [0.5, 0.9]}, "sigmas must fall"),
+        ({"sigmas": [1.0, 0.5], "num_steps": 3}, "num_steps is 3, but 2 sigmas are given"),
+        ({"prompt": None}, "give either prompt or prompt_embeds"),
+        ({"prompt_embeds": mx.zeros((1, 8, 192))}, "give either prompt or prompt_embeds"),
+        ({"prompt": None, "prompt_embeds": mx.zeros((1, 8, 7680))}, r"prompt_embeds must be \(B, L, 192\), got"),
+        ({"prompt": []}, "non-empty list of strings"),
+        ({"prompt": [1]}, "non-empty list of strings"),
+        ({"negative_prompt": None}, "negative_prompt a string"),
+        ({"output_type": "pt"}, "output_type must be one of pil, np, latent, got 'pt'"),
+        ({"image": Image.new("RGB", (20, 20))}, "too small"),
+    ],
+)
+def test_bad_arguments_name_the_value_and_the_way_out(pipe, options, message):
+    with pytest.raises(InputError, match=message):
+        pipe(**{"prompt": "a", **options})
+
+
+def test_stream_refuses_at_once(pipe):
+    with pytest.raises(InputError, match="num_steps"):
+        pipe.stream("a", num_steps=0)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int8", mx.int8])
+def test_an_unknown_dtype(checkpoint, dtype):
+    with pytest.raises(InputError, match="dtype must be one of float32, float16, bfloat16"):
+        Flux2Pipeline.from_pretrained(checkpoint, dtype=dtype)
+
+
+def test_references_on_a_kv_checkpoint_are_refused(damaged):
+    import json
+
+    index = json.loads((damaged / "model_index.json").read_text())
+    tiny.rewrite(damaged / "model_index.json", json.dumps({**index, "_class_name": "Flux2KleinKVPipeline"}))
+    pipe = Flux2Pipeline.from_pretrained(damaged)
+    with pytest.raises(InputError, match="takes reference images through its own cache"):
+        pipe("a", image=Image.new("RGB", (64, 64)))
+    assert pipe("a", **SMALL).settings[0].num_steps == 2
