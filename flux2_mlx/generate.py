@@ -183,13 +183,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for input that cannot be used (one line on standard error), 130 after Ctrl-C.
     """
-
-    def show_warning(message: Warning | str, *_: Any) -> None:
-        print(f"warning: {message}", file=sys.stderr)
-
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = show_warning
+        warnings.showwarning = show_warning  # type: ignore[assignment]  # takes whatever comes after the message
         try:
             arguments = parse_arguments(argv)
             if arguments.quiet:
@@ -202,6 +198,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("interrupted", file=sys.stderr)
             return INTERRUPTED
     return 0
+
+
+def show_warning(message: Warning | str, *_: Any) -> None:
+    """Print a warning as one line, without the place in the code."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _silence_downloads() -> None:

@@ -79,7 +79,7 @@ def torch_randn(shape: Sequence[int], seed: int) -> np.ndarray:
         float32 array of the shape.
     """
     bits = np.random.MT19937()
-    bits._legacy_seeding(seed & 0xFFFFFFFF)  # type: ignore[attr-defined]  # init_genrand, as torch seeds
+    bits._legacy_seeding(seed & 0xFFFFFFFF)  # init_genrand, as torch seeds
     count = math.prod(shape)
     if count < 16:
         return _few_normals(bits, count).reshape(shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -36,10 +37,14 @@ def default_dtype() -> mx.Dtype:
     return mx.float16 if apple and int(apple[1]) <= 14 else mx.bfloat16
 
 
+def weights_of(module: nn.Module) -> dict[str, mx.array]:
+    """A module's weights by name, as they are: loaded or still lazy."""
+    return cast("dict[str, mx.array]", tree_flatten(module.parameters(), destination={}))
+
+
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of a module's weights once they are loaded."""
-    leaves = tree_flatten(module.parameters())
-    return sum(array.nbytes for _, array in leaves if isinstance(array, mx.array))
+    return sum(array.nbytes for array in weights_of(module).values())
 
 
 def _scores(heads: int, tokens: int) -> int:
@@ -55,16 +60,15 @@ def text_encoder_bytes(config: Qwen3Config, length: int, dtype: mx.Dtype) -> int
 
 
 def transformer_bytes(params: FluxKleinParams, tokens: int, dtype: mx.Dtype) -> int:
-    """Estimated intermediates of one step over ``tokens`` text and image tokens: about 20 residual streams in the
-    weights' dtype and 6 in float32 for the rotation.
+    """Estimated intermediates of one step over ``tokens`` text and image tokens: about 30 residual streams in the
+    weights' dtype, and 6 in float32 for the rotation.
     """
-    return tokens * params.hidden_size * (20 * dtype.size + 6 * 4) + _scores(params.num_heads, tokens)
+    return tokens * params.hidden_size * (30 * dtype.size + 6 * 4) + _scores(params.num_heads, tokens)
 
 
 def decoder_bytes(config: AutoEncoderConfig, height: int, width: int, dtype: mx.Dtype) -> int:
-    """Estimated intermediates of decoding a picture: the widest two activations at full size and one more; the CPU
-    backend also unfolds each 3x3 convolution's input.
+    """Estimated intermediates of decoding a picture: three activations of the widest full-size block; the CPU backend
+    also unfolds the inputs of its 3x3 convolutions, about 40 in all.
     """
-    widest = config.decoder_channels[1] if len(config.decoder_channels) > 1 else config.decoder_channels[0]
-    live = 3 if on_gpu() else 12
-    return height * width * widest * live * dtype.size
+    live = 3 if on_gpu() else 40
+    return height * width * config.decoder_channels[1] * live * dtype.size

@@ -23,7 +23,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -47,6 +46,7 @@ from .memory import (
     text_encoder_bytes,
     transformer_bytes,
     weight_bytes,
+    weights_of,
 )
 from .models.autoencoder import AutoEncoder
 from .models.text_encoder import Qwen3TextEncoder
@@ -578,12 +578,13 @@ class Flux2Pipeline:
                 self.unload(other)
         if stage in self._loaded:
             return
-        arrays = [array for _, array in tree_flatten(module.parameters())]
         bar = tqdm(
             total=weights, desc=f"loading {stage}", unit="B", unit_scale=True, leave=False, disable=not self.progress
         )
         with bar, stats.measure("load"):
-            for array in arrays:  # one by one: a cast holds its source only for as long as itself takes
+            for array in weights_of(
+                module
+            ).values():  # one by one: a cast holds its source only for as long as itself takes
                 mx.eval(array)
                 bar.update(array.nbytes)
         self._loaded.add(stage)

@@ -20,7 +20,6 @@ import huggingface_hub
 import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import errors as hub_errors
-from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
 from .checkpoints import (
@@ -30,6 +29,7 @@ from .checkpoints import (
     sanitize_vae_weights,
 )
 from .config import RELEASED, AutoEncoderConfig, CheckpointError, FluxKleinParams, InputError, Qwen3Config
+from .memory import weights_of
 from .models.autoencoder import AutoEncoder
 from .models.text_encoder import Qwen3TextEncoder
 from .models.transformer import FluxKlein
@@ -222,7 +222,7 @@ def assign(module: M, weights: Mapping[str, mx.array], dtype: mx.Dtype, where: s
     Raises:
         CheckpointError: naming every missing, unknown and mis-shaped weight at once.
     """
-    expected: dict[str, mx.array] = dict(tree_flatten(module.parameters()))  # type: ignore[arg-type]
+    expected = weights_of(module)
     missing = sorted(expected.keys() - weights.keys())
     unknown = sorted(weights.keys() - expected.keys())
     misshaped = [

@@ -17,8 +17,8 @@ LAYERS = [
     {"_version", "config"},
     {"models.rope"},
     {"models.transformer", "models.text_encoder", "models.autoencoder"},
-    {"latents", "sampler", "checkpoints", "tokenizer"},
-    {"images", "weights", "memory"},
+    {"latents", "sampler", "checkpoints", "tokenizer", "memory"},
+    {"images", "weights"},
     {"pipeline"},
     {"generate"},
 ]

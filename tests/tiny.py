@@ -1,7 +1,11 @@
-"""Tiny random FLUX.2 [klein] checkpoints, written by diffusers itself."""
+"""Tiny random FLUX.2 [klein] checkpoints, written by diffusers itself.
+
+python -m tests.tiny FOLDER        # one to try commands on; its pictures are noise
+"""
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -83,6 +87,7 @@ def pipeline(
     text_hidden: int = 64,
     text_heads: int = 4,
     text_kv_heads: int = 2,
+    head_dim: int = 32,
     distilled: bool = True,
     seed: int = 0,
 ) -> Flux2KleinPipeline:
@@ -93,7 +98,7 @@ def pipeline(
         ),
         vae=autoencoder(),
         text_encoder=text_encoder(text_hidden, text_heads, text_kv_heads),
-        transformer=transformer(heads, depth, depth_single, text_hidden),
+        transformer=transformer(heads, depth, depth_single, text_hidden, head_dim),
         tokenizer=AutoTokenizer.from_pretrained(TOKENIZER),
         is_distilled=distilled,
     )
@@ -121,3 +126,7 @@ def edit_weights(path: Path, change) -> None:
     change(tensors)
     path.unlink()
     save_file(tensors, path)
+
+
+if __name__ == "__main__":
+    pipeline().save_pretrained(sys.argv[1])

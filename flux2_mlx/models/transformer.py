@@ -96,7 +96,7 @@ class Modulation(nn.Module):
         self.linear = nn.Linear(dims, parts * dims, bias=False)
 
     def __call__(self, temb: mx.array) -> list[mx.array]:
-        return mx.split(self.linear(nn.silu(temb))[:, None], self.parts, axis=-1)
+        return list(mx.split(self.linear(nn.silu(temb))[:, None], self.parts, axis=-1))
 
 
 class FeedForward(nn.Module):
@@ -292,9 +292,9 @@ class FluxKlein(nn.Module):
 
         x = self.x_embedder(img.astype(dtype))
         c = self.context_embedder(txt.astype(dtype))
-        for block in self.transformer_blocks:
-            x, c = block(x, c, img_mod, txt_mod, rope_cos, rope_sin)
+        for double in self.transformer_blocks:
+            x, c = double(x, c, img_mod, txt_mod, rope_cos, rope_sin)
         z = mx.concatenate([c, x], axis=1)
-        for block in self.single_transformer_blocks:
-            z = block(z, single_mod, rope_cos, rope_sin)
+        for single in self.single_transformer_blocks:
+            z = single(z, single_mod, rope_cos, rope_sin)
         return self.proj_out(self.norm_out(z[:, txt.shape[1] :], temb))

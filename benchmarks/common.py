@@ -1,0 +1,80 @@
+"""What the benchmarks share: the machine, random weights, and how a stage is timed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from flux2_mlx import __version__
+from flux2_mlx.memory import weights_of
+
+
+def machine() -> dict[str, Any]:
+    """Chip, memory, system and versions, for the JSON line."""
+    info = mx.device_info()
+    return {
+        "chip": info.get("device_name") or platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "device": str(mx.default_device()),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "mlx": version("mlx"),
+        "flux2_mlx": __version__,
+    }
+
+
+def randomized(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
+    """A module with its random initial weights in dtype, in memory; tensor by tensor, so that casts do not add up."""
+    module.update(tree_map(lambda array: array.astype(dtype), module.parameters()))
+    load(module)
+    return module
+
+
+def load(module: nn.Module) -> None:
+    """Bring a module's lazy weights into memory."""
+    for array in weights_of(module).values():
+        mx.eval(array)
+
+
+def measure(name: str, function: Callable[[], mx.array], repeats: int) -> dict[str, Any]:
+    """Time a stage and print a row: seconds of each repeat (the first, which warms up, apart) and peak MLX memory."""
+    mx.reset_peak_memory()
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        mx.eval(function())
+        seconds.append(time.perf_counter() - start)
+    first, *rest = seconds
+    figures = {
+        "first_s": first,
+        "median_s": statistics.median(rest or seconds),
+        "min_s": min(rest or seconds),
+        "max_s": max(rest or seconds),
+        "peak_gb": mx.get_peak_memory() / 1e9,
+    }
+    print(f"{name:14}" + "".join(f"{value:12.3f}" for value in figures.values()), flush=True)
+    return figures
+
+
+def header() -> None:
+    """Column names of the rows that measure prints."""
+    columns = ("first s", "median s", "min s", "max s", "peak GB")
+    print(f"{'':14}" + "".join(f"{c:>12}" for c in columns))
+
+
+def process_peak_gb() -> float:
+    """The largest memory that this process had, as the system counts it."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9

@@ -1,0 +1,145 @@
+"""README, examples and benchmarks do what they print, on a tiny checkpoint."""
+
+import json
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flux2_mlx import RELEASED, pipeline
+from flux2_mlx.generate import main
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+# Sizes of the README, cut down so that reference BLAS draws them in a moment.
+SMALLER = {
+    "(1, 1024, 128)": "(1, 16, 128)",
+    "image_ids(512, 512)": "image_ids(64, 64)",
+    "height=512, width=512": "height=64, width=64",
+    "width=1024, height=768": "width=96, height=64",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    """The command lines of the README that draw."""
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [line for line in lines if re.match(r"(python -m flux2_mlx\.generate|flux2-generate) ", line)]
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+@pytest.fixture(scope="module")
+def klein(tmp_path_factory):
+    """A tiny checkpoint with heads of 128, so that compute_rope's defaults fit it."""
+    folder = tmp_path_factory.mktemp("readme") / "klein"
+    tiny.pipeline(heads=1, head_dim=128).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "DEFAULT_SIZE", 64)
+
+
+def test_python_examples_run_in_order(klein, tmp_path, capsys):
+    assert len(blocks("python")) >= 3
+    namespace: dict = {}
+    for code in blocks("python"):
+        code = code.replace('"klein-4b"', repr(str(klein)))
+        for large, little in SMALLER.items():
+            code = code.replace(large, little)
+        exec(compile(code, "README.md", "exec"), namespace)
+    assert namespace["image"].shape == (1, 64, 64, 3)
+    assert size_of(tmp_path / "fox.png") == (96, 64)
+    assert "step 4 of 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_examples_run(command, klein, tmp_path, capsys):
+    (tmp_path / "prompt.txt").write_text("a red fox")
+    if "--from-image" in command:
+        assert main(["a fox", "--output", "fox.png", "--model", str(klein), "--width", "64", "--height", "64"]) == 0
+    arguments = shlex.split(command, comments=True)
+    arguments = arguments[3:] if arguments[0] == "python" else arguments[1:]
+    small = ["--model", str(klein), "--width", "64", "--height", "64", "--max-sequence-length", "16"]
+    assert main([*arguments, *small]) == 0
+    assert "seed " in capsys.readouterr().out
+
+
+def test_the_readme_has_commands():
+    assert len(commands()) >= 5
+
+
+def test_every_released_model_is_in_the_readme():
+    for name, released in RELEASED.items():
+        assert f"`{name}`" in README
+        assert released.repo in README
+
+
+def test_links_inside_the_project_lead_somewhere():
+    for document in ROOT.glob("*.md"):
+        for target in re.findall(r"\]\((?!http|#|mailto)([^)#]+)", document.read_text(encoding="utf-8")):
+            assert (ROOT / target).exists(), f"{document.name}: {target}"
+
+
+@pytest.mark.parametrize(
+    ("script", "files"),
+    [
+        ("text_to_image.py", ["seed-1.png", "seed-2.png", "seed-3.png"]),
+        ("watch_steps.py", ["step-1.png", "step-2.png", "step-3.png", "step-4.png"]),
+        ("seed_grid.py", ["grid.png"]),
+    ],
+)
+def test_examples_run(script, files, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script, "a red fox", "--model", str(checkpoint), "--size", "64"])
+    runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
+    assert all(size_of(tmp_path / file)[0] % 64 == 0 for file in files)
+
+
+def test_every_example_is_tested():
+    tested = {mark.args[1][i][0] for mark in test_examples_run.pytestmark for i in range(len(mark.args[1]))}
+    assert tested == {path.name for path in (ROOT / "examples").glob("*.py")}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["stages", "--random", "tiny", "--size", "64", "--text-length", "16", "--repeats", "1"],
+        ["stages", "--model", "CHECKPOINT", "--size", "64", "--text-length", "16", "--repeats", "0"],
+        ["full_size", "--tiny", "--size", "64", "--steps", "1"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:3]),
+)
+def test_benchmarks_end_with_a_json_line(arguments, checkpoint):
+    script, *options = [str(checkpoint) if word == "CHECKPOINT" else word for word in arguments]
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{script}", *options],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONWARNINGS": "error"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["benchmark"] == script
+    assert {"chip", "os", "mlx", "process_peak_gb"} <= report.keys()
+    parts = report.get("stages") or report["parts"]
+    assert all(part["peak_gb"] > 0 for part in parts.values())
