@@ -20,7 +20,7 @@ from ._version import __version__
 from .config import MAX_SEQUENCE_LENGTH, RELEASED, InputError
 from .images import FORMATS, check_output, read_metadata, save_image
 from .latents import NOISES
-from .pipeline import DEFAULT_SIZE, DTYPES, Flux2Pipeline, check_size
+from .pipeline import DEFAULT_SIZE, DTYPES, Flux2Pipeline, check_options
 from .sampler import SCHEDULES
 
 DEFAULT_OUTPUT = "flux2-{seed}.png"
@@ -126,27 +126,26 @@ def run(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     prompt = read_prompt(arguments, sys.stdin)
     seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
-    check_size(arguments.height, arguments.width)
-    for index in range(max(arguments.num_images, 1)):
+    options = {
+        "height": arguments.height,
+        "width": arguments.width,
+        "num_steps": arguments.num_steps,
+        "guidance": arguments.guidance,
+        "seed": seed,
+        "num_images": arguments.num_images,
+        "schedule": arguments.schedule,
+        "sigmas": arguments.sigmas,
+        "noise": arguments.noise,
+        "max_sequence_length": arguments.max_sequence_length,
+    }
+    check_options(**options)
+    for index in range(arguments.num_images):
         check_output(output_path(arguments.output, seed + index, index))
 
     pipe = Flux2Pipeline.from_pretrained(
         arguments.model, revision=arguments.revision, dtype=arguments.dtype, progress=not arguments.quiet
     )
-    steps = pipe.stream(
-        prompt,
-        negative_prompt=arguments.negative_prompt,
-        height=arguments.height,
-        width=arguments.width,
-        num_steps=arguments.num_steps,
-        guidance=arguments.guidance,
-        seed=seed,
-        num_images=arguments.num_images,
-        schedule=arguments.schedule,
-        sigmas=arguments.sigmas,
-        noise=arguments.noise,
-        max_sequence_length=arguments.max_sequence_length,
-    )
+    steps = pipe.stream(prompt, negative_prompt=arguments.negative_prompt, **options)
     bar: tqdm | None = None  # made after the first step, so that bars of loading come before it
     for step in steps:
         if bar is None:

@@ -78,20 +78,26 @@ def torch_randn(shape: Sequence[int], seed: int) -> np.ndarray:
     Returns:
         float32 array of the shape.
     """
-    bits = np.random.MT19937()
-    bits._legacy_seeding(seed & 0xFFFFFFFF)  # init_genrand, as torch seeds
+    generator = np.random.RandomState(seed & 0xFFFFFFFF)
     count = math.prod(shape)
-    if count < 16:
-        return _few_normals(bits, count).reshape(shape)
+
+    def words(n: int) -> np.ndarray:
+        return generator.randint(0, 2**32, size=n, dtype=np.uint32)  # the whole range: one word a number, as it comes
 
     def uniforms(n: int) -> np.ndarray:
-        words = bits.random_raw(n)
-        return (words & 0xFFFFFF).astype(np.float32) * np.float32(2.0**-24)
+        return (words(n) & 0xFFFFFF).astype(np.float32) * np.float32(2.0**-24)
 
     def normals(u: np.ndarray) -> np.ndarray:  # (blocks, 16)
         radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - u[:, :8]))
         angle = np.float32(2 * np.pi) * u[:, 8:]
         return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+
+    if count < 16:
+        high, low = words(4 * math.ceil(count / 2)).astype(np.uint64).reshape(-1, 2).T
+        u1, u2 = (((high << 32 | low) & (2**53 - 1)) * 2.0**-53).reshape(-1, 2).T
+        radius, angle = np.sqrt(-2 * np.log1p(-u2)), 2 * np.pi * u1
+        pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+        return pairs.reshape(-1)[:count].astype(np.float32).reshape(shape)
 
     u = uniforms(count)
     out = np.empty(count, np.float32)
@@ -100,16 +106,6 @@ def torch_randn(shape: Sequence[int], seed: int) -> np.ndarray:
     if whole < count:
         out[-16:] = normals(uniforms(16).reshape(1, 16))[0]
     return out.reshape(shape)
-
-
-def _few_normals(bits: np.random.MT19937, count: int) -> np.ndarray:
-    values: list[float] = []
-    while len(values) < count:
-        high1, low1, high2, low2 = (int(word) for word in bits.random_raw(4))
-        u1, u2 = (((high << 32 | low) & (2**53 - 1)) * 2.0**-53 for high, low in ((high1, low1), (high2, low2)))
-        radius = math.sqrt(-2 * math.log1p(-u2))
-        values += [radius * math.cos(2 * math.pi * u1), radius * math.sin(2 * math.pi * u1)]
-    return np.array(values[:count], np.float32)
 
 
 NOISES = ("torch", "mlx")

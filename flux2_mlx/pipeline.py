@@ -51,7 +51,7 @@ from .memory import (
 from .models.autoencoder import AutoEncoder
 from .models.text_encoder import Qwen3TextEncoder
 from .models.transformer import FluxKlein
-from .sampler import SCHEDULES, custom_sigmas, euler_step, schedule_sigmas
+from .sampler import SCHEDULES, check_sigmas, custom_sigmas, euler_step, schedule_sigmas
 from .tokenizer import Qwen3Tokenizer
 from .weights import Checkpoint, load_autoencoder, load_text_encoder, load_transformer, open_checkpoint
 
@@ -218,7 +218,7 @@ class Flux2Pipeline:
         self.text_encoder: Qwen3TextEncoder
         self.transformer: FluxKlein
         self.autoencoder: AutoEncoder
-        self._loaded: set[str] = set()
+        self._loaded: dict[str, set[int]] = {}  # of each stage, id of the modules that are in memory
         self._embeddings: dict[tuple[str, int], mx.array] = {}
         for stage in STAGES:
             self._open(stage)
@@ -396,14 +396,7 @@ class Flux2Pipeline:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
         if not prompts or not all(isinstance(text, str) for text in [*prompts, negative_prompt]):
             raise InputError("prompt must be a string or a non-empty list of strings, and negative_prompt a string")
-        _at_least("max_sequence_length", max_sequence_length, 1)
-        _at_least("num_images", num_images, 1)
-        if seed is None:
-            seed = secrets.randbelow(2**32)
-        _at_least("seed", seed, 0)
-        _one_of("noise", noise, NOISES)
-        _one_of("schedule", schedule, SCHEDULES)
-
+        seed = secrets.randbelow(2**32) if seed is None else seed
         pictures = [image] if isinstance(image, Image.Image) else list(image or ())
         if pictures and self.checkpoint.has_kv_cache:
             raise InputError(
@@ -414,24 +407,26 @@ class Flux2Pipeline:
         default_height, default_width = references[0].shape[1:3] if references else (DEFAULT_SIZE, DEFAULT_SIZE)
         height = default_height if height is None else height
         width = default_width if width is None else width
-        check_size(height, width)
+        guidance = (1.0 if distilled else 4.0) if guidance is None else float(guidance)
+        check_options(
+            height=height,
+            width=width,
+            num_steps=num_steps,
+            guidance=guidance,
+            seed=seed,
+            num_images=num_images,
+            schedule=schedule,
+            sigmas=sigmas,
+            noise=noise,
+            max_sequence_length=max_sequence_length,
+        )
         tokens = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
 
         if sigmas is not None:
             levels = custom_sigmas(sigmas, tokens)
-            if num_steps not in (None, len(levels) - 1):
-                raise InputError(f"num_steps is {num_steps}, but {len(levels) - 1} sigmas are given")
-            num_steps = len(levels) - 1
         else:
             num_steps = (4 if distilled else 50) if num_steps is None else num_steps
-            _at_least("num_steps", num_steps, 1)
-            if num_steps > MAX_STEPS:
-                raise InputError(f"num_steps must be at most {MAX_STEPS}, got {num_steps}")
             levels = schedule_sigmas(schedule, num_steps, tokens)
-
-        guidance = (1.0 if distilled else 4.0) if guidance is None else float(guidance)
-        if not 0 <= guidance < math.inf:
-            raise InputError(f"guidance must be a number from 0 up, got {guidance}")
         if distilled and guidance > 1:
             warnings.warn(
                 f"{self.checkpoint.name} is distilled and draws without guidance; guidance {guidance:g} is ignored",
@@ -447,7 +442,7 @@ class Flux2Pipeline:
                 seed=seed + k,
                 width=width,
                 height=height,
-                num_steps=num_steps,
+                num_steps=len(levels) - 1,
                 guidance=guidance,
                 schedule=schedule,
                 noise=noise,
@@ -479,6 +474,7 @@ class Flux2Pipeline:
         image_tokens = (first.height // PIXELS_PER_TOKEN) * (first.width // PIXELS_PER_TOKEN)
         params = self.checkpoint.transformer
         sequence = first.max_sequence_length + image_tokens + reference_tokens
+        working = transformer_bytes(params, sequence, self.dtype)
         grids = [image_ids(first.height, first.width)]
         for k, pixels in enumerate(run.references):
             grids.append(image_ids(pixels.shape[1], pixels.shape[2], reference=k))
@@ -503,7 +499,7 @@ class Flux2Pipeline:
                 x = initial_noise(settings.seed, settings.height, settings.width, params.in_channels, settings.noise)
             for i, (sigma, sigma_next) in enumerate(pairwise(run.sigmas)):
                 # At every step, since a caller may have decoded a preview in between and so unloaded the transformer.
-                self._prepare("transformer", transformer_bytes(params, sequence, self.dtype), stats)
+                self._prepare("transformer", self.transformer, working, stats)
                 with stats.measure("denoise"):
                     v = velocity(x, txt, sigma)
                     if negative_txt is not None:
@@ -528,7 +524,8 @@ class Flux2Pipeline:
         new = [text for text in dict.fromkeys(prompts) if text not in kept]
         if new:
             dtype = self._stage_dtype("text_encoder")
-            self._prepare("text_encoder", text_encoder_bytes(self.checkpoint.text_encoder, length, dtype), stats)
+            working = text_encoder_bytes(self.checkpoint.text_encoder, length, dtype)
+            self._prepare("text_encoder", self.text_encoder, working, stats)
             with stats.measure("text_encoder"):
                 for text in new:
                     ids, mask = self.tokenizer([text], length)
@@ -543,7 +540,7 @@ class Flux2Pipeline:
         tokens = []
         for pixels in pictures:
             height, width = pixels.shape[1:3]
-            self._prepare("autoencoder", self._decoder_bytes(height, width), stats)
+            self._prepare("autoencoder", self.autoencoder.encoder, self._decoder_bytes(height, width), stats)
             with stats.measure("references"):
                 encoded = self.autoencoder.bn.normalize(pack_latents(self.autoencoder.encoder(pixels)))
                 mx.eval(encoded)
@@ -552,7 +549,8 @@ class Flux2Pipeline:
 
     def _decode(self, latents: mx.array, settings: Settings, stats: Stats) -> mx.array:
         """Sampled tokens (1, S, 128) to a picture (1, H, W, 3) in 0..1, float32."""
-        self._prepare("autoencoder", self._decoder_bytes(settings.height, settings.width), stats)
+        working = self._decoder_bytes(settings.height, settings.width)
+        self._prepare("autoencoder", self.autoencoder.decoder, working, stats)
         with stats.measure("decode"):
             image = to_unit(self.autoencoder.decoder(self._unpack(latents, settings)))
             mx.eval(image)
@@ -567,16 +565,15 @@ class Flux2Pipeline:
     def _stage_dtype(self, stage: str) -> mx.Dtype:
         return mx.bfloat16 if self.dtype == mx.float16 and stage != "transformer" else self.dtype
 
-    def _prepare(self, stage: str, working_bytes: int, stats: Stats) -> None:
-        """Bring a stage's weights into memory, other stages out of it as far as the limit needs."""
-        module: nn.Module = getattr(self, stage)
-        weights = 0 if stage in self._loaded else weight_bytes(module)
+    def _prepare(self, stage: str, module: nn.Module, working_bytes: int, stats: Stats) -> None:
+        """Bring the module, a stage or a part of one, into memory; other stages out of it as far as the limit needs."""
+        weights = 0 if id(module) in self._loaded[stage] else weight_bytes(module)
         for other in STAGES:
             if mx.get_active_memory() + weights + working_bytes <= self.memory_limit:
                 break
-            if other != stage and other in self._loaded:
+            if other != stage and self._loaded[other]:
                 self.unload(other)
-        if stage in self._loaded:
+        if id(module) in self._loaded[stage]:
             return
         bar = tqdm(
             total=weights, desc=f"loading {stage}", unit="B", unit_scale=True, leave=False, disable=not self.progress
@@ -587,7 +584,7 @@ class Flux2Pipeline:
             ).values():  # one by one: a cast holds its source only for as long as itself takes
                 mx.eval(array)
                 bar.update(array.nbytes)
-        self._loaded.add(stage)
+        self._loaded[stage].add(id(module))
 
     def unload(self, stage: str | None = None) -> None:
         """Give a stage's memory back ("text_encoder", "transformer", "autoencoder"; all unless named). Its weights
@@ -610,7 +607,43 @@ class Flux2Pipeline:
             "autoencoder": load_autoencoder,
         }
         setattr(self, stage, loaders[stage](self.checkpoint, self._stage_dtype(stage)))
-        self._loaded.discard(stage)
+        self._loaded[stage] = set()
+
+
+def check_options(
+    *,
+    height: int,
+    width: int,
+    num_steps: int | None,
+    guidance: float | None,
+    seed: int,
+    num_images: int,
+    schedule: str,
+    sigmas: Sequence[float] | None,
+    noise: str,
+    max_sequence_length: int,
+) -> None:
+    """Refuse options of Flux2Pipeline.stream that no model could draw with; None stands for the model's default.
+
+    Raises:
+        InputError: naming the value and what is possible.
+    """
+    check_size(height, width)
+    if num_steps is not None:
+        _at_least("num_steps", num_steps, 1)
+        if num_steps > MAX_STEPS:
+            raise InputError(f"num_steps must be at most {MAX_STEPS}, got {num_steps}")
+    if sigmas is not None:
+        check_sigmas(sigmas)
+        if num_steps not in (None, len(sigmas)):
+            raise InputError(f"num_steps is {num_steps}, but {len(sigmas)} sigmas are given")
+    if guidance is not None and not 0 <= guidance < math.inf:
+        raise InputError(f"guidance must be a number from 0 up, got {guidance}")
+    _at_least("seed", seed, 0)
+    _at_least("num_images", num_images, 1)
+    _at_least("max_sequence_length", max_sequence_length, 1)
+    _one_of("schedule", schedule, SCHEDULES)
+    _one_of("noise", noise, NOISES)
 
 
 def check_size(height: int, width: int) -> None:

@@ -54,7 +54,12 @@ def comfy_sigmas(num_steps: int) -> list[float]:
 
 
 def custom_sigmas(sigmas: Sequence[float], num_tokens: int) -> list[float]:
-    """A caller's noise levels, shifted by empirical_mu and closed with 0, as diffusers does with them.
+    """A caller's noise levels, shifted by empirical_mu and closed with 0, as diffusers does with them."""
+    return [*shift_sigmas(sigmas, empirical_mu(num_tokens, len(sigmas))), 0.0]
+
+
+def check_sigmas(sigmas: Sequence[float]) -> None:
+    """Refuse custom noise levels that are no way from noise to a picture.
 
     Raises:
         InputError: unless they fall strictly from at most 1 and stay above 0.
@@ -62,7 +67,6 @@ def custom_sigmas(sigmas: Sequence[float], num_tokens: int) -> list[float]:
     levels = [float(s) for s in sigmas]
     if not levels or not 0 < levels[-1] <= levels[0] <= 1 or any(a <= b for a, b in pairwise(levels)):
         raise InputError(f"sigmas must fall strictly within 1 to 0, both ends above 0 (0 is added), got {levels}")
-    return [*shift_sigmas(levels, empirical_mu(num_tokens, len(levels))), 0.0]
 
 
 SCHEDULES = ("flux2", "linear", "comfy")

@@ -1,7 +1,7 @@
 """Weights: find a checkpoint (folder, Hub id or released name), check its files, and put them into the modules.
 
-Arrays stay lazy: opening a checkpoint reads configs and file headers, and a weight's bytes are read from disk when a
-stage first computes with it. Only safetensors are ever opened; pickles are refused.
+Arrays stay lazy: loading reads configs and file headers, and a weight's bytes are read from disk when it is first
+computed with. Only safetensors are ever opened; pickles are refused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import huggingface_hub
 import mlx.core as mx
@@ -54,7 +54,7 @@ _CONFIG_FILES = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose configs were read and whose files' headers were checked; no weight is in memory.
+    """A checkpoint whose configs fit together and whose weight files are there; none of them was opened yet.
 
     Attributes:
         name: what the caller asked for, without the folders above it.
@@ -128,6 +128,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _needed(component: str) -> Callable[[str], bool]:
+    """Which of a component's weights are used: all but the text encoder's later layers."""
+    return is_read_by_klein if component == "text_encoder" else lambda name: True
+
+
 def _indexed_shards(index: Path, needed: Callable[[str], bool] = lambda name: True) -> tuple[Path, ...]:
     """The shards that an index names for the needed weights, inside the index's own folder."""
     weight_map = _read_json(index).get("weight_map")
@@ -147,10 +152,9 @@ def component_files(folder: Path, component: str) -> tuple[Path, ...]:
         CheckpointError: where there are none, or shards are missing; the message says what was looked for.
     """
     here, stem = folder / component, _STEMS[component]
-    needed = is_read_by_klein if component == "text_encoder" else lambda name: True
     index, single = here / f"{stem}.safetensors.index.json", here / f"{stem}.safetensors"
     if index.is_file():
-        files = _indexed_shards(index, needed)
+        files = _indexed_shards(index, _needed(component))
     elif single.is_file():
         return (single,)
     else:
@@ -265,7 +269,7 @@ def load_autoencoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> AutoEncoder:
 
 
 def open_checkpoint(model: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
-    """Find a checkpoint and check it: configs, pairing of the parts, presence and headers of the files.
+    """Find a checkpoint and check it: configs, pairing of the parts, presence of the files.
 
     Args:
         model: a folder in the diffusers layout, a Hub id, or a released name such as "klein-4b". What is not here is
@@ -280,7 +284,7 @@ def open_checkpoint(model: str | os.PathLike[str], *, revision: str | None = Non
     if folder.is_dir():
         if revision is not None:
             raise InputError(f"revision {revision!r} has no meaning for the local folder {name}")
-        return _open_folder(folder, folder.resolve().name)
+        return _checkpoint(folder, folder.resolve().name)
     if folder.exists():
         raise CheckpointError(f"{name} is a file; give the checkpoint's folder in the diffusers layout")
     released = RELEASED.get(name)
@@ -290,10 +294,24 @@ def open_checkpoint(model: str | os.PathLike[str], *, revision: str | None = Non
             f"no model {name!r}: there is no such folder, and no released model of that name; "
             f"did you mean {' or '.join(near)}?"
         )
-    return _open_folder(_download(name, released.repo if released else name, revision), name)
+    return _checkpoint(_download(name, released.repo if released else name, revision), name)
 
 
-def _open_folder(folder: Path, name: str) -> Checkpoint:
+def _checkpoint(folder: Path, name: str) -> Checkpoint:
+    configs = _read_configs(folder)
+    return Checkpoint(name, folder, *configs, files={part: component_files(folder, part) for part in _STEMS})
+
+
+class _Configs(NamedTuple):
+    is_distilled: bool
+    has_kv_cache: bool
+    transformer: FluxKleinParams
+    text_encoder: Qwen3Config
+    autoencoder: AutoEncoderConfig
+
+
+def _read_configs(folder: Path) -> _Configs:
+    """Configs of a checkpoint, each on its own and against the others; no weights are needed for it."""
     absent = [file for file in _CONFIG_FILES if not (folder / file).is_file()]
     if absent:
         raise CheckpointError(
@@ -330,36 +348,32 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
             f"{autoencoder.packed_channels}"
         )
     has_kv_cache = kind == "Flux2KleinKVPipeline"
-    return Checkpoint(
-        name=name,
-        folder=folder,
-        is_distilled=has_kv_cache or index.get("is_distilled") is True,
-        has_kv_cache=has_kv_cache,
-        transformer=transformer,
-        text_encoder=text_encoder,
-        autoencoder=autoencoder,
-        files={part: component_files(folder, part) for part in _STEMS},
-    )
+    is_distilled = has_kv_cache or index.get("is_distilled") is True
+    return _Configs(is_distilled, has_kv_cache, transformer, text_encoder, autoencoder)
 
 
 def _download(name: str, repo: str, revision: str | None) -> Path:
-    """Fetch what the diffusers layout needs of a Hub repository into the Hub's cache; the snapshot's folder."""
+    """Fetch what the diffusers layout needs of a Hub repository into the Hub's cache; the snapshot's folder.
+
+    Configs come first, so that another model is refused before its weights are fetched.
+    """
 
     def fetch(revision: str | None, patterns: list[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
 
     try:
-        indices = [f"{part}/{stem}.safetensors.index.json" for part, stem in _STEMS.items()]
-        folder = fetch(revision, [*_CONFIG_FILES, *indices])
+        indices = {part: f"{part}/{stem}.safetensors.index.json" for part, stem in _STEMS.items()}
+        folder = fetch(revision, [*_CONFIG_FILES, *indices.values()])
+        _read_configs(folder)
         patterns = []
         for part, stem in _STEMS.items():
-            index = folder / part / f"{stem}.safetensors.index.json"
-            if index.is_file():
-                needed = is_read_by_klein if part == "text_encoder" else lambda name: True
-                patterns += [f"{part}/{shard.name}" for shard in _indexed_shards(index, needed)]
+            if (folder / indices[part]).is_file():
+                patterns += [f"{part}/{shard.name}" for shard in _indexed_shards(folder / indices[part], _needed(part))]
             else:
                 patterns += [f"{part}/{stem}.safetensors", f"{part}/{stem}-*-of-*.safetensors"]
         return fetch(folder.name, patterns)  # the same commit
+    except CheckpointError:
+        raise
     except hub_errors.GatedRepoError:
         raise CheckpointError(
             f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then log in with "
@@ -372,15 +386,17 @@ def _download(name: str, repo: str, revision: str | None) -> Path:
             f"no model {name!r}: no such folder here, and the Hub shows no such repository (if it is private or "
             f"gated, log in with `hf auth login` or set HF_TOKEN); released models: {', '.join(RELEASED)}"
         ) from None
-    except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise CheckpointError(
-                f"the disk is full: {repo} does not fit in the Hub's cache (HF_HOME moves it)"
-            ) from None
+    except (hub_errors.LocalEntryNotFoundError, ConnectionError):
         raise CheckpointError(
             f"cannot fetch {repo}: the Hub cannot be reached and the cache has not all of it (cached: "
             f"{', '.join(_cached()) or 'no klein model'}); connect, or give --model a folder"
         ) from None
+    except Exception as error:  # the Hub's client, its transfer library and its HTTP library each raise their own
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            fault = "the disk is full; HF_HOME moves the Hub's cache"
+        else:
+            fault = f"{' '.join(str(error).split()) or type(error).__name__}; run it again to resume"
+        raise CheckpointError(f"cannot fetch {repo}: {fault}") from None
 
 
 def _cached() -> list[str]:

@@ -202,6 +202,18 @@ def test_bad_input_is_refused_before_any_work(checkpoint, tmp_path, monkeypatch,
     refused((code, captured.out, captured.err), *expected, folder=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--width", "65"), ("--steps", "0"), ("--num-images", "0"), ("--seed", "-1"), ("--guidance", "-1")],
+)
+def test_bad_options_are_refused_before_anything_is_downloaded(tmp_path, monkeypatch, capsys, flag, value):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Flux2Pipeline, "from_pretrained", None)
+    code = main(["a", "--model", "klein-4b", flag, value])
+    captured = capsys.readouterr()
+    refused((code, captured.out, captured.err), value, folder=tmp_path)
+
+
 def test_a_prompt_file_that_is_no_text(run, tmp_path):
     (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00")
     refused(run("--prompt-file", "x.txt"), "x.txt is not UTF-8 text")

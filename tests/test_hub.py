@@ -1,12 +1,16 @@
 """Downloads, against a stand-in for the Hub on this machine; each in a process of its own, as a user starts it."""
 
+import errno
+import json
 import os
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
+from safetensors.torch import load_file, save_file
 
-from flux2_mlx import RELEASED
+from flux2_mlx import RELEASED, CheckpointError, open_checkpoint
 from tests.hub import Hub
 from tests.test_weights import split
 from tests.tiny import rewrite
@@ -83,8 +87,6 @@ def test_a_released_name_downloads_what_is_needed_once_and_works_offline(hub, tm
 def test_shards_that_nobody_reads_are_not_downloaded(hub, damaged, tmp_path):
     weight_map = split(damaged / "text_encoder", 2, "model")
     index = damaged / "text_encoder" / "model.safetensors.index.json"
-    from safetensors.torch import load_file, save_file
-
     tensors = {
         name: value
         for file in set(weight_map.values())
@@ -94,8 +96,6 @@ def test_shards_that_nobody_reads_are_not_downloaded(hub, damaged, tmp_path):
     files = {True: "model-00002-of-00002.safetensors", False: "model-00001-of-00002.safetensors"}
     for is_late, file in files.items():
         save_file({n: v for n, v in tensors.items() if (n in late) == is_late}, damaged / "text_encoder" / file)
-    import json
-
     rewrite(index, json.dumps({"weight_map": {name: files[name in late] for name in tensors}}))
     run = generate(tmp_path, "--model", "someone/klein-tune", "--revision", "v1", url=hub.url)
     assert run.returncode == 0, run.stderr
@@ -130,6 +130,30 @@ def test_no_network_and_nothing_cached(tmp_path):
     assert_refused(generate(tmp_path), "the Hub cannot be reached", "(cached: no klein model)", "--model a folder")
     assert_refused(generate(tmp_path, HF_HUB_OFFLINE="1"), "the Hub cannot be reached")
     assert not (tmp_path / "fox.png").exists()
+
+
+def test_another_model_is_refused_before_its_weights_are_downloaded(hub, damaged, tmp_path):
+    index = json.loads((damaged / "model_index.json").read_text())
+    rewrite(damaged / "model_index.json", json.dumps({**index, "_class_name": "FluxPipeline"}))
+    assert_refused(generate(tmp_path, url=hub.url), "a FluxPipeline (FLUX.1), not a Flux2KleinPipeline")
+    assert not [path for path in hub.downloads if path.endswith(".safetensors")]
+
+
+def test_a_download_that_breaks_off(hub, tmp_path):
+    hub.cut_after = 1000
+    assert_refused(generate(tmp_path, url=hub.url), f"cannot fetch {REPO}: ", "; run it again to resume")
+    hub.cut_after = None
+    run = generate(tmp_path, url=hub.url)
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_full_disk(monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with pytest.raises(CheckpointError, match=r"cannot fetch .*: the disk is full; HF_HOME moves the Hub's cache"):
+        open_checkpoint("klein-4b")
 
 
 def test_a_repository_that_is_no_klein_checkpoint(hub, damaged, tmp_path):

@@ -1,13 +1,18 @@
 """Flux2Pipeline: seeds, stages, steps and the arguments it refuses."""
 
+import re
+
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline, InputError, Step
 from flux2_mlx.memory import decoder_bytes, default_dtype, machine_memory, transformer_bytes
 from flux2_mlx.models.text_encoder import Qwen3TextEncoder
+from flux2_mlx.pipeline import check_size
 from tests import tiny
 
 SMALL = {"height": 64, "width": 80, "num_steps": 2, "max_sequence_length": 16}
@@ -15,6 +20,10 @@ SMALL = {"height": 64, "width": 80, "num_steps": 2, "max_sequence_length": 16}
 
 def same(a, b) -> bool:
     return np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def loaded(pipe) -> set[str]:
+    return {stage for stage, modules in pipe._loaded.items() if modules}
 
 
 # ------------------------------------------------------------------------------------------------ seeds
@@ -75,7 +84,7 @@ def test_a_new_seed_needs_no_text_encoder(checkpoint):
     pipe("a", **SMALL)
     pipe.unload("text_encoder")
     assert "text_encoder" not in pipe("a", seed=3, **SMALL).seconds
-    assert "text_encoder" not in pipe._loaded
+    assert loaded(pipe) == {"transformer", "autoencoder"}
 
 
 def test_guidance_encodes_the_negative_prompt(base_reference, encodings):
@@ -200,8 +209,16 @@ def test_latents_that_are_not_finite(damaged):
 def test_enough_memory_keeps_every_stage(checkpoint):
     pipe = Flux2Pipeline.from_pretrained(checkpoint)
     pipe("a", **SMALL)
-    assert pipe._loaded == {"text_encoder", "transformer", "autoencoder"}
+    assert loaded(pipe) == {"text_encoder", "transformer", "autoencoder"}
     assert pipe("b", **SMALL).seconds.get("load") is None
+
+
+def test_drawing_from_text_leaves_the_picture_encoder_on_disk(checkpoint):
+    pipe = Flux2Pipeline.from_pretrained(checkpoint)
+    pipe("a", **SMALL)
+    assert pipe._loaded["autoencoder"] == {id(pipe.autoencoder.decoder)}
+    pipe("a", image=Image.new("RGB", (64, 64)), **SMALL)
+    assert pipe._loaded["autoencoder"] == {id(pipe.autoencoder.decoder), id(pipe.autoencoder.encoder)}
 
 
 def test_short_memory_unloads_what_is_not_needed(checkpoint, pipe):
@@ -209,10 +226,10 @@ def test_short_memory_unloads_what_is_not_needed(checkpoint, pipe):
     short = Flux2Pipeline.from_pretrained(checkpoint, memory_limit=1)
     before = mx.get_active_memory()
     for step in short.stream("a", seed=2, **SMALL):
-        assert short._loaded == {"transformer"}, step
+        assert loaded(short) == {"transformer"}, step
     assert mx.get_active_memory() - before < 10e6  # the text encoder alone is 44 MB
     picture = step.picture()
-    assert short._loaded == {"autoencoder"}
+    assert loaded(short) == {"autoencoder"}
     assert same(picture, pipe("a", seed=2, **SMALL).images[0])
 
 
@@ -274,6 +291,24 @@ def test_estimates_grow_with_the_work(pipe):
 def test_bad_arguments_name_the_value_and_the_way_out(pipe, options, message):
     with pytest.raises(InputError, match=message):
         pipe(**{"prompt": "a", **options})
+
+
+@given(st.integers(-50, 5000), st.integers(-50, 5000))
+def test_every_size_is_drawable_or_refused_with_drawable_neighbours(height, width):
+    drawable = all(side >= 64 and side % 16 == 0 for side in (height, width)) and height * width <= 2048 * 2048
+    if drawable:
+        check_size(height, width)
+        return
+    with pytest.raises(InputError) as caught:
+        check_size(height, width)
+    message = str(caught.value)
+    assert str(height) in message or str(width) in message
+    nearest = re.search(r"the nearest are (\d+) and (\d+)", message)
+    if nearest:
+        low, high = int(nearest[1]), int(nearest[2])
+        assert high - low == 16
+        assert low % 16 == 0
+        assert any(low < side < high for side in (height, width))
 
 
 def test_stream_refuses_at_once(pipe):

@@ -8,6 +8,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from flux2_mlx import FluxSampler, FluxSamplerConfig, InputError
 from flux2_mlx.sampler import (
+    check_sigmas,
     comfy_sigmas,
     custom_sigmas,
     empirical_mu,
@@ -56,7 +57,7 @@ def test_custom_sigmas_are_shifted_as_in_diffusers():
 @pytest.mark.parametrize("levels", [[], [1.0, 0.5, 0.5], [0.5, 1.0], [1.2, 0.5], [1.0, 0.0], [1.0, float("nan")]])
 def test_custom_sigmas_that_do_not_fall_are_refused(levels):
     with pytest.raises(InputError, match="sigmas must fall"):
-        custom_sigmas(levels, 1024)
+        check_sigmas(levels)
 
 
 def test_other_schedules():
