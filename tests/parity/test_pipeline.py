@@ -126,13 +126,17 @@ def test_custom_sigmas(reference, pipe):
 
 
 def test_given_embeddings_and_latents(reference, pipe):
-    embeds, _ = reference[0].encode_prompt(FOX, max_sequence_length=64)
-    latents = torch.randn(1, 128, 4, 6, generator=generators(0)[0])
-    theirs = reference[0](
-        prompt_embeds=embeds, latents=latents, height=64, width=96, num_inference_steps=4, guidance_scale=1.0
-    )
-    ours = pipe(prompt_embeds=to_mlx(embeds), latents=latents.numpy(), height=64, width=96)
-    assert_same_picture(ours.images[0], theirs.images[0])
+    """Two prompts' embeddings and two pictures each, in diffusers' order."""
+    embeds, _ = reference[0].encode_prompt([FOX, CHINESE], max_sequence_length=64)
+    latents = torch.randn(4, 128, 4, 6, generator=generators(0)[0])
+    options = {"height": 64, "width": 96, "num_inference_steps": 2, "num_images_per_prompt": 2}
+    theirs = reference[0](prompt_embeds=embeds, latents=latents, guidance_scale=1.0, **options).images
+    ours = pipe(prompt_embeds=to_mlx(embeds), latents=latents.numpy(), **options)
+    for mine, other in zip(ours.images, theirs, strict=True):
+        assert_same_picture(mine, other)
+    packed = latents.flatten(2).transpose(1, 2).numpy()
+    again = pipe(prompt_embeds=to_mlx(embeds), latents=packed, **options)
+    assert np.array_equal(np.asarray(again.images[3]), np.asarray(ours.images[3]))
 
 
 def test_output_types(reference, pipe):
