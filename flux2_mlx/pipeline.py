@@ -407,7 +407,7 @@ class Flux2Pipeline:
         default_height, default_width = references[0].shape[1:3] if references else (DEFAULT_SIZE, DEFAULT_SIZE)
         height = default_height if height is None else height
         width = default_width if width is None else width
-        guidance = (1.0 if distilled else 4.0) if guidance is None else float(guidance)
+        guidance = (1.0 if distilled else 4.0) if guidance is None else guidance
         check_options(
             height=height,
             width=width,
@@ -439,11 +439,11 @@ class Flux2Pipeline:
             Settings(
                 prompt=prompts[k // num_images],
                 model=self.checkpoint.name,
-                seed=seed + k,
-                width=width,
-                height=height,
+                seed=int(seed) + k,
+                width=int(width),
+                height=int(height),
                 num_steps=len(levels) - 1,
-                guidance=guidance,
+                guidance=float(guidance),
                 schedule=schedule,
                 noise=noise,
                 dtype=_dtype_name(self.dtype),
@@ -575,14 +575,11 @@ class Flux2Pipeline:
                 self.unload(other)
         if id(module) in self._loaded[stage]:
             return
-        bar = tqdm(
-            total=weights, desc=f"loading {stage}", unit="B", unit_scale=True, leave=False, disable=not self.progress
-        )
+        scale = {"total": weights, "unit": "B", "unit_scale": True}
+        bar = tqdm(desc=f"loading {stage}", **scale, leave=False, disable=not self.progress)
         with bar, stats.measure("load"):
-            for array in weights_of(
-                module
-            ).values():  # one by one: a cast holds its source only for as long as itself takes
-                mx.eval(array)
+            for array in weights_of(module).values():
+                mx.eval(array)  # one by one, since a cast holds its source until it is done
                 bar.update(array.nbytes)
         self._loaded[stage].add(id(module))
 
@@ -637,8 +634,8 @@ def check_options(
         check_sigmas(sigmas)
         if num_steps not in (None, len(sigmas)):
             raise InputError(f"num_steps is {num_steps}, but {len(sigmas)} sigmas are given")
-    if guidance is not None and not 0 <= guidance < math.inf:
-        raise InputError(f"guidance must be a number from 0 up, got {guidance}")
+    if guidance is not None and not (isinstance(guidance, (int, float)) and 0 <= guidance < math.inf):
+        raise InputError(f"guidance must be a number from 0 up, got {guidance!r}")
     _at_least("seed", seed, 0)
     _at_least("num_images", num_images, 1)
     _at_least("max_sequence_length", max_sequence_length, 1)

@@ -1,5 +1,6 @@
 """Flux2Pipeline: seeds, stages, steps and the arguments it refuses."""
 
+import json
 import re
 
 import mlx.core as mx
@@ -10,9 +11,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline, InputError, Step
-from flux2_mlx.memory import decoder_bytes, default_dtype, machine_memory, transformer_bytes
+from flux2_mlx.memory import (
+    decoder_bytes,
+    default_dtype,
+    machine_memory,
+    transformer_bytes,
+    weight_bytes,
+    weights_of,
+)
 from flux2_mlx.models.text_encoder import Qwen3TextEncoder
-from flux2_mlx.pipeline import check_size
+from flux2_mlx.pipeline import Stats, check_size
 from tests import tiny
 
 SMALL = {"height": 64, "width": 80, "num_steps": 2, "max_sequence_length": 16}
@@ -221,6 +229,29 @@ def test_drawing_from_text_leaves_the_picture_encoder_on_disk(checkpoint):
     assert pipe._loaded["autoencoder"] == {id(pipe.autoencoder.decoder), id(pipe.autoencoder.encoder)}
 
 
+def test_casting_holds_one_tensor_twice_and_no_more(damaged):
+    """float32 weights from a bfloat16 file: never the whole model in both."""
+    path = damaged / "transformer" / "diffusion_pytorch_model.safetensors"
+
+    def change(tensors):
+        for name in tensors:
+            tensors[name] = tensors[name].bfloat16()
+
+    tiny.edit_weights(path, change)
+    pipe = Flux2Pipeline.from_pretrained(damaged, dtype="float32")
+    weights = weights_of(pipe.transformer)
+    size, largest = weight_bytes(pipe.transformer), max(array.nbytes for array in weights.values())
+    before, stats = mx.get_active_memory(), Stats()
+    pipe._prepare("transformer", pipe.transformer, 0, stats)
+    assert size <= stats.peak_bytes["load"] - before <= size + largest
+
+
+def test_settings_are_plain_numbers(pipe):
+    options = {**SMALL, "height": np.int64(64), "seed": np.uint32(7)}
+    settings = next(pipe.stream("a", **options)).settings
+    assert json.loads(json.dumps(settings.metadata()))["seed"] == 7
+
+
 def test_short_memory_unloads_what_is_not_needed(checkpoint, pipe):
     mx.clear_cache()
     short = Flux2Pipeline.from_pretrained(checkpoint, memory_limit=1)
@@ -272,6 +303,7 @@ def test_estimates_grow_with_the_work(pipe):
         ({"num_images": 0}, "num_images must be a whole number of at least 1, got 0"),
         ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
         ({"guidance": -1.0}, "guidance must be a number from 0 up, got -1"),
+        ({"guidance": "strong"}, "guidance must be a number from 0 up, got 'strong'"),
         ({"guidance": float("nan")}, "guidance must be a number from 0 up, got nan"),
         ({"noise": "cuda"}, "noise must be one of torch, mlx, got 'cuda'"),
         ({"schedule": "karras"}, "schedule must be one of flux2, linear, comfy, got 'karras'"),
