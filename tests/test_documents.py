@@ -143,3 +143,15 @@ def test_benchmarks_end_with_a_json_line(arguments, checkpoint):
     assert {"chip", "os", "mlx", "process_peak_gb"} <= report.keys()
     parts = report.get("stages") or report["parts"]
     assert all(part["peak_gb"] > 0 for part in parts.values())
+
+
+def test_full_parity_compares_both_sides(damaged):
+    """On a checkpoint that is there already, here a tiny one, the benchmark draws with both and compares."""
+    command = [sys.executable, "-m", "benchmarks.full_parity", str(damaged), "--size", "64"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["benchmark"] == "full_parity"
+    assert report["parts"].keys() == {"diffusers", "mlx"}
+    assert report["max_levels"] <= 1
+    assert 0 < report["relative_error"] < 1e-4
