@@ -146,21 +146,13 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.model, revision=arguments.revision, dtype=arguments.dtype, progress=not arguments.quiet
     )
     steps = pipe.stream(prompt, negative_prompt=arguments.negative_prompt, **options)
-    bar: tqdm | None = None  # made after the first step, so that bars of loading come before it
     for step in steps:
-        if bar is None:
-            total = step.settings.num_steps * arguments.num_images
-            bar = tqdm(desc="drawing", total=total, unit="step", leave=False, disable=arguments.quiet)
-        bar.update()
-        if not step.is_last:
-            continue
-        picture = step.picture()
-        path = output_path(arguments.output, step.settings.seed, step.image)
-        written = save_image(picture, path, step.settings.metadata(), step.settings.parameters())
-        bar.clear()
-        print(f"seed {step.settings.seed}  {written}", flush=True)
-    assert bar is not None
-    bar.close()
+        if step.is_last:
+            picture, settings = step.picture(), step.settings
+            path = output_path(arguments.output, settings.seed, step.image)
+            written = save_image(picture, path, settings.metadata(), settings.parameters())
+            tqdm.write(f"seed {settings.seed}  {written}")  # past the bars
+            sys.stdout.flush()
     stats = step.stats
     peak = max(stats.peak_bytes.values())
     if not arguments.quiet:

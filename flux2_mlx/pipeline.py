@@ -199,7 +199,7 @@ class Flux2Pipeline:
         dtype: of the transformer. In float16 the text encoder and the autoencoder stay in bfloat16, whose range
             their activations need.
         memory_limit: bytes that loaded stages and their intermediates may take together.
-        progress: whether loading shows a bar.
+        progress: whether loading and drawing show bars on standard error.
     """
 
     def __init__(
@@ -241,7 +241,7 @@ class Flux2Pipeline:
             revision: branch, tag or commit on the Hub.
             dtype: "bfloat16", "float16" or "float32"; None takes what suits the machine.
             memory_limit: bytes that loaded stages may take together; None takes the machine's.
-            progress: show bars while weights are read.
+            progress: show bars on standard error while weights are read and steps are drawn.
 
         Raises:
             CheckpointError: for a checkpoint that cannot be used, with the way out.
@@ -490,31 +490,32 @@ class Flux2Pipeline:
             v = self.transformer.forward_with_rope(img, txt, mx.array([sigma]), cos, sin)
             return v[:, :image_tokens].astype(mx.float32)
 
-        for k, settings in enumerate(run.pictures):
-            txt = run.prompt_embeds[k] if run.prompt_embeds else encoded[settings.prompt]
-            negative_txt = encoded[settings.negative_prompt] if run.uses_guidance else None
-            if run.latents is not None:
-                x = run.latents[k]
-            else:
-                x = initial_noise(settings.seed, settings.height, settings.width, params.in_channels, settings.noise)
-            for i, (sigma, sigma_next) in enumerate(pairwise(run.sigmas)):
-                # At every step, since a caller may have decoded a preview in between and so unloaded the transformer.
-                self._prepare("transformer", self.transformer, working, stats)
-                with stats.measure("denoise"):
-                    v = velocity(x, txt, sigma)
-                    if negative_txt is not None:
-                        away = velocity(x, negative_txt, sigma)
-                        v = away + settings.guidance * (v - away)
-                    x = euler_step(x, v, sigma, sigma_next)
-                    finite = mx.isfinite(x).all()
-                    mx.eval(x, v, finite)
-                if not finite.item():
-                    raise FloatingPointError(
-                        f"step {i + 1} of {settings.num_steps}: the latents are not finite in {settings.dtype}; "
-                        f"try {'float32' if settings.dtype == 'bfloat16' else 'bfloat16'} (--dtype, dtype=), and check "
-                        "the checkpoint's files if that fails too"
-                    )
-                yield Step(k, i + 1, sigma_next, x, x - sigma_next * v, settings, stats, self._decode)
+        steps = len(run.pictures) * (len(run.sigmas) - 1)
+        self._prepare("transformer", self.transformer, working, stats)  # before the bar of the steps, for its own
+        with self._bar("drawing", steps, unit="step") as bar:
+            for k, settings in enumerate(run.pictures):
+                txt = run.prompt_embeds[k] if run.prompt_embeds else encoded[settings.prompt]
+                negative_txt = encoded[settings.negative_prompt] if run.uses_guidance else None
+                x = run.latents[k] if run.latents else _noise(settings, params.in_channels)
+                for i, (sigma, sigma_next) in enumerate(pairwise(run.sigmas)):
+                    # Again, since a caller may have decoded a picture in between and so unloaded the transformer.
+                    self._prepare("transformer", self.transformer, working, stats)
+                    with stats.measure("denoise"):
+                        v = velocity(x, txt, sigma)
+                        if negative_txt is not None:
+                            away = velocity(x, negative_txt, sigma)
+                            v = away + settings.guidance * (v - away)
+                        x = euler_step(x, v, sigma, sigma_next)
+                        finite = mx.isfinite(x).all()
+                        mx.eval(x, v, finite)
+                    if not finite.item():
+                        raise FloatingPointError(
+                            f"step {i + 1} of {settings.num_steps}: the latents are not finite in {settings.dtype}; "
+                            f"try {'float32' if settings.dtype == 'bfloat16' else 'bfloat16'} (--dtype, dtype=), and "
+                            "check the checkpoint's files if that fails too"
+                        )
+                    bar.update()
+                    yield Step(k, i + 1, sigma_next, x, x - sigma_next * v, settings, stats, self._decode)
 
     # ------------------------------------------------------------------------------------------------ stages
 
@@ -575,13 +576,14 @@ class Flux2Pipeline:
                 self.unload(other)
         if id(module) in self._loaded[stage]:
             return
-        scale = {"total": weights, "unit": "B", "unit_scale": True}
-        bar = tqdm(desc=f"loading {stage}", **scale, leave=False, disable=not self.progress)
-        with bar, stats.measure("load"):
+        with self._bar(f"loading {stage}", weights, unit="B", unit_scale=True) as bar, stats.measure("load"):
             for array in weights_of(module).values():
                 mx.eval(array)  # one by one, since a cast holds its source until it is done
                 bar.update(array.nbytes)
         self._loaded[stage].add(id(module))
+
+    def _bar(self, what: str, total: int, **options: Any) -> tqdm:
+        return tqdm(desc=what, total=total, leave=False, disable=not self.progress, **options)
 
     def unload(self, stage: str | None = None) -> None:
         """Give a stage's memory back ("text_encoder", "transformer", "autoencoder"; all unless named). Its weights
@@ -679,6 +681,10 @@ def _either(name: str, value: Any, other_name: str, other: Any) -> Any:
     if value is not None and other is not None and value != other:
         raise InputError(f"{name} ({value}) and {other_name} ({other}) are the same setting; give one of them")
     return other if value is None else value
+
+
+def _noise(settings: Settings, channels: int) -> mx.array:
+    return initial_noise(settings.seed, settings.height, settings.width, channels, settings.noise)
 
 
 def _given_latents(latents: mx.array, count: int, height: int, width: int, channels: int) -> list[mx.array]:
