@@ -16,8 +16,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from flux2_mlx import __version__
+from flux2_mlx import AutoEncoderConfig, FluxKleinParams, Qwen3Config, __version__
 from flux2_mlx.memory import weights_of
+
+# Shapes for a few seconds on any machine: they show that a script runs, nothing about speed.
+TINY = (
+    FluxKleinParams(hidden_size=128, num_heads=1, txt_embed_dim=192, depth=1, depth_single=1),
+    Qwen3Config(1000, 64, 128, 2, 1, 32),
+    AutoEncoderConfig(block_out_channels=(8, 16, 16, 16), norm_num_groups=4),
+)
 
 
 def machine() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from benchmarks.common import machine, process_peak_gb, randomized
+from benchmarks.common import TINY, machine, process_peak_gb, randomized
 from flux2_mlx import (
     AutoEncoder,
     AutoEncoderConfig,
@@ -43,9 +43,7 @@ def main() -> None:
     arguments = parser.parse_args()
     size, dtype = arguments.size, getattr(mx, arguments.dtype)
     if arguments.tiny:
-        params = FluxKleinParams(hidden_size=128, num_heads=1, txt_embed_dim=192, depth=1, depth_single=1)
-        text_config = Qwen3Config(1000, 64, 128, 2, 1, 32)
-        image_config = AutoEncoderConfig(block_out_channels=(8, 16, 16, 16), norm_num_groups=4)
+        params, text_config, image_config = TINY
     else:
         params, text_config, image_config = FluxKleinParams.klein_4b(), Qwen3Config(), AutoEncoderConfig.flux2()
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from benchmarks.common import header, load, machine, measure, process_peak_gb, randomized
+from benchmarks.common import TINY, header, load, machine, measure, process_peak_gb, randomized
 from flux2_mlx import (
     AutoEncoder,
     AutoEncoderConfig,
@@ -25,19 +25,14 @@ from flux2_mlx import (
     open_checkpoint,
     text_ids,
 )
-from flux2_mlx.memory import default_dtype
+from flux2_mlx.memory import default_dtype, stage_dtype
+from flux2_mlx.pipeline import DTYPES
 from flux2_mlx.weights import load_autoencoder, load_text_encoder, load_transformer
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 RANDOM = {
     "4b": (FluxKleinParams.klein_4b(), Qwen3Config(), AutoEncoderConfig.flux2()),
     "9b": (FluxKleinParams.klein_9b(), Qwen3Config.qwen3_8b(), AutoEncoderConfig.flux2()),
-    # A few seconds on any machine: shows that the script runs, nothing about speed.
-    "tiny": (
-        FluxKleinParams(hidden_size=128, num_heads=1, txt_embed_dim=192, depth=1, depth_single=1),
-        Qwen3Config(1000, 64, 128, 2, 1, 32),
-        AutoEncoderConfig(block_out_channels=(8, 16, 16, 16), norm_num_groups=4),
-    ),
+    "tiny": TINY,
 }
 
 
@@ -56,21 +51,23 @@ def main() -> None:
     width, height = arguments.size or arguments.width, arguments.size or arguments.height
     dtype = DTYPES[arguments.dtype] if arguments.dtype else default_dtype()
 
+    text_dtype, image_dtype = stage_dtype("text_encoder", dtype), stage_dtype("autoencoder", dtype)
+
     stages: dict[str, Callable[[], nn.Module]]
     if arguments.model:
         checkpoint = open_checkpoint(arguments.model)
         params, text_config, image_config = checkpoint.transformer, checkpoint.text_encoder, checkpoint.autoencoder
         stages = {
-            "text_encoder": lambda: load_text_encoder(checkpoint, dtype),
+            "text_encoder": lambda: load_text_encoder(checkpoint, text_dtype),
             "step": lambda: load_transformer(checkpoint, dtype),
-            "decode": lambda: load_autoencoder(checkpoint, dtype),
+            "decode": lambda: load_autoencoder(checkpoint, image_dtype),
         }
     else:
         params, text_config, image_config = RANDOM[arguments.random]
         stages = {
-            "text_encoder": lambda: randomized(Qwen3TextEncoder(text_config), dtype),
+            "text_encoder": lambda: randomized(Qwen3TextEncoder(text_config), text_dtype),
             "step": lambda: randomized(FluxKlein(params), dtype),
-            "decode": lambda: randomized(AutoEncoder(image_config), dtype),
+            "decode": lambda: randomized(AutoEncoder(image_config), image_dtype),
         }
 
     length = arguments.text_length

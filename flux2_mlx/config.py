@@ -23,6 +23,9 @@ class CheckpointError(InputError):
 # The text encoder's layers whose outputs klein reads, counted from zero (hidden_states 9, 18, 27 in transformers).
 TAPPED_LAYERS = (8, 17, 26)
 
+# More blocks of a kind than any model of this family has; a config beyond is damaged.
+MAX_BLOCKS = 256
+
 # The tokens that a prompt is padded or cut to, unless the caller says otherwise.
 MAX_SEQUENCE_LENGTH = 512
 
@@ -50,6 +53,31 @@ def _require(config: Mapping[str, Any], keys: tuple[str, ...], what: str) -> Non
         raise CheckpointError(f"the {what} config has no {', '.join(missing)}; is it a FLUX.2 [klein] checkpoint?")
 
 
+def _refuse_changes(config: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
+    """Refuse options that would change the model and that no FLUX.2 [klein] checkpoint sets; absent is as expected."""
+    found = {name: config[name] for name in expected if config.get(name) is not None}
+    found = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+    changed = {name: value for name, value in found.items() if value != expected[name]}
+    if changed:
+        raise CheckpointError(
+            f"the {what} config has {changed}; FLUX.2 [klein] has { {name: expected[name] for name in changed} }"
+        )
+
+
+def check_scheduler_config(config: Mapping[str, Any]) -> None:
+    """Refuse a diffusers ``scheduler_config.json`` that asks for another sampling than FLUX.2 [klein]'s.
+
+    Its shift, base_shift, max_shift and sequence lengths have no effect under dynamic shifting and are not looked at.
+
+    Raises:
+        CheckpointError: naming what differs.
+    """
+    _refuse_other_class(config, "FlowMatchEulerDiscreteScheduler", "scheduler")
+    expected = {"num_train_timesteps": 1000, "use_dynamic_shifting": True, "time_shift_type": "exponential"}
+    off = ("invert_sigmas", "stochastic_sampling", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+    _refuse_changes(config, {**expected, **dict.fromkeys(off, False), "shift_terminal": None}, "scheduler")
+
+
 def _refuse_other_class(config: Mapping[str, Any], expected: str, what: str) -> None:
     found = config.get("_class_name", expected)
     if found != expected:
@@ -65,11 +93,11 @@ class _Config:
             value, default = getattr(self, field.name), field.default
             values = value if isinstance(value, tuple) else (value,)
             if isinstance(default, float):
-                fits = isinstance(value, (int, float)) and 0 < value < math.inf
+                fits = type(value) in (int, float) and 0 < value < math.inf
             elif default is None and value is None:
                 fits = True
             else:
-                fits = bool(values) and all(type(v) is int and v > 0 for v in values)
+                fits = bool(values) and all(type(v) is int and 0 < v < 2**31 for v in values)
                 fits &= isinstance(value, tuple) == isinstance(default, (tuple, type(None)))
             if not fits:
                 raise InputError(f"{field.name} cannot be {value!r} in a {type(self).__name__}")
@@ -91,7 +119,7 @@ class FluxKleinParams(_Config):
     depth_single: int = 20
     head_dim: int = 128
     axes_dims_rope: tuple[int, ...] = (32, 32, 32, 32)
-    rope_theta: int = 2000
+    rope_theta: float = 2000.0
     eps: float = 1e-6
     timestep_channels: int = 256
 
@@ -101,9 +129,16 @@ class FluxKleinParams(_Config):
             raise InputError(
                 f"hidden_size must be num_heads * head_dim = {self.num_heads * self.head_dim}, got {self.hidden_size}"
             )
-        if len(self.axes_dims_rope) != 4 or sum(self.axes_dims_rope) != self.head_dim:
+        odd = any(dims % 2 for dims in self.axes_dims_rope)
+        if len(self.axes_dims_rope) != 4 or sum(self.axes_dims_rope) != self.head_dim or odd:
             raise InputError(
-                f"axes_dims_rope must be four sizes that sum to head_dim {self.head_dim}, got {self.axes_dims_rope}"
+                f"axes_dims_rope must be four even sizes that sum to head_dim {self.head_dim}, "
+                f"got {self.axes_dims_rope}"
+            )
+        if max(self.depth, self.depth_single) > MAX_BLOCKS or not 1 <= self.hidden_size * self.mlp_ratio < 2**31:
+            raise InputError(
+                f"{self.depth} double and {self.depth_single} single blocks with mlp_ratio {self.mlp_ratio} are no "
+                "FLUX.2 [klein], which has 5 and 20 or 8 and 24, and 3.0"
             )
 
     @property
@@ -135,16 +170,7 @@ class FluxKleinParams(_Config):
         keys = ("num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim", "joint_attention_dim")
         _require(config, keys, "transformer")
         in_channels = config.get("in_channels", 128)
-        unsupported = {
-            name: value
-            for name, value, only in (
-                ("patch_size", config.get("patch_size", 1), 1),
-                ("out_channels", config.get("out_channels") or in_channels, in_channels),
-            )
-            if value != only
-        }
-        if unsupported:
-            raise CheckpointError(f"the transformer config has {unsupported}, which no FLUX.2 [klein] checkpoint has")
+        _refuse_changes(config, {"patch_size": 1, "out_channels": in_channels}, "transformer")
         heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
         return cls(
             in_channels=in_channels,
@@ -179,6 +205,14 @@ class Qwen3Config(_Config):
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
     tapped_layers: tuple[int, ...] = TAPPED_LAYERS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
+            raise InputError(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}, and head_dim {self.head_dim} even"
+            )
 
     @property
     def num_layers(self) -> int:
@@ -220,12 +254,11 @@ class Qwen3Config(_Config):
                 f"{TAPPED_LAYERS[-1]}, so at least {TAPPED_LAYERS[-1] + 1} are needed"
             )
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        kind = rope.get("rope_type", "default")
-        if kind != "default" or config.get("attention_bias") or config.get("use_sliding_window"):
-            raise CheckpointError(
-                f"the text encoder config asks for rope_type {kind!r}, attention_bias {config.get('attention_bias')}, "
-                f"use_sliding_window {config.get('use_sliding_window')}; the Qwen3 of FLUX.2 [klein] has none of these"
-            )
+        if not isinstance(rope, Mapping):
+            raise CheckpointError(f"the text encoder config has rope parameters {rope!r}; an object is expected")
+        expected = {"rope_type": "default", "attention_bias": False, "use_sliding_window": False, "hidden_act": "silu"}
+        found = {"rope_type": rope.get("rope_type") or rope.get("type"), **config}
+        _refuse_changes(found, expected, "text encoder")
         heads = config["num_attention_heads"]
         return cls(
             vocab_size=config["vocab_size"],
@@ -257,6 +290,15 @@ class AutoEncoderConfig(_Config):
     norm_eps: float = 1e-6
     batch_norm_eps: float = 1e-4
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for channels in (self.block_out_channels, self.decoder_channels):
+            if len(channels) != 4 or any(c % self.norm_num_groups for c in channels):
+                raise InputError(
+                    f"block_out_channels must be four multiples of norm_num_groups {self.norm_num_groups}, "
+                    f"got {channels}"
+                )
+
     @property
     def decoder_channels(self) -> tuple[int, ...]:
         return self.decoder_block_out_channels or self.block_out_channels
@@ -283,18 +325,8 @@ class AutoEncoderConfig(_Config):
         """
         _refuse_other_class(config, "AutoencoderKLFlux2", "vae")
         _require(config, ("block_out_channels", "latent_channels"), "vae")
-        fixed = {
-            "use_quant_conv": True,
-            "use_post_quant_conv": True,
-            "mid_block_add_attention": True,
-            "act_fn": "silu",
-        }
-        changed = {name: config[name] for name, value in fixed.items() if config.get(name, value) != value}
-        if changed or tuple(config.get("patch_size", (2, 2))) != (2, 2) or len(config["block_out_channels"]) != 4:
-            raise CheckpointError(
-                f"the vae config has {changed or {k: config.get(k) for k in ('patch_size', 'block_out_channels')}}, "
-                "which no FLUX.2 autoencoder has"
-            )
+        expected = {"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True}
+        _refuse_changes(config, {**expected, "act_fn": "silu", "patch_size": [2, 2]}, "vae")
         decoder = config.get("decoder_block_out_channels")
         return cls(
             in_channels=config.get("in_channels", 3),

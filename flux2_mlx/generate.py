@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
+import os
+import re
 import secrets
-import string
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from tqdm.auto import tqdm
 
@@ -20,41 +22,71 @@ from ._version import __version__
 from .config import MAX_SEQUENCE_LENGTH, RELEASED, InputError
 from .images import FORMATS, check_output, read_metadata, save_image
 from .latents import NOISES
-from .pipeline import DEFAULT_SIZE, DTYPES, Flux2Pipeline, check_options
+from .pipeline import DEFAULT_SIZE, DTYPES, Flux2Pipeline, Settings, Step, check_options, check_prompt
 from .sampler import SCHEDULES
 
 DEFAULT_OUTPUT = "flux2-{seed}.png"
+OUTPUT_TEMPLATE = re.compile(r"(?:[^{}]|\{(?:seed|index)(?::\d{1,2})?\})+")
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+# What --from-image takes from the picture, and what stands where neither it nor the command line says anything.
+SETTINGS: dict[str, Any] = {
+    "prompt": None,
+    "negative_prompt": "",
+    "model": "klein-4b",
+    "revision": None,
+    "width": DEFAULT_SIZE,
+    "height": DEFAULT_SIZE,
+    "num_steps": None,
+    "guidance": None,
+    "seed": None,
+    "schedule": "flux2",
+    "sigmas": None,
+    "noise": "torch",
+    "dtype": None,
+    "max_sequence_length": MAX_SEQUENCE_LENGTH,
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a fault in one line, as the rest of the command does, instead of with its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help")
+
+
+def numbers(text: str) -> list[float]:
+    """Numbers between commas."""
+    return [float(number) for number in text.split(",")]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="flux2-generate",
         description="Draw a prompt with FLUX.2 [klein].",
         epilog=f"Released models: {', '.join(RELEASED)}.",
     )
     parser.add_argument("prompt", nargs="?", help='what to draw; "-" or nothing reads standard input')
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file")
-    parser.add_argument("--negative-prompt", default="", help="what guidance leads away from (base models)")
-    parser.add_argument("--model", default="klein-4b", help="a released name, a folder or a Hub id (%(default)s)")
+    parser.add_argument("--negative-prompt", help="what guidance leads away from (base models)")
+    parser.add_argument("--model", help=f"a released name, a folder or a Hub id ({SETTINGS['model']})")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--width", type=int, default=DEFAULT_SIZE, help="in pixels, a multiple of 16 (%(default)s)")
-    parser.add_argument("--height", type=int, default=DEFAULT_SIZE, help="in pixels, a multiple of 16 (%(default)s)")
+    parser.add_argument("--width", type=int, help=f"in pixels, a multiple of 16 ({DEFAULT_SIZE})")
+    parser.add_argument("--height", type=int, help=f"in pixels, a multiple of 16 ({DEFAULT_SIZE})")
     parser.add_argument("--steps", type=int, dest="num_steps", help="4 for distilled models, 50 for base models")
     parser.add_argument("--guidance", type=float, help="1.0 for distilled models, 4.0 for base models")
     parser.add_argument(
         "--seed", type=int, help="of the first picture, the next have seed + 1, ...; random unless given"
     )
     parser.add_argument("--num-images", type=int, default=1, help="how many pictures (%(default)s)")
-    parser.add_argument("--schedule", choices=SCHEDULES, default="flux2", help="noise levels (%(default)s)")
-    parser.add_argument(
-        "--sigmas", type=float, nargs="+", help="custom noise levels, falling from 1, without the last 0"
+    levels = parser.add_mutually_exclusive_group()
+    levels.add_argument("--schedule", choices=SCHEDULES, help=f"noise levels ({SETTINGS['schedule']})")
+    levels.add_argument(
+        "--sigmas", type=numbers, metavar="S,S,...", help="custom noise levels, from 1 without the last 0"
     )
-    parser.add_argument("--noise", choices=NOISES, default="torch", help="the seed's meaning: torch's or MLX's numbers")
+    parser.add_argument("--noise", choices=NOISES, help=f"whose numbers a seed stands for ({SETTINGS['noise']})")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="bfloat16; float16 on M1 and M2; float32 on a CPU")
-    parser.add_argument(
-        "--max-sequence-length", type=int, default=MAX_SEQUENCE_LENGTH, help="tokens of the prompt (%(default)s)"
-    )
+    parser.add_argument("--max-sequence-length", type=int, help=f"tokens of the prompt ({MAX_SEQUENCE_LENGTH})")
     parser.add_argument(
         "--output",
         default=DEFAULT_OUTPUT,
@@ -71,29 +103,42 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse, and with --from-image take what is not on the command line from that picture."""
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
-    if arguments.from_image is None:
-        return arguments
-    metadata = read_metadata(arguments.from_image)
-    known = ("model", "width", "height", "num_steps", "guidance", "seed", "schedule", "sigmas", "noise", "dtype")
-    more = ("max_sequence_length", "negative_prompt")
-    parser.set_defaults(**{name: metadata[name] for name in (*known, *more) if metadata.get(name) is not None})
-    arguments = parser.parse_args(argv)
-    if arguments.prompt is None and arguments.prompt_file is None:
-        arguments.prompt = metadata["prompt"]
+def parse_arguments(argv: Sequence[str] | None, stdin: TextIO | None) -> argparse.Namespace:
+    """Parse the command line, read the prompt, and fill in what is not given: from --from-image, else the defaults.
+
+    What is given wins over the picture: its revision goes with its model, its custom noise levels with its steps.
+
+    Raises:
+        InputError: for what cannot be used.
+    """
+    arguments = build_parser().parse_args(argv)
+    defaults = dict(SETTINGS)
+    if arguments.from_image is not None:
+        picture = Settings.from_metadata(read_metadata(arguments.from_image))
+        defaults = {name: getattr(picture, name) for name in SETTINGS}
+        if arguments.model is not None:
+            defaults["revision"] = None
+        if any(value is not None for value in (arguments.num_steps, arguments.schedule, arguments.sigmas)):
+            defaults["sigmas"] = None
+        if arguments.sigmas is not None or defaults["sigmas"] is not None:
+            defaults["num_steps"] = None
+    if arguments.prompt is not None or arguments.prompt_file is not None or defaults["prompt"] is None:
+        arguments.prompt = read_prompt(arguments, stdin)
+    for name, value in defaults.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    if arguments.seed is None:
+        arguments.seed = secrets.randbelow(2**32)
     return arguments
 
 
-def read_prompt(arguments: argparse.Namespace, stdin: TextIO) -> str:
+def read_prompt(arguments: argparse.Namespace, stdin: TextIO | None) -> str:
     """The prompt from the command line, a file or standard input; one line break at its end does not count."""
     if arguments.prompt_file is not None:
         if arguments.prompt is not None:
             raise InputError("give the prompt either as an argument or as --prompt-file")
         try:
-            text = arguments.prompt_file.read_text(encoding="utf-8")
+            text = arguments.prompt_file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise InputError(f"{arguments.prompt_file} is not UTF-8 text ({error.reason})") from None
         except OSError as error:
@@ -101,51 +146,45 @@ def read_prompt(arguments: argparse.Namespace, stdin: TextIO) -> str:
         return str(text).removesuffix("\n")
     if arguments.prompt is not None and arguments.prompt != "-":
         return str(arguments.prompt)
-    if arguments.prompt is None and stdin.isatty():
+    if stdin is None or (arguments.prompt is None and stdin.isatty()):
         raise InputError('no prompt: give one, as in flux2-generate "a red fox in the snow", or --prompt-file FILE')
-    return stdin.read().removesuffix("\n")
+    try:
+        return stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not {error.encoding} text ({error.reason})") from None
 
 
 def output_path(template: str, seed: int, index: int) -> Path:
-    """The file of one picture; {seed} and {index} are filled in.
+    """The file of one picture; {seed} and {index}, or {index:03} with leading zeros, are filled in.
 
     Raises:
         InputError: for another placeholder.
     """
+    if not OUTPUT_TEMPLATE.fullmatch(template):
+        raise InputError(f"--output takes {{seed}} and {{index}} alone, got {template!r}")
     try:
-        fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
-        if fields - {"seed", "index"}:
-            raise ValueError
         return Path(template.format(seed=seed, index=index)).expanduser()
-    except ValueError:
-        raise InputError(f"--output takes {{seed}} and {{index}} alone, got {template!r}") from None
+    except RuntimeError as error:  # the home folder of nobody
+        raise InputError(f"cannot write {template}: {error}") from None
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Draw and save; everything that can be refused is refused before the model is opened."""
-    started = time.perf_counter()
-    prompt = read_prompt(arguments, sys.stdin)
-    seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
-    options = {
-        "height": arguments.height,
-        "width": arguments.width,
-        "num_steps": arguments.num_steps,
-        "guidance": arguments.guidance,
-        "seed": seed,
-        "num_images": arguments.num_images,
-        "schedule": arguments.schedule,
-        "sigmas": arguments.sigmas,
-        "noise": arguments.noise,
-        "max_sequence_length": arguments.max_sequence_length,
-    }
+def start(arguments: argparse.Namespace) -> Iterator[Step]:
+    """Open the model and get the steps to draw; what can be refused without the model is refused before."""
+    names = ("height", "width", "num_steps", "guidance", "seed", "num_images", "schedule", "sigmas", "noise")
+    options = {name: getattr(arguments, name) for name in (*names, "max_sequence_length")}
     check_options(**options)
+    for prompt in (arguments.prompt, arguments.negative_prompt):
+        check_prompt(prompt)
     for index in range(arguments.num_images):
-        check_output(output_path(arguments.output, seed + index, index))
-
+        check_output(output_path(arguments.output, arguments.seed + index, index))
     pipe = Flux2Pipeline.from_pretrained(
         arguments.model, revision=arguments.revision, dtype=arguments.dtype, progress=not arguments.quiet
     )
-    steps = pipe.stream(prompt, negative_prompt=arguments.negative_prompt, **options)
+    return pipe.stream(arguments.prompt, negative_prompt=arguments.negative_prompt, **options)
+
+
+def draw(steps: Iterator[Step], arguments: argparse.Namespace, started: float) -> None:
+    """Draw, save each picture when it is done, and report."""
     for step in steps:
         if step.is_last:
             picture, settings = step.picture(), step.settings
@@ -154,18 +193,12 @@ def run(arguments: argparse.Namespace) -> None:
             tqdm.write(f"seed {settings.seed}  {written}")  # past the bars
             sys.stdout.flush()
     stats = step.stats
-    peak = max(stats.peak_bytes.values())
     if not arguments.quiet:
         seconds = "  ".join(f"{part} {value:.1f} s" for part, value in stats.seconds.items())
-        total = time.perf_counter() - started
+        total, peak = time.perf_counter() - started, max(stats.peak_bytes.values())
         print(f"{total:.1f} s in all ({seconds}), peak memory {peak / 1e9:.2f} GB", file=sys.stderr)
     if arguments.stats:
-        report: dict[str, Any] = {
-            "seconds": stats.seconds,
-            "peak_bytes": stats.peak_bytes,
-            "model": pipe.checkpoint.name,
-        }
-        print(json.dumps(report))
+        print(json.dumps({"model": settings.model, "seconds": stats.seconds, "peak_bytes": stats.peak_bytes}))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -174,19 +207,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for input that cannot be used (one line on standard error), 130 after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter must not end the run
+    if sys.stdin is None:  # closed: keep its number, since MLX takes a file with the number 0 for one that did not open
+        os.open(os.devnull, os.O_RDONLY)
+    started = time.perf_counter()
+    seed = ""  # told at the end of a drawing that does not finish
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = show_warning  # type: ignore[assignment]  # takes whatever comes after the message
         try:
-            arguments = parse_arguments(argv)
+            arguments = parse_arguments(argv, sys.stdin)
             if arguments.quiet:
                 _silence_downloads()
-            run(arguments)
-        except (InputError, FloatingPointError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            steps = start(arguments)
+            seed = f" (seed {arguments.seed})"
+            draw(steps, arguments, started)
+        except (InputError, FloatingPointError, OSError) as error:
+            print(f"error: {error}{seed}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            print(f"interrupted{seed}", file=sys.stderr)
             return INTERRUPTED
     return 0
 

@@ -8,13 +8,14 @@ import json
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin
 
 from .config import InputError
 from .latents import PIXELS_PER_TOKEN
@@ -28,6 +29,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 METADATA_KEY = "flux2_mlx"
+JPEG_EXIF_BYTES = 65_533
 REFERENCE_MIN_SIDE = 64
 REFERENCE_MAX_ASPECT = 8
 REFERENCE_MAX_PIXELS = 1024 * 1024
@@ -77,22 +79,24 @@ def check_output(path: Path) -> None:
     """
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"cannot write {path}: the suffix must be one of {', '.join(FORMATS)}")
-    if not path.parent.is_dir():
-        raise InputError(f"cannot write {path}: there is no folder {path.parent}")
     try:
+        if not path.parent.is_dir():
+            raise InputError(f"cannot write {path}: there is no folder {path.parent}")
+        path.with_stem(f"{path.stem}-0000").exists()  # fails where the name, once numbered, would be too long
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}; choose another --output") from None
 
 
-def save_image(image: Image.Image, path: Path, metadata: Mapping[str, Any], parameters: str) -> Path:
+def save_image(image: Image.Image, path: str | os.PathLike[str], metadata: Mapping[str, Any], parameters: str) -> Path:
     """Write a picture with how it was made; never over an existing file, never half a file.
 
     PNG carries both texts as text chunks; JPEG and WebP carry the JSON as ImageDescription and the line as
-    UserComment.
+    UserComment. JPEG has room for about 64 kB of it; with more, the picture is written without, and a warning.
 
     Args:
+        image: 8-bit RGB.
         path: where to; its suffix sets the format. Where the name is taken, "-2", "-3", ... is added.
         metadata: written as JSON.
         parameters: the line that other tools read.
@@ -103,6 +107,7 @@ def save_image(image: Image.Image, path: Path, metadata: Mapping[str, Any], para
     Raises:
         InputError: for a full disk or another failure to write; nothing is left behind.
     """
+    path = Path(path)
     check_output(path)
     kind, options = FORMATS[path.suffix.lower()]
     text = json.dumps(metadata, ensure_ascii=True)
@@ -116,6 +121,9 @@ def save_image(image: Image.Image, path: Path, metadata: Mapping[str, Any], para
         exif[ExifTags.Base.ImageDescription] = text
         comment = b"UNICODE\0" + parameters.encode("utf-16-be")
         exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+        if kind == "JPEG" and len(exif.tobytes()) > JPEG_EXIF_BYTES:
+            warnings.warn(f"{path} does not say how it was made: the prompt is too long for a JPEG", stacklevel=2)
+            exif = Image.Exif()
         options = {**options, "exif": exif}
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=path.suffix)
     temporary = Path(name)
@@ -135,27 +143,27 @@ def save_image(image: Image.Image, path: Path, metadata: Mapping[str, Any], para
 
 
 def _move_to_free_name(temporary: Path, path: Path) -> Path:
-    """Give a finished file its name, or the first free numbered one: a link fails where a file is, a rename would
-    replace it.
+    """Give a finished file its name, or the first free numbered one. The name is claimed by an empty file first, since
+    a rename alone would replace what is there.
     """
     target, number = path, 1
     while True:
         try:
-            os.link(temporary, target)
-            return target
+            os.close(os.open(target, os.O_CREAT | os.O_EXCL))
+            break
         except FileExistsError:
             number += 1
             target = path.with_stem(f"{path.stem}-{number}")
-        except OSError:  # a file system without links
-            if not target.exists():
-                temporary.rename(target)
-                return target
-            number += 1
-            target = path.with_stem(f"{path.stem}-{number}")
+    try:
+        temporary.replace(target)
+    except BaseException:
+        target.unlink()
+        raise
+    return target
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """How a picture of this package was made, from its file.
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """How a picture of this package was made, from its file: the JSON that save_image wrote.
 
     Raises:
         InputError: for a file that is no picture, or carries nothing of this package.
@@ -163,13 +171,15 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path) as image:
             text = image.info.get(METADATA_KEY) or image.getexif().get(ExifTags.Base.ImageDescription)
-    except (OSError, UnidentifiedImageError) as error:
+    except Exception as error:  # a damaged picture makes Pillow raise errors of many kinds
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a picture"
-        raise InputError(f"cannot read {path}: {reason}") from None
+        raise InputError(f"cannot read {os.fspath(path)}: {reason}") from None
     try:
         metadata = json.loads(text) if isinstance(text, str) else None
-    except ValueError:
+    except (ValueError, RecursionError):
         metadata = None
-    if not isinstance(metadata, dict) or "prompt" not in metadata:
-        raise InputError(f"{path} does not say how it was made; only pictures written by flux2_mlx can be repeated")
+    if not isinstance(metadata, dict):
+        raise InputError(
+            f"{os.fspath(path)} does not say how it was made; only pictures written by flux2_mlx can be repeated"
+        )
     return metadata

@@ -117,12 +117,12 @@ def initial_noise(seed: int, height: int, width: int, channels: int = 128, noise
     Args:
         seed: the picture's own.
         height, width: in pixels, multiples of 16.
-        noise: "torch" draws what diffusers draws from a CPU generator, as (1, channels, H/16, W/16); "mlx" draws
-            from mx.random.
+        noise: "torch" draws what diffusers draws from a CPU generator, as (1, channels, H/16, W/16), from the seed's
+            low 32 bits; "mlx" draws from mx.random, from its low 64 bits.
     """
     rows, columns = height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN
     if noise == "mlx":
-        return mx.random.normal((1, rows * columns, channels), key=mx.random.key(seed))
+        return mx.random.normal((1, rows * columns, channels), key=mx.random.key(seed % 2**64))
     drawn = torch_randn((1, channels, rows, columns), seed)
     return pack_channels_first(mx.array(drawn))
 

@@ -37,6 +37,13 @@ def default_dtype() -> mx.Dtype:
     return mx.float16 if apple and int(apple[1]) <= 14 else mx.bfloat16
 
 
+def stage_dtype(stage: str, dtype: mx.Dtype) -> mx.Dtype:
+    """The dtype of a stage where the transformer has ``dtype``: in float16 the text encoder and the autoencoder stay
+    in bfloat16, whose range their activations need.
+    """
+    return mx.bfloat16 if dtype == mx.float16 and stage != "transformer" else dtype
+
+
 def weights_of(module: nn.Module) -> dict[str, mx.array]:
     """A module's weights by name, as they are: loaded or still lazy."""
     return cast("dict[str, mx.array]", tree_flatten(module.parameters(), destination={}))

@@ -9,16 +9,16 @@ Reference: diffusers' Flux2KleinPipeline, whose argument names are accepted besi
 
 from __future__ import annotations
 
-import math
 import os
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ._version import __version__
-from .config import MAX_SEQUENCE_LENGTH, InputError
+from .config import MAX_SEQUENCE_LENGTH, CheckpointError, InputError
 from .images import reference_array, to_pil, to_unit
 from .latents import (
     NOISES,
@@ -43,6 +43,7 @@ from .memory import (
     decoder_bytes,
     default_dtype,
     machine_memory,
+    stage_dtype,
     text_encoder_bytes,
     transformer_bytes,
     weight_bytes,
@@ -62,11 +63,17 @@ DEFAULT_SIZE = 1024
 MIN_SIDE = 64
 MAX_PIXELS = 4 * 1024 * 1024
 MAX_STEPS = 1000  # noise levels that the models were trained on
+MAX_POSITIONS = 40960  # of Qwen3
+MAX_IMAGES = 10_000
+MAX_GUIDANCE = 100
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides one picture; written into its file and read back by ``--from-image``."""
+    """What decides one picture; written into its file and read back by ``--from-image``.
+
+    ``inputs`` names what the call was given besides ("image", "prompt_embeds", "latents"), which no file carries.
+    """
 
     prompt: str
     model: str
@@ -81,21 +88,47 @@ class Settings:
     max_sequence_length: int
     negative_prompt: str = ""
     sigmas: tuple[float, ...] | None = None
+    revision: str | None = None
+    inputs: tuple[str, ...] = ()
     version: str = __version__
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> Settings:
+        """The settings that ``metadata`` gave, as read from a picture's file.
+
+        Raises:
+            InputError: for a setting that is missing or of the wrong kind, and for a picture that needs more than its
+                settings to be drawn again.
+        """
+        values: dict[str, Any] = {field.name: metadata.get(field.name) for field in fields(cls)}
+        for name in ("sigmas", "inputs"):  # JSON has no tuples
+            values[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
+        number, optional = (int, float), type(None)
+        kinds: dict[str, Any] = {"seed": int, "width": int, "height": int, "num_steps": int, "max_sequence_length": int}
+        kinds |= {"guidance": number, "sigmas": (tuple, optional), "revision": (str, optional), "inputs": tuple}
+        wrong = [name for name, value in values.items() if not isinstance(value, kinds.get(name, str))]
+        if not wrong and not all(isinstance(sigma, number) for sigma in values["sigmas"] or ()):
+            wrong = ["sigmas"]
+        if wrong:
+            raise InputError(f"the picture's settings cannot be read: {', '.join(wrong)}")
+        if values["inputs"]:
+            given = ", ".join(map(str, values["inputs"]))
+            raise InputError(f"the picture was drawn from more than its file carries ({given}); it cannot be repeated")
+        return cls(**values)
 
     def metadata(self) -> dict[str, Any]:
         """The settings as JSON values."""
         return asdict(self)
 
     def parameters(self) -> str:
-        """The settings in the "parameters" form that other tools read."""
+        """The settings in the "parameters" form that other tools read; of a folder it names the last part alone."""
         lines = [self.prompt]
         if self.negative_prompt:
             lines.append(f"Negative prompt: {self.negative_prompt}")
         schedule = self.schedule if self.sigmas is None else "custom"
         lines.append(
             f"Steps: {self.num_steps}, Sampler: Euler, Schedule type: {schedule}, CFG scale: {self.guidance:g}, "
-            f"Seed: {self.seed}, Size: {self.width}x{self.height}, Model: {self.model}, "
+            f"Seed: {self.seed}, Size: {self.width}x{self.height}, Model: {Path(self.model).name}, "
             f"Version: flux2_mlx {self.version}"
         )
         return "\n".join(lines)
@@ -150,11 +183,17 @@ class Step:
         return self.index == self.settings.num_steps
 
     def array(self) -> np.ndarray:
-        """The foreseen picture, decoded: (H, W, 3) float32 in 0..1."""
+        """The foreseen picture, decoded: (H, W, 3) float32 in 0..1.
+
+        Decoding may unload the transformer where memory is short; the next step loads it again.
+
+        Raises:
+            FloatingPointError: where the decoder's output is not finite.
+        """
         return np.array(self._decode(self.denoised, self.settings, self.stats)[0])
 
     def picture(self) -> Image.Image:
-        """The foreseen picture, decoded to 8-bit RGB."""
+        """The foreseen picture, decoded to 8-bit RGB; see ``array``."""
         return to_pil(self.array())
 
 
@@ -388,16 +427,19 @@ class Flux2Pipeline:
         if (prompt is None) == (prompt_embeds is None):
             raise InputError("give either prompt or prompt_embeds")
         if prompt_embeds is not None:
+            prompt_embeds = _array("prompt_embeds", prompt_embeds)
             if prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != params.txt_embed_dim:
                 raise InputError(f"prompt_embeds must be (B, L, {params.txt_embed_dim}), got {prompt_embeds.shape}")
             max_sequence_length = prompt_embeds.shape[1]
             prompts = [""] * prompt_embeds.shape[0]
         else:
-            prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
-        if not prompts or not all(isinstance(text, str) for text in [*prompts, negative_prompt]):
-            raise InputError("prompt must be a string or a non-empty list of strings, and negative_prompt a string")
+            prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [cast(str, prompt)]
+        if not prompts:
+            raise InputError("prompt must be a string or a non-empty list of strings, got an empty list")
+        for text in [*prompts, negative_prompt]:
+            check_prompt(text)
         seed = secrets.randbelow(2**32) if seed is None else seed
-        pictures = [image] if isinstance(image, Image.Image) else list(image or ())
+        pictures: list[Any] = list(image) if isinstance(image, (list, tuple)) else [image] if image else []
         if pictures and self.checkpoint.has_kv_cache:
             raise InputError(
                 f"{self.checkpoint.name} takes reference images through its own cache, which is not supported; "
@@ -435,6 +477,7 @@ class Flux2Pipeline:
             guidance = 1.0
 
         total = len(prompts) * num_images
+        besides = {"image": image, "prompt_embeds": prompt_embeds, "latents": latents}
         settings = [
             Settings(
                 prompt=prompts[k // num_images],
@@ -450,12 +493,14 @@ class Flux2Pipeline:
                 max_sequence_length=max_sequence_length,
                 negative_prompt=negative_prompt,
                 sigmas=None if sigmas is None else tuple(float(s) for s in sigmas),
+                revision=self.checkpoint.revision,
+                inputs=tuple(name for name, value in besides.items() if value is not None),
             )
             for k in range(total)
         ]
         given = None
         if latents is not None:
-            given = _given_latents(mx.array(latents), total, height, width, params.in_channels)
+            given = _given_latents(_array("latents", latents), total, height, width, params.in_channels)
         embeds = None
         if prompt_embeds is not None:
             embeds = [prompt_embeds[k // num_images][None] for k in range(total)]
@@ -509,11 +554,7 @@ class Flux2Pipeline:
                         finite = mx.isfinite(x).all()
                         mx.eval(x, v, finite)
                     if not finite.item():
-                        raise FloatingPointError(
-                            f"step {i + 1} of {settings.num_steps}: the latents are not finite in {settings.dtype}; "
-                            f"try {'float32' if settings.dtype == 'bfloat16' else 'bfloat16'} (--dtype, dtype=), and "
-                            "check the checkpoint's files if that fails too"
-                        )
+                        raise FloatingPointError(_not_finite(f"step {i + 1} of {settings.num_steps}", settings.dtype))
                     bar.update()
                     yield Step(k, i + 1, sigma_next, x, x - sigma_next * v, settings, stats, self._decode)
 
@@ -524,12 +565,18 @@ class Flux2Pipeline:
         kept = {text: self._embeddings[text, length] for text in prompts if (text, length) in self._embeddings}
         new = [text for text in dict.fromkeys(prompts) if text not in kept]
         if new:
-            dtype = self._stage_dtype("text_encoder")
+            dtype = stage_dtype("text_encoder", self.dtype)
             working = text_encoder_bytes(self.checkpoint.text_encoder, length, dtype)
             self._prepare("text_encoder", self.text_encoder, working, stats)
             with stats.measure("text_encoder"):
                 for text in new:
                     ids, mask = self.tokenizer([text], length)
+                    largest, known = int(np.array(ids).max()), self.checkpoint.text_encoder.vocab_size
+                    if largest >= known:
+                        raise CheckpointError(
+                            f"{self.checkpoint.folder}: the tokenizer gives token {largest}, but the text encoder "
+                            f"knows {known}; they do not belong together"
+                        )
                     kept[text] = self.text_encoder(ids, mask)
                     mx.eval(kept[text])
         if prompts:
@@ -553,18 +600,18 @@ class Flux2Pipeline:
         working = self._decoder_bytes(settings.height, settings.width)
         self._prepare("autoencoder", self.autoencoder.decoder, working, stats)
         with stats.measure("decode"):
-            image = to_unit(self.autoencoder.decoder(self._unpack(latents, settings)))
-            mx.eval(image)
+            decoded = self.autoencoder.decoder(self._unpack(latents, settings))
+            image, finite = to_unit(decoded), mx.isfinite(decoded).all()
+            mx.eval(image, finite)
+        if not finite.item():
+            raise FloatingPointError(_not_finite("the decoder", _dtype_name(stage_dtype("autoencoder", self.dtype))))
         return image
 
     def _unpack(self, latents: mx.array, settings: Settings) -> mx.array:
         return unpack_latents(self.autoencoder.bn.denormalize(latents), settings.height, settings.width)
 
     def _decoder_bytes(self, height: int, width: int) -> int:
-        return decoder_bytes(self.checkpoint.autoencoder, height, width, self._stage_dtype("autoencoder"))
-
-    def _stage_dtype(self, stage: str) -> mx.Dtype:
-        return mx.bfloat16 if self.dtype == mx.float16 and stage != "transformer" else self.dtype
+        return decoder_bytes(self.checkpoint.autoencoder, height, width, stage_dtype("autoencoder", self.dtype))
 
     def _prepare(self, stage: str, module: nn.Module, working_bytes: int, stats: Stats) -> None:
         """Bring the module, a stage or a part of one, into memory; other stages out of it as far as the limit needs."""
@@ -605,7 +652,7 @@ class Flux2Pipeline:
             "transformer": load_transformer,
             "autoencoder": load_autoencoder,
         }
-        setattr(self, stage, loaders[stage](self.checkpoint, self._stage_dtype(stage)))
+        setattr(self, stage, loaders[stage](self.checkpoint, stage_dtype(stage, self.dtype)))
         self._loaded[stage] = set()
 
 
@@ -629,18 +676,16 @@ def check_options(
     """
     check_size(height, width)
     if num_steps is not None:
-        _at_least("num_steps", num_steps, 1)
-        if num_steps > MAX_STEPS:
-            raise InputError(f"num_steps must be at most {MAX_STEPS}, got {num_steps}")
+        _between("num_steps", num_steps, 1, MAX_STEPS)
     if sigmas is not None:
         check_sigmas(sigmas)
         if num_steps not in (None, len(sigmas)):
             raise InputError(f"num_steps is {num_steps}, but {len(sigmas)} sigmas are given")
-    if guidance is not None and not (isinstance(guidance, (int, float)) and 0 <= guidance < math.inf):
-        raise InputError(f"guidance must be a number from 0 up, got {guidance!r}")
-    _at_least("seed", seed, 0)
-    _at_least("num_images", num_images, 1)
-    _at_least("max_sequence_length", max_sequence_length, 1)
+    if guidance is not None and not (isinstance(guidance, (int, float)) and 0 <= guidance <= MAX_GUIDANCE):
+        raise InputError(f"guidance must be a number from 0 to {MAX_GUIDANCE}, got {guidance!r}")
+    _between("seed", seed, 0, None)
+    _between("num_images", num_images, 1, MAX_IMAGES)
+    _between("max_sequence_length", max_sequence_length, 1, MAX_POSITIONS)
     _one_of("schedule", schedule, SCHEDULES)
     _one_of("noise", noise, NOISES)
 
@@ -652,7 +697,7 @@ def check_size(height: int, width: int) -> None:
         InputError: unless both are multiples of 16, at least 64, and together at most 4 megapixels.
     """
     for name, value in (("height", height), ("width", width)):
-        _at_least(name, value, MIN_SIDE)
+        _between(name, value, MIN_SIDE, None)
         if value % PIXELS_PER_TOKEN:
             low = value // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN
             raise InputError(
@@ -666,9 +711,39 @@ def check_size(height: int, width: int) -> None:
         )
 
 
-def _at_least(name: str, value: int, least: int) -> None:
+def check_prompt(prompt: Any) -> None:
+    """Refuse what is no text: another type, or a string with halves of characters, as undecodable input leaves them.
+
+    Raises:
+        InputError: naming the value.
+    """
+    if not isinstance(prompt, str):
+        raise InputError(f"a prompt must be a string, got {prompt!r}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the prompt is not Unicode text: {prompt[error.start]!r} at {error.start}") from None
+
+
+def _between(name: str, value: int, least: int, most: int | None) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if most is not None and value > most:
+        raise InputError(f"{name} must be at most {most}, got {value}")
+
+
+def _array(name: str, value: Any) -> mx.array:
+    """An array of MLX, NumPy or torch as MLX's."""
+    try:
+        return value if isinstance(value, mx.array) else mx.array(np.asarray(value))
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{name} must be an array, got {type(value).__name__}") from None
+
+
+def _not_finite(where: str, dtype: str) -> str:
+    wider = {"float16": "try bfloat16", "bfloat16": "try float32"}.get(dtype)
+    way_out = f"{wider} (--dtype, dtype=), and if that fails too, check" if wider else "check"
+    return f"{where}: values are not finite in {dtype}; {way_out} the checkpoint's files"
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ def empirical_mu(num_tokens: int, num_steps: int) -> float:
 
     Linear in the tokens at 10 and at 200 steps, and linear in the steps between and beyond; above 4300 tokens the
     200-step line alone. References never count as tokens.
+    Source: Black Forest Labs' compute_empirical_mu.
     """
     at_200 = 0.00016927 * num_tokens + 0.45666666
     if num_tokens > 4300:
@@ -64,7 +65,10 @@ def check_sigmas(sigmas: Sequence[float]) -> None:
     Raises:
         InputError: unless they fall strictly from at most 1 and stay above 0.
     """
-    levels = [float(s) for s in sigmas]
+    try:
+        levels = [float(s) for s in sigmas]
+    except (TypeError, ValueError):
+        raise InputError(f"sigmas must be a list of numbers, got {sigmas!r}") from None
     if not levels or not 0 < levels[-1] <= levels[0] <= 1 or any(a <= b for a, b in pairwise(levels)):
         raise InputError(f"sigmas must fall strictly within 1 to 0, both ends above 0 (0 is added), got {levels}")
 
@@ -73,12 +77,18 @@ SCHEDULES = ("flux2", "linear", "comfy")
 
 
 def schedule_sigmas(schedule: str, num_steps: int, num_tokens: int) -> list[float]:
-    """Noise levels of a schedule by name; see SCHEDULES."""
+    """Noise levels of a schedule by its name, one of SCHEDULES, for a picture of num_tokens = H/16 * W/16 tokens.
+
+    Raises:
+        InputError: for another name.
+    """
+    if schedule == "flux2":
+        return flux2_sigmas(num_steps, num_tokens)
     if schedule == "linear":
         return linear_sigmas(num_steps)
     if schedule == "comfy":
         return comfy_sigmas(num_steps)
-    return flux2_sigmas(num_steps, num_tokens)
+    raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
 
 
 def euler_step(x: mx.array, velocity: mx.array, sigma: float, sigma_next: float) -> mx.array:
@@ -127,7 +137,10 @@ class FluxSampler:
         return [shift * s / (1 + (shift - 1) * s) for s in levels]
 
     def step(self, x_t: mx.array, v_pred: mx.array, t: float, t_prev: float) -> mx.array:
-        """x_t + (t_prev - t) * v_pred: one Euler step from noise level t to the lower t_prev."""
+        """x_t + (t_prev - t) * v_pred: one Euler step from noise level t to the lower t_prev, both in 0..1.
+
+        x_t and v_pred have the same shape, (B, S, 128) here; so has the result.
+        """
         return euler_step(x_t, v_pred, t, t_prev)
 
     def sample_prior(self, shape: Sequence[int], key: mx.array | None = None) -> mx.array:

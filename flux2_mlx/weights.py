@@ -28,7 +28,15 @@ from .checkpoints import (
     sanitize_qwen3_weights,
     sanitize_vae_weights,
 )
-from .config import RELEASED, AutoEncoderConfig, CheckpointError, FluxKleinParams, InputError, Qwen3Config
+from .config import (
+    RELEASED,
+    AutoEncoderConfig,
+    CheckpointError,
+    FluxKleinParams,
+    InputError,
+    Qwen3Config,
+    check_scheduler_config,
+)
 from .memory import weights_of
 from .models.autoencoder import AutoEncoder
 from .models.text_encoder import Qwen3TextEncoder
@@ -45,8 +53,10 @@ _STEMS = {
     "text_encoder": "model",
     "vae": "diffusion_pytorch_model",
 }
+_SCHEDULER = "scheduler/scheduler_config.json"
 _CONFIG_FILES = (
     "model_index.json",
+    _SCHEDULER,
     *(f"{component}/config.json" for component in _STEMS),
     "tokenizer/tokenizer.json",
 )
@@ -57,7 +67,8 @@ class Checkpoint:
     """A checkpoint whose configs fit together and whose weight files are there; none of them was opened yet.
 
     Attributes:
-        name: what the caller asked for, without the folders above it.
+        name: what the caller asked for: a released name, a Hub id, or the path of a folder.
+        revision: of the Hub repository, where the caller asked for one.
         folder: where the files are.
         is_distilled: whether it draws in few steps without guidance.
         has_kv_cache: whether it was trained to cache its references (klein-9b-kv).
@@ -65,6 +76,7 @@ class Checkpoint:
     """
 
     name: str
+    revision: str | None
     folder: Path
     is_distilled: bool
     has_kv_cache: bool
@@ -97,7 +109,8 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     if path.suffix in PICKLES:
         raise CheckpointError(f"{path} is a pickle, which can run code and is never loaded; get the .safetensors file")
     try:
-        size = path.stat().st_size
+        with path.open("rb") as raw:  # tells a file that may not be read from one that is not there
+            size = raw.seek(0, os.SEEK_END)
         with safe_open(path, framework="numpy") as file:
             header = {}
             for name in file.keys():  # noqa: SIM118  (not a mapping)
@@ -121,7 +134,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} does not exist; {_refetch(path)}") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}); {_refetch(path)}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a JSON object; {_refetch(path)}")
@@ -187,16 +200,22 @@ def load_safetensors(path: str | os.PathLike[str] | Iterable[str | os.PathLike[s
     if isinstance(path, (str, os.PathLike)):
         path = Path(path)
         if path.name.endswith(".index.json"):
-            names = set(_read_json(path).get("weight_map") or ())
             files: tuple[Path, ...] = _indexed_shards(path)
+            names = set(_read_json(path)["weight_map"])
         else:
             files = (path,)
     else:
         files = tuple(Path(file) for file in path)
+    if not files:
+        raise CheckpointError(f"no files to load weights from, got {path!r}")
     weights: dict[str, mx.array] = {}
     for file in files:
         header = read_header(file)
-        odd = sorted(f"{name} ({dtype})" for name, (dtype, _) in header.items() if dtype not in _FLOATS | {"I64"})
+        odd = sorted(
+            f"{name} ({dtype})"
+            for name, (dtype, _) in header.items()
+            if dtype not in _FLOATS and not name.endswith("num_batches_tracked")
+        )
         if odd:
             raise CheckpointError(
                 f"{file} has weights in formats that are not read, only {', '.join(sorted(_FLOATS))}: {', '.join(odd)}"
@@ -248,19 +267,31 @@ def assign(module: M, weights: Mapping[str, mx.array], dtype: mx.Dtype, where: s
 
 
 def load_transformer(checkpoint: Checkpoint, dtype: mx.Dtype) -> FluxKlein:
-    """The checkpoint's transformer with lazy weights."""
+    """The checkpoint's transformer with lazy weights.
+
+    Raises:
+        CheckpointError: for a bad file, or weights that do not fit the config.
+    """
     weights = sanitize_flux2_klein_weights(load_safetensors(checkpoint.files["transformer"]))
     return assign(FluxKlein(checkpoint.transformer), weights, dtype, f"{checkpoint.folder}/transformer")
 
 
 def load_text_encoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> Qwen3TextEncoder:
-    """The checkpoint's text encoder with lazy weights, up to the last tapped layer."""
+    """The checkpoint's text encoder with lazy weights, up to the last tapped layer.
+
+    Raises:
+        CheckpointError: for a bad file, or weights that do not fit the config.
+    """
     weights = sanitize_qwen3_weights(load_safetensors(checkpoint.files["text_encoder"]))
     return assign(Qwen3TextEncoder(checkpoint.text_encoder), weights, dtype, f"{checkpoint.folder}/text_encoder")
 
 
 def load_autoencoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> AutoEncoder:
-    """The checkpoint's autoencoder with lazy weights."""
+    """The checkpoint's autoencoder with lazy weights.
+
+    Raises:
+        CheckpointError: for a bad file, or weights that do not fit the config.
+    """
     weights = sanitize_vae_weights(load_safetensors(checkpoint.files["vae"]))
     return assign(AutoEncoder(checkpoint.autoencoder), weights, dtype, f"{checkpoint.folder}/vae")
 
@@ -280,13 +311,18 @@ def open_checkpoint(model: str | os.PathLike[str], *, revision: str | None = Non
         CheckpointError: for whatever is wrong, with the way out.
     """
     name = os.fspath(model)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if revision is not None:
-            raise InputError(f"revision {revision!r} has no meaning for the local folder {name}")
-        return _checkpoint(folder, folder.resolve().name)
-    if folder.exists():
-        raise CheckpointError(f"{name} is a file; give the checkpoint's folder in the diffusers layout")
+    try:
+        folder = Path(name).expanduser()
+        if name and folder.is_dir():
+            if revision is not None:
+                raise InputError(f"revision {revision!r} has no meaning for the local folder {name}")
+            return _checkpoint(folder, name, None)
+        if name and folder.exists():
+            raise CheckpointError(f"{name} is a file; give the checkpoint's folder in the diffusers layout")
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read: {error.strerror}") from None
+    except RuntimeError as error:  # a home folder that does not exist
+        raise CheckpointError(f"no model {name!r}: {error}") from None
     released = RELEASED.get(name)
     if released is None and not _HUB_ID.fullmatch(name):
         near = difflib.get_close_matches(name.lower(), RELEASED, n=3, cutoff=0.4) or list(RELEASED)
@@ -294,12 +330,17 @@ def open_checkpoint(model: str | os.PathLike[str], *, revision: str | None = Non
             f"no model {name!r}: there is no such folder, and no released model of that name; "
             f"did you mean {' or '.join(near)}?"
         )
-    return _checkpoint(_download(name, released.repo if released else name, revision), name)
+    folder = _download(name, released.repo if released else name, revision)
+    try:
+        return _checkpoint(folder, name, revision)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; or the download is incomplete: run it again with a connection") from None
 
 
-def _checkpoint(folder: Path, name: str) -> Checkpoint:
+def _checkpoint(folder: Path, name: str, revision: str | None) -> Checkpoint:
     configs = _read_configs(folder)
-    return Checkpoint(name, folder, *configs, files={part: component_files(folder, part) for part in _STEMS})
+    files = {part: component_files(folder, part) for part in _STEMS}
+    return Checkpoint(name, revision, folder, *configs, files=files)
 
 
 class _Configs(NamedTuple):
@@ -326,14 +367,16 @@ def _read_configs(folder: Path) -> _Configs:
             f"released klein models: {', '.join(RELEASED)}"
         )
     configs = {part: _read_json(folder / part / "config.json") for part in _STEMS}
+    configs["scheduler"] = _read_json(folder / _SCHEDULER)
     try:
         transformer = FluxKleinParams.from_config(configs["transformer"])
         text_encoder = Qwen3Config.from_config(configs["text_encoder"])
         autoencoder = AutoEncoderConfig.from_config(configs["vae"])
+        check_scheduler_config(configs["scheduler"])
     except InputError as error:
         raise CheckpointError(f"{folder}: {error}") from None
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: a config.json has a value of the wrong type ({error})") from None
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"{folder}: a config has a value that cannot be ({error})") from None
     if transformer.txt_embed_dim != text_encoder.output_size:
         sizes = {2560: "4B", 4096: "8B"}
         raise CheckpointError(

@@ -46,6 +46,17 @@ def test_defaults_are_klein_4b():
     )
 
 
+def test_the_loop_is_constructed_as_written():
+    before = mx.get_active_memory()
+    text_encoder = Qwen3TextEncoder(Qwen3Config())
+    transformer = FluxKlein(FluxKleinParams())
+    vae = Decoder(AutoEncoderConfig.flux2())
+    assert len(text_encoder.model.layers) == 27
+    assert (len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)) == (5, 20)
+    assert vae.conv_in.weight.shape == (512, 3, 3, 32)
+    assert mx.get_active_memory() - before < 2**20
+
+
 def test_the_loop():
     """Small widths, real token counts: a picture of 512 x 512 from 512 text tokens."""
     width = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -96,5 +107,5 @@ def test_other_position_ids_are_refused(shape):
 def test_params_that_do_not_fit_together():
     with pytest.raises(InputError, match=r"hidden_size must be num_heads \* head_dim = 3072, got 3000"):
         FluxKleinParams(hidden_size=3000)
-    with pytest.raises(InputError, match="axes_dims_rope must be four sizes that sum to head_dim 128"):
+    with pytest.raises(InputError, match="axes_dims_rope must be four even sizes that sum to head_dim 128"):
         FluxKleinParams(axes_dims_rope=(16, 56, 56))

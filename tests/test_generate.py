@@ -4,17 +4,19 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from flux2_mlx import Flux2Pipeline, __version__
-from flux2_mlx.generate import main, output_path
+from flux2_mlx import Flux2Pipeline, Settings, __version__, read_metadata, save_image
+from flux2_mlx.generate import main, output_path, parse_arguments
 from tests import tiny
 from tests.prompts import LONG
 
@@ -28,7 +30,7 @@ def run(checkpoint, tmp_path, monkeypatch, capsys):
 
     def run(*arguments, model=checkpoint, stdin=None):
         if stdin is not None:
-            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
         try:
             code = main([*map(str, arguments), *SMALL, "--model", str(model)])
         except SystemExit as exit:  # argparse
@@ -44,9 +46,9 @@ def refused(result, *expected, folder=None):
     code, out, err = result
     assert code == 2, err
     assert out == ""
-    lines = [line for line in err.splitlines() if "error: " in line]
-    assert len(lines) == 1
-    assert "Traceback" not in err
+    lines = [line for line in re.split(r"[\r\n]+", err) if line.strip() and not re.match(r"(loading|drawing)", line)]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
     for text in expected:
         assert text in lines[0], lines[0]
     if folder is not None:
@@ -76,12 +78,12 @@ def test_every_option_reaches_the_pipeline(run, tmp_path, base_reference):
         model=base_reference[1],
     )  # fmt: skip
     assert (code, out) == (0, "seed 3  out-3-0.webp\nseed 4  out-4-1.webp\n")
-    from flux2_mlx import read_metadata
-
     assert read_metadata(tmp_path / "out-4-1.webp") == {
         "prompt": "a red fox",
         "negative_prompt": "blur",
-        "model": "tiny-base",
+        "model": str(base_reference[1]),
+        "revision": None,
+        "inputs": [],
         "seed": 4,
         "width": 80,
         "height": 64,
@@ -131,18 +133,74 @@ def test_an_existing_file_is_kept(run, tmp_path):
     assert (tmp_path / "fox.png").read_bytes() == b"precious"
 
 
+def command(*arguments):
+    """main() without the options that ``run`` adds: (exit code, pictures' bytes are compared by the caller)."""
+    return main([*map(str, arguments), "--quiet"])
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_from_image_repeats_a_picture(run, tmp_path, suffix):
-    options = ["--schedule", "linear", "--noise", "mlx", "--sigmas", "1", "0.3"]
-    code, _, err = run("a red fox", *options, "--seed", 8, "--output", f"first.{suffix}", "--quiet")
+@pytest.mark.parametrize("levels", [["--schedule", "linear"], ["--sigmas", "1,0.3"]], ids=lambda levels: levels[0])
+def test_from_image_repeats_a_picture(run, tmp_path, capsys, suffix, levels):
+    """With no more than the picture: model, size, levels and all come from it; what is given wins."""
+    code, _, err = run("a red fox", *levels, "--noise", "mlx", "--seed", 8, "--output", f"first.{suffix}", "--quiet")
     assert code == 0, err
-    code, out, err = run("--from-image", f"first.{suffix}", "--output", f"again.{suffix}", "--quiet")
-    assert (code, out) == (0, f"seed 8  again.{suffix}\n"), err
-    first, again = (np.asarray(Image.open(tmp_path / f"{name}.{suffix}")) for name in ("first", "again"))
-    assert np.array_equal(first, again)
-    code, out, _ = run("--from-image", f"first.{suffix}", "--seed", 9, "--output", f"other.{suffix}", "--quiet")
-    assert out == f"seed 9  other.{suffix}\n"
-    assert not np.array_equal(first, np.asarray(Image.open(tmp_path / f"other.{suffix}")))
+    assert command("--from-image", f"first.{suffix}", "--output", f"again.{suffix}") == 0
+    assert capsys.readouterr().out == f"seed 8  again.{suffix}\n"
+    assert np.array_equal(pixels(f"first.{suffix}"), pixels(f"again.{suffix}"))
+    for k, given in enumerate((["--seed", "9"], ["--schedule", "comfy"], ["--sigmas", "1,0.9,0.1"], ["--steps", "3"])):
+        assert command("--from-image", f"first.{suffix}", *given, "--output", f"{k}.{suffix}") == 0, given
+        assert not np.array_equal(pixels(f"first.{suffix}"), pixels(f"{k}.{suffix}")), given
+    assert command("--from-image", f"first.{suffix}", "a blue fox", "--output", f"blue.{suffix}") == 0
+    assert read_metadata(tmp_path / f"blue.{suffix}")["prompt"] == "a blue fox"
+    assert read_metadata(tmp_path / f"2.{suffix}")["num_steps"] == 3
+    assert read_metadata(tmp_path / f"3.{suffix}")["sigmas"] is None
+
+
+def test_from_image_keeps_a_revision_with_its_model_alone(run, tmp_path, monkeypatch):
+    assert run("a", "--seed", 1, "--output", "first.png", "--quiet")[0] == 0
+    settings = Settings.from_metadata(read_metadata(tmp_path / "first.png"))
+    image = Image.open(tmp_path / "first.png")
+    hub = replace(settings, model="klein-4b", revision="v1")
+    save_image(image, tmp_path / "hub.png", hub.metadata(), hub.parameters())
+    image.close()
+    arguments = parse_arguments(["--from-image", str(tmp_path / "hub.png")], None)
+    assert (arguments.model, arguments.revision) == ("klein-4b", "v1")
+    arguments = parse_arguments(["--from-image", str(tmp_path / "hub.png"), "--model", "klein-9b"], None)
+    assert (arguments.model, arguments.revision) == ("klein-9b", None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model": 5}, "cannot be read: model"),
+        ({"sigmas": 5}, "cannot be read: sigmas"),
+        ({"sigmas": ["x"]}, "cannot be read: sigmas"),
+        ({"prompt": ["a", "b"]}, "cannot be read: prompt"),
+        ({"seed": None, "width": "64"}, "cannot be read: seed, width"),
+        ({"inputs": ["image", "latents"]}, "drawn from more than its file carries (image, latents)"),
+        ({"width": 10**9}, "megapixels"),
+        ({"schedule": "karras"}, "schedule must be one of"),
+        ({"model": "../../nowhere"}, "no model '../../nowhere'"),
+    ],
+)
+def test_settings_of_a_picture_that_cannot_be_used(run, tmp_path, capsys, changes, expected):
+    assert run("a", "--output", "first.png", "--quiet")[0] == 0
+    metadata = {**read_metadata(tmp_path / "first.png"), **changes}
+    with Image.open(tmp_path / "first.png") as image:
+        save_image(image, tmp_path / "bad.png", metadata, "")
+    code = command("--from-image", "bad.png", "--output", "again.png")
+    captured = capsys.readouterr()
+    refused((code, captured.out, captured.err), expected)
+
+
+def test_a_dash_in_a_pictures_prompt_does_not_read_standard_input(run, tmp_path):
+    assert run("-", "--seed", 1, "--output", "dash.png", "--quiet", stdin="-")[0] == 0
+    assert parse_arguments(["--from-image", str(tmp_path / "dash.png")], None).prompt == "-"
 
 
 def test_a_long_prompt_is_cut_with_a_warning(run):
@@ -186,6 +244,16 @@ def test_output_names():
         (["a", "--output", "gone/fox.png"], ["cannot write gone/fox.png: there is no folder gone"]),
         (["a", "--output", "{prompt}.png"], ["--output takes {seed} and {index} alone, got '{prompt}.png'"]),
         (["a", "--output", "{.png"], ["--output takes {seed} and {index} alone"]),
+        (["a", "--output", "{seed:{prompt}}.png"], ["--output takes {seed} and {index} alone"]),
+        (["a", "--output", "{seed:c}.png"], ["--output takes {seed} and {index} alone"]),
+        (["a", "--output", "~nobody-of-that-name/x.png"], ["cannot write ~nobody-of-that-name/x.png"]),
+        (["a", "--output", "x" * 300 + ".png"], ["File name too long"]),
+        (["a", "--num-images", "10001"], ["num_images must be at most 10000, got 10001"]),
+        (["a", "--max-sequence-length", "1000000000000"], ["max_sequence_length must be at most 40960"]),
+        (["a", "--schedule", "linear", "--sigmas", "1,0.5"], ["not allowed with argument --schedule"]),
+        (["a", "--sigmas", "1,x"], ["argument --sigmas: invalid numbers value: '1,x'"]),
+        (["a\udcff"], ["the prompt is not Unicode text: '\\udcff' at 1"]),
+        (["a", "--negative-prompt", "\udcff"], ["the prompt is not Unicode text: '\\udcff' at 0"]),
         (["a", "--prompt-file", "x.txt"], ["either as an argument or as --prompt-file"]),
         (["--prompt-file", "gone.txt"], ["cannot read gone.txt: No such file or directory"]),
         (["--from-image", "gone.png"], ["cannot read gone.png: No such file or directory"]),
@@ -224,6 +292,53 @@ def test_no_prompt_at_a_terminal(run, monkeypatch):
     refused(run(), "no prompt: give one")
 
 
+def test_standard_input_that_is_no_text(run, monkeypatch):
+    refused(run("-", stdin=io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8")), "standard input is not utf-8")
+    monkeypatch.setattr(sys, "stdin", None)
+    refused(run(), "no prompt: give one")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_prompt(run, tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfa fox")
+    assert run("--prompt-file", "x.txt", "--output", "x.png", "--quiet")[0] == 0
+    assert read_metadata(tmp_path / "x.png")["prompt"] == "a fox"
+
+
+def test_seeds_of_any_size(run):
+    for noise in ("torch", "mlx"):
+        assert run("a", "--seed", 2**64 - 1, "--num-images", 2, "--noise", noise, "--quiet")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("shell", "code", "expected"),
+    [
+        ("<&-", 0, ""),
+        ("> /dev/full", 2, "error: [Errno 28] No space left on device"),
+        ("| true; exit ${PIPESTATUS[0]}", 2, "error: [Errno 32] Broken pipe"),
+    ],
+)
+def test_closed_and_full_streams(checkpoint, tmp_path, shell, code, expected):
+    command = shlex.join(
+        [sys.executable, "-m", "flux2_mlx.generate", "a", "--quiet", "--model", str(checkpoint), *SMALL]
+    )
+    done = subprocess.run(
+        ["bash", "-c", f"{command} {shell}"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith(expected)
+    assert "Traceback" not in done.stderr
+    assert len(list(tmp_path.iterdir())) == 1  # the picture is there all the same
+
+
+def test_a_terminal_that_lacks_letters(checkpoint, tmp_path):
+    command = [sys.executable, "-m", "flux2_mlx.generate", "a", "--quiet", "--model", str(checkpoint), *SMALL]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+    done = subprocess.run([*command, "--output", "狐.png"], cwd=tmp_path, env=env, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert b"\\u72d0.png" in done.stdout
+    assert (tmp_path / "狐.png").is_file()
+
+
 def test_an_unwritable_folder(run, tmp_path, monkeypatch):
     def forbidden(*_, **__):
         raise PermissionError(13, "Permission denied")
@@ -241,7 +356,10 @@ def test_a_truncated_file(run, damaged):
 def test_latents_that_are_not_finite(run, damaged):
     path = damaged / "transformer" / "diffusion_pytorch_model.safetensors"
     tiny.edit_weights(path, lambda tensors: tensors["proj_out.weight"].fill_(float("inf")))
-    refused(run("a", "--quiet", model=damaged), "step 1 of 2: the latents are not finite in float32", "--dtype")
+    refused(
+        run("a", "--quiet", model=damaged),
+        "step 1 of 2: values are not finite in float32; check the checkpoint's files (seed ",
+    )
 
 
 def test_a_full_disk_leaves_nothing_behind(checkpoint, tmp_path):
@@ -267,7 +385,7 @@ def test_ctrl_c_ends_with_130_and_no_file(checkpoint, tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert b"interrupted" in err
+    assert re.search(rb"interrupted \(seed \d+\)", err)
     assert b"Traceback" not in err
     assert out == b""
     assert list(tmp_path.iterdir()) == []

@@ -65,6 +65,7 @@ def test_a_released_name_downloads_what_is_needed_once_and_works_offline(hub, tm
         f"{REPO}/{file}"
         for file in (
             "model_index.json",
+            "scheduler/scheduler_config.json",
             "text_encoder/config.json",
             "text_encoder/model.safetensors",
             "tokenizer/tokenizer.json",
@@ -142,9 +143,16 @@ def test_another_model_is_refused_before_its_weights_are_downloaded(hub, damaged
 def test_a_download_that_breaks_off(hub, tmp_path):
     hub.cut_after = 1000
     assert_refused(generate(tmp_path, url=hub.url), f"cannot fetch {REPO}: ", "; run it again to resume")
+    assert_refused(generate(tmp_path, HF_HUB_OFFLINE="1"), "the cache has not all of it")
     hub.cut_after = None
     run = generate(tmp_path, url=hub.url)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_repository_without_weights(hub, damaged, tmp_path):
+    rewrite(damaged / "transformer" / "diffusion_pytorch_model.safetensors", None)
+    run = generate(tmp_path, url=hub.url)
+    assert_refused(run, "found no weights; or the download is incomplete: run it again with a connection")
 
 
 def test_a_full_disk(monkeypatch):

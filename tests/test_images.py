@@ -4,6 +4,9 @@ import errno
 import json
 import os
 import stat
+import struct
+import zlib
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -67,14 +70,29 @@ def test_an_existing_file_is_kept(image, tmp_path):
     assert path.read_bytes() == b"precious"
 
 
-def test_an_existing_file_is_kept_where_links_do_not_exist(image, tmp_path, monkeypatch):
-    def no_links(*_):
-        raise OSError(errno.EPERM, "Operation not permitted")
+def test_an_interrupt_while_the_file_gets_its_name_leaves_nothing(image, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "link", no_links)
-    assert save(image, tmp_path / "fox.png") == tmp_path / "fox.png"
-    assert save(image, tmp_path / "fox.png") == tmp_path / "fox-2.png"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["fox-2.png", "fox.png"]
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(image, tmp_path / "fox.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_too_long_once_numbered_is_refused(tmp_path):
+    check_output(tmp_path / ("x" * 245 + ".png"))
+    with pytest.raises(InputError, match="File name too long"):
+        check_output(tmp_path / ("x" * 249 + ".png"))
+
+
+def test_settings_that_do_not_fit_a_jpeg_are_left_out_with_a_warning(image, tmp_path):
+    metadata = {"prompt": "fox " * 20_000}
+    for suffix in ("png", "webp"):
+        assert read_metadata(save_image(image, tmp_path / f"fox.{suffix}", metadata, "line")) == metadata
+    with pytest.warns(UserWarning, match="the prompt is too long for a JPEG"):
+        save_image(image, str(tmp_path / "fox.jpg"), metadata, "line")
+    assert (tmp_path / "fox.jpg").stat().st_size > 100
 
 
 def test_a_file_is_readable_as_the_umask_says(image, tmp_path):
@@ -118,7 +136,7 @@ def test_metadata_of_what_is_no_picture(tmp_path, content):
         read_metadata(path)
 
 
-@pytest.mark.parametrize("text", [None, "not json", "[1]", '{"other": 1}'])
+@pytest.mark.parametrize("text", [None, "not json", "[1]", "[" * 100_000])
 def test_metadata_of_another_programs_picture(image, tmp_path, text):
     from PIL.PngImagePlugin import PngInfo
 
@@ -127,6 +145,17 @@ def test_metadata_of_another_programs_picture(image, tmp_path, text):
         info.add_text("flux2_mlx", text)
     image.save(tmp_path / "x.png", pnginfo=info)
     with pytest.raises(InputError, match="does not say how it was made"):
+        read_metadata(tmp_path / "x.png")
+
+
+def test_a_decompression_bomb_is_refused(tmp_path):
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", b""), (b"IEND", b"")]
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, data in chunks:
+        png += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    (tmp_path / "x.png").write_bytes(png)
+    with pytest.raises(InputError, match=r"cannot read .*x\.png: not a picture"):
         read_metadata(tmp_path / "x.png")
 
 

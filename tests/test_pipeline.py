@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from flux2_mlx import Flux2Pipeline, InputError, Step
+from flux2_mlx import CheckpointError, Flux2Pipeline, InputError, Step
 from flux2_mlx.memory import (
     decoder_bytes,
     default_dtype,
@@ -207,8 +207,43 @@ def test_latents_that_are_not_finite(damaged):
 
     tiny.edit_weights(damaged / "transformer" / "diffusion_pytorch_model.safetensors", change)
     pipe = Flux2Pipeline.from_pretrained(damaged)
-    with pytest.raises(FloatingPointError, match="step 1 of 2: the latents are not finite in float32; try bfloat16"):
+    with pytest.raises(FloatingPointError, match="step 1 of 2: values are not finite in float32; check the checkpoint"):
         pipe("a", **SMALL)
+
+
+def test_a_bfloat16_run_that_is_not_finite_names_the_wider_type(damaged):
+    path = damaged / "transformer" / "diffusion_pytorch_model.safetensors"
+    tiny.edit_weights(path, lambda tensors: tensors["proj_out.weight"].fill_(float("inf")))
+    for dtype, wider in (("bfloat16", "float32"), ("float16", "bfloat16")):
+        with pytest.raises(FloatingPointError, match=f"not finite in {dtype}; try {wider}"):
+            Flux2Pipeline.from_pretrained(damaged, dtype=dtype)("a", **SMALL)
+
+
+def test_a_picture_that_is_not_finite_is_not_drawn(damaged):
+    path = damaged / "vae" / "diffusion_pytorch_model.safetensors"
+    tiny.edit_weights(path, lambda tensors: tensors["decoder.conv_out.bias"].fill_(float("nan")))
+    with pytest.raises(FloatingPointError, match="the decoder: values are not finite in float32"):
+        Flux2Pipeline.from_pretrained(damaged)("a", **SMALL)
+
+
+def test_a_tokenizer_of_another_vocabulary(damaged):
+    config = damaged / "text_encoder" / "config.json"
+    tiny.rewrite(config, json.dumps({**json.loads(config.read_text()), "vocab_size": 1000}))
+    weights = damaged / "text_encoder" / "model.safetensors"
+
+    def change(tensors):
+        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:1000].clone()
+
+    tiny.edit_weights(weights, change)
+    with pytest.raises(CheckpointError, match="gives token 151668, but the text encoder knows 1000"):
+        Flux2Pipeline.from_pretrained(damaged)("a", **SMALL)
+
+
+def test_settings_name_what_no_file_carries(pipe):
+    picture, latents = Image.new("RGB", (64, 64)), np.zeros((1, 128, 4, 5), np.float32)
+    options = {**SMALL, "seed": 1}
+    assert next(pipe.stream("a", **options)).settings.inputs == ()
+    assert next(pipe.stream("a", image=picture, latents=latents, **options)).settings.inputs == ("image", "latents")
 
 
 # ------------------------------------------------------------------------------------------------ memory
@@ -302,9 +337,9 @@ def test_estimates_grow_with_the_work(pipe):
         ({"num_steps": 4, "num_inference_steps": 5}, r"num_steps \(4\) and num_inference_steps \(5\) are the same"),
         ({"num_images": 0}, "num_images must be a whole number of at least 1, got 0"),
         ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
-        ({"guidance": -1.0}, "guidance must be a number from 0 up, got -1"),
-        ({"guidance": "strong"}, "guidance must be a number from 0 up, got 'strong'"),
-        ({"guidance": float("nan")}, "guidance must be a number from 0 up, got nan"),
+        ({"guidance": -1.0}, "guidance must be a number from 0 to 100, got -1"),
+        ({"guidance": "strong"}, "guidance must be a number from 0 to 100, got 'strong'"),
+        ({"guidance": float("nan")}, "guidance must be a number from 0 to 100, got nan"),
         ({"noise": "cuda"}, "noise must be one of torch, mlx, got 'cuda'"),
         ({"schedule": "karras"}, "schedule must be one of flux2, linear, comfy, got 'karras'"),
         ({"max_sequence_length": 0}, "max_sequence_length must be a whole number of at least 1, got 0"),
@@ -314,8 +349,15 @@ def test_estimates_grow_with_the_work(pipe):
         ({"prompt_embeds": mx.zeros((1, 8, 192))}, "give either prompt or prompt_embeds"),
         ({"prompt": None, "prompt_embeds": mx.zeros((1, 8, 7680))}, r"prompt_embeds must be \(B, L, 192\), got"),
         ({"prompt": []}, "non-empty list of strings"),
-        ({"prompt": [1]}, "non-empty list of strings"),
-        ({"negative_prompt": None}, "negative_prompt a string"),
+        ({"prompt": [1]}, "a prompt must be a string, got 1"),
+        ({"negative_prompt": None}, "a prompt must be a string, got None"),
+        ({"prompt": 5}, "a prompt must be a string, got 5"),
+        ({"prompt": "\ud800"}, "the prompt is not Unicode text"),
+        ({"prompt": None, "prompt_embeds": "x"}, "prompt_embeds must be an array, got str"),
+        ({"latents": object()}, "latents must be an array, got object"),
+        ({"sigmas": 5}, "sigmas must be a list of numbers, got 5"),
+        ({"guidance": 10**400}, "guidance must be a number from 0 to 100"),
+        ({"image": "fox.png"}, r"a reference must be a PIL\.Image\.Image, got str"),
         ({"output_type": "pt"}, "output_type must be one of pil, np, latent, got 'pt'"),
         ({"image": Image.new("RGB", (20, 20))}, "too small"),
     ],

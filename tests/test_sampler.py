@@ -66,6 +66,8 @@ def test_other_schedules():
     assert schedule_sigmas("linear", 4, 1024) == linear_sigmas(4)
     assert schedule_sigmas("comfy", 4, 1024) == comfy_sigmas(4)
     assert schedule_sigmas("flux2", 4, 1024) == flux2_sigmas(4, 1024)
+    with pytest.raises(InputError, match="schedule must be one of flux2, linear, comfy, got 'karras'"):
+        schedule_sigmas("karras", 4, 1024)
 
 
 def test_sampler_timesteps():

@@ -3,6 +3,7 @@
 import json
 import re
 import struct
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -292,7 +293,9 @@ def test_assigning_casts_lazily():
 
 def test_a_folder_that_is_no_checkpoint(tmp_path):
     refused(
-        tmp_path, "no FLUX.2 [klein] checkpoint in the diffusers layout: no model_index.json, transformer/config.json"
+        tmp_path,
+        "no FLUX.2 [klein] checkpoint in the diffusers layout",
+        "no model_index.json, scheduler/scheduler_config.json, transformer/config.json",
     )
 
 
@@ -333,15 +336,32 @@ def test_another_pipeline(damaged, kind, named):
         ("transformer", {"guidance_embeds": True}, "this is FLUX.2-dev"),
         ("transformer", {"num_layers": ...}, "has no num_layers"),
         ("transformer", {"num_layers": "many"}, "depth cannot be 'many' in a FluxKleinParams"),
-        ("transformer", {"axes_dims_rope": 32}, "value of the wrong type"),
+        ("transformer", {"axes_dims_rope": 32}, "a value that cannot be"),
         ("transformer", {"eps": 0}, "eps cannot be 0"),
         ("vae", {"block_out_channels": [16, 32, 32, "x"]}, "block_out_channels cannot be (16, 32, 32, 'x')"),
         ("transformer", {"patch_size": 2}, "{'patch_size': 2}"),
-        ("transformer", {"axes_dims_rope": [16, 8, 8]}, "axes_dims_rope must be four sizes"),
+        ("transformer", {"axes_dims_rope": [16, 8, 8]}, "axes_dims_rope must be four even sizes"),
         ("text_encoder", {"model_type": "t5"}, "a 't5' model; FLUX.2 [klein] needs a Qwen3"),
         ("text_encoder", {"num_hidden_layers": 24}, "has 24 layers"),
-        ("text_encoder", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_type 'yarn'"),
+        (
+            "text_encoder",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}},
+            "FLUX.2 [klein] has {'rope_type': 'default'}",
+        ),
         ("text_encoder", {"hidden_size": 4096}, "takes prompt embeddings of 192 (3 x 64)"),
+        ("transformer", {"axes_dims_rope": [7, 9, 8, 8]}, "four even sizes that sum to head_dim 32, got (7, 9, 8, 8)"),
+        ("transformer", {"num_layers": 300000}, "300000 double and 3 single blocks"),
+        ("transformer", {"mlp_ratio": 1e308}, "mlp_ratio 1e+308 are no FLUX.2 [klein]"),
+        ("transformer", {"mlp_ratio": 1e-9}, "mlp_ratio 1e-09 are no FLUX.2 [klein]"),
+        ("transformer", {"eps": True}, "eps cannot be True"),
+        ("text_encoder", {"rope_parameters": ..., "rope_scaling": {"type": "yarn"}}, "{'rope_type': 'yarn'}"),
+        ("text_encoder", {"rope_parameters": ["x"]}, "rope parameters ['x']; an object is expected"),
+        ("text_encoder", {"hidden_act": "gelu"}, "{'hidden_act': 'gelu'}"),
+        ("text_encoder", {"vocab_size": 10**30}, "vocab_size cannot be 1000000000000000000000000000000"),
+        ("text_encoder", {"num_attention_heads": 0, "head_dim": None}, "a value that cannot be"),
+        ("text_encoder", {"num_key_value_heads": 3}, "num_attention_heads 4 must be a multiple"),
+        ("vae", {"norm_num_groups": 7}, "four multiples of norm_num_groups 7"),
+        ("vae", {"decoder_block_out_channels": [8]}, "block_out_channels must be four multiples"),
         ("vae", {"_class_name": "AutoencoderKL"}, "AutoencoderKL (FLUX.1 or Stable Diffusion)"),
         ("vae", {"use_quant_conv": False}, "{'use_quant_conv': False}"),
         ("vae", {"latent_channels": 16}, "takes 128 latent channels, but the autoencoder packs 64"),
@@ -350,6 +370,73 @@ def test_another_pipeline(damaged, kind, named):
 def test_another_architecture(damaged, file, changes, expected):
     edit_config(damaged / file / "config.json", **changes)
     refused(damaged, expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_dynamic_shifting": False},
+        {"shift_terminal": 0.3},
+        {"time_shift_type": "linear"},
+        {"invert_sigmas": True},
+        {"use_karras_sigmas": True},
+    ],
+)
+def test_another_scheduler(damaged, changes):
+    edit_config(damaged / "scheduler" / "scheduler_config.json", **changes)
+    refused(damaged, f"the scheduler config has {changes}")
+
+
+def test_inert_scheduler_settings_do_not_matter(damaged):
+    edit_config(damaged / "scheduler" / "scheduler_config.json", shift=1.0, base_shift=0.1, max_image_seq_len=64)
+    open_checkpoint(damaged)
+
+
+def test_a_whole_number_as_rope_theta_and_a_fractional_one(damaged):
+    edit_config(damaged / "transformer" / "config.json", rope_theta=2500.5)
+    assert open_checkpoint(damaged).transformer.rope_theta == 2500.5
+
+
+def test_an_unreadable_file_is_not_called_missing(damaged, monkeypatch):
+    original = Path.open
+
+    def forbidden(self, *arguments, **options):
+        if self.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied")
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    refused(damaged, "model.safetensors cannot be read: Permission denied")
+
+
+def test_an_unreadable_folder(monkeypatch, damaged):
+    def forbidden(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", forbidden)
+    refused(damaged, f"{damaged} cannot be read: Permission denied")
+
+
+def test_names_that_cannot_be_paths():
+    refused("a" * 5000, "a" * 5000)
+    refused("~nobody-of-that-name/klein", "no model '~nobody-of-that-name/klein'")
+    refused("", "no model ''")
+
+
+def test_integers_are_no_weights(damaged):
+    integers = {"proj_out.weight": torch.zeros(128, 64).long()}
+    tiny.edit_weights(damaged / TRANSFORMER, lambda tensors: tensors.update(integers))
+    refused(damaged, "proj_out.weight (I64)")
+
+
+def test_no_files_at_all():
+    with pytest.raises(CheckpointError, match="no files to load weights from"):
+        load_safetensors([])
+
+
+def test_deeply_nested_json(damaged):
+    tiny.rewrite(damaged / "vae" / "config.json", "[" * 200_000)
+    refused(damaged, "vae/config.json is not JSON")
 
 
 def test_a_4b_transformer_with_an_8b_text_encoder(damaged):
@@ -381,8 +468,6 @@ def test_is_distilled_absent_means_base(damaged, checkpoint):
 
 
 def test_the_whole_package_loads_no_pickle():
-    from pathlib import Path
-
     import flux2_mlx
 
     sources = "\n".join(path.read_text() for path in Path(flux2_mlx.__file__).parent.rglob("*.py"))

@@ -24,6 +24,8 @@ def group_norm(config: AutoEncoderConfig, channels: int) -> nn.GroupNorm:
 
 
 class ResnetBlock(nn.Module):
+    """(B, H, W, channels_in) to (B, H, W, channels_out)."""
+
     def __init__(self, config: AutoEncoderConfig, channels_in: int, channels_out: int):
         super().__init__()
         self.norm1 = group_norm(config, channels_in)
@@ -40,7 +42,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head over all positions."""
+    """One head over all positions: (B, H, W, C) to (B, H, W, C)."""
 
     def __init__(self, config: AutoEncoderConfig, channels: int):
         super().__init__()

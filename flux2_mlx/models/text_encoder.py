@@ -15,6 +15,8 @@ from ..config import Qwen3Config
 
 
 class Attention(nn.Module):
+    """Grouped-query attention: (B, L, hidden) to (B, L, hidden); mask (B or 1, 1, L, L), true where a row may look."""
+
     def __init__(self, config: Qwen3Config):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = (

@@ -110,7 +110,10 @@ class FeedForward(nn.Module):
 
 
 class DoubleAttention(nn.Module):
-    """Joint attention of the text and the image stream, each with its own projections."""
+    """Joint attention of the text and the image stream, each with its own projections.
+
+    img (B, S, D) and txt (B, L, D) to their attention outputs, of the same shapes.
+    """
 
     def __init__(self, params: FluxKleinParams):
         super().__init__()
@@ -145,6 +148,8 @@ class DoubleAttention(nn.Module):
 
 
 class DoubleBlock(nn.Module):
+    """Attention and feed-forward of both streams: img (B, S, D), txt (B, L, D), and six modulation vectors of each."""
+
     def __init__(self, params: FluxKleinParams):
         super().__init__()
         self.eps = params.eps
@@ -175,7 +180,7 @@ class DoubleBlock(nn.Module):
 
 
 class SingleAttention(nn.Module):
-    """Attention and feed-forward side by side, from one projection in and one out."""
+    """Attention and feed-forward side by side, from one projection in and one out: (B, N, D) to (B, N, D)."""
 
     def __init__(self, params: FluxKleinParams):
         super().__init__()
@@ -196,6 +201,8 @@ class SingleAttention(nn.Module):
 
 
 class SingleBlock(nn.Module):
+    """One stream of text and image tokens (B, L + S, D), and its three modulation vectors."""
+
     def __init__(self, params: FluxKleinParams):
         super().__init__()
         self.eps = params.eps
@@ -256,6 +263,9 @@ class FluxKlein(nn.Module):
 
         Returns:
             (cos, sin), each (B, L + S, head_dim / 2) in float32.
+
+        Raises:
+            InputError: for ids of another shape.
         """
         txt_ids, img_ids = four_axes(txt_ids, text=True), four_axes(img_ids, text=False)
         batch = max(txt_ids.shape[0], img_ids.shape[0])
@@ -283,7 +293,15 @@ class FluxKlein(nn.Module):
     def forward_with_rope(
         self, img: mx.array, txt: mx.array, timesteps: mx.array, rope_cos: mx.array, rope_sin: mx.array
     ) -> mx.array:
-        """The same with tables from compute_rope, so that they are made once a picture."""
+        """The same with tables that were made once for the picture.
+
+        Args:
+            img, txt, timesteps: as above.
+            rope_cos, rope_sin: (B or 1, L + S, head_dim / 2) from compute_rope.
+
+        Returns:
+            (B, S, in_channels), in the weights' dtype.
+        """
         dtype = self.norm_out.linear.weight.dtype
         temb = self.time_guidance_embed(timesteps, dtype)
         img_mod = self.double_stream_modulation_img(temb)
