@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed = f" (seed {arguments.seed})"
             draw(steps, arguments, started)
         except (InputError, FloatingPointError, OSError) as error:
-            print(f"error: {error}{seed}", file=sys.stderr)
+            print(f"error: {' '.join(str(error).splitlines())}{seed}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print(f"interrupted{seed}", file=sys.stderr)

@@ -614,7 +614,10 @@ class Flux2Pipeline:
         return decoder_bytes(self.checkpoint.autoencoder, height, width, stage_dtype("autoencoder", self.dtype))
 
     def _prepare(self, stage: str, module: nn.Module, working_bytes: int, stats: Stats) -> None:
-        """Bring the module, a stage or a part of one, into memory; other stages out of it as far as the limit needs."""
+        """Bring the module, a stage or a part of one, into memory; other stages out of it as far as the limit needs.
+
+        A stage that is too large even alone is loaded all the same, with a UserWarning.
+        """
         weights = 0 if id(module) in self._loaded[stage] else weight_bytes(module)
         for other in STAGES:
             if mx.get_active_memory() + weights + working_bytes <= self.memory_limit:
@@ -623,6 +626,12 @@ class Flux2Pipeline:
                 self.unload(other)
         if id(module) in self._loaded[stage]:
             return
+        if weights + working_bytes > self.memory_limit:
+            warnings.warn(
+                f"the {stage.replace('_', ' ')} needs about {(weights + working_bytes) / 1e9:.1f} GB and this machine "
+                f"gives {self.memory_limit / 1e9:.1f} GB; it will be slow, or fail, for want of memory",
+                stacklevel=2,
+            )
         with self._bar(f"loading {stage}", weights, unit="B", unit_scale=True) as bar, stats.measure("load"):
             for array in weights_of(module).values():
                 mx.eval(array)  # one by one, since a cast holds its source until it is done

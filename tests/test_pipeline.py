@@ -287,6 +287,16 @@ def test_settings_are_plain_numbers(pipe):
     assert json.loads(json.dumps(settings.metadata()))["seed"] == 7
 
 
+def test_a_stage_too_large_for_the_machine_warns_once(checkpoint):
+    pipe = Flux2Pipeline.from_pretrained(checkpoint, memory_limit=30_000_000)
+    with pytest.warns(
+        UserWarning, match=r"the text encoder needs about 0\.0 GB and this machine gives 0\.0 GB"
+    ) as caught:
+        pipe("a", **SMALL)
+    assert len([warning for warning in caught if "text encoder" in str(warning.message)]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:the .* needs about")
 def test_short_memory_unloads_what_is_not_needed(checkpoint, pipe):
     mx.clear_cache()
     short = Flux2Pipeline.from_pretrained(checkpoint, memory_limit=1)
