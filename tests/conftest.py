@@ -1,11 +1,29 @@
 """Fixtures that several test files share: checkpoints written by diffusers, and this library's pipelines on them."""
 
+import gc
 from pathlib import Path
 
+import hypothesis
+import mlx.core as mx
 import pytest
 
 from flux2_mlx import Flux2Pipeline
 from tests import tiny
+
+# The machines that run this are shared: an example that takes long says nothing.
+hypothesis.settings.register_profile("project", deadline=None)
+hypothesis.settings.load_profile("project")
+
+
+@pytest.fixture
+def memory():
+    """A function that tells the bytes of MLX arrays, once nothing of earlier tests is left to be freed."""
+
+    def settled() -> int:
+        gc.collect()
+        return mx.get_active_memory()
+
+    return settled
 
 
 @pytest.fixture(scope="session")

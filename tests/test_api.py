@@ -46,15 +46,15 @@ def test_defaults_are_klein_4b():
     )
 
 
-def test_the_loop_is_constructed_as_written():
-    before = mx.get_active_memory()
+def test_the_loop_is_constructed_as_written(memory):
+    before = memory()
     text_encoder = Qwen3TextEncoder(Qwen3Config())
     transformer = FluxKlein(FluxKleinParams())
     vae = Decoder(AutoEncoderConfig.flux2())
     assert len(text_encoder.model.layers) == 27
     assert (len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)) == (5, 20)
     assert vae.conv_in.weight.shape == (512, 3, 3, 32)
-    assert mx.get_active_memory() - before < 2**20
+    assert memory() - before < 2**20
 
 
 def test_the_loop():

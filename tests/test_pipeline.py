@@ -264,7 +264,7 @@ def test_drawing_from_text_leaves_the_picture_encoder_on_disk(checkpoint):
     assert pipe._loaded["autoencoder"] == {id(pipe.autoencoder.decoder), id(pipe.autoencoder.encoder)}
 
 
-def test_casting_holds_one_tensor_twice_and_no_more(damaged):
+def test_casting_holds_one_tensor_twice_and_no_more(damaged, memory):
     """float32 weights from a bfloat16 file: never the whole model in both."""
     path = damaged / "transformer" / "diffusion_pytorch_model.safetensors"
 
@@ -276,7 +276,7 @@ def test_casting_holds_one_tensor_twice_and_no_more(damaged):
     pipe = Flux2Pipeline.from_pretrained(damaged, dtype="float32")
     weights = weights_of(pipe.transformer)
     size, largest = weight_bytes(pipe.transformer), max(array.nbytes for array in weights.values())
-    before, stats = mx.get_active_memory(), Stats()
+    before, stats = memory(), Stats()
     pipe._prepare("transformer", pipe.transformer, 0, stats)
     assert size <= stats.peak_bytes["load"] - before <= size + largest
 
@@ -297,10 +297,9 @@ def test_a_stage_too_large_for_the_machine_warns_once(checkpoint):
 
 
 @pytest.mark.filterwarnings("ignore:the .* needs about")
-def test_short_memory_unloads_what_is_not_needed(checkpoint, pipe):
-    mx.clear_cache()
+def test_short_memory_unloads_what_is_not_needed(checkpoint, pipe, memory):
     short = Flux2Pipeline.from_pretrained(checkpoint, memory_limit=1)
-    before = mx.get_active_memory()
+    before = memory()
     for step in short.stream("a", seed=2, **SMALL):
         assert loaded(short) == {"transformer"}, step
     assert mx.get_active_memory() - before < 10e6  # the text encoder alone is 44 MB
@@ -309,9 +308,9 @@ def test_short_memory_unloads_what_is_not_needed(checkpoint, pipe):
     assert same(picture, pipe("a", seed=2, **SMALL).images[0])
 
 
-def test_unload_gives_memory_back_and_the_next_call_draws_the_same(checkpoint):
+def test_unload_gives_memory_back_and_the_next_call_draws_the_same(checkpoint, memory):
     pipe = Flux2Pipeline.from_pretrained(checkpoint)
-    before = mx.get_active_memory()
+    before = memory()
     first = pipe("a", seed=2, **SMALL)
     assert mx.get_active_memory() - before > 40e6
     pipe.unload()

@@ -51,14 +51,13 @@ def edit_config(path, **changes):
 # ------------------------------------------------------------------------------------------------ sound checkpoints
 
 
-def test_opening_reads_no_weight(checkpoint):
-    mx.clear_cache()
-    before = mx.get_active_memory()
+def test_opening_reads_no_weight(checkpoint, memory):
+    before = memory()
     pipe = Flux2Pipeline.from_pretrained(checkpoint)
-    assert mx.get_active_memory() - before < 2**20
+    assert memory() - before < 2**20
     pipe("a red fox", height=64, width=64, num_steps=1, max_sequence_length=16)
     text_encoder = sum(array.nbytes for _, array in tree_flatten(pipe.text_encoder.parameters()))
-    assert mx.get_active_memory() - before > text_encoder
+    assert memory() - before > text_encoder
 
 
 def test_encoder_of_the_autoencoder_and_later_text_layers_are_not_built(checkpoint):

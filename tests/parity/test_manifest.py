@@ -38,10 +38,10 @@ def on_paper(build) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_allocated():
-    before = mx.get_active_memory()
+def nothing_allocated(memory):
+    before = memory()
     yield
-    assert mx.get_active_memory() - before < 2**20
+    assert memory() - before < 2**20
 
 
 @pytest.mark.parametrize(
