@@ -1,6 +1,7 @@
 """Fixtures that several test files share: checkpoints written by diffusers, and this library's pipelines on them."""
 
 import gc
+import os
 from pathlib import Path
 
 import hypothesis
@@ -9,6 +10,9 @@ import pytest
 
 from flux2_mlx import Flux2Pipeline
 from tests import tiny
+
+# The bounds of the parity tests are float32's, and a GPU may round the factors of float32 products to TF32.
+mx.set_default_device(mx.gpu if os.environ.get("FLUX2_MLX_TEST_DEVICE") == "gpu" else mx.cpu)
 
 # The machines that run this are shared: an example that takes long says nothing.
 hypothesis.settings.register_profile("project", deadline=None)
