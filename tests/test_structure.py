@@ -65,6 +65,15 @@ def test_only_the_runtime_dependencies_are_imported(path):
     assert imports(path)[1] <= RUNTIME | set(sys.stdlib_module_names)
 
 
+def test_nothing_can_load_a_pickle():
+    """Neither Python's own modules for it nor NumPy's and torch's ways to one."""
+    for path in modules():
+        assert not imports(path)[1] & {"pickle", "marshal", "shelve", "dbm"}, path
+        calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
+        assert not calls & {"np.load", "numpy.load", "torch.load", "eval", "exec"}, path
+        assert "allow_pickle" not in path.read_text(), path
+
+
 def test_importing_the_package_loads_nothing_heavy():
     code = (
         "import sys, flux2_mlx, flux2_mlx.generate;"
