@@ -439,7 +439,7 @@ class Flux2Pipeline:
         for text in [*prompts, negative_prompt]:
             check_prompt(text)
         seed = secrets.randbelow(2**32) if seed is None else seed
-        pictures: list[Any] = list(image) if isinstance(image, (list, tuple)) else [image] if image else []
+        pictures: list[Any] = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
         if pictures and self.checkpoint.has_kv_cache:
             raise InputError(
                 f"{self.checkpoint.name} takes reference images through its own cache, which is not supported; "
@@ -490,7 +490,7 @@ class Flux2Pipeline:
                 schedule=schedule,
                 noise=noise,
                 dtype=_dtype_name(self.dtype),
-                max_sequence_length=max_sequence_length,
+                max_sequence_length=int(max_sequence_length),
                 negative_prompt=negative_prompt,
                 sigmas=None if sigmas is None else tuple(float(s) for s in sigmas),
                 revision=self.checkpoint.revision,

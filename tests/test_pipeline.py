@@ -367,6 +367,7 @@ def test_estimates_grow_with_the_work(pipe):
         ({"sigmas": 5}, "sigmas must be a list of numbers, got 5"),
         ({"guidance": 10**400}, "guidance must be a number from 0 to 100"),
         ({"image": "fox.png"}, r"a reference must be a PIL\.Image\.Image, got str"),
+        ({"image": np.zeros((64, 64, 3))}, r"a reference must be a PIL\.Image\.Image, got ndarray"),
         ({"output_type": "pt"}, "output_type must be one of pil, np, latent, got 'pt'"),
         ({"image": Image.new("RGB", (20, 20))}, "too small"),
     ],
