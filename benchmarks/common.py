@@ -45,14 +45,14 @@ def machine() -> dict[str, Any]:
 def randomized(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
     """A module with its random initial weights in dtype, in memory; tensor by tensor, so that casts do not add up."""
     module.update(tree_map(lambda array: array.astype(dtype), module.parameters()))
-    load(module)
-    return module
+    return loaded(module)
 
 
-def load(module: nn.Module) -> None:
-    """Bring a module's lazy weights into memory."""
+def loaded(module: nn.Module) -> nn.Module:
+    """A module with its lazy weights in memory."""
     for array in weights_of(module).values():
         mx.eval(array)
+    return module
 
 
 def measure(name: str, function: Callable[[], mx.array], repeats: int) -> dict[str, Any]:

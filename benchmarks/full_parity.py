@@ -72,11 +72,8 @@ def draw_with_diffusers(folder: Path, size: int) -> dict[str, float]:
     from diffusers import Flux2KleinPipeline
     from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-    def load_text_encoder() -> torch.nn.Module:
-        return Qwen3ForCausalLM.from_pretrained(folder / "text_encoder", dtype=torch.float32)
-
     seconds = {}
-    text_encoder = load_text_encoder()
+    text_encoder = Qwen3ForCausalLM.from_pretrained(folder / "text_encoder", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     start = time.perf_counter()
     with torch.no_grad():

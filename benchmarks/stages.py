@@ -13,7 +13,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from benchmarks.common import TINY, header, load, machine, measure, process_peak_gb, randomized
+from benchmarks.common import TINY, header, loaded, machine, measure, process_peak_gb, randomized
 from flux2_mlx import (
     AutoEncoder,
     AutoEncoderConfig,
@@ -58,9 +58,9 @@ def main() -> None:
         checkpoint = open_checkpoint(arguments.model)
         params, text_config, image_config = checkpoint.transformer, checkpoint.text_encoder, checkpoint.autoencoder
         stages = {
-            "text_encoder": lambda: load_text_encoder(checkpoint, text_dtype),
-            "step": lambda: load_transformer(checkpoint, dtype),
-            "decode": lambda: load_autoencoder(checkpoint, image_dtype),
+            "text_encoder": lambda: loaded(load_text_encoder(checkpoint, text_dtype)),
+            "step": lambda: loaded(load_transformer(checkpoint, dtype)),
+            "decode": lambda: loaded(load_autoencoder(checkpoint, image_dtype)),
         }
     else:
         params, text_config, image_config = RANDOM[arguments.random]
@@ -91,7 +91,6 @@ def main() -> None:
     figures = {}
     for stage, build in stages.items():
         module = build()
-        load(module)
         figures[stage] = measure(stage, work(stage, module), arguments.repeats)
         del module
         mx.clear_cache()

@@ -30,20 +30,13 @@ MAX_BLOCKS = 256
 MAX_SEQUENCE_LENGTH = 512
 
 
-@dataclass(frozen=True)
-class Released:
-    """One released model: its Hub id and whether the Hub asks for an accepted licence before a download."""
-
-    repo: str
-    gated: bool
-
-
-RELEASED: dict[str, Released] = {
-    "klein-4b": Released("black-forest-labs/FLUX.2-klein-4B", gated=False),
-    "klein-9b": Released("black-forest-labs/FLUX.2-klein-9B", gated=True),
-    "klein-base-4b": Released("black-forest-labs/FLUX.2-klein-base-4B", gated=False),
-    "klein-base-9b": Released("black-forest-labs/FLUX.2-klein-base-9B", gated=True),
-    "klein-9b-kv": Released("black-forest-labs/FLUX.2-klein-9b-kv", gated=True),
+# Released models, by the names that from_pretrained and --model take: their Hub ids.
+RELEASED: dict[str, str] = {
+    "klein-4b": "black-forest-labs/FLUX.2-klein-4B",
+    "klein-9b": "black-forest-labs/FLUX.2-klein-9B",
+    "klein-base-4b": "black-forest-labs/FLUX.2-klein-base-4B",
+    "klein-base-9b": "black-forest-labs/FLUX.2-klein-base-9B",
+    "klein-9b-kv": "black-forest-labs/FLUX.2-klein-9b-kv",
 }
 
 

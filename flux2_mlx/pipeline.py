@@ -286,7 +286,7 @@ class Flux2Pipeline:
             CheckpointError: for a checkpoint that cannot be used, with the way out.
             InputError: for an unknown dtype.
         """
-        _dtype(dtype)
+        _dtype(dtype)  # refused before anything is downloaded
         checkpoint = open_checkpoint(model, revision=revision)
         return cls(checkpoint, dtype=dtype, memory_limit=memory_limit, progress=progress)
 
@@ -565,19 +565,19 @@ class Flux2Pipeline:
         kept = {text: self._embeddings[text, length] for text in prompts if (text, length) in self._embeddings}
         new = [text for text in dict.fromkeys(prompts) if text not in kept]
         if new:
-            dtype = stage_dtype("text_encoder", self.dtype)
-            working = text_encoder_bytes(self.checkpoint.text_encoder, length, dtype)
+            config = self.checkpoint.text_encoder
+            ids, mask = self.tokenizer(new, length)
+            largest = int(np.array(ids).max())
+            if largest >= config.vocab_size:
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: the tokenizer gives token {largest}, but the text encoder knows "
+                    f"{config.vocab_size}; they do not belong together"
+                )
+            working = text_encoder_bytes(config, length, stage_dtype("text_encoder", self.dtype))
             self._prepare("text_encoder", self.text_encoder, working, stats)
             with stats.measure("text_encoder"):
-                for text in new:
-                    ids, mask = self.tokenizer([text], length)
-                    largest, known = int(np.array(ids).max()), self.checkpoint.text_encoder.vocab_size
-                    if largest >= known:
-                        raise CheckpointError(
-                            f"{self.checkpoint.folder}: the tokenizer gives token {largest}, but the text encoder "
-                            f"knows {known}; they do not belong together"
-                        )
-                    kept[text] = self.text_encoder(ids, mask)
+                for row, text in enumerate(new):
+                    kept[text] = self.text_encoder(ids[row : row + 1], mask[row : row + 1])
                     mx.eval(kept[text])
         if prompts:
             self._embeddings = {(text, length): embeds for text, embeds in kept.items()}
@@ -618,13 +618,14 @@ class Flux2Pipeline:
 
         A stage that is too large even alone is loaded all the same, with a UserWarning.
         """
-        weights = 0 if id(module) in self._loaded[stage] else weight_bytes(module)
+        is_loaded = id(module) in self._loaded[stage]
+        weights = 0 if is_loaded else weight_bytes(module)
         for other in STAGES:
             if mx.get_active_memory() + weights + working_bytes <= self.memory_limit:
                 break
             if other != stage and self._loaded[other]:
                 self.unload(other)
-        if id(module) in self._loaded[stage]:
+        if is_loaded:
             return
         if weights + working_bytes > self.memory_limit:
             warnings.warn(

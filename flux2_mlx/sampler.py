@@ -92,7 +92,7 @@ def schedule_sigmas(schedule: str, num_steps: int, num_tokens: int) -> list[floa
 
 
 def euler_step(x: mx.array, velocity: mx.array, sigma: float, sigma_next: float) -> mx.array:
-    """X + (sigma_next - sigma) * velocity, in x's dtype or the wider of the two."""
+    """x + (sigma_next - sigma) * velocity, in x's dtype or the wider of the two."""
     return x + (sigma_next - sigma) * velocity.astype(x.dtype)
 
 

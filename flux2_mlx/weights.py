@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -141,21 +141,22 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _needed(component: str) -> Callable[[str], bool]:
-    """Which of a component's weights are used: all but the text encoder's later layers."""
-    return is_read_by_klein if component == "text_encoder" else lambda name: True
-
-
-def _indexed_shards(index: Path, needed: Callable[[str], bool] = lambda name: True) -> tuple[Path, ...]:
-    """The shards that an index names for the needed weights, inside the index's own folder."""
+def _read_index(index: Path) -> dict[str, Path]:
+    """Each weight that an index names and the shard that it is in, inside the index's own folder."""
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map of names to files; {_refetch(index)}")
-    names = sorted({file for name, file in weight_map.items() if needed(name)})
-    for name in names:
-        if Path(name).name != name or name in ("", ".", "..") or "\\" in name:
-            raise CheckpointError(f"{index} names the shard {name!r}, which is outside its folder; refused")
-    return tuple(index.parent / name for name in names)
+    for file in weight_map.values():
+        if Path(file).name != file or file in ("", ".", "..") or "\\" in file:
+            raise CheckpointError(f"{index} names the shard {file!r}, which is outside its folder; refused")
+    return {name: index.parent / file for name, file in weight_map.items()}
+
+
+def _needed_shards(index: Path, component: str) -> list[Path]:
+    """The shards of an index with weights that are used: of the text encoder, its later layers are not."""
+    return sorted(
+        {shard for name, shard in _read_index(index).items() if component != "text_encoder" or is_read_by_klein(name)}
+    )
 
 
 def component_files(folder: Path, component: str) -> tuple[Path, ...]:
@@ -167,7 +168,7 @@ def component_files(folder: Path, component: str) -> tuple[Path, ...]:
     here, stem = folder / component, _STEMS[component]
     index, single = here / f"{stem}.safetensors.index.json", here / f"{stem}.safetensors"
     if index.is_file():
-        files = _indexed_shards(index, _needed(component))
+        files = tuple(_needed_shards(index, component))
     elif single.is_file():
         return (single,)
     else:
@@ -200,12 +201,12 @@ def load_safetensors(path: str | os.PathLike[str] | Iterable[str | os.PathLike[s
     if isinstance(path, (str, os.PathLike)):
         path = Path(path)
         if path.name.endswith(".index.json"):
-            files: tuple[Path, ...] = _indexed_shards(path)
-            names = set(_read_json(path)["weight_map"])
+            shards = _read_index(path)
+            files, names = sorted(set(shards.values())), set(shards)
         else:
-            files = (path,)
+            files = [path]
     else:
-        files = tuple(Path(file) for file in path)
+        files = [Path(file) for file in path]
     if not files:
         raise CheckpointError(f"no files to load weights from, got {path!r}")
     weights: dict[str, mx.array] = {}
@@ -323,14 +324,13 @@ def open_checkpoint(model: str | os.PathLike[str], *, revision: str | None = Non
         raise CheckpointError(f"{name} cannot be read: {error.strerror}") from None
     except RuntimeError as error:  # a home folder that does not exist
         raise CheckpointError(f"no model {name!r}: {error}") from None
-    released = RELEASED.get(name)
-    if released is None and not _HUB_ID.fullmatch(name):
+    if name not in RELEASED and not _HUB_ID.fullmatch(name):
         near = difflib.get_close_matches(name.lower(), RELEASED, n=3, cutoff=0.4) or list(RELEASED)
         raise CheckpointError(
             f"no model {name!r}: there is no such folder, and no released model of that name; "
             f"did you mean {' or '.join(near)}?"
         )
-    folder = _download(name, released.repo if released else name, revision)
+    folder = _download(name, RELEASED.get(name, name), revision)
     try:
         return _checkpoint(folder, name, revision)
     except CheckpointError as error:
@@ -411,7 +411,7 @@ def _download(name: str, repo: str, revision: str | None) -> Path:
         patterns = []
         for part, stem in _STEMS.items():
             if (folder / indices[part]).is_file():
-                patterns += [f"{part}/{shard.name}" for shard in _indexed_shards(folder / indices[part], _needed(part))]
+                patterns += [f"{part}/{shard.name}" for shard in _needed_shards(folder / indices[part], part)]
             else:
                 patterns += [f"{part}/{stem}.safetensors", f"{part}/{stem}-*-of-*.safetensors"]
         return fetch(folder.name, patterns)  # the same commit
@@ -447,4 +447,4 @@ def _cached() -> list[str]:
         present = {repo.repo_id for repo in huggingface_hub.scan_cache_dir().repos}
     except hub_errors.CacheNotFound:
         return []
-    return [name for name, released in RELEASED.items() if released.repo in present]
+    return [name for name, repo in RELEASED.items() if repo in present]

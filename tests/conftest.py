@@ -32,7 +32,7 @@ def memory():
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory):
-    """Diffusers' pipeline (distilled) and the folder it was written to."""
+    """diffusers' pipeline (distilled) and the folder it was written to."""
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
     pipe = tiny.pipeline()
     pipe.save_pretrained(folder)

@@ -87,9 +87,9 @@ def test_the_readme_has_commands():
 
 
 def test_every_released_model_is_in_the_readme():
-    for name, released in RELEASED.items():
+    for name, repo in RELEASED.items():
         assert f"`{name}`" in README
-        assert released.repo in README
+        assert repo in README
 
 
 def test_links_inside_the_project_lead_somewhere():

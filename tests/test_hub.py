@@ -15,8 +15,8 @@ from tests.hub import Hub
 from tests.test_weights import split
 from tests.tiny import rewrite
 
-REPO = RELEASED["klein-4b"].repo
-GATED = RELEASED["klein-9b"].repo
+REPO = RELEASED["klein-4b"]
+GATED = RELEASED["klein-9b"]
 
 
 @pytest.fixture
