@@ -1,0 +1,585 @@
+"""Make the checkpoint of nano again, from a seed: python -m examples.train_nano FOLDER
+
+Four stages, each trained with torch on the world of benchmarks/nano_world.py, and each resumed where it was left when
+the command is given again: the tokenizer, the autoencoder, the text encoder (by telling from a caption what stands
+where) and the transformer (by rectified flow on the autoencoder's latents). Sheets of samples appear in FOLDER/sheets,
+the finished checkpoint, in the diffusers layout, in FOLDER/nano. Needs the extra "dev".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+)
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from benchmarks.nano_world import (
+    COLOURS,
+    EDITS,
+    HOME,
+    PLACES,
+    SHAPES,
+    SIDES,
+    SIZES,
+    Scene,
+    Task,
+    judge,
+    random_task,
+    render,
+)
+from flux2_mlx.sampler import flux2_sigmas
+from flux2_mlx.tokenizer import Qwen3Tokenizer
+
+QWEN3 = Path(__file__).parents[1] / "tests" / "data" / "qwen3-tokenizer"
+SAVE_EVERY = 120  # seconds
+AUTOENCODER_STEPS = 3500
+TEXT_ENCODER_STEPS = 1500
+TRANSFORMER_STEPS = 12000
+POOL_START, POOL_SIZE = 64, 400  # batches
+VOCABULARY = 640  # tokens, the special ones among them
+TEXT_LENGTH = 64  # tokens that a prompt is padded to
+LONG_TEXT = 512  # diffusers' default, which works too
+WIDTH = 128
+PARTS = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES)}
+
+
+def fastest_dtype(device: str) -> torch.dtype:
+    """bfloat16 where this machine multiplies it faster than float32, else float32."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(1024, 1024, dtype=dtype, device=device)
+        (a @ a).sum().item()
+        start = time.perf_counter()
+        for _ in range(5):
+            product = a @ a
+        product.sum().item()
+        seconds[dtype] = time.perf_counter() - start
+    return min(seconds, key=seconds.__getitem__)
+
+
+class Training:
+    """What the stages share: the folder, the seed, the device, and the loop."""
+
+    def __init__(self, folder: Path, seed: int, speed: float):
+        self.folder, self.seed, self.speed = folder, seed, speed
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.dtype = fastest_dtype(self.device)
+        (folder / "sheets").mkdir(parents=True, exist_ok=True)
+
+    def random(self, *key: object) -> random.Random:
+        """Numbers of their own for each key, so that a resumed stage goes on with the same ones."""
+        return random.Random(repr((self.seed, *key)))
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
+
+    def fit(
+        self,
+        name: str,
+        module: nn.Module,
+        loss_of: Callable[[int, random.Random], Tensor],
+        *,
+        steps: int,
+        rate: float,
+        sheet: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Train the module with AdamW, a warm-up of the learning rate and its fall to zero along a half cosine."""
+        steps = max(2, round(steps * self.speed))
+        module.to(self.device).train()
+        optimizer = torch.optim.AdamW(module.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+        path = self.folder / f"{name}.pt"
+        done = 0
+        if path.exists():
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            module.load_state_dict(state["module"])
+            optimizer.load_state_dict(state["optimizer"])
+            done = state["step"]
+        saved, mean = time.monotonic(), None
+        with tqdm(total=steps, initial=done, desc=name, smoothing=0.01) as bar:
+            for step in range(done, steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+                rng = self.random(name, step)
+                torch.manual_seed(rng.randrange(2**63))
+                with self.autocast():
+                    loss = loss_of(step, rng)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+                optimizer.step()
+                value = loss.item()
+                mean = value if mean is None else 0.98 * mean + 0.02 * value
+                bar.update()
+                bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+                if time.monotonic() - saved > SAVE_EVERY or step == steps - 1:
+                    state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+                    torch.save(state, path.with_suffix(".tmp"))
+                    path.with_suffix(".tmp").replace(path)
+                    if sheet is not None:
+                        module.eval()
+                        sheet(self.folder / "sheets" / f"{name}-{step + 1:06}.png")
+                        module.train()
+                    saved = time.monotonic()
+        module.eval().requires_grad_(False)
+        for tensor in (*module.parameters(), *module.buffers()):  # as the file will hold them
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.bfloat16())
+
+
+def pixels(pictures: list[np.ndarray]) -> Tensor:
+    """uint8 pictures (H, W, 3) as (B, 3, H, W) in -1..1."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def array_of(batch: Tensor) -> np.ndarray:
+    """Pictures (B, 3, H, W) in -1..1 as (B, H, W, 3) uint8."""
+    return ((batch.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def save_sheet(path: Path, batch: Tensor, columns: int) -> None:
+    """Pictures (B, 3, H, W) in -1..1 as one picture, row by row."""
+    array = array_of(batch)
+    rows = [np.concatenate(list(array[i : i + columns]), axis=1) for i in range(0, len(array), columns)]
+    Image.fromarray(np.concatenate(rows)).save(path)
+
+
+# ------------------------------------------------------------------------------------------------ autoencoder
+
+
+def train_autoencoder(training: Training) -> AutoencoderKLFlux2:
+    """Pixels to 32 channels at an eighth of the size and back; mean squared error with a little of the KL divergence,
+    which keeps the latents smooth enough to be drawn by the transformer.
+    """
+    torch.manual_seed(training.seed)
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(16, 32, 32, 64), layers_per_block=1, norm_num_groups=8, sample_size=HOME[0]
+    )
+    steps = AUTOENCODER_STEPS
+
+    def crop(rng: random.Random, side: int) -> np.ndarray:
+        """A part of a scene at its usual scale, around one of its things."""
+        scene = random_task(rng).scene
+        full = rng.choice((96, 128, 128, 160)) if side < 96 else side
+        picture = render(scene, full, full)
+        y, x = (c * full - side / 2 + rng.uniform(-0.4, 0.4) * side for c in rng.choice(scene.things).centre)
+        top, left = (round(min(max(c, 0), full - side)) for c in (y, x))
+        return picture[top : top + side, left : left + side]
+
+    def loss_of(step: int, rng: random.Random) -> Tensor:
+        side, count = (64, 32) if step < 0.8 * steps * training.speed else (128, 8)
+        batch = pixels([crop(rng, side) for _ in range(count)]).to(training.device)
+        posterior = vae.encode(batch).latent_dist
+        latents = posterior.mean + posterior.std * torch.randn_like(posterior.mean)
+        error = functional.mse_loss(vae.decode(latents).sample.float(), batch)
+        return error + 3e-4 * posterior.kl().mean() / latents[0].numel()
+
+    def sheet(path: Path) -> None:
+        rng = training.random("sheet")
+        batch = pixels([render(random_task(rng).scene, *HOME) for _ in range(8)]).to(training.device)
+        with torch.no_grad():
+            decoded = vae.decode(vae.encode(batch).latent_dist.mean).sample
+        error = functional.mse_loss(decoded.clamp(-1, 1), batch).item()
+        tqdm.write(f"{path.name}: PSNR {10 * math.log10(4 / error):.1f} dB")
+        save_sheet(path, torch.cat([batch, decoded]), 8)
+
+    training.fit("autoencoder", vae, loss_of, steps=steps, rate=2e-3, sheet=sheet)
+    return vae
+
+
+# ------------------------------------------------------------------------------------------------ text
+
+
+def train_tokenizer(training: Training) -> Qwen3Tokenizer:
+    """Byte-level BPE on captions, with the normalization, splitting, special tokens and chat template of Qwen3."""
+    folder = training.folder / "nano" / "tokenizer"
+    content = json.loads((QWEN3 / "tokenizer.json").read_text())
+    specials = content["added_tokens"]
+    bpe = Tokenizer.from_file(str(QWEN3 / "tokenizer.json"))
+    bpe.model = BPE()
+    rng = training.random("captions")
+    captions = [random_task(rng, kind).caption for kind in ("draw", "combine", *EDITS) for _ in range(2000)]
+    words = ["user\n", "assistant\n", "\n\n", *captions]
+    trainer = BpeTrainer(
+        vocab_size=VOCABULARY - len(specials),
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+        min_frequency=1,
+    )
+    bpe.train_from_iterator([*words[:3] * 1000, *words], trainer)
+    model = json.loads(bpe.to_str())["model"]
+    content["model"] |= {"vocab": model["vocab"], "merges": model["merges"]}
+    for number, special in enumerate(specials, start=len(model["vocab"])):
+        special["id"] = number
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    config = json.loads((QWEN3 / "tokenizer_config.json").read_text())
+    config["model_max_length"] = TEXT_LENGTH
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    shutil.copyfile(QWEN3 / "chat_template.jinja", folder / "chat_template.jinja")
+    return Qwen3Tokenizer(folder)
+
+
+# What a caption says, as groups of classes; class 0 stands for nothing.
+KINDS = ("draw", "combine", *EDITS)
+SIZE_WORDS = (*SIZES, "bigger", "smaller")
+GROUPS = {
+    "kind": KINDS,
+    "ground": ("", *COLOURS),
+    **{f"{place} {what}": ("", *names) for place in PLACES for what, names in PARTS.items()},
+    "order": ("", "first", "second"),
+    "old shape": ("", *SHAPES),
+    "old colour": ("", *COLOURS),
+    "new shape": ("", *SHAPES),
+    "new colour": ("", *COLOURS),
+    "new size": ("", *SIZE_WORDS),
+    "new place": ("", *PLACES),
+}
+
+
+def meaning(kind: str, task: Task) -> dict[str, str]:
+    """Of each group that the caption says something about, which class."""
+    caption = task.caption.lower()
+    told = {"kind": kind}
+    if kind == "draw":
+        told |= dict.fromkeys((name for name in GROUPS if name.split(" ")[-1] in PARTS), "")
+        told = {name: value for name, value in told.items() if not name.startswith(("old", "new"))}
+        told["ground"] = task.scene.ground
+        for thing in task.scene.things:
+            told |= {f"{thing.place} {what}": getattr(thing, what) for what in PARTS}
+        return told
+    source = task.references[0]
+    if kind == "combine":
+        told["order"] = "first" if re.search(r"of the first", caption) else "second"
+        told["old shape"] = task.scene.things[0].shape
+        return told
+    if kind == "ground":
+        return told | {"ground": task.scene.ground}
+    old = next((thing for thing in source.things if thing not in task.scene.things), None)
+    new = next((thing for thing in task.scene.things if thing not in source.things), None)
+    if old is not None:
+        told["old shape"] = old.shape
+    if new is not None:
+        changed = [what for what in (*PARTS, "place") if old is None or getattr(new, what) != getattr(old, what)]
+        told |= {f"new {what}": getattr(new, what) for what in changed}
+    if kind == "resize" and re.search(r"bigger|larger", caption):
+        told["new size"] = "bigger"
+    if kind == "resize" and "smaller" in caption:
+        told["new size"] = "smaller"
+    return told
+
+
+def random_kind(rng: random.Random) -> str:
+    return rng.choice(("draw",) * 9 + KINDS[1:])
+
+
+def train_text_encoder(training: Training, tokenizer: Qwen3Tokenizer) -> Qwen3ForCausalLM:
+    """28 layers of Qwen3, of which klein reads the outputs of layers 8, 17 and 26: trained so that those outputs, at
+    the last token of a caption, tell what the caption says.
+    """
+    torch.manual_seed(training.seed + 1)
+    encoder = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=WIDTH,
+            num_hidden_layers=28,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=64,
+            max_position_embeddings=40960,
+            rope_theta=1e6,
+            rms_norm_eps=1e-6,
+            tie_word_embeddings=True,
+            initializer_range=0.05,
+        )
+    )
+    head = nn.Linear(3 * WIDTH, sum(map(len, GROUPS.values())))
+
+    def loss_of(step: int, rng: random.Random) -> Tensor:
+        kinds = [random_kind(rng) for _ in range(64)]
+        tasks = [random_task(rng, kind) for kind in kinds]
+        ids, mask = tokenizer([task.caption for task in tasks], TEXT_LENGTH)
+        lengths = torch.from_numpy(np.array(mask)).sum(1)
+        tokens = torch.from_numpy(np.array(ids)).long()[:, : lengths.max()]
+        features = taps(encoder, tokens.to(training.device), None)
+        last = features[torch.arange(len(tasks)), lengths.to(training.device) - 1]
+        logits = head(last).float()
+        told = [meaning(kind, task) for kind, task in zip(kinds, tasks, strict=True)]
+        total, start, counted = logits.new_zeros(()), 0, 0
+        for name, classes in GROUPS.items():
+            part = logits[:, start : start + len(classes)]
+            start += len(classes)
+            rows = [row for row, words in enumerate(told) if name in words]
+            if rows:
+                goal = torch.tensor([classes.index(told[row][name]) for row in rows], device=training.device)
+                total = total + functional.cross_entropy(part[rows], goal, reduction="sum")
+                counted += len(rows)
+        return total / counted + 1e-3 * features.square().mean()
+
+    training.fit("text_encoder", nn.ModuleList([encoder, head]), loss_of, steps=TEXT_ENCODER_STEPS, rate=1e-3)
+    return encoder
+
+
+def taps(encoder: Qwen3ForCausalLM, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """The prompt embeddings that klein reads: (B, L, 3 * WIDTH)."""
+    states = encoder.model(ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
+    return torch.cat([states[9], states[18], states[27]], dim=-1)
+
+
+# ------------------------------------------------------------------------------------------------ transformer
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tasks of one size, encoded: latents (B, S, 128), ids (S, 4); of the references the same; text (B, L, 384)."""
+
+    latents: Tensor
+    ids: Tensor
+    references: Tensor | None
+    reference_ids: Tensor | None
+    text: Tensor
+    sigmas: list[float]  # of four steps at this size
+    scenes: list[Scene]
+
+
+class Encoders:
+    """The two frozen encoders, and what they make of tasks."""
+
+    def __init__(self, training: Training, vae: AutoencoderKLFlux2, tokenizer: Qwen3Tokenizer, text: Qwen3ForCausalLM):
+        self.training, self.vae, self.tokenizer, self.text = training, vae, tokenizer, text
+        rng = training.random("statistics")
+        samples = torch.cat([self.patches(self.scenes(16, *HOME, rng)) for _ in range(32)])
+        vae.bn.running_mean.copy_(samples.mean((0, 1)).bfloat16())
+        vae.bn.running_var.copy_(samples.var((0, 1)).bfloat16())
+        self.nothing = {length: self.embed([""], length) for length in (TEXT_LENGTH, LONG_TEXT)}
+
+    @staticmethod
+    def scenes(count: int, height: int, width: int, rng: random.Random) -> list[np.ndarray]:
+        return [render(random_task(rng).scene, height, width) for _ in range(count)]
+
+    @torch.no_grad()
+    def patches(self, pictures: list[np.ndarray]) -> Tensor:
+        """Latents in 2 x 2 patches, not yet normalized: (B, S, 128)."""
+        with self.training.autocast():
+            z = self.vae.encode(pixels(pictures).to(self.training.device)).latent_dist.mean.float()
+        b, c, h, w = z.shape
+        return z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, 4 * c)
+
+    def tokens(self, pictures: list[np.ndarray]) -> Tensor:
+        """Normalized latents (B, S, 128)."""
+        bn = self.vae.bn
+        return (self.patches(pictures) - bn.running_mean) / (bn.running_var + bn.eps).sqrt()
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        """Tokens to pictures (B, 3, height, width) in about -1..1."""
+        bn = self.vae.bn
+        z = tokens * (bn.running_var + bn.eps).sqrt() + bn.running_mean
+        z = z.view(len(z), height // 16, width // 16, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        return self.vae.decode(z.reshape(len(z), -1, height // 8, width // 8)).sample
+
+    @torch.no_grad()
+    def embed(self, captions: list[str], length: int) -> Tensor:
+        ids, mask = (torch.from_numpy(np.array(a)).long() for a in self.tokenizer(captions, length))
+        with self.training.autocast():
+            return taps(self.text, ids.to(self.training.device), mask.to(self.training.device)).bfloat16()
+
+    def batch(self, tasks: list[Task], height: int, width: int, length: int, second: tuple[int, int]) -> Batch:
+        """Encode tasks with equally many references; the first has the picture's size, the other the one given."""
+        references = [(t.references[k] for t in tasks) for k in range(len(tasks[0].references))]
+        sizes = ((height, width), second)[: len(references)]
+        encoded = [
+            self.tokens([render(scene, *size) for scene in scenes])
+            for scenes, size in zip(references, sizes, strict=True)
+        ]
+        ids = [positions(10 + 10 * k, *size) for k, size in enumerate(sizes)]
+        device = self.training.device
+        return Batch(
+            self.tokens([render(task.scene, height, width) for task in tasks]),
+            positions(0, height, width).to(device),
+            torch.cat(encoded, dim=1) if encoded else None,
+            torch.cat(ids).to(device) if ids else None,
+            self.embed([task.caption for task in tasks], length),
+            flux2_sigmas(4, height * width // 256),
+            [task.scene for task in tasks],
+        )
+
+    def random_batch(self, number: int) -> Batch:
+        """The batch of this number: pictures of any size, six in ten drawn from words alone."""
+        rng = self.training.random("batch", number)
+        height, width = HOME if rng.random() < 0.65 else (rng.choice(SIDES), rng.choice(SIDES))
+        second = (height, width) if rng.random() < 0.7 else (rng.choice(SIDES), rng.choice(SIDES))
+        count, length = (32, TEXT_LENGTH) if rng.random() < 0.96 else (8, LONG_TEXT)
+        share = rng.random()
+        if share < 0.6:
+            kinds = ["draw"] * count
+        elif share < 0.88:
+            kinds = [rng.choice(tuple(EDITS)) for _ in range(count)]
+        else:
+            kinds = ["combine"] * count
+        return self.batch([random_task(rng, kind) for kind in kinds], height, width, length, second)
+
+
+def positions(time: int, height: int, width: int) -> Tensor:
+    """(S, 4) RoPE positions of a picture's tokens."""
+    rows, columns = torch.meshgrid(torch.arange(height // 16), torch.arange(width // 16), indexing="ij")
+    zeros = torch.zeros_like(rows)
+    return torch.stack([zeros + time, rows, columns, zeros], dim=-1).view(-1, 4).float()
+
+
+def velocity(model: Flux2Transformer2DModel, x: Tensor, t: Tensor, batch: Batch, text: Tensor) -> Tensor:
+    """The model's velocity (B, S, 128) at x, for noise levels t (B,)."""
+    ids = batch.ids if batch.reference_ids is None else torch.cat([batch.ids, batch.reference_ids])
+    tokens = x if batch.references is None else torch.cat([x, batch.references], dim=1)
+    text_ids = torch.zeros(text.shape[1], 4, device=x.device)
+    text_ids[:, 3] = torch.arange(text.shape[1])
+    out = model(tokens, text, t, ids, text_ids, return_dict=False)[0]
+    return out[:, : x.shape[1]].float()
+
+
+def sample(model: Flux2Transformer2DModel, batch: Batch, noise: Tensor, steps: int) -> Tensor:
+    """The first of the four steps from noise; four give the picture's tokens."""
+    x = noise
+    for sigma, following in pairwise(batch.sigmas[: steps + 1]):
+        x = x + (following - sigma) * velocity(model, x, x.new_full((len(x),), sigma), batch, batch.text)
+    return x
+
+
+def train_transformer(training: Training, encoders: Encoders) -> Flux2Transformer2DModel:
+    """Rectified flow. Three in five noise levels are those of the official four steps. Towards the end, half of the
+    steps start from where the model's own first steps lead, and learn to get from there to the picture: a caption
+    decides its picture, so there is a right answer.
+    """
+    torch.manual_seed(training.seed + 2)
+    model = Flux2Transformer2DModel(
+        in_channels=128,
+        num_layers=2,
+        num_single_layers=4,
+        attention_head_dim=64,
+        num_attention_heads=2,
+        joint_attention_dim=3 * WIDTH,
+        axes_dims_rope=(16, 16, 16, 16),
+        guidance_embeds=False,
+    )
+    modulations = (
+        model.double_stream_modulation_img,
+        model.double_stream_modulation_txt,
+        model.single_stream_modulation,
+    )
+    for modulation in modulations:
+        nn.init.zeros_(modulation.linear.weight)  # blocks that begin as the identity
+    nn.init.zeros_(model.proj_out.weight)
+    pool: dict[int, Batch] = {}
+
+    def loss_of(step: int, rng: random.Random) -> Tensor:
+        made = POOL_START + step // 8  # a new batch every eight steps; the last POOL_SIZE are in use
+        number = rng.randrange(max(0, made - POOL_SIZE), made)
+        if number not in pool:
+            pool[number] = encoders.random_batch(number)
+            pool.pop(min(pool) if min(pool) < made - POOL_SIZE else -1, None)
+        batch = pool[number]
+        noise = torch.randn_like(batch.latents)
+        count = len(noise)
+        own = step > 0.6 * training.speed * TRANSFORMER_STEPS and rng.random() < 0.5
+        if own:
+            taken = rng.choice((1, 2, 3, 3))
+            with torch.no_grad():
+                x = sample(model, batch, noise, taken)
+            t = x.new_full((count,), batch.sigmas[taken])
+            goal, text = (x - batch.latents) / batch.sigmas[taken], batch.text
+        else:
+            u = torch.rand(count, device=noise.device)
+            official = torch.tensor(rng.choices(batch.sigmas[:4], (2, 2, 3, 4), k=count), device=noise.device)
+            t = torch.where(torch.rand_like(u) < 0.6, official, 2 * u / (1 + u))
+            x = torch.lerp(batch.latents, noise, t[:, None, None])
+            goal = noise - batch.latents
+            empty = torch.rand_like(u) < 0.125  # one in ten of all
+            text = torch.where(empty[:, None, None], encoders.nothing[batch.text.shape[1]], batch.text)
+        return functional.mse_loss(velocity(model, x, t, batch, text), goal)
+
+    rng = training.random("transformer sheet")
+    unseen = [
+        encoders.batch([random_task(rng, kind, unseen=True) for kind in kinds], *HOME, TEXT_LENGTH, HOME)
+        for kinds in (["draw"] * 32, [k for k in EDITS for _ in range(2)], ["combine"] * 2)
+    ]
+
+    def sheet(path: Path) -> None:
+        torch.manual_seed(training.seed)
+        with torch.no_grad(), training.autocast():
+            drawn = [sample(model, batch, torch.randn_like(batch.latents), 4) for batch in unseen]
+        pictures = torch.cat([encoders.decode(tokens, *HOME) for tokens in drawn])
+        scenes = [scene for batch in unseen for scene in batch.scenes]
+        verdicts = [judge(picture, scene) for picture, scene in zip(array_of(pictures), scenes, strict=True)]
+        rates = []
+        for part in ("ground", "colour", "place", "shape", "clean"):
+            right = [ok for verdict in verdicts for ok in verdict[part]]
+            rates.append(f"{part} {100 * sum(right) / len(right):.0f} %")
+        edits = [all(all(right) for right in verdict.values()) for verdict in verdicts[32:]]
+        tqdm.write(f"{path.name}: {', '.join(rates)}; {sum(edits)} of {len(edits)} edits")
+        save_sheet(path, pictures, 8)
+
+    training.fit("transformer", model, loss_of, steps=TRANSFORMER_STEPS, rate=1.5e-3, sheet=sheet)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="for what is on the way, and the result")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--speed", type=float, default=1.0, help="fraction of the steps, for a trial")
+    arguments = parser.parse_args()
+    training = Training(arguments.folder, arguments.seed, arguments.speed)
+    tokenizer = train_tokenizer(training)
+    vae = train_autoencoder(training)
+    text_encoder = train_text_encoder(training, tokenizer)
+    transformer = train_transformer(training, Encoders(training, vae, tokenizer, text_encoder))
+    folder = training.folder / "nano"
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=1000,
+        shift=3.0,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+        time_shift_type="exponential",
+    )
+    pipe = Flux2KleinPipeline(
+        scheduler=scheduler,
+        vae=vae.cpu(),
+        text_encoder=text_encoder.cpu(),
+        tokenizer=Qwen2TokenizerFast.from_pretrained(folder / "tokenizer"),
+        transformer=transformer.cpu(),
+        is_distilled=True,
+    )
+    pipe.to(torch.bfloat16).save_pretrained(folder)
+    print(f"wrote {folder}")
+
+
+if __name__ == "__main__":
+    main()
