@@ -58,8 +58,8 @@ from flux2_mlx.tokenizer import Qwen3Tokenizer
 QWEN3 = Path(__file__).parents[1] / "tests" / "data" / "qwen3-tokenizer"
 SAVE_EVERY = 120  # seconds
 AUTOENCODER_STEPS = 3500
-TEXT_ENCODER_STEPS = 1500
-TRANSFORMER_STEPS = 12000
+TEXT_ENCODER_STEPS = 1700
+TRANSFORMER_STEPS = 8000
 POOL_START, POOL_SIZE = 64, 400  # batches
 VOCABULARY = 640  # tokens, the special ones among them
 TEXT_LENGTH = 64  # tokens that a prompt is padded to
@@ -91,7 +91,7 @@ class Training:
         self.dtype = fastest_dtype(self.device)
         (folder / "sheets").mkdir(parents=True, exist_ok=True)
 
-    def random(self, *key: object) -> random.Random:
+    def numbers(self, *key: object) -> random.Random:
         """Numbers of their own for each key, so that a resumed stage goes on with the same ones."""
         return random.Random(repr((self.seed, *key)))
 
@@ -124,7 +124,7 @@ class Training:
             for step in range(done, steps):
                 for group in optimizer.param_groups:
                     group["lr"] = rate * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
-                rng = self.random(name, step)
+                rng = self.numbers(name, step)
                 torch.manual_seed(rng.randrange(2**63))
                 with self.autocast():
                     loss = loss_of(step, rng)
@@ -199,7 +199,7 @@ def train_autoencoder(training: Training) -> AutoencoderKLFlux2:
         return error + 3e-4 * posterior.kl().mean() / latents[0].numel()
 
     def sheet(path: Path) -> None:
-        rng = training.random("sheet")
+        rng = training.numbers("sheet")
         batch = pixels([render(random_task(rng).scene, *HOME) for _ in range(8)]).to(training.device)
         with torch.no_grad():
             decoded = vae.decode(vae.encode(batch).latent_dist.mean).sample
@@ -221,7 +221,7 @@ def train_tokenizer(training: Training) -> Qwen3Tokenizer:
     specials = content["added_tokens"]
     bpe = Tokenizer.from_file(str(QWEN3 / "tokenizer.json"))
     bpe.model = BPE()
-    rng = training.random("captions")
+    rng = training.numbers("captions")
     captions = [random_task(rng, kind).caption for kind in ("draw", "combine", *EDITS) for _ in range(2000)]
     words = ["user\n", "assistant\n", "\n\n", *captions]
     trainer = BpeTrainer(
@@ -372,7 +372,7 @@ class Encoders:
 
     def __init__(self, training: Training, vae: AutoencoderKLFlux2, tokenizer: Qwen3Tokenizer, text: Qwen3ForCausalLM):
         self.training, self.vae, self.tokenizer, self.text = training, vae, tokenizer, text
-        rng = training.random("statistics")
+        rng = training.numbers("statistics")
         samples = torch.cat([self.patches(self.scenes(16, *HOME, rng)) for _ in range(32)])
         vae.bn.running_mean.copy_(samples.mean((0, 1)).bfloat16())
         vae.bn.running_var.copy_(samples.var((0, 1)).bfloat16())
@@ -431,7 +431,7 @@ class Encoders:
 
     def random_batch(self, number: int) -> Batch:
         """The batch of this number: pictures of any size, six in ten drawn from words alone."""
-        rng = self.training.random("batch", number)
+        rng = self.training.numbers("batch", number)
         height, width = HOME if rng.random() < 0.65 else (rng.choice(SIDES), rng.choice(SIDES))
         second = (height, width) if rng.random() < 0.7 else (rng.choice(SIDES), rng.choice(SIDES))
         count, length = (32, TEXT_LENGTH) if rng.random() < 0.96 else (8, LONG_TEXT)
@@ -522,7 +522,7 @@ def train_transformer(training: Training, encoders: Encoders) -> Flux2Transforme
             text = torch.where(empty[:, None, None], encoders.nothing[batch.text.shape[1]], batch.text)
         return functional.mse_loss(velocity(model, x, t, batch, text), goal)
 
-    rng = training.random("transformer sheet")
+    rng = training.numbers("transformer sheet")
     unseen = [
         encoders.batch([random_task(rng, kind, unseen=True) for kind in kinds], *HOME, TEXT_LENGTH, HOME)
         for kinds in (["draw"] * 32, [k for k in EDITS for _ in range(2)], ["combine"] * 2)

@@ -26,9 +26,12 @@ TAPPED_LAYERS = (8, 17, 26)
 # More blocks of a kind than any model of this family has; a config beyond is damaged.
 MAX_BLOCKS = 256
 
-# The tokens that a prompt is padded or cut to, unless the caller says otherwise.
+# The tokens that a prompt is padded or cut to, unless the tokenizer takes fewer or the caller says otherwise.
 MAX_SEQUENCE_LENGTH = 512
 
+
+# The trained miniature that ships with this package, by the name that from_pretrained and --model take.
+NANO = "nano"
 
 # Released models, by the names that from_pretrained and --model take: their Hub ids.
 RELEASED: dict[str, str] = {
@@ -269,6 +272,7 @@ class Qwen3Config(_Config):
 class AutoEncoderConfig(_Config):
     """The autoencoder's shape, in diffusers' field names. Defaults are FLUX.2's.
 
+    ``sample_size`` is the side in pixels of the pictures that the checkpoint is for.
     ``decoder_block_out_channels`` of None means the encoder's. ``batch_norm_eps`` belongs to the statistics of the
     packed latents; ``norm_eps`` to the GroupNorms, which diffusers fixes at 1e-6.
     """
@@ -282,6 +286,7 @@ class AutoEncoderConfig(_Config):
     norm_num_groups: int = 32
     norm_eps: float = 1e-6
     batch_norm_eps: float = 1e-4
+    sample_size: int = 1024
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -330,4 +335,5 @@ class AutoEncoderConfig(_Config):
             layers_per_block=config.get("layers_per_block", 2),
             norm_num_groups=config.get("norm_num_groups", 32),
             batch_norm_eps=config.get("batch_norm_eps", 1e-4),
+            sample_size=config.get("sample_size", 1024),
         )

@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ._version import __version__
-from .config import MAX_SEQUENCE_LENGTH, CheckpointError, InputError
+from .config import CheckpointError, InputError
 from .images import reference_array, to_pil, to_unit
 from .latents import (
     NOISES,
@@ -59,7 +59,6 @@ from .weights import Checkpoint, load_autoencoder, load_text_encoder, load_trans
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 STAGES = ("text_encoder", "transformer", "autoencoder")
 OUTPUT_TYPES = ("pil", "np", "latent")
-DEFAULT_SIZE = 1024
 MIN_SIDE = 64
 MAX_PIXELS = 4 * 1024 * 1024
 MAX_STEPS = 1000  # noise levels that the models were trained on
@@ -275,8 +274,8 @@ class Flux2Pipeline:
         """Open a checkpoint. Configs, file headers, names and shapes are checked now; weights are read when needed.
 
         Args:
-            model: a released name ("klein-4b", "klein-9b", "klein-base-4b", "klein-base-9b", "klein-9b-kv"), a folder
-                in the diffusers layout, or a Hub id.
+            model: a released name ("klein-4b", "klein-9b", "klein-base-4b", "klein-base-9b", "klein-9b-kv"), "nano"
+                (the miniature inside this package), a folder in the diffusers layout, or a Hub id.
             revision: branch, tag or commit on the Hub.
             dtype: "bfloat16", "float16" or "float32"; None takes what suits the machine.
             memory_limit: bytes that loaded stages may take together; None takes the machine's.
@@ -344,7 +343,7 @@ class Flux2Pipeline:
         schedule: str = "flux2",
         sigmas: Sequence[float] | None = None,
         noise: str = "torch",
-        max_sequence_length: int = MAX_SEQUENCE_LENGTH,
+        max_sequence_length: int | None = None,
         prompt_embeds: mx.array | None = None,
         latents: mx.array | np.ndarray | None = None,
         num_inference_steps: int | None = None,
@@ -359,8 +358,8 @@ class Flux2Pipeline:
             prompt: one or several; each is encoded once, and not again while the last call's are kept.
             negative_prompt: what guidance leads away from.
             image: reference pictures, as diffusers takes them.
-            height, width: in pixels, multiples of 16, from 64 up to 4 megapixels; 1024, or the first reference's
-                size, unless given.
+            height, width: in pixels, multiples of 16, from 64 up to 4 megapixels; unless given the first reference's
+                size, or what the checkpoint is for: 1024, and 128 for nano.
             num_steps: 4 for distilled models and 50 for base models unless given.
             guidance: scale of classifier-free guidance, 4.0 for base models unless given; distilled models ignore it.
             seed: of the first picture, the k-th has seed + k; random unless given.
@@ -368,7 +367,8 @@ class Flux2Pipeline:
             schedule: "flux2" (the official one), "linear" or "comfy".
             sigmas: custom noise levels instead, shifted as diffusers does.
             noise: "torch" equals torch's CPU generator; "mlx" draws from mx.random.
-            max_sequence_length: tokens that a prompt is padded or cut to.
+            max_sequence_length: tokens that a prompt is padded or cut to; unless given what the tokenizer is for: 512,
+                and 64 for nano.
             prompt_embeds: (B, L, D) in place of prompts.
             latents: (B, 128, H/16, W/16) in diffusers' order, or (B, S, 128), in place of noise.
             num_inference_steps, guidance_scale, num_images_per_prompt: diffusers' names for num_steps, guidance and
@@ -418,7 +418,7 @@ class Flux2Pipeline:
         schedule: str,
         sigmas: Sequence[float] | None,
         noise: str,
-        max_sequence_length: int,
+        max_sequence_length: int | None,
         prompt_embeds: mx.array | None,
         latents: mx.array | np.ndarray | None,
     ) -> _Run:
@@ -446,10 +446,13 @@ class Flux2Pipeline:
                 "use klein-9b for edits"
             )
         references = [reference_array(picture) for picture in pictures]
-        default_height, default_width = references[0].shape[1:3] if references else (DEFAULT_SIZE, DEFAULT_SIZE)
+        side = self.checkpoint.autoencoder.sample_size
+        default_height, default_width = references[0].shape[1:3] if references else (side, side)
         height = default_height if height is None else height
         width = default_width if width is None else width
         guidance = (1.0 if distilled else 4.0) if guidance is None else guidance
+        if max_sequence_length is None:
+            max_sequence_length = self.tokenizer.default_length
         check_options(
             height=height,
             width=width,
@@ -668,8 +671,8 @@ class Flux2Pipeline:
 
 def check_options(
     *,
-    height: int,
-    width: int,
+    height: int | None,
+    width: int | None,
     num_steps: int | None,
     guidance: float | None,
     seed: int,
@@ -677,7 +680,7 @@ def check_options(
     schedule: str,
     sigmas: Sequence[float] | None,
     noise: str,
-    max_sequence_length: int,
+    max_sequence_length: int | None,
 ) -> None:
     """Refuse options of Flux2Pipeline.stream that no model could draw with; None stands for the model's default.
 
@@ -695,18 +698,21 @@ def check_options(
         raise InputError(f"guidance must be a number from 0 to {MAX_GUIDANCE}, got {guidance!r}")
     _between("seed", seed, 0, None)
     _between("num_images", num_images, 1, MAX_IMAGES)
-    _between("max_sequence_length", max_sequence_length, 1, MAX_POSITIONS)
+    if max_sequence_length is not None:
+        _between("max_sequence_length", max_sequence_length, 1, MAX_POSITIONS)
     _one_of("schedule", schedule, SCHEDULES)
     _one_of("noise", noise, NOISES)
 
 
-def check_size(height: int, width: int) -> None:
-    """Refuse a picture's size that cannot be drawn.
+def check_size(height: int | None, width: int | None) -> None:
+    """Refuse a picture's size that cannot be drawn; None is a side that is not known yet.
 
     Raises:
         InputError: unless both are multiples of 16, at least 64, and together at most 4 megapixels.
     """
     for name, value in (("height", height), ("width", width)):
+        if value is None:
+            continue
         _between(name, value, MIN_SIDE, None)
         if value % PIXELS_PER_TOKEN:
             low = value // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN
@@ -714,7 +720,7 @@ def check_size(height: int, width: int) -> None:
                 f"{name} must be a multiple of {PIXELS_PER_TOKEN}, got {value}; the nearest are {low} and "
                 f"{low + PIXELS_PER_TOKEN}"
             )
-    if height * width > MAX_PIXELS:
+    if height is not None and width is not None and height * width > MAX_PIXELS:
         raise InputError(
             f"{width} x {height} is {height * width / 2**20:.2f} megapixels; at most {MAX_PIXELS // 2**20} "
             "(2048 x 2048) can be drawn"

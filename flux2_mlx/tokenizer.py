@@ -6,6 +6,7 @@ enable_thinking=False)``, then ``padding="max_length", truncation=True``, as dif
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,10 @@ class Qwen3Tokenizer:
     Args:
         folder: the checkpoint's ``tokenizer`` folder, with tokenizer.json.
 
+    Attributes:
+        default_length: the tokens that a prompt is padded or cut to unless the caller says otherwise: 512, or the
+            ``model_max_length`` of the folder's tokenizer_config.json where that is less.
+
     Raises:
         CheckpointError: for a file that is missing, unreadable, or not Qwen3's.
     """
@@ -45,10 +50,9 @@ class Qwen3Tokenizer:
         self._pad: int = pad
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self.default_length = _default_length(folder / "tokenizer_config.json")
 
-    def __call__(
-        self, prompts: Sequence[str], max_sequence_length: int = MAX_SEQUENCE_LENGTH
-    ) -> tuple[mx.array, mx.array]:
+    def __call__(self, prompts: Sequence[str], max_sequence_length: int | None = None) -> tuple[mx.array, mx.array]:
         """Tokenize prompts, each inserted verbatim; special tokens written in a prompt count as such.
 
         A prompt that is too long loses its end, with a UserWarning that says which words.
@@ -56,6 +60,8 @@ class Qwen3Tokenizer:
         Returns:
             (ids, mask), each (B, max_sequence_length) int32; the mask is 1 for the prompt's tokens, 0 for padding.
         """
+        if max_sequence_length is None:
+            max_sequence_length = self.default_length
         ids = np.full((len(prompts), max_sequence_length), self._pad, np.int32)
         mask = np.zeros_like(ids)
         for row, prompt in enumerate(prompts):
@@ -73,6 +79,22 @@ class Qwen3Tokenizer:
             ids[row, : len(kept)] = kept
             mask[row, : len(kept)] = 1
         return mx.array(ids), mx.array(mask)
+
+
+def _default_length(path: Path) -> int:
+    """MAX_SEQUENCE_LENGTH, or less where the config says so. The file is optional, as what it says has defaults."""
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return MAX_SEQUENCE_LENGTH
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; fetch it again") from None
+    longest = config.get("model_max_length") if isinstance(config, dict) else None
+    if longest is None:
+        return MAX_SEQUENCE_LENGTH
+    if not isinstance(longest, (int, float)) or longest < 1:
+        raise CheckpointError(f"{path}: model_max_length must be a positive number, got {longest!r}")
+    return int(min(longest, MAX_SEQUENCE_LENGTH))  # transformers writes 1e30 for "no limit"
 
 
 def _abridged(text: str, length: int = 80) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flux2_mlx import RELEASED, pipeline
+from flux2_mlx import RELEASED
 from flux2_mlx.generate import main
 from tests import tiny
 
@@ -35,7 +35,8 @@ def blocks(language: str) -> list[str]:
 def commands() -> list[str]:
     """The command lines of the README that draw."""
     lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [line for line in lines if re.match(r"(python -m flux2_mlx\.generate|flux2-generate) ", line)]
+    found = [re.search(r"(python -m flux2_mlx\.generate|flux2-generate) .*", line) for line in lines]
+    return [match[0] for match in found if match]
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -45,16 +46,15 @@ def size_of(path: Path) -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def klein(tmp_path_factory):
-    """A tiny checkpoint with heads of 128, so that compute_rope's defaults fit it."""
+    """A tiny checkpoint with heads of 128, so that compute_rope's defaults fit it, and small pictures."""
     folder = tmp_path_factory.mktemp("readme") / "klein"
-    tiny.pipeline(heads=1, head_dim=128).save_pretrained(folder)
+    tiny.pipeline(heads=1, head_dim=128, sample_size=64).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch, tmp_path):
+def elsewhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "DEFAULT_SIZE", 64)
 
 
 def test_python_examples_run_in_order(klein, tmp_path, capsys):
@@ -78,12 +78,13 @@ def test_command_examples_run(command, klein, tmp_path, capsys):
     arguments = shlex.split(command, comments=True)
     arguments = arguments[3:] if arguments[0] == "python" else arguments[1:]
     small = ["--model", str(klein), "--width", "64", "--height", "64", "--max-sequence-length", "16"]
-    assert main([*arguments, *small]) == 0
+    assert main([*arguments, *([] if "nano" in arguments else small)]) == 0
     assert "seed " in capsys.readouterr().out
 
 
-def test_the_readme_has_commands():
-    assert len(commands()) >= 5
+def test_the_readme_has_commands_and_begins_with_nano():
+    assert len(commands()) >= 7
+    assert "--model nano" in commands()[0]
 
 
 def test_every_released_model_is_in_the_readme():
@@ -115,6 +116,7 @@ def test_examples_run(script, files, checkpoint, tmp_path, monkeypatch):
 
 def test_every_example_is_tested():
     tested = {mark.args[1][i][0] for mark in test_examples_run.pytestmark for i in range(len(mark.args[1]))}
+    tested |= {"train_nano.py"}  # by test_nano.py
     assert tested == {path.name for path in (ROOT / "examples").glob("*.py")}
 
 

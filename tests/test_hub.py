@@ -69,6 +69,7 @@ def test_a_released_name_downloads_what_is_needed_once_and_works_offline(hub, tm
             "text_encoder/config.json",
             "text_encoder/model.safetensors",
             "tokenizer/tokenizer.json",
+            "tokenizer/tokenizer_config.json",
             "transformer/config.json",
             "transformer/diffusion_pytorch_model.safetensors",
             "vae/config.json",

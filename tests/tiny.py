@@ -89,6 +89,7 @@ def pipeline(
     text_kv_heads: int = 2,
     head_dim: int = 32,
     distilled: bool = True,
+    sample_size: int = 1024,
     seed: int = 0,
 ) -> Flux2KleinPipeline:
     torch.manual_seed(seed)
@@ -96,7 +97,7 @@ def pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
             num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=True, base_image_seq_len=256
         ),
-        vae=autoencoder(),
+        vae=autoencoder(sample_size=sample_size),
         text_encoder=text_encoder(text_hidden, text_heads, text_kv_heads),
         transformer=transformer(heads, depth, depth_single, text_hidden, head_dim),
         tokenizer=AutoTokenizer.from_pretrained(TOKENIZER),
