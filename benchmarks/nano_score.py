@@ -1,4 +1,4 @@
-"""How well a model draws nano's world: python -m benchmarks.nano_score [--dtype bfloat16 | --quantize 4 | ...]
+"""How well a model draws the world of nano: python -m benchmarks.nano_score --model FOLDER [--quantize 4 | ...]
 
 Captions of scenes that training never saw are drawn and held against the rendered truth, and so are edits of rendered
 pictures. Prints a table, writes a contact sheet (--sheet FILE), and ends with a line of JSON.
@@ -29,7 +29,7 @@ from flux2_mlx import Flux2Pipeline
 from flux2_mlx.images import to_unit
 from flux2_mlx.pipeline import DTYPES
 
-# Bounds that the packaged checkpoint was accepted with, in percent and dB.
+# What nano is to reach, in percent and dB.
 BOUNDS = {"ground": 99, "colour": 97, "place": 97, "shape": 93, "edits": 90, "psnr": 30}
 SHEET_CAPTIONS, SHEET_EDITS, SHEET_COLUMNS = 24, 8, 8
 QUANTIZED = ("transformer", "text_encoder")
@@ -140,7 +140,7 @@ def open_variant(arguments: argparse.Namespace) -> Flux2Pipeline:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="nano", help="a model of this world (%(default)s)")
+    parser.add_argument("--model", required=True, help="a model of this world, as examples/train_nano.py makes")
     parser.add_argument("--dtype", choices=tuple(DTYPES))
     parser.add_argument("--quantize", type=int, metavar="BITS", help="of transformer and text encoder, affine")
     parser.add_argument("--group-size", type=int, default=64)

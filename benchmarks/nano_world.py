@@ -162,13 +162,13 @@ def judge(picture: np.ndarray, scene: Scene) -> dict[str, list[bool]]:
     covered = np.any([np.zeros((height, width), bool), *(_grown(truth, 2) for truth in truths)], axis=0)
     around = found[~covered] == names.index(scene.ground)
     verdict: dict[str, list[bool]] = {"ground": [bool(around.mean() > 0.5)], "colour": [], "place": [], "shape": []}
-    for thing, truth in zip(scene.things, truths, strict=True):
-        mask = found == names.index(thing.colour)
-        for other, other_truth in zip(scene.things, truths, strict=True):
-            if other is not thing and other.colour == thing.colour:
-                mask &= ~_grown(other_truth, 2)
+    for k, thing in enumerate(scene.things):
+        beside = np.ones((height, width), bool)  # not at the other thing, whose edges blend into any colour
+        for other in truths[:k] + truths[k + 1 :]:
+            beside &= ~_grown(other, 2)
+        truth, mask = truths[k] & beside, (found == names.index(thing.colour)) & beside
         verdict["colour"].append(bool(mask[truth].mean() > 0.5))
-        verdict["place"].append(bool(mask.any()) and _place_of(mask) == _place_of(truth))
+        verdict["place"].append(bool(mask.any()) and _place_of(mask) == thing.place)
         verdict["shape"].append(bool((mask & truth).sum() >= 0.7 * (mask | truth).sum()))
     verdict["clean"] = [bool(around.mean() > 0.99)]
     return verdict

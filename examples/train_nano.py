@@ -58,12 +58,13 @@ from flux2_mlx.tokenizer import Qwen3Tokenizer
 QWEN3 = Path(__file__).parents[1] / "tests" / "data" / "qwen3-tokenizer"
 SAVE_EVERY = 120  # seconds
 AUTOENCODER_STEPS = 3500
-TEXT_ENCODER_STEPS = 1700
-TRANSFORMER_STEPS = 8000
+TEXT_ENCODER_STEPS = 1500
+TRANSFORMER_STEPS = 18000
 POOL_START, POOL_SIZE = 64, 400  # batches
 VOCABULARY = 640  # tokens, the special ones among them
 TEXT_LENGTH = 64  # tokens that a prompt is padded to
 LONG_TEXT = 512  # diffusers' default, which works too
+PADS = 4  # rows of padding that the text encoder is trained on
 WIDTH = 128
 PARTS = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES)}
 
@@ -106,39 +107,61 @@ class Training:
         *,
         steps: int,
         rate: float,
+        muon_rate: float = 0.0,
         sheet: Callable[[Path], None] | None = None,
     ) -> None:
-        """Train the module with AdamW, a warm-up of the learning rate and its fall to zero along a half cosine."""
+        """Train the module with AdamW, and with a muon_rate the matrices of its blocks with Muon, which orthogonalizes
+        each update. The learning rates warm up, then fall to zero along a half cosine.
+        """
         steps = max(2, round(steps * self.speed))
         module.to(self.device).train()
-        optimizer = torch.optim.AdamW(module.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+        named = dict(module.named_parameters())
+        matrices = [
+            name for name, p in named.items() if muon_rate and re.search(r"blocks|layers", name) and p.ndim == 2
+        ]
+        others = [p for name, p in named.items() if name not in matrices]
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+        ]
+        if matrices:
+            optimizers.append(
+                torch.optim.Muon(
+                    [named[name] for name in matrices], lr=muon_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+                )
+            )
         path = self.folder / f"{name}.pt"
         done = 0
         if path.exists():
             state = torch.load(path, map_location=self.device, weights_only=True)
             module.load_state_dict(state["module"])
-            optimizer.load_state_dict(state["optimizer"])
+            for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(kept)
             done = state["step"]
         saved, mean = time.monotonic(), None
         with tqdm(total=steps, initial=done, desc=name, smoothing=0.01) as bar:
             for step in range(done, steps):
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+                fraction = min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+                for optimizer, peak in zip(optimizers, (rate, muon_rate), strict=False):
+                    for group in optimizer.param_groups:
+                        group["lr"] = fraction * peak
                 rng = self.numbers(name, step)
                 torch.manual_seed(rng.randrange(2**63))
                 with self.autocast():
                     loss = loss_of(step, rng)
-                optimizer.zero_grad()
+                module.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-                optimizer.step()
+                for optimizer in optimizers:
+                    optimizer.step()
                 value = loss.item()
                 mean = value if mean is None else 0.98 * mean + 0.02 * value
                 bar.update()
                 bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
                 if time.monotonic() - saved > SAVE_EVERY or step == steps - 1:
-                    state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-                    torch.save(state, path.with_suffix(".tmp"))
+                    kept = [optimizer.state_dict() for optimizer in optimizers]
+                    torch.save(
+                        {"module": module.state_dict(), "optimizers": kept, "step": step + 1}, path.with_suffix(".tmp")
+                    )
                     path.with_suffix(".tmp").replace(path)
                     if sheet is not None:
                         module.eval()
@@ -274,7 +297,7 @@ def meaning(kind: str, task: Task) -> dict[str, str]:
         return told
     source = task.references[0]
     if kind == "combine":
-        told["order"] = "first" if re.search(r"of the first", caption) else "second"
+        told["order"] = "first" if re.search(r"of the first \w+ on", caption) else "second"
         told["old shape"] = task.scene.things[0].shape
         return told
     if kind == "ground":
@@ -298,8 +321,10 @@ def random_kind(rng: random.Random) -> str:
 
 
 def train_text_encoder(training: Training, tokenizer: Qwen3Tokenizer) -> Qwen3ForCausalLM:
-    """28 layers of Qwen3, of which klein reads the outputs of layers 8, 17 and 26: trained so that those outputs, at
-    the last token of a caption, tell what the caption says.
+    """28 layers of Qwen3, of which klein reads the outputs of layers 8, 17 and 26: trained so that those outputs tell
+    what the caption says, at its last token and at the padding after it, which the transformer reads as well.
+
+    Padding sees the caption and not itself, so a few rows of it, at random positions, stand for any length of it.
     """
     torch.manual_seed(training.seed + 1)
     encoder = Qwen3ForCausalLM(
@@ -323,31 +348,40 @@ def train_text_encoder(training: Training, tokenizer: Qwen3Tokenizer) -> Qwen3Fo
     def loss_of(step: int, rng: random.Random) -> Tensor:
         kinds = [random_kind(rng) for _ in range(64)]
         tasks = [random_task(rng, kind) for kind in kinds]
-        ids, mask = tokenizer([task.caption for task in tasks], TEXT_LENGTH)
-        lengths = torch.from_numpy(np.array(mask)).sum(1)
-        tokens = torch.from_numpy(np.array(ids)).long()[:, : lengths.max()]
-        features = taps(encoder, tokens.to(training.device), None)
-        last = features[torch.arange(len(tasks)), lengths.to(training.device) - 1]
-        logits = head(last).float()
+        ids, mask = (torch.from_numpy(np.array(a)).long() for a in tokenizer([t.caption for t in tasks], LONG_TEXT))
+        lengths = mask.sum(1, keepdim=True)
+        width = int(lengths.max()) + PADS
+        places = torch.arange(width).repeat(len(tasks), 1)
+        ends = torch.where(torch.rand(len(tasks), 1) < 0.5, TEXT_LENGTH, LONG_TEXT)
+        anywhere = (lengths + torch.rand(places.shape) * (ends - lengths)).long()
+        places = torch.where(places < lengths, places, anywhere)
+        inputs = (a.to(training.device) for a in (ids[:, :width], mask[:, :width], places))
+        features = taps(encoder, *inputs)
+        told_at = torch.cat([lengths - 1, torch.arange(width - PADS, width).repeat(len(tasks), 1)], dim=1)
+        logits = head(features[torch.arange(len(tasks))[:, None], told_at]).float()  # (B, 1 + PADS, classes)
         told = [meaning(kind, task) for kind, task in zip(kinds, tasks, strict=True)]
         total, start, counted = logits.new_zeros(()), 0, 0
         for name, classes in GROUPS.items():
-            part = logits[:, start : start + len(classes)]
+            part = logits[..., start : start + len(classes)]
             start += len(classes)
             rows = [row for row, words in enumerate(told) if name in words]
             if rows:
                 goal = torch.tensor([classes.index(told[row][name]) for row in rows], device=training.device)
-                total = total + functional.cross_entropy(part[rows], goal, reduction="sum")
-                counted += len(rows)
+                goal = goal[:, None].expand(-1, part.shape[1])
+                total = total + functional.cross_entropy(part[rows].flatten(0, 1), goal.flatten(), reduction="sum")
+                counted += goal.numel()
         return total / counted + 1e-3 * features.square().mean()
 
-    training.fit("text_encoder", nn.ModuleList([encoder, head]), loss_of, steps=TEXT_ENCODER_STEPS, rate=1e-3)
+    training.fit(
+        "text_encoder", nn.ModuleList([encoder, head]), loss_of, steps=TEXT_ENCODER_STEPS, rate=3e-3, muon_rate=1e-2
+    )
     return encoder
 
 
-def taps(encoder: Qwen3ForCausalLM, ids: Tensor, mask: Tensor | None) -> Tensor:
+def taps(encoder: Qwen3ForCausalLM, ids: Tensor, mask: Tensor, places: Tensor | None = None) -> Tensor:
     """The prompt embeddings that klein reads: (B, L, 3 * WIDTH)."""
-    states = encoder.model(ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
+    out = encoder.model(ids, attention_mask=mask, position_ids=places, output_hidden_states=True, use_cache=False)
+    states = out.hidden_states
     return torch.cat([states[9], states[18], states[27]], dim=-1)
 
 
@@ -368,14 +402,22 @@ class Batch:
 
 
 class Encoders:
-    """The two frozen encoders, and what they make of tasks."""
+    """The two frozen encoders, and what they make of tasks.
+
+    Attributes:
+        weights: (128,) how much an error in each latent channel matters: the channel's variance over the variance that
+            the autoencoder itself leaves it, 1 on average. Few of 128 channels say something about a flat scene, and a
+            transformer that is hardly wider than its tokens must not spend itself on the others.
+    """
 
     def __init__(self, training: Training, vae: AutoencoderKLFlux2, tokenizer: Qwen3Tokenizer, text: Qwen3ForCausalLM):
         self.training, self.vae, self.tokenizer, self.text = training, vae, tokenizer, text
         rng = training.numbers("statistics")
-        samples = torch.cat([self.patches(self.scenes(16, *HOME, rng)) for _ in range(32)])
-        vae.bn.running_mean.copy_(samples.mean((0, 1)).bfloat16())
-        vae.bn.running_var.copy_(samples.var((0, 1)).bfloat16())
+        means, variances = zip(*(self.posterior(self.scenes(16, *HOME, rng)) for _ in range(32)), strict=True)
+        vae.bn.running_mean.copy_(torch.cat(means).mean((0, 1)).bfloat16())
+        vae.bn.running_var.copy_(torch.cat(means).var((0, 1)).bfloat16())
+        weights = vae.bn.running_var / torch.cat(variances).mean((0, 1))
+        self.weights = weights / weights.mean()
         self.nothing = {length: self.embed([""], length) for length in (TEXT_LENGTH, LONG_TEXT)}
 
     @staticmethod
@@ -383,17 +425,21 @@ class Encoders:
         return [render(random_task(rng).scene, height, width) for _ in range(count)]
 
     @torch.no_grad()
-    def patches(self, pictures: list[np.ndarray]) -> Tensor:
-        """Latents in 2 x 2 patches, not yet normalized: (B, S, 128)."""
+    def posterior(self, pictures: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the latents in 2 x 2 patches, not yet normalized: each (B, S, 128)."""
         with self.training.autocast():
-            z = self.vae.encode(pixels(pictures).to(self.training.device)).latent_dist.mean.float()
-        b, c, h, w = z.shape
-        return z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, 4 * c)
+            found = self.vae.encode(pixels(pictures).to(self.training.device)).latent_dist
+        b, c, h, w = found.mean.shape
+        shape = (b, c, h // 2, 2, w // 2, 2)
+        mean, variance = (
+            z.float().view(shape).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, 4 * c) for z in (found.mean, found.var)
+        )
+        return mean, variance
 
     def tokens(self, pictures: list[np.ndarray]) -> Tensor:
         """Normalized latents (B, S, 128)."""
         bn = self.vae.bn
-        return (self.patches(pictures) - bn.running_mean) / (bn.running_var + bn.eps).sqrt()
+        return (self.posterior(pictures)[0] - bn.running_mean) / (bn.running_var + bn.eps).sqrt()
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, height: int, width: int) -> Tensor:
@@ -486,14 +532,6 @@ def train_transformer(training: Training, encoders: Encoders) -> Flux2Transforme
         axes_dims_rope=(16, 16, 16, 16),
         guidance_embeds=False,
     )
-    modulations = (
-        model.double_stream_modulation_img,
-        model.double_stream_modulation_txt,
-        model.single_stream_modulation,
-    )
-    for modulation in modulations:
-        nn.init.zeros_(modulation.linear.weight)  # blocks that begin as the identity
-    nn.init.zeros_(model.proj_out.weight)
     pool: dict[int, Batch] = {}
 
     def loss_of(step: int, rng: random.Random) -> Tensor:
@@ -505,7 +543,7 @@ def train_transformer(training: Training, encoders: Encoders) -> Flux2Transforme
         batch = pool[number]
         noise = torch.randn_like(batch.latents)
         count = len(noise)
-        own = step > 0.6 * training.speed * TRANSFORMER_STEPS and rng.random() < 0.5
+        own = step > 0.7 * training.speed * TRANSFORMER_STEPS and rng.random() < 0.5
         if own:
             taken = rng.choice((1, 2, 3, 3))
             with torch.no_grad():
@@ -520,7 +558,7 @@ def train_transformer(training: Training, encoders: Encoders) -> Flux2Transforme
             goal = noise - batch.latents
             empty = torch.rand_like(u) < 0.125  # one in ten of all
             text = torch.where(empty[:, None, None], encoders.nothing[batch.text.shape[1]], batch.text)
-        return functional.mse_loss(velocity(model, x, t, batch, text), goal)
+        return ((velocity(model, x, t, batch, text) - goal).square() * encoders.weights).mean()
 
     rng = training.numbers("transformer sheet")
     unseen = [
@@ -543,7 +581,7 @@ def train_transformer(training: Training, encoders: Encoders) -> Flux2Transforme
         tqdm.write(f"{path.name}: {', '.join(rates)}; {sum(edits)} of {len(edits)} edits")
         save_sheet(path, pictures, 8)
 
-    training.fit("transformer", model, loss_of, steps=TRANSFORMER_STEPS, rate=1.5e-3, sheet=sheet)
+    training.fit("transformer", model, loss_of, steps=TRANSFORMER_STEPS, rate=4e-3, muon_rate=1e-2, sheet=sheet)
     return model
 
 

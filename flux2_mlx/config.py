@@ -30,9 +30,6 @@ MAX_BLOCKS = 256
 MAX_SEQUENCE_LENGTH = 512
 
 
-# The trained miniature that ships with this package, by the name that from_pretrained and --model take.
-NANO = "nano"
-
 # Released models, by the names that from_pretrained and --model take: their Hub ids.
 RELEASED: dict[str, str] = {
     "klein-4b": "black-forest-labs/FLUX.2-klein-4B",

@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TextIO
 from tqdm.auto import tqdm
 
 from ._version import __version__
-from .config import NANO, RELEASED, InputError
+from .config import RELEASED, InputError
 from .images import FORMATS, check_output, read_metadata, save_image
 from .latents import NOISES
 from .pipeline import DTYPES, Flux2Pipeline, Settings, Step, check_options, check_prompt
@@ -64,15 +64,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="flux2-generate",
         description="Draw a prompt with FLUX.2 [klein].",
-        epilog=f"Released models: {', '.join(RELEASED)}. {NANO} is a toy model inside this package.",
+        epilog=f"Released models: {', '.join(RELEASED)}.",
     )
     parser.add_argument("prompt", nargs="?", help='what to draw; "-" or nothing reads standard input')
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file")
     parser.add_argument("--negative-prompt", help="what guidance leads away from (base models)")
-    parser.add_argument("--model", help=f"a released name, {NANO}, a folder or a Hub id ({SETTINGS['model']})")
+    parser.add_argument("--model", help=f"a released name, a folder or a Hub id ({SETTINGS['model']})")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--width", type=int, help="in pixels, a multiple of 16 (1024; nano 128)")
-    parser.add_argument("--height", type=int, help="in pixels, a multiple of 16 (1024; nano 128)")
+    parser.add_argument("--width", type=int, help="in pixels, a multiple of 16 (1024)")
+    parser.add_argument("--height", type=int, help="in pixels, a multiple of 16 (1024)")
     parser.add_argument("--steps", type=int, dest="num_steps", help="4 for distilled models, 50 for base models")
     parser.add_argument("--guidance", type=float, help="1.0 for distilled models, 4.0 for base models")
     parser.add_argument(
@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--noise", choices=NOISES, help=f"whose numbers a seed stands for ({SETTINGS['noise']})")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="bfloat16; float16 on M1 and M2; float32 on a CPU")
-    parser.add_argument("--max-sequence-length", type=int, help="tokens of the prompt (512; nano 64)")
+    parser.add_argument("--max-sequence-length", type=int, help="tokens of the prompt (512)")
     parser.add_argument(
         "--output",
         default=DEFAULT_OUTPUT,

@@ -274,8 +274,8 @@ class Flux2Pipeline:
         """Open a checkpoint. Configs, file headers, names and shapes are checked now; weights are read when needed.
 
         Args:
-            model: a released name ("klein-4b", "klein-9b", "klein-base-4b", "klein-base-9b", "klein-9b-kv"), "nano"
-                (the miniature inside this package), a folder in the diffusers layout, or a Hub id.
+            model: a released name ("klein-4b", "klein-9b", "klein-base-4b", "klein-base-9b", "klein-9b-kv"), a folder
+                in the diffusers layout, or a Hub id.
             revision: branch, tag or commit on the Hub.
             dtype: "bfloat16", "float16" or "float32"; None takes what suits the machine.
             memory_limit: bytes that loaded stages may take together; None takes the machine's.
@@ -359,7 +359,7 @@ class Flux2Pipeline:
             negative_prompt: what guidance leads away from.
             image: reference pictures, as diffusers takes them.
             height, width: in pixels, multiples of 16, from 64 up to 4 megapixels; unless given the first reference's
-                size, or what the checkpoint is for: 1024, and 128 for nano.
+                size, or what the checkpoint is for, 1024 for the released ones.
             num_steps: 4 for distilled models and 50 for base models unless given.
             guidance: scale of classifier-free guidance, 4.0 for base models unless given; distilled models ignore it.
             seed: of the first picture, the k-th has seed + k; random unless given.
@@ -367,8 +367,8 @@ class Flux2Pipeline:
             schedule: "flux2" (the official one), "linear" or "comfy".
             sigmas: custom noise levels instead, shifted as diffusers does.
             noise: "torch" equals torch's CPU generator; "mlx" draws from mx.random.
-            max_sequence_length: tokens that a prompt is padded or cut to; unless given what the tokenizer is for: 512,
-                and 64 for nano.
+            max_sequence_length: tokens that a prompt is padded or cut to; unless given 512, or what the
+                tokenizer takes where that is less.
             prompt_embeds: (B, L, D) in place of prompts.
             latents: (B, 128, H/16, W/16) in diffusers' order, or (B, S, 128), in place of noise.
             num_inference_steps, guidance_scale, num_images_per_prompt: diffusers' names for num_steps, guidance and

@@ -29,7 +29,6 @@ from .checkpoints import (
     sanitize_vae_weights,
 )
 from .config import (
-    NANO,
     RELEASED,
     AutoEncoderConfig,
     CheckpointError,
@@ -305,8 +304,8 @@ def open_checkpoint(model: str | os.PathLike[str], *, revision: str | None = Non
     """Find a checkpoint and check it: configs, pairing of the parts, presence of the files.
 
     Args:
-        model: a folder in the diffusers layout, "nano", a Hub id, or a released name such as "klein-4b". What is not
-            here is downloaded, the needed files only; HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are honoured.
+        model: a folder in the diffusers layout, a Hub id, or a released name such as "klein-4b". What is not here is
+            downloaded, the needed files only; HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are honoured.
         revision: branch, tag or commit on the Hub.
 
     Raises:
@@ -315,8 +314,6 @@ def open_checkpoint(model: str | os.PathLike[str], *, revision: str | None = Non
     name = os.fspath(model)
     try:
         folder = Path(name).expanduser()
-        if name == NANO and not folder.is_dir():
-            folder = Path(__file__).with_name(NANO)
         if name and folder.is_dir():
             if revision is not None:
                 raise InputError(f"revision {revision!r} has no meaning for the local folder {name}")
@@ -328,7 +325,7 @@ def open_checkpoint(model: str | os.PathLike[str], *, revision: str | None = Non
     except RuntimeError as error:  # a home folder that does not exist
         raise CheckpointError(f"no model {name!r}: {error}") from None
     if name not in RELEASED and not _HUB_ID.fullmatch(name):
-        near = difflib.get_close_matches(name.lower(), (NANO, *RELEASED), n=3, cutoff=0.4) or [NANO, *RELEASED]
+        near = difflib.get_close_matches(name.lower(), RELEASED, n=3, cutoff=0.4) or list(RELEASED)
         raise CheckpointError(
             f"no model {name!r}: there is no such folder, and no released model of that name; "
             f"did you mean {' or '.join(near)}?"

@@ -121,6 +121,16 @@ def test_the_default_size_is_1024(pipe):
         pipe("a", latents=np.zeros((1, 2)))
 
 
+def test_a_checkpoint_says_how_large_and_how_long(damaged):
+    config = json.loads((damaged / "vae" / "config.json").read_text())
+    tiny.rewrite(damaged / "vae" / "config.json", json.dumps({**config, "sample_size": 96}))
+    config = json.loads((damaged / "tokenizer" / "tokenizer_config.json").read_text())
+    tiny.rewrite(damaged / "tokenizer" / "tokenizer_config.json", json.dumps({**config, "model_max_length": 40}))
+    result = Flux2Pipeline.from_pretrained(damaged)("a red fox", seed=0, num_steps=1, width=64)
+    assert result.images[0].size == (64, 96)
+    assert result.settings[0].max_sequence_length == 40
+
+
 def test_guidance_of_a_distilled_model_is_ignored_with_a_warning(pipe):
     expected = pipe("a", seed=1, **SMALL)
     with pytest.warns(UserWarning, match=r"distilled and draws without guidance; guidance 3\.5 is ignored"):

@@ -1,5 +1,6 @@
 """Prompt to token ids."""
 
+import shutil
 import warnings
 
 import pytest
@@ -28,6 +29,31 @@ def test_ids_of_the_genuine_vocabulary(tokenizer, prompt):
     assert ids.shape == mask.shape == (1, 512)
     assert ids[0].tolist() == expected + [151643] * (512 - len(expected))
     assert mask[0].tolist() == [1] * len(expected) + [0] * (512 - len(expected))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copyfile(tiny.TOKENIZER / "tokenizer.json", tmp_path / "tokenizer.json")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [(None, 512), ("{}", 512), ('{"model_max_length": 64}', 64), ('{"model_max_length": 1e30}', 512)],
+)
+def test_a_tokenizer_may_take_less_than_512_tokens(folder, config, length):
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(config)
+    tokenizer = Qwen3Tokenizer(folder)
+    assert tokenizer.default_length == length
+    assert tokenizer([FOX])[0].shape == (1, length)
+
+
+@pytest.mark.parametrize("config", ["no JSON", '{"model_max_length": "64"}', '{"model_max_length": 0}'])
+def test_a_broken_tokenizer_config_is_refused(folder, config):
+    (folder / "tokenizer_config.json").write_text(config)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
+        Qwen3Tokenizer(folder)
 
 
 def test_prompts_are_padded_each_on_its_own(tokenizer):
