@@ -58,7 +58,7 @@ from flux2_mlx.tokenizer import Qwen3Tokenizer
 QWEN3 = Path(__file__).parents[1] / "tests" / "data" / "qwen3-tokenizer"
 SAVE_EVERY = 120  # seconds
 AUTOENCODER_STEPS = 3500
-TEXT_ENCODER_STEPS = 1500
+TEXT_ENCODER_STEPS = 1200
 TRANSFORMER_STEPS = 18000
 POOL_START, POOL_SIZE = 64, 400  # batches
 VOCABULARY = 640  # tokens, the special ones among them
