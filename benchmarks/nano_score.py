@@ -33,6 +33,7 @@ from flux2_mlx.pipeline import DTYPES
 BOUNDS = {"ground": 99, "colour": 97, "place": 97, "shape": 93, "edits": 90, "psnr": 30}
 SHEET_CAPTIONS, SHEET_EDITS, SHEET_COLUMNS = 24, 8, 8
 QUANTIZED = ("transformer", "text_encoder")
+EDIT_KINDS = (*EDITS, "combine")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def unseen_tasks(count: int, kinds: Sequence[str] = ("draw",)) -> list[Task]:
 
 def unseen_edits(count: int) -> list[Task]:
     """Edits of every kind in turn, with one reference or two."""
-    return unseen_tasks(count, (*EDITS, "combine"))
+    return unseen_tasks(count, EDIT_KINDS)
 
 
 def draw(
@@ -166,8 +167,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures = rates(captions)
     figures["edits"] = rates(edits)["whole"]
     figures["psnr"] = autoencoder_psnr(pipe, unseen_tasks(64), size)
-    kinds = (*EDITS, "combine")
-    by_kind = {kind: rates(edits[k :: len(kinds)])["whole"] for k, kind in enumerate(kinds) if edits[k :: len(kinds)]}
+    each = {kind: edits[k :: len(EDIT_KINDS)] for k, kind in enumerate(EDIT_KINDS)}
+    by_kind = {kind: rates(drawn)["whole"] for kind, drawn in each.items() if drawn}
     print(f"{'':12}{'figure':>8}{'bound':>8}")
     for name, value in figures.items():
         print(f"{name:12}{value:8.1f}{BOUNDS.get(name, ''):>8}")

@@ -154,6 +154,7 @@ def judge(picture: np.ndarray, scene: Scene) -> dict[str, list[bool]]:
         "ground": whether most pixels around the things have the colour of the ground. For each thing, "colour":
         whether most pixels of its truth have its colour; "place": whether the centre of the pixels of its colour is
         nearest to its place; "shape": whether those pixels and its truth have an intersection over union >= 0.7.
+        These three leave out what is within two pixels of the other thing, whose edges blend into any colour.
         "clean": whether less than 1 % of the ground, two pixels and more from the things, has another colour.
     """
     height, width = picture.shape[:2]
@@ -163,7 +164,7 @@ def judge(picture: np.ndarray, scene: Scene) -> dict[str, list[bool]]:
     around = found[~covered] == names.index(scene.ground)
     verdict: dict[str, list[bool]] = {"ground": [bool(around.mean() > 0.5)], "colour": [], "place": [], "shape": []}
     for k, thing in enumerate(scene.things):
-        beside = np.ones((height, width), bool)  # not at the other thing, whose edges blend into any colour
+        beside = np.ones((height, width), bool)  # not at the other thing
         for other in truths[:k] + truths[k + 1 :]:
             beside &= ~_grown(other, 2)
         truth, mask = truths[k] & beside, (found == names.index(thing.colour)) & beside

@@ -245,7 +245,7 @@ def train_tokenizer(training: Training) -> Qwen3Tokenizer:
     bpe = Tokenizer.from_file(str(QWEN3 / "tokenizer.json"))
     bpe.model = BPE()
     rng = training.numbers("captions")
-    captions = [random_task(rng, kind).caption for kind in ("draw", "combine", *EDITS) for _ in range(2000)]
+    captions = [random_task(rng, kind).caption for kind in KINDS for _ in range(2000)]
     words = ["user\n", "assistant\n", "\n\n", *captions]
     trainer = BpeTrainer(
         vocab_size=VOCABULARY - len(specials),
