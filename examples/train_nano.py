@@ -58,15 +58,14 @@ from flux2_mlx.tokenizer import Qwen3Tokenizer
 QWEN3 = Path(__file__).parents[1] / "tests" / "data" / "qwen3-tokenizer"
 SAVE_EVERY = 120  # seconds
 AUTOENCODER_STEPS = 3500
-TEXT_ENCODER_STEPS = 1200
-TRANSFORMER_STEPS = 18000
+TEXT_ENCODER_STEPS = 1000
+TRANSFORMER_STEPS = 12000
 POOL_START, POOL_SIZE = 64, 400  # batches
 VOCABULARY = 640  # tokens, the special ones among them
 TEXT_LENGTH = 64  # tokens that a prompt is padded to
 LONG_TEXT = 512  # diffusers' default, which works too
-PADS = 4  # rows of padding that the text encoder is trained on
+PADS = 8  # rows of padding that the text encoder is trained on
 WIDTH = 128
-PARTS = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES)}
 
 
 def fastest_dtype(device: str) -> torch.dtype:
@@ -86,8 +85,8 @@ def fastest_dtype(device: str) -> torch.dtype:
 class Training:
     """What the stages share: the folder, the seed, the device, and the loop."""
 
-    def __init__(self, folder: Path, seed: int, speed: float):
-        self.folder, self.seed, self.speed = folder, seed, speed
+    def __init__(self, folder: Path, seed: int, speed: float, eager: bool = False):
+        self.folder, self.seed, self.speed, self.eager = folder, seed, speed, eager
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype = fastest_dtype(self.device)
         (folder / "sheets").mkdir(parents=True, exist_ok=True)
@@ -267,53 +266,57 @@ def train_tokenizer(training: Training) -> Qwen3Tokenizer:
     return Qwen3Tokenizer(folder)
 
 
-# What a caption says, as groups of classes; class 0 stands for nothing.
+# What a row of padding tells of a caption, as groups of classes; the empty class stands for nothing.
 KINDS = ("draw", "combine", *EDITS)
-SIZE_WORDS = (*SIZES, "bigger", "smaller")
+THING = ("shape", "colour", "size", "place")
 GROUPS = {
     "kind": KINDS,
     "ground": ("", *COLOURS),
-    **{f"{place} {what}": ("", *names) for place in PLACES for what, names in PARTS.items()},
     "order": ("", "first", "second"),
-    "old shape": ("", *SHAPES),
-    "old colour": ("", *COLOURS),
-    "new shape": ("", *SHAPES),
-    "new colour": ("", *COLOURS),
-    "new size": ("", *SIZE_WORDS),
-    "new place": ("", *PLACES),
+    "shape": ("", *SHAPES),
+    "colour": ("", *COLOURS),
+    "size": ("", *SIZES, "bigger", "smaller"),
+    "place": ("", *PLACES),
 }
 
 
-def meaning(kind: str, task: Task) -> dict[str, str]:
-    """Of each group that the caption says something about, which class."""
+def meaning(kind: str, task: Task) -> tuple[dict[str, str], dict[str, str]]:
+    """What a caption says, in two halves: one thing and the other (or the same, where there is one); of an edit, the
+    thing that it names and what becomes of it. Groups that a half leaves out it may tell as it likes.
+    """
     caption = task.caption.lower()
-    told = {"kind": kind}
+    both = {"kind": kind, "ground": task.scene.ground if kind in ("draw", "ground") else "", "order": ""}
+    nothing = dict.fromkeys(THING, "")
     if kind == "draw":
-        told |= dict.fromkeys((name for name in GROUPS if name.split(" ")[-1] in PARTS), "")
-        told = {name: value for name, value in told.items() if not name.startswith(("old", "new"))}
-        told["ground"] = task.scene.ground
-        for thing in task.scene.things:
-            told |= {f"{thing.place} {what}": getattr(thing, what) for what in PARTS}
-        return told
-    source = task.references[0]
+        things = sorted(task.scene.things, key=lambda thing: PLACES.index(thing.place))
+        first, second = ({what: getattr(thing, what) for what in THING} for thing in (things[0], things[-1]))
+        return both | first, both | second
     if kind == "combine":
-        told["order"] = "first" if re.search(r"of the first \w+ on", caption) else "second"
-        told["old shape"] = task.scene.things[0].shape
-        return told
-    if kind == "ground":
-        return told | {"ground": task.scene.ground}
-    old = next((thing for thing in source.things if thing not in task.scene.things), None)
-    new = next((thing for thing in task.scene.things if thing not in source.things), None)
+        both["order"] = "first" if re.search(r"of the first \w+ on", caption) else "second"
+        return both | {"shape": task.scene.things[0].shape}, both | nothing
+    before = task.references[0].things
+    old = next((thing for thing in before if thing not in task.scene.things), None)
+    new = next((thing for thing in task.scene.things if thing not in before), None)
+    named = nothing
     if old is not None:
-        told["old shape"] = old.shape
+        named = {"shape": old.shape}
+        if sum(thing.shape == old.shape for thing in before) > 1:  # so the caption has said its colour
+            named["colour"] = old.colour
+    change = dict(nothing)
     if new is not None:
-        changed = [what for what in (*PARTS, "place") if old is None or getattr(new, what) != getattr(old, what)]
-        told |= {f"new {what}": getattr(new, what) for what in changed}
+        change |= {w: getattr(new, w) for w in THING if old is None or getattr(new, w) != getattr(old, w)}
     if kind == "resize" and re.search(r"bigger|larger", caption):
-        told["new size"] = "bigger"
+        change["size"] = "bigger"
     if kind == "resize" and "smaller" in caption:
-        told["new size"] = "smaller"
-    return told
+        change["size"] = "smaller"
+    return both | named, both | change
+
+
+def half(places: Tensor) -> Tensor:
+    """Which half of the meaning the rows at these positions tell, 0 or 1: they take turns of about five rows, at a
+    frequency of the text encoder's RoPE (the second of a head of 64), so that a row can know its turn.
+    """
+    return (torch.cos(places * 1e6 ** (-2 / 64)) < 0).long()
 
 
 def random_kind(rng: random.Random) -> str:
@@ -321,10 +324,12 @@ def random_kind(rng: random.Random) -> str:
 
 
 def train_text_encoder(training: Training, tokenizer: Qwen3Tokenizer) -> Qwen3ForCausalLM:
-    """28 layers of Qwen3, of which klein reads the outputs of layers 8, 17 and 26: trained so that those outputs tell
-    what the caption says, at its last token and at the padding after it, which the transformer reads as well.
+    """28 layers of Qwen3, of which klein reads the outputs of layers 8, 17 and 26: trained so that those outputs, at
+    the padding after a caption, tell what it says, some rows of the one thing in it and some of the other.
 
-    Padding sees the caption and not itself, so a few rows of it, at random positions, stand for any length of it.
+    Most of what the transformer reads is padding. With rows that tell of one thing each, an image token finds the
+    thing that belongs to it by attention; from rows that all tell everything it learns that many times slower. Padding
+    sees the caption and not itself, so a few rows of it, at random positions, stand for any length of it.
     """
     torch.manual_seed(training.seed + 1)
     encoder = Qwen3ForCausalLM(
@@ -356,20 +361,19 @@ def train_text_encoder(training: Training, tokenizer: Qwen3Tokenizer) -> Qwen3Fo
         anywhere = (lengths + torch.rand(places.shape) * (ends - lengths)).long()
         places = torch.where(places < lengths, places, anywhere)
         inputs = (a.to(training.device) for a in (ids[:, :width], mask[:, :width], places))
-        features = taps(encoder, *inputs)
-        told_at = torch.cat([lengths - 1, torch.arange(width - PADS, width).repeat(len(tasks), 1)], dim=1)
-        logits = head(features[torch.arange(len(tasks))[:, None], told_at]).float()  # (B, 1 + PADS, classes)
-        told = [meaning(kind, task) for kind, task in zip(kinds, tasks, strict=True)]
+        features = taps(encoder, *inputs)[:, -PADS:]
+        logits = head(features).float()  # (B, PADS, classes)
+        turns = half(places[:, -PADS:]).tolist()
+        halves = [meaning(kind, task) for kind, task in zip(kinds, tasks, strict=True)]
+        told = [halves[row][turn] for row, those in enumerate(turns) for turn in those]  # a row of padding each
         total, start, counted = logits.new_zeros(()), 0, 0
         for name, classes in GROUPS.items():
-            part = logits[..., start : start + len(classes)]
+            part = logits[..., start : start + len(classes)].flatten(0, 1)
             start += len(classes)
             rows = [row for row, words in enumerate(told) if name in words]
-            if rows:
-                goal = torch.tensor([classes.index(told[row][name]) for row in rows], device=training.device)
-                goal = goal[:, None].expand(-1, part.shape[1])
-                total = total + functional.cross_entropy(part[rows].flatten(0, 1), goal.flatten(), reduction="sum")
-                counted += goal.numel()
+            goal = torch.tensor([classes.index(told[row][name]) for row in rows], device=training.device)
+            total = total + functional.cross_entropy(part[rows], goal, reduction="sum")
+            counted += len(rows)
         return total / counted + 1e-3 * features.square().mean()
 
     training.fit(
@@ -476,15 +480,15 @@ class Encoders:
         )
 
     def random_batch(self, number: int) -> Batch:
-        """The batch of this number: pictures of any size, six in ten drawn from words alone."""
+        """The batch of this number: pictures of any size, two in three drawn from words alone."""
         rng = self.training.numbers("batch", number)
-        height, width = HOME if rng.random() < 0.65 else (rng.choice(SIDES), rng.choice(SIDES))
+        height, width = HOME if rng.random() < 0.75 else (rng.choice(SIDES), rng.choice(SIDES))
         second = (height, width) if rng.random() < 0.7 else (rng.choice(SIDES), rng.choice(SIDES))
         count, length = (32, TEXT_LENGTH) if rng.random() < 0.96 else (8, LONG_TEXT)
         share = rng.random()
-        if share < 0.6:
+        if share < 0.64:
             kinds = ["draw"] * count
-        elif share < 0.88:
+        elif share < 0.92:
             kinds = [rng.choice(tuple(EDITS)) for _ in range(count)]
         else:
             kinds = ["combine"] * count
@@ -498,7 +502,7 @@ def positions(time: int, height: int, width: int) -> Tensor:
     return torch.stack([zeros + time, rows, columns, zeros], dim=-1).view(-1, 4).float()
 
 
-def velocity(model: Flux2Transformer2DModel, x: Tensor, t: Tensor, batch: Batch, text: Tensor) -> Tensor:
+def velocity(model: Callable[..., tuple[Tensor]], x: Tensor, t: Tensor, batch: Batch, text: Tensor) -> Tensor:
     """The model's velocity (B, S, 128) at x, for noise levels t (B,)."""
     ids = batch.ids if batch.reference_ids is None else torch.cat([batch.ids, batch.reference_ids])
     tokens = x if batch.references is None else torch.cat([x, batch.references], dim=1)
@@ -508,7 +512,7 @@ def velocity(model: Flux2Transformer2DModel, x: Tensor, t: Tensor, batch: Batch,
     return out[:, : x.shape[1]].float()
 
 
-def sample(model: Flux2Transformer2DModel, batch: Batch, noise: Tensor, steps: int) -> Tensor:
+def sample(model: Callable[..., tuple[Tensor]], batch: Batch, noise: Tensor, steps: int) -> Tensor:
     """The first of the four steps from noise; four give the picture's tokens."""
     x = noise
     for sigma, following in pairwise(batch.sigmas[: steps + 1]):
@@ -532,6 +536,7 @@ def train_transformer(training: Training, encoders: Encoders) -> Flux2Transforme
         axes_dims_rope=(16, 16, 16, 16),
         guidance_embeds=False,
     )
+    compiled = model if training.eager else torch.compile(model, dynamic=True)
     pool: dict[int, Batch] = {}
 
     def loss_of(step: int, rng: random.Random) -> Tensor:
@@ -547,7 +552,7 @@ def train_transformer(training: Training, encoders: Encoders) -> Flux2Transforme
         if own:
             taken = rng.choice((1, 2, 3, 3))
             with torch.no_grad():
-                x = sample(model, batch, noise, taken)
+                x = sample(compiled, batch, noise, taken)
             t = x.new_full((count,), batch.sigmas[taken])
             goal, text = (x - batch.latents) / batch.sigmas[taken], batch.text
         else:
@@ -558,7 +563,7 @@ def train_transformer(training: Training, encoders: Encoders) -> Flux2Transforme
             goal = noise - batch.latents
             empty = torch.rand_like(u) < 0.125  # one in ten of all
             text = torch.where(empty[:, None, None], encoders.nothing[batch.text.shape[1]], batch.text)
-        return ((velocity(model, x, t, batch, text) - goal).square() * encoders.weights).mean()
+        return ((velocity(compiled, x, t, batch, text) - goal).square() * encoders.weights).mean()
 
     rng = training.numbers("transformer sheet")
     unseen = [
@@ -590,8 +595,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="for what is on the way, and the result")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--speed", type=float, default=1.0, help="fraction of the steps, for a trial")
+    parser.add_argument(
+        "--eager", action="store_true", help="do not compile the transformer (minutes, and a C++ compiler)"
+    )
     arguments = parser.parse_args()
-    training = Training(arguments.folder, arguments.seed, arguments.speed)
+    training = Training(arguments.folder, arguments.seed, arguments.speed, arguments.eager)
     tokenizer = train_tokenizer(training)
     vae = train_autoencoder(training)
     text_encoder = train_text_encoder(training, tokenizer)

@@ -16,9 +16,10 @@ from .models.autoencoder import AutoEncoder, Decoder, Encoder
 from .models.text_encoder import Qwen3TextEncoder
 from .models.transformer import FluxKlein
 from .pipeline import Flux2Pipeline, Result, Settings, Step
+from .quantize import Quantization, QuantizedFluxKlein
 from .sampler import FluxSampler, FluxSamplerConfig
 from .tokenizer import Qwen3Tokenizer
-from .weights import load_safetensors, open_checkpoint
+from .weights import load_quantized_flux_klein, load_safetensors, open_checkpoint
 
 __all__ = [
     "RELEASED",
@@ -33,6 +34,8 @@ __all__ = [
     "FluxSampler",
     "FluxSamplerConfig",
     "InputError",
+    "Quantization",
+    "QuantizedFluxKlein",
     "Qwen3Config",
     "Qwen3TextEncoder",
     "Qwen3Tokenizer",
@@ -41,6 +44,7 @@ __all__ = [
     "Step",
     "__version__",
     "image_ids",
+    "load_quantized_flux_klein",
     "load_safetensors",
     "open_checkpoint",
     "pack_latents",

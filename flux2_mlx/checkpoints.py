@@ -1,55 +1,612 @@
-"""From a checkpoint's tensor names and layouts to those of the modules. Every rename of the package is here.
+"""From a checkpoint's tensor names, layouts and storage to those of the modules. Every rename of the package is here.
 
-Each function takes and returns a dictionary of lazy arrays, reads no data, and changes nothing in a dictionary that
-it has already been through.
+Names that are understood, told apart by the names themselves: diffusers and transformers (the modules' own), BFL's
+and ComfyUI's single files, llama.cpp's (text encoders in GGUF), mflux's. Storage: floats; FP8 with its scales, per
+tensor, row or block; NVFP4; integers packed by MLX (``weight``, ``scales``, ``biases``), which stay packed.
+
+Each function takes and returns a dictionary of lazy arrays and changes nothing in one that it has already been
+through. No data is read but for marks of a few bytes.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import mlx.core as mx
+import numpy as np
 
-from .config import TAPPED_LAYERS
+from .config import (
+    RELEASED,
+    TAPPED_LAYERS,
+    AutoEncoderConfig,
+    CheckpointError,
+    FluxKleinParams,
+    InputError,
+    Qwen3Config,
+)
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+@dataclass(frozen=True)
+class Deferred:
+    """A weight in a format that MLX cannot read lazily: converted when its turn comes.
+
+    Attributes:
+        make: reads and converts it; called once, and what it returns is not kept here.
+    """
+
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    make: Callable[[], mx.array]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
 
 
-def sanitize_flux2_klein_weights(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """Names of the transformer: those of a diffusers checkpoint are the modules' own, so nothing changes."""
+Weight: TypeAlias = "mx.array | Deferred"
+
+
+def converted(weight: Any, function: Callable[[mx.array], mx.array], shape: tuple[int, ...] | None = None) -> Any:
+    """function(weight), now where arrays are lazy, later where they are not; ``shape`` where that changes."""
+    if isinstance(weight, Deferred):
+        return Deferred(shape or weight.shape, weight.dtype, lambda: function(weight.make()))
+    return function(weight)
+
+
+def _rows(weight: Any, start: int, stop: int) -> Any:
+    return converted(weight, lambda array: array[start:stop], (stop - start, *weight.shape[1:]))
+
+
+# ---------------------------------------------------------------------------------------------------- storage
+
+PACKED = ("weight", "scales", "biases")  # what MLX keeps of a quantized layer
+
+_SCALES = ("weight_scale", "scale_weight", "weight_scale_inv", "weight_scale_2")
+_UNUSED = ("input_scale", "scale_input")  # of the activations, for hardware that multiplies in FP8
+
+# The 16 values of E2M1: sign, two bits of exponent, one of mantissa.
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+# A mark of a layer's storage, as ComfyUI writes it beside the weight, and what stands in it for ModelOpt's NVFP4.
+MARK = "comfy_quant"
+MODELOPT_NVFP4 = "modelopt_nvfp4"
+
+
+def mark(format: str) -> mx.array:
+    """The mark of a layer's storage, for a file that says it elsewhere."""
+    return mx.array(np.frombuffer(json.dumps({"format": format}).encode(), np.uint8))
+
+
+def _format(layer: str, array: mx.array) -> str:
+    try:
+        content = json.loads(bytes(np.array(array)))
+        if content.get("convrot"):
+            return f"{content['format']} with rotated weights"
+        return str(content["format"])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise CheckpointError(f"{layer}.{MARK} does not say a format") from None
+
+
+def _with_scales(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights of FP8 and NVFP4 times their scales, as floats; everything else as it is.
+
+    Raises:
+        CheckpointError: for a storage format that is not read, or scales that are not finite.
+    """
+    formats = {
+        name.removesuffix(f".{MARK}"): _format(name.removesuffix(f".{MARK}"), array)
+        for name, array in weights.items()
+        if name.endswith(f".{MARK}")
+    }
+    read = {"float8_e4m3fn", "nvfp4", MODELOPT_NVFP4}
+    unread = sorted({format for format in formats.values() if format not in read})
+    if unread:
+        raise CheckpointError(
+            f"weights are stored as {', '.join(unread)}, which is not read, only {', '.join(sorted(read))}"
+        )
+    result: dict[str, Any] = {}
+    for name, weight in weights.items():
+        layer, _, kind = name.rpartition(".")
+        if name == "scaled_fp8":
+            continue
+        if kind in (*_SCALES, *_UNUSED, MARK) and f"{layer}.weight" in weights:
+            continue
+        if kind == "weight":
+            found = {scale: weights[f"{layer}.{scale}"] for scale in _SCALES if f"{layer}.{scale}" in weights}
+            if found:
+                weight = _scaled(layer, weight, found, formats.get(layer))
+        result[name] = weight
+    return result
+
+
+def _scaled(layer: str, weight: Any, scales: dict[str, mx.array], format: str | None) -> mx.array:
+    whole = {name: scale for name, scale in scales.items() if scale.size == 1}
+    broken = sorted(name for name, scale in whole.items() if not mx.isfinite(scale).all().item())
+    if broken:
+        raise CheckpointError(f"{layer}.{broken[0]} is not a finite number")
+    if "weight_scale_2" in scales:
+        if weight.dtype != mx.uint8 or "weight_scale" not in scales:
+            raise CheckpointError(f"{layer}: weight_scale_2 belongs to NVFP4, but the weight is {weight.dtype}")
+        if format not in ("nvfp4", MODELOPT_NVFP4):
+            raise CheckpointError(
+                f"{layer} is NVFP4, but the file does not say in which of two layouts its scales are: neither a "
+                f"{MARK} mark (ComfyUI) nor a quantization_config (ModelOpt) is there"
+            )
+        return _from_nvfp4(layer, weight, scales["weight_scale"], scales["weight_scale_2"], format == "nvfp4")
+    if len(scales) > 1:
+        raise CheckpointError(f"{layer} has more than one scale: {', '.join(scales)}")
+    (scale,) = scales.values()
+    if weight.dtype == mx.uint8:
+        raise CheckpointError(f"{layer} is packed in bytes with one scale, a format that is not read")
+    scale = scale.astype(mx.float32)
+    if scale.size > 1:
+        scale = _spread(layer, scale.reshape(len(scale), -1), weight.shape)
+    return weight.astype(mx.float32) * scale
+
+
+def _spread(layer: str, scale: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """Scales of rows (out, 1) or of equal blocks, repeated to where they apply; the last blocks may be cut off."""
+    if scale.ndim != len(shape) or scale.size > shape[0] * shape[1]:
+        raise CheckpointError(f"{layer} is {shape} and its scales {scale.shape}; they do not belong together")
+    for axis, size in enumerate(shape):
+        if scale.shape[axis] in (1, size):
+            continue
+        block = 1 << max(0, -(-size // scale.shape[axis]) - 1).bit_length()  # blocks are powers of two
+        if -(-size // block) != scale.shape[axis]:
+            raise CheckpointError(f"{layer} is {shape} and its scales {scale.shape}; they do not belong together")
+        scale = mx.repeat(scale, block, axis=axis)
+        scale = scale[:size] if axis == 0 else scale[:, :size]
+    return scale
+
+
+def _from_nvfp4(layer: str, weight: mx.array, scale: mx.array, scale_2: mx.array, comfy: bool) -> mx.array:
+    """NVFP4 to floats: two E2M1 codes a byte, an FP8 scale of every 16, and one of all.
+
+    ComfyUI's files have the first code in the upper half of the byte, and the scales in the tiles of 128 x 4 that
+    NVIDIA's matrix units read (cuBLAS, "1D block scaling factors layout"); ModelOpt's have it in the lower half, and
+    the scales row by row.
+    """
+    rows, columns = weight.shape[0], 2 * weight.shape[1]
+    blocks = -(-columns // 16)
+    upper, lower = weight >> 4, weight & 15
+    codes = mx.stack([upper, lower] if comfy else [lower, upper], axis=-1).reshape(rows, columns)
+    if comfy:
+        tiles = (-(-rows // 128), -(-blocks // 4))
+        if scale.size != 512 * tiles[0] * tiles[1]:
+            raise CheckpointError(f"{layer}: {scale.size} scales for {rows} x {columns} weights of NVFP4")
+        scale = scale.reshape(*tiles, 32, 4, 4).transpose(0, 3, 2, 1, 4).reshape(128 * tiles[0], 4 * tiles[1])
+        scale = scale[:rows, :blocks]
+    elif scale.shape != (rows, blocks):
+        raise CheckpointError(f"{layer}: scales {scale.shape} for {rows} x {columns} weights of NVFP4")
+    scale = mx.repeat(scale.astype(mx.float32) * scale_2.astype(mx.float32), 16, axis=1)[:, :columns]
+    return mx.array(_E2M1)[codes] * scale
+
+
+def bits_and_group(weights: Mapping[str, Any], layer: str, columns: int) -> tuple[int, int]:
+    """(bits, group size) of a packed layer whose dense weight has that many columns.
+
+    Raises:
+        CheckpointError: where the shapes fit no such packing.
+    """
+    packed, scales = weights[f"{layer}.weight"], weights[f"{layer}.scales"]
+    if packed.ndim == scales.ndim == 2 and packed.dtype == mx.uint32 and scales.shape[1]:
+        bits, rest = divmod(32 * packed.shape[1], columns)
+        group, uneven = divmod(columns, scales.shape[1])
+        if not rest and not uneven and packed.shape[0] == scales.shape[0]:
+            return bits, group
+    raise CheckpointError(
+        f"{layer}: weight {packed.shape} and scales {scales.shape} are no packing of {columns} columns"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- transformer
+
+
+def _only(weights: Mapping[str, Any], prefixes: tuple[str, ...]) -> dict[str, Any]:
+    """The component's own weights of a file that may hold more, without the prefix; of one that does not, all."""
+    for prefix in prefixes:
+        own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+        if own:
+            return own
     return dict(weights)
+
+
+TRANSFORMER_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+TEXT_ENCODER_PREFIXES = ("text_encoders.qwen3_4b.transformer.", "text_encoders.qwen3_8b.transformer.")
+VAE_PREFIXES = ("vae.", "first_stage_model.")
+
+_BFL = {
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": ("time_guidance_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_guidance_embed.timestep_embedder.linear_2",),
+    "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear",),
+    "double_stream_modulation_txt.lin": ("double_stream_modulation_txt.linear",),
+    "single_stream_modulation.lin": ("single_stream_modulation.linear",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+}
+_BFL_BLOCKS = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn.norm.query_norm": ("attn.norm_q",),
+    "img_attn.norm.key_norm": ("attn.norm_k",),
+    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
+    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_mlp.0": ("ff.linear_in",),
+    "img_mlp.2": ("ff.linear_out",),
+    "txt_mlp.0": ("ff_context.linear_in",),
+    "txt_mlp.2": ("ff_context.linear_out",),
+    "linear1": ("attn.to_qkv_mlp_proj",),
+    "linear2": ("attn.to_out",),
+    "norm.query_norm": ("attn.norm_q",),
+    "norm.key_norm": ("attn.norm_k",),
+}
+_BLOCKS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
+_BFL_BLOCK = re.compile(r"(double_blocks|single_blocks)\.(\d+)\.(.+)")
+
+# mflux's names of the same modules.
+_MFLUX = (
+    (re.compile(r"^time_guidance_embed\.linear_"), "time_guidance_embed.timestep_embedder.linear_"),
+    (re.compile(r"^(transformer_blocks\.\d+\.attn\.to_out)\.(?=weight|scales|biases)"), r"\1.0."),
+)
+
+
+def _diffusers_modules(module: str) -> tuple[str, ...]:
+    """The diffusers modules that one of BFL's becomes: three of a fused qkv, else one; unknown names stay."""
+    block = _BFL_BLOCK.fullmatch(module)
+    if not block:
+        return _BFL.get(module, (module,))
+    kind, number, inner = block.groups()
+    return tuple(f"{_BLOCKS[kind]}.{number}.{name}" for name in _BFL_BLOCKS.get(inner, (inner,)))
+
+
+def _swap_halves(array: mx.array) -> mx.array:
+    first, second = mx.split(array, 2)
+    return mx.concatenate([second, first])
+
+
+def sanitize_flux2_klein_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring a transformer to the modules' names: diffusers' names stay, BFL's, ComfyUI's and mflux's are renamed, fused
+    q, k, v split by rows, and the final modulation turned from (shift, scale) to (scale, shift).
+
+    Raises:
+        CheckpointError: for FLUX.1 and FLUX.2-dev, by name, and for a storage format that is not read.
+    """
+    weights = _with_scales(_only(weights, TRANSFORMER_PREFIXES))
+    sanitized: dict[str, Any] = {}
+    for name, weight in weights.items():
+        module, _, kind = name.rpartition(".")
+        targets = _diffusers_modules(module)
+        if targets == (module,):
+            for pattern, replacement in _MFLUX:
+                name = pattern.sub(replacement, name)
+            sanitized[name] = weight
+            continue
+        kind = "weight" if kind == "scale" else kind  # of a norm
+        if module == "final_layer.adaLN_modulation.1":
+            weight = converted(weight, _swap_halves)
+        third = weight.shape[0] // 3
+        for k, target in enumerate(targets):
+            part = weight if len(targets) == 1 else _rows(weight, k * third, (k + 1) * third)
+            sanitized[f"{target}.{kind}"] = part
+    return sanitized
+
+
+# ---------------------------------------------------------------------------------------------------- text encoder
+
+_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.|blk\.(\d+)\.")
+_LLAMA = {
+    "token_embd": "embed_tokens",
+    "output_norm": "norm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
 
 def is_read_by_klein(name: str) -> bool:
     """Whether a Qwen3 weight is used: embedding and layers up to the last tapped one, not the later layers and head."""
     layer = _LAYER.match(name)
     if layer:
-        return int(layer[1]) <= TAPPED_LAYERS[-1]
-    return name not in ("model.norm.weight", "lm_head.weight")
+        return int(layer[1] or layer[2]) <= TAPPED_LAYERS[-1]
+    return name.rpartition(".")[0] not in ("model.norm", "norm", "lm_head", "output_norm", "output")
 
 
-def sanitize_qwen3_weights(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """Leave out the layers, the norm and the head that FLUX.2 [klein] does not read; names stay transformers'."""
-    return {name: weight for name, weight in weights.items() if is_read_by_klein(name)}
+def sanitize_qwen3_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring a text encoder to transformers' names, and leave out the layers, the norm and the head that FLUX.2 [klein]
+    does not read.
 
-
-def sanitize_vae_weights(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """Bring a diffusers autoencoder to NHWC: convolutions (out, in, h, w) to (out, h, w, in), and each quantization
-    convolution into the encoder or decoder that it belongs to.
-
-    The layout is the checkpoint's, told by the quantization convolutions' names: a diffusers file has them on top,
-    a sanitized dictionary inside.
+    Raises:
+        CheckpointError: for a storage format that is not read.
     """
-    if not {"quant_conv.weight", "post_quant_conv.weight"} & weights.keys():
-        return dict(weights)
-    sanitized = {}
+    used = {name: weight for name, weight in _only(weights, TEXT_ENCODER_PREFIXES).items() if is_read_by_klein(name)}
+    return {_transformers_name(name): weight for name, weight in _with_scales(used).items()}
+
+
+def _transformers_name(name: str) -> str:
+    llama = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(\w+)", name)
+    if llama and llama[2] in _LLAMA:
+        layer = f"layers.{llama[1]}." if llama[1] else ""
+        return f"model.{layer}{_LLAMA[llama[2]]}.{llama[3]}"
+    return f"model.{name}" if name.startswith(("layers.", "embed_tokens.")) else name
+
+
+# ---------------------------------------------------------------------------------------------------- autoencoder
+
+_BFL_VAE = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
+        (r"\.nin_shortcut\.", ".conv_shortcut."),
+        (r"^encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets."),
+        (r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
+        (r"^decoder\.up\.(\d+)\.block\.", r"decoder.up_blocks.\1.resnets."),
+        (r"^decoder\.up\.(\d+)\.upsample\.", r"decoder.up_blocks.\1.upsamplers.0."),
+        (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+        (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+        (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+        (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+        (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
+        (r"(\.attentions\.0\.to_out)\.(?=weight|bias|scales)", r"\1.0."),  # mflux's
+        (r"^quant_conv\.", "encoder.quant_conv."),
+        (r"^post_quant_conv\.", "decoder.post_quant_conv."),
+    )
+)
+_UP_STAGE = re.compile(r"^decoder\.up\.(\d+)\.")
+_ATTENTION = re.compile(r"\.attentions\.0\.to_(?:q|k|v|out\.0)\.weight$")
+
+
+def sanitize_vae_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring an autoencoder, or a decoder alone, to diffusers' names in NHWC: convolutions (out, in, h, w) to
+    (out, h, w, in), and each quantization convolution into the encoder or decoder that it belongs to.
+
+    The layout is the checkpoint's, told once for all its tensors by the decoder's first convolution. The attention's
+    matrices become dense and two-dimensional, however they are stored.
+    """
+    weights = _with_scales(_only(weights, VAE_PREFIXES))
+    weights.pop("bn.num_batches_tracked", None)
+    stages = [int(stage[1]) for name in weights if (stage := _UP_STAGE.match(name))]
+    first = weights.get("decoder.conv_in.weight")
+    channels_first = first is not None and first.ndim == 4 and first.shape[1:3] != (3, 3)
+    sanitized: dict[str, Any] = {}
     for name, weight in weights.items():
-        if name == "bn.num_batches_tracked":
-            continue
-        if name.startswith("quant_conv."):
-            name = f"encoder.{name}"
-        elif name.startswith("post_quant_conv."):
-            name = f"decoder.{name}"
-        sanitized[name] = mx.contiguous(weight.transpose(0, 2, 3, 1)) if weight.ndim == 4 else weight
+        stage = _UP_STAGE.match(name)
+        if stage:  # BFL counts from the picture's side
+            name = f"decoder.up.{max(stages) - int(stage[1])}.{name[stage.end() :]}"
+        for pattern, replacement in _BFL_VAE:
+            name = pattern.sub(replacement, name)
+        sanitized[name] = weight
+    for name in [name for name in sanitized if _ATTENTION.search(name)]:
+        layer, weight = name.removesuffix(".weight"), sanitized[name]
+        if f"{layer}.scales" in sanitized:
+            bits, group = bits_and_group(sanitized, layer, weight.shape[0])  # these matrices are square
+            scales, biases = sanitized.pop(f"{layer}.scales"), sanitized.pop(f"{layer}.biases", None)
+            sanitized[name] = mx.dequantize(weight, scales, biases, group_size=group, bits=bits)
+        elif weight.ndim == 4:
+            sanitized[name] = weight.reshape(weight.shape[0], -1)
+    if channels_first:
+        for name, weight in sanitized.items():
+            if weight.ndim == 4:
+                sanitized[name] = mx.contiguous(weight.transpose(0, 2, 3, 1))
     return sanitized
+
+
+# ---------------------------------------------------------------------------------------------------- and back
+
+
+def joined(parts: list[Any]) -> Any:
+    """The rows of several weights as one."""
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    if any(isinstance(part, Deferred) for part in parts):
+
+        def make() -> mx.array:
+            return mx.concatenate([part.make() if isinstance(part, Deferred) else part for part in parts])
+
+        return Deferred(shape, parts[0].dtype, make)
+    return mx.concatenate(parts)
+
+
+def bfl_transformer(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """A transformer of dense weights under BFL's names: the inverse of sanitize_flux2_klein_weights."""
+    named: dict[str, Any] = {}
+    for name in weights:
+        if not name.endswith(".weight"):
+            raise InputError(f"{name} is packed, and BFL's files hold no packed weights")
+    tops = {targets[0]: module for module, targets in _BFL.items()}
+    for name, weight in weights.items():
+        module = name.removesuffix(".weight")
+        if module in tops:
+            weight = converted(weight, _swap_halves) if module == "norm_out.linear" else weight
+            named[f"{tops[module]}.weight"] = weight
+    for bfl, ours in _BLOCKS.items():
+        for number in range(_block_count(weights, ours)):
+            for inner, targets in _BFL_BLOCKS.items():
+                parts = [weights.get(f"{ours}.{number}.{target}.weight") for target in targets]
+                if all(part is not None for part in parts) and (inner in _SINGLE_BLOCK) == (bfl == "single_blocks"):
+                    kind = "scale" if inner.endswith("_norm") else "weight"
+                    named[f"{bfl}.{number}.{inner}.{kind}"] = joined(parts) if len(parts) > 1 else parts[0]
+    return named
+
+
+_SINGLE_BLOCK = ("linear1", "linear2", "norm.query_norm", "norm.key_norm")
+
+
+def diffusers_vae(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """An autoencoder in diffusers' layout: the inverse of sanitize_vae_weights."""
+    named = {}
+    for name, weight in weights.items():
+        for inner in ("encoder.quant_conv.", "decoder.post_quant_conv."):
+            if name.startswith(inner):
+                name = name.split(".", 1)[1]
+        named[name] = mx.contiguous(weight.transpose(0, 3, 1, 2)) if weight.ndim == 4 else weight
+    return named | {"bn.num_batches_tracked": mx.array(0, mx.int64)}
+
+
+_TO_BFL_VAE = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^(encoder|decoder)\.conv_norm_out\.", r"\1.norm_out."),
+        (r"\.conv_shortcut\.", ".nin_shortcut."),
+        (r"^encoder\.down_blocks\.(\d+)\.resnets\.", r"encoder.down.\1.block."),
+        (r"^encoder\.down_blocks\.(\d+)\.downsamplers\.0\.", r"encoder.down.\1.downsample."),
+        (r"^decoder\.up_blocks\.(\d+)\.resnets\.", r"decoder.up.\1.block."),
+        (r"^decoder\.up_blocks\.(\d+)\.upsamplers\.0\.", r"decoder.up.\1.upsample."),
+        (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
+        (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
+        (r"\.mid_block\.attentions\.0\.group_norm\.", ".mid.attn_1.norm."),
+        (r"\.mid_block\.attentions\.0\.to_([qkv])\.", r".mid.attn_1.\1."),
+        (r"\.mid_block\.attentions\.0\.to_out\.0\.", ".mid.attn_1.proj_out."),
+        (r"^quant_conv\.", "encoder.quant_conv."),
+        (r"^post_quant_conv\.", "decoder.post_quant_conv."),
+    )
+)
+
+
+def bfl_vae(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """An autoencoder as ae.safetensors has it: the inverse of sanitize_vae_weights."""
+    stages = _block_count(weights, "decoder.up_blocks")
+    named = {}
+    for name, weight in diffusers_vae(weights).items():
+        if _ATTENTION.search(name):
+            weight = weight[:, :, None, None]
+        for pattern, replacement in _TO_BFL_VAE:
+            name = pattern.sub(replacement, name)
+        stage = _UP_STAGE.match(name)
+        if stage:
+            name = f"decoder.up.{stages - 1 - int(stage[1])}.{name[stage.end() :]}"
+        named[name] = weight
+    return named
+
+
+# ---------------------------------------------------------------------------------------------------- configs
+
+
+def _block_count(weights: Mapping[str, Any], prefix: str) -> int:
+    numbers = [int(match[1]) for name in weights if (match := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))]
+    return max(numbers, default=-1) + 1
+
+
+def _columns(weights: Mapping[str, Any], layer: str, group: int) -> int:
+    """Columns of a layer's dense weight, whether it is packed in groups of that size or not."""
+    scales = weights.get(f"{layer}.scales")
+    return int(weights[f"{layer}.weight"].shape[1] if scales is None else scales.shape[1] * group)
+
+
+def klein_params(weights: Mapping[str, Any]) -> FluxKleinParams:
+    """The transformer's shape, told from its sanitized weights; what no shape tells is klein's.
+
+    Raises:
+        CheckpointError: where they are not those of a FLUX.2 [klein] transformer.
+    """
+    first = "transformer_blocks.0."
+    if {"vector_in.in_layer.weight", f"{first}img_mod.lin.weight", f"{first}norm1.linear.weight"} & weights.keys():
+        raise CheckpointError(
+            "the transformer is FLUX.1's (schnell, dev, kontext), not FLUX.2 [klein]'s; released klein models: "
+            f"{', '.join(RELEASED)}"
+        )
+    if {"guidance_in.in_layer.weight", "time_guidance_embed.guidance_embedder.linear_1.weight"} & weights.keys():
+        raise CheckpointError(
+            "the transformer has a guidance embedding: this is FLUX.2-dev, not FLUX.2 [klein]; released klein models: "
+            f"{', '.join(RELEASED)}"
+        )
+    try:
+        hidden, in_channels = (weights[f"{name}.weight"].shape[0] for name in ("x_embedder", "proj_out"))
+        scales = weights.get("norm_out.linear.scales")
+        group = 1 if scales is None else hidden // scales.shape[1]
+        head_dim = weights["single_transformer_blocks.0.attn.norm_q.weight"].shape[0]
+        return FluxKleinParams(
+            in_channels=in_channels,
+            hidden_size=hidden,
+            txt_embed_dim=_columns(weights, "context_embedder", group),
+            num_heads=hidden // head_dim,
+            mlp_ratio=weights["transformer_blocks.0.ff.linear_in.weight"].shape[0] / (2 * hidden),
+            depth=_block_count(weights, "transformer_blocks"),
+            depth_single=_block_count(weights, "single_transformer_blocks"),
+            head_dim=head_dim,
+            axes_dims_rope=(head_dim // 4,) * 4,
+            timestep_channels=_columns(weights, "time_guidance_embed.timestep_embedder.linear_1", group),
+        )
+    except KeyError as error:
+        raise CheckpointError(f"no FLUX.2 [klein] transformer: there is no {error.args[0]}") from None
+    except (IndexError, ZeroDivisionError, ValueError) as error:
+        raise CheckpointError(f"no FLUX.2 [klein] transformer: {error}") from None
+
+
+def qwen3_config(weights: Mapping[str, Any]) -> Qwen3Config:
+    """The text encoder's shape, told from its sanitized weights; what no shape tells is Qwen3's.
+
+    Raises:
+        CheckpointError: where they are not those of a Qwen3 with all layers that are read.
+    """
+    layers = _block_count(weights, "model.layers")
+    if layers <= TAPPED_LAYERS[-1]:
+        raise CheckpointError(
+            f"the text encoder has {layers} layers; FLUX.2 [klein] reads the output of layer {TAPPED_LAYERS[-1]}, so "
+            f"at least {TAPPED_LAYERS[-1] + 1} are needed"
+        )
+    first = "model.layers.0."
+    try:
+        head_dim = weights[f"{first}self_attn.q_norm.weight"].shape[0]
+        return Qwen3Config(
+            vocab_size=weights["model.embed_tokens.weight"].shape[0],
+            hidden_size=weights[f"{first}input_layernorm.weight"].shape[0],
+            intermediate_size=weights[f"{first}mlp.gate_proj.weight"].shape[0],
+            num_attention_heads=weights[f"{first}self_attn.q_proj.weight"].shape[0] // head_dim,
+            num_key_value_heads=weights[f"{first}self_attn.k_proj.weight"].shape[0] // head_dim,
+            head_dim=head_dim,
+        )
+    except KeyError as error:
+        raise CheckpointError(f"no Qwen3 text encoder: there is no {error.args[0]}") from None
+    except (IndexError, ZeroDivisionError, ValueError) as error:
+        raise CheckpointError(f"no Qwen3 text encoder: {error}") from None
+
+
+def autoencoder_config(weights: Mapping[str, Any]) -> AutoEncoderConfig:
+    """The autoencoder's shape, told from its sanitized weights; what no shape tells is FLUX.2's, and of a decoder alone
+    so is the encoder.
+
+    Raises:
+        CheckpointError: where they are not those of a FLUX.2 autoencoder.
+    """
+    try:
+        stages = _block_count(weights, "decoder.up_blocks")
+        decoder = tuple(
+            weights[f"decoder.up_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in reversed(range(stages))
+        )
+        encoder = tuple(
+            weights[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0]
+            for i in range(_block_count(weights, "encoder.down_blocks"))
+        )
+        latents = weights["decoder.conv_in.weight"].shape[-1]
+        if latents != AutoEncoderConfig.latent_channels:
+            raise CheckpointError(
+                f"the autoencoder has {latents} latent channels and FLUX.2's has {AutoEncoderConfig.latent_channels}"
+                + ("; 16 are FLUX.1's" if latents == 16 else "")
+            )
+        return AutoEncoderConfig(
+            latent_channels=latents,
+            block_out_channels=encoder or AutoEncoderConfig.block_out_channels,
+            decoder_block_out_channels=decoder if decoder != encoder else None,
+            layers_per_block=_block_count(weights, "decoder.up_blocks.0.resnets") - 1,
+        )
+    except KeyError as error:
+        raise CheckpointError(f"no FLUX.2 autoencoder: there is no {error.args[0]}") from None
+    except CheckpointError:
+        raise
+    except (IndexError, ValueError) as error:
+        raise CheckpointError(f"no FLUX.2 autoencoder: {error}") from None

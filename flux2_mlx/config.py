@@ -180,6 +180,26 @@ class FluxKleinParams(_Config):
             timestep_channels=config.get("timestep_guidance_channels", 256),
         )
 
+    def to_config(self) -> dict[str, Any]:
+        """As diffusers writes it: the inverse of from_config."""
+        return {
+            "_class_name": "Flux2Transformer2DModel",
+            "patch_size": 1,
+            "in_channels": self.in_channels,
+            "out_channels": None,
+            "num_layers": self.depth,
+            "num_single_layers": self.depth_single,
+            "attention_head_dim": self.head_dim,
+            "num_attention_heads": self.num_heads,
+            "joint_attention_dim": self.txt_embed_dim,
+            "timestep_guidance_channels": self.timestep_channels,
+            "mlp_ratio": self.mlp_ratio,
+            "axes_dims_rope": list(self.axes_dims_rope),
+            "rope_theta": self.rope_theta,
+            "eps": self.eps,
+            "guidance_embeds": False,
+        }
+
 
 @dataclass(frozen=True)
 class Qwen3Config(_Config):
@@ -264,6 +284,26 @@ class Qwen3Config(_Config):
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
         )
 
+    def to_config(self) -> dict[str, Any]:
+        """As transformers writes it, of the layers that are built: the inverse of from_config."""
+        return {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": 40960,
+            "rope_theta": self.rope_theta,
+            "rms_norm_eps": self.rms_norm_eps,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+        }
+
 
 @dataclass(frozen=True)
 class AutoEncoderConfig(_Config):
@@ -334,3 +374,26 @@ class AutoEncoderConfig(_Config):
             batch_norm_eps=config.get("batch_norm_eps", 1e-4),
             sample_size=config.get("sample_size", 1024),
         )
+
+    def to_config(self) -> dict[str, Any]:
+        """As diffusers writes it: the inverse of from_config."""
+        decoder = self.decoder_block_out_channels
+        return {
+            "_class_name": "AutoencoderKLFlux2",
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "latent_channels": self.latent_channels,
+            "block_out_channels": list(self.block_out_channels),
+            "decoder_block_out_channels": None if decoder is None else list(decoder),
+            "down_block_types": ["DownEncoderBlock2D"] * len(self.block_out_channels),
+            "up_block_types": ["UpDecoderBlock2D"] * len(self.block_out_channels),
+            "layers_per_block": self.layers_per_block,
+            "norm_num_groups": self.norm_num_groups,
+            "batch_norm_eps": self.batch_norm_eps,
+            "sample_size": self.sample_size,
+            "act_fn": "silu",
+            "use_quant_conv": True,
+            "use_post_quant_conv": True,
+            "mid_block_add_attention": True,
+            "patch_size": [2, 2],
+        }

@@ -14,11 +14,12 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 
 from ._version import __version__
+from .commands import MODEL_HELP, MODEL_OPTIONS, Parser, add_model_options
 from .config import RELEASED, InputError
 from .images import FORMATS, check_output, read_metadata, save_image
 from .latents import NOISES
@@ -35,6 +36,7 @@ SETTINGS: dict[str, Any] = {
     "negative_prompt": "",
     "model": "klein-4b",
     "revision": None,
+    **dict.fromkeys(MODEL_OPTIONS),
     "width": None,
     "height": None,
     "num_steps": None,
@@ -46,13 +48,6 @@ SETTINGS: dict[str, Any] = {
     "dtype": None,
     "max_sequence_length": None,
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a fault in one line, as the rest of the command does, instead of with its usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see --help")
 
 
 def numbers(text: str) -> list[float]:
@@ -69,8 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("prompt", nargs="?", help='what to draw; "-" or nothing reads standard input')
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file")
     parser.add_argument("--negative-prompt", help="what guidance leads away from (base models)")
-    parser.add_argument("--model", help=f"a released name, a folder or a Hub id ({SETTINGS['model']})")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--model", help=f"{MODEL_HELP} ({SETTINGS['model']})")
+    add_model_options(parser)
     parser.add_argument("--width", type=int, help="in pixels, a multiple of 16 (1024)")
     parser.add_argument("--height", type=int, help="in pixels, a multiple of 16 (1024)")
     parser.add_argument("--steps", type=int, dest="num_steps", help="4 for distilled models, 50 for base models")
@@ -117,7 +112,7 @@ def parse_arguments(argv: Sequence[str] | None, stdin: TextIO | None) -> argpars
         picture = Settings.from_metadata(read_metadata(arguments.from_image))
         defaults = {name: getattr(picture, name) for name in SETTINGS}
         if arguments.model is not None:
-            defaults["revision"] = None
+            defaults |= dict.fromkeys(("revision", *MODEL_OPTIONS))
         if any(value is not None for value in (arguments.num_steps, arguments.schedule, arguments.sigmas)):
             defaults["sigmas"] = None
         if arguments.sigmas is not None or defaults["sigmas"] is not None:
@@ -178,7 +173,11 @@ def start(arguments: argparse.Namespace) -> Iterator[Step]:
     for index in range(arguments.num_images):
         check_output(output_path(arguments.output, arguments.seed + index, index))
     pipe = Flux2Pipeline.from_pretrained(
-        arguments.model, revision=arguments.revision, dtype=arguments.dtype, progress=not arguments.quiet
+        arguments.model,
+        revision=arguments.revision,
+        dtype=arguments.dtype,
+        progress=not arguments.quiet,
+        **{name: getattr(arguments, name) for name in MODEL_OPTIONS},
     )
     return pipe.stream(arguments.prompt, negative_prompt=arguments.negative_prompt, **options)
 

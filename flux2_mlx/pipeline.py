@@ -47,14 +47,21 @@ from .memory import (
     text_encoder_bytes,
     transformer_bytes,
     weight_bytes,
-    weights_of,
 )
 from .models.autoencoder import AutoEncoder
 from .models.text_encoder import Qwen3TextEncoder
 from .models.transformer import FluxKlein
+from .quantize import Quantization, Recipe
 from .sampler import SCHEDULES, check_sigmas, custom_sigmas, euler_step, schedule_sigmas
 from .tokenizer import Qwen3Tokenizer
-from .weights import Checkpoint, load_autoencoder, load_text_encoder, load_transformer, open_checkpoint
+from .weights import (
+    Checkpoint,
+    load_autoencoder,
+    load_text_encoder,
+    load_transformer,
+    materialize,
+    open_checkpoint,
+)
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 STAGES = ("text_encoder", "transformer", "autoencoder")
@@ -88,6 +95,14 @@ class Settings:
     negative_prompt: str = ""
     sigmas: tuple[float, ...] | None = None
     revision: str | None = None
+    transformer: str | None = None
+    text_encoder: str | None = None
+    vae: str | None = None
+    tokenizer: str | None = None
+    distilled: bool | None = None
+    quantize: int | str | None = None
+    quantize_text_encoder: int | str | None = None
+    group_size: int | None = None
     inputs: tuple[str, ...] = ()
     version: str = __version__
 
@@ -104,7 +119,9 @@ class Settings:
             values[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
         number, optional = (int, float), type(None)
         kinds: dict[str, Any] = {"seed": int, "width": int, "height": int, "num_steps": int, "max_sequence_length": int}
-        kinds |= {"guidance": number, "sigmas": (tuple, optional), "revision": (str, optional), "inputs": tuple}
+        kinds |= {"guidance": number, "sigmas": (tuple, optional), "inputs": tuple, "distilled": (bool, optional)}
+        kinds |= dict.fromkeys(("revision", "transformer", "text_encoder", "vae", "tokenizer"), (str, optional))
+        kinds |= dict.fromkeys(("quantize", "quantize_text_encoder", "group_size"), (int, str, optional))
         wrong = [name for name, value in values.items() if not isinstance(value, kinds.get(name, str))]
         if not wrong and not all(isinstance(sigma, number) for sigma in values["sigmas"] or ()):
             wrong = ["sigmas"]
@@ -236,6 +253,7 @@ class Flux2Pipeline:
         text_encoder, transformer, autoencoder: the modules; their weights are lazy until a stage is prepared.
         dtype: of the transformer. In float16 the text encoder and the autoencoder stay in bfloat16, whose range
             their activations need.
+        quantize: how each stage's matrices are packed that the checkpoint holds dense; stages that are not named stay.
         memory_limit: bytes that loaded stages and their intermediates may take together.
         progress: whether loading and drawing show bars on standard error.
     """
@@ -245,14 +263,17 @@ class Flux2Pipeline:
         checkpoint: Checkpoint,
         *,
         dtype: str | mx.Dtype | None = None,
+        quantize: Mapping[str, Quantization] | None = None,
         memory_limit: int | None = None,
         progress: bool = False,
     ):
         self.checkpoint = checkpoint
         self.dtype = _dtype(dtype)
+        self.quantize = dict(quantize or {})
+        self._model_options: dict[str, Any] = {}
         self.progress = progress
         self.memory_limit = machine_memory() if memory_limit is None else memory_limit
-        self.tokenizer = Qwen3Tokenizer(checkpoint.folder / "tokenizer")
+        self.tokenizer = Qwen3Tokenizer(checkpoint.tokenizer)
         self.text_encoder: Qwen3TextEncoder
         self.transformer: FluxKlein
         self.autoencoder: AutoEncoder
@@ -267,17 +288,34 @@ class Flux2Pipeline:
         model: str | os.PathLike[str] = "klein-4b",
         *,
         revision: str | None = None,
+        transformer: str | os.PathLike[str] | None = None,
+        text_encoder: str | os.PathLike[str] | None = None,
+        vae: str | os.PathLike[str] | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
+        distilled: bool | None = None,
         dtype: str | mx.Dtype | None = None,
+        quantize: int | str | None = None,
+        quantize_text_encoder: int | str | None = None,
+        group_size: int | None = None,
         memory_limit: int | None = None,
         progress: bool = False,
     ) -> Flux2Pipeline:
         """Open a checkpoint. Configs, file headers, names and shapes are checked now; weights are read when needed.
 
         Args:
-            model: a released name ("klein-4b", "klein-9b", "klein-base-4b", "klein-base-9b", "klein-9b-kv"), a folder
-                in the diffusers layout, or a Hub id.
+            model: a released name ("klein-4b", "klein-9b", "klein-base-4b", "klein-base-9b", "klein-9b-kv"), a folder in
+                the diffusers layout or as mflux saves one, a safetensors or GGUF file with a transformer, a Hub id, or
+                "owner/name/file" there.
             revision: branch, tag or commit on the Hub.
+            transformer, text_encoder, vae: instead of the model's own: a file, a folder, a Hub id, or
+                "owner/name/file".
+            tokenizer: a folder with tokenizer.json.
+            distilled: whether the transformer draws in few steps without guidance, where the model does not say it.
             dtype: "bfloat16", "float16" or "float32"; None takes what suits the machine.
+            quantize: pack the matrices of the transformer and the text encoder, as they are loaded, into so many bits
+                (2, 3, 4, 5, 6, 8) or a format ("mxfp4", "mxfp8", "nvfp4"). What the checkpoint holds packed stays so.
+            quantize_text_encoder: the same for the text encoder alone, where it is to differ.
+            group_size: weights that share a scale: 32, 64 or 128; unless given 64.
             memory_limit: bytes that loaded stages may take together; None takes the machine's.
             progress: show bars on standard error while weights are read and steps are drawn.
 
@@ -286,8 +324,23 @@ class Flux2Pipeline:
             InputError: for an unknown dtype.
         """
         _dtype(dtype)  # refused before anything is downloaded
-        checkpoint = open_checkpoint(model, revision=revision)
-        return cls(checkpoint, dtype=dtype, memory_limit=memory_limit, progress=progress)
+        text_bits = quantize if quantize_text_encoder is None else quantize_text_encoder
+        how = {
+            "transformer": Quantization.parse(quantize, group_size),
+            "text_encoder": Quantization.parse(text_bits, group_size),
+        }
+        parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
+        paths = {part: None if where is None else os.fspath(where) for part, where in parts.items()}
+        checkpoint = open_checkpoint(model, revision=revision, distilled=distilled, **paths)
+        packed = {stage: quantization for stage, quantization in how.items() if quantization is not None}
+        pipe = cls(checkpoint, dtype=dtype, quantize=packed, memory_limit=memory_limit, progress=progress)
+        pipe._model_options = paths | {
+            "distilled": distilled,
+            "quantize": quantize,
+            "quantize_text_encoder": quantize_text_encoder,
+            "group_size": group_size,
+        }
+        return pipe
 
     # ------------------------------------------------------------------------------------------------ drawing
 
@@ -498,6 +551,7 @@ class Flux2Pipeline:
                 sigmas=None if sigmas is None else tuple(float(s) for s in sigmas),
                 revision=self.checkpoint.revision,
                 inputs=tuple(name for name, value in besides.items() if value is not None),
+                **self._model_options,
             )
             for k in range(total)
         ]
@@ -573,7 +627,7 @@ class Flux2Pipeline:
             largest = int(np.array(ids).max())
             if largest >= config.vocab_size:
                 raise CheckpointError(
-                    f"{self.checkpoint.folder}: the tokenizer gives token {largest}, but the text encoder knows "
+                    f"{self.checkpoint.tokenizer}: the tokenizer gives token {largest}, but the text encoder knows "
                     f"{config.vocab_size}; they do not belong together"
                 )
             working = text_encoder_bytes(config, length, stage_dtype("text_encoder", self.dtype))
@@ -637,9 +691,12 @@ class Flux2Pipeline:
                 stacklevel=2,
             )
         with self._bar(f"loading {stage}", weights, unit="B", unit_scale=True) as bar, stats.measure("load"):
-            for array in weights_of(module).values():
-                mx.eval(array)  # one by one, since a cast holds its source until it is done
-                bar.update(array.nbytes)
+            try:
+                for count in materialize(module):
+                    bar.update(count)
+            except BaseException:
+                self._open(stage)  # half of a packed layer would go unnoticed
+                raise
         self._loaded[stage].add(id(module))
 
     def _bar(self, what: str, total: int, **options: Any) -> tqdm:
@@ -660,12 +717,15 @@ class Flux2Pipeline:
 
     def _open(self, stage: str) -> None:
         """Build a stage with lazy weights; those of an earlier build are given back."""
-        loaders: dict[str, Callable[[Checkpoint, mx.Dtype], nn.Module]] = {
-            "text_encoder": load_text_encoder,
-            "transformer": load_transformer,
-            "autoencoder": load_autoencoder,
-        }
-        setattr(self, stage, loaders[stage](self.checkpoint, stage_dtype(stage, self.dtype)))
+        checkpoint, dtype = self.checkpoint, stage_dtype(stage, self.dtype)
+        how = self.quantize.get(stage)
+        recipe: Recipe | None = None if how is None else lambda *_: how
+        if stage == "transformer":
+            self.transformer = load_transformer(checkpoint, dtype, recipe)
+        elif stage == "text_encoder":
+            self.text_encoder = load_text_encoder(checkpoint, dtype, recipe)
+        else:
+            self.autoencoder = load_autoencoder(checkpoint, dtype)
         self._loaded[stage] = set()
 
 

@@ -1,7 +1,7 @@
-"""Weights: find a checkpoint (folder, Hub id or released name), check its files, and put them into the modules.
+"""Weights: find a checkpoint (folder, file, Hub id or released name), check its files, and put them into the modules.
 
-Arrays stay lazy: loading reads configs and file headers, and a weight's bytes are read from disk when it is first
-computed with. Only safetensors are ever opened; pickles are refused.
+Arrays stay lazy: opening reads configs and file headers, and a weight's bytes are read from disk when it is first
+computed with. Only safetensors and GGUF are ever opened; pickles are refused.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import huggingface_hub
 import mlx.core as mx
@@ -23,7 +24,19 @@ from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError, safe_open
 
 from .checkpoints import (
+    MARK,
+    MODELOPT_NVFP4,
+    PACKED,
+    TEXT_ENCODER_PREFIXES,
+    TRANSFORMER_PREFIXES,
+    VAE_PREFIXES,
+    Deferred,
+    autoencoder_config,
+    converted,
     is_read_by_klein,
+    klein_params,
+    mark,
+    qwen3_config,
     sanitize_flux2_klein_weights,
     sanitize_qwen3_weights,
     sanitize_vae_weights,
@@ -37,15 +50,28 @@ from .config import (
     Qwen3Config,
     check_scheduler_config,
 )
+from .gguf_files import MAGIC, read_gguf
 from .memory import weights_of
 from .models.autoencoder import AutoEncoder
 from .models.text_encoder import Qwen3TextEncoder
 from .models.transformer import FluxKlein
+from .quantize import (
+    Quantization,
+    QuantizedEmbedding,
+    QuantizedFluxKlein,
+    QuantizedLinear,
+    Recipe,
+    dense_layers,
+    pack,
+    packing_in,
+    quantize,
+)
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_FLOATS = {"F32", "F16", "BF16"}
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")  # torch's archives, and bare pickles
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.safetensors")
+_HUB_FILE = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+/[\w./-]+\.(safetensors|gguf)")
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 # Stem of each component's weight files in the diffusers layout.
 _STEMS = {
@@ -54,25 +80,98 @@ _STEMS = {
     "vae": "diffusion_pytorch_model",
 }
 _SCHEDULER = "scheduler/scheduler_config.json"
-_CONFIG_FILES = (
-    "model_index.json",
-    _SCHEDULER,
-    *(f"{component}/config.json" for component in _STEMS),
-    "tokenizer/tokenizer.json",
-)
+_TOKENIZER = "tokenizer/tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a component's weights come from.
+
+    Attributes:
+        part: "transformer", "text_encoder" or "vae".
+        where: what messages call it.
+        files: one, or the shards.
+        config: its config.json, where there is one.
+        decoder: of the vae, a file with another decoder for it.
+    """
+
+    part: str
+    where: str
+    files: tuple[Path, ...]
+    config: Mapping[str, Any] | None = None
+    decoder: Path | None = None
+
+    def weights(self) -> dict[str, Any]:
+        """The component's weights under the modules' names, lazy.
+
+        Raises:
+            CheckpointError: for a bad file or a storage format that is not read.
+        """
+        sanitize = _SANITIZE[self.part]
+        loaded = _load(self.files)
+        quantization = (self.config or {}).get("quantization_config")
+        if isinstance(quantization, Mapping) and quantization.get("quant_method") == "modelopt":
+            layers = [name.removesuffix(".weight_scale_2") for name in loaded if name.endswith(".weight_scale_2")]
+            loaded |= {f"{layer}.{MARK}": mark(MODELOPT_NVFP4) for layer in layers}
+        try:
+            weights = sanitize(loaded)
+            if self.decoder is not None:
+                other = {
+                    name: weight
+                    for name, weight in sanitize(_load([self.decoder])).items()
+                    if name.startswith("decoder.")
+                }
+                weights = {name: weight for name, weight in weights.items() if not name.startswith("decoder.")} | other
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.where}: {error}") from None
+        return weights
+
+    def shape(self) -> Any:
+        """The component's config, from its config.json or told from its weights.
+
+        Raises:
+            CheckpointError: for another architecture.
+        """
+        try:
+            if self.config is not None and self.decoder is None:
+                return _FROM_CONFIG[self.part](self.config)
+            return _FROM_WEIGHTS[self.part](self.weights())
+        except InputError as error:
+            message = str(error)
+            raise CheckpointError(message if message.startswith(self.where) else f"{self.where}: {message}") from None
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise CheckpointError(f"{self.where}: a config has a value that cannot be ({error})") from None
+
+
+_SANITIZE: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "transformer": sanitize_flux2_klein_weights,
+    "text_encoder": sanitize_qwen3_weights,
+    "vae": sanitize_vae_weights,
+}
+_FROM_CONFIG: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "transformer": FluxKleinParams.from_config,
+    "text_encoder": Qwen3Config.from_config,
+    "vae": AutoEncoderConfig.from_config,
+}
+_FROM_WEIGHTS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "transformer": klein_params,
+    "text_encoder": qwen3_config,
+    "vae": autoencoder_config,
+}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose configs fit together and whose weight files are there; none of them was opened yet.
+    """A checkpoint whose configs fit together and whose weight files are there.
 
     Attributes:
-        name: what the caller asked for: a released name, a Hub id, or the path of a folder.
+        name: what the caller asked for: a released name, a Hub id, or a path.
         revision: of the Hub repository, where the caller asked for one.
-        folder: where the files are.
+        folder: where the files are, of a single file the folder of the rest.
         is_distilled: whether it draws in few steps without guidance.
         has_kv_cache: whether it was trained to cache its references (klein-9b-kv).
-        files: each component's weight files.
+        sources: of each component's weights.
+        tokenizer: folder of tokenizer.json.
     """
 
     name: str
@@ -83,7 +182,8 @@ class Checkpoint:
     transformer: FluxKleinParams
     text_encoder: Qwen3Config
     autoencoder: AutoEncoderConfig
-    files: Mapping[str, tuple[Path, ...]]
+    sources: Mapping[str, Source]
+    tokenizer: Path
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -106,11 +206,13 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     Raises:
         CheckpointError: for a file that is missing, cut short, corrupt, or no safetensors file at all.
     """
-    if path.suffix in PICKLES:
-        raise CheckpointError(f"{path} is a pickle, which can run code and is never loaded; get the .safetensors file")
     try:
         with path.open("rb") as raw:  # tells a file that may not be read from one that is not there
-            size = raw.seek(0, os.SEEK_END)
+            start, size = raw.read(4), raw.seek(0, os.SEEK_END)
+        if path.suffix in PICKLES or start.startswith(_PICKLE_STARTS):
+            raise CheckpointError(
+                f"{path} is a pickle, which can run code and is never loaded; get the .safetensors file"
+            )
         with safe_open(path, framework="numpy") as file:
             header = {}
             for name in file.keys():  # noqa: SIM118  (not a mapping)
@@ -159,29 +261,38 @@ def _needed_shards(index: Path, component: str) -> list[Path]:
     )
 
 
-def component_files(folder: Path, component: str) -> tuple[Path, ...]:
-    """Weight files of one component in the diffusers layout: the index's shards, the single file, or shards alone.
+def _weight_files(here: Path, part: str) -> tuple[Path, ...]:
+    """Weight files in a component's folder: an index's shards, the single file, or shards alone, under the names that
+    diffusers, transformers, mlx-lm ("model") and mflux ("0") give them.
 
     Raises:
         CheckpointError: where there are none, or shards are missing; the message says what was looked for.
     """
-    here, stem = folder / component, _STEMS[component]
-    index, single = here / f"{stem}.safetensors.index.json", here / f"{stem}.safetensors"
-    if index.is_file():
-        files = tuple(_needed_shards(index, component))
-    elif single.is_file():
-        return (single,)
+    stems = dict.fromkeys((_STEMS[part], "model"))
+    indices = [index for stem in stems if (index := here / f"{stem}.safetensors.index.json").is_file()]
+    singles = [single for stem in stems if (single := here / f"{stem}.safetensors").is_file()]
+    if indices:
+        files = tuple(_needed_shards(indices[0], part))
+    elif singles:
+        return (singles[0],)
     else:
-        files = tuple(sorted(here.glob(f"{stem}-*-of-*.safetensors")))
+        numbered = sorted(here.glob("*.safetensors"))
+        files = tuple(file for file in numbered if _SHARD.fullmatch(file.name) or file.stem.isdecimal())
         if not files:
             others = sorted(path.name for path in here.glob("*") if path.suffix in (*PICKLES, ".safetensors"))
             found = f"found only {', '.join(others)}" if others else "found no weights"
             pickles = "; pickles are never loaded" if any(name.endswith(PICKLES) for name in others) else ""
+            stem = _STEMS[part]
             raise CheckpointError(
-                f"{here}: looked for {index.name}, {single.name} or {stem}-00001-of-0000N.safetensors, {found}{pickles}"
+                f"{here}: looked for {stem}.safetensors.index.json, {stem}.safetensors or "
+                f"{stem}-00001-of-0000N.safetensors, {found}{pickles}"
             )
-        counts = {match[2] for file in files if (match := _SHARD.fullmatch(file.name))}
-        expected = [here / f"{stem}-{i + 1:05}-of-{count}.safetensors" for count in counts for i in range(int(count))]
+        shards = [match for file in files if (match := _SHARD.fullmatch(file.name))]
+        expected = [
+            here / f"{stem}-{i + 1:05}-of-{count}.safetensors"
+            for stem, count in {(match[1], match[3]) for match in shards}
+            for i in range(int(count))
+        ]
         files = tuple(sorted({*files, *expected}))
     missing = [file.name for file in files if not file.is_file()]
     if missing:
@@ -189,10 +300,18 @@ def component_files(folder: Path, component: str) -> tuple[Path, ...]:
     return files
 
 
+# Dtypes of safetensors that are read, and how MLX has them. FP8 it has as bytes.
+_FLOATS = ("F32", "F16", "BF16")
+_FP8 = "F8_E4M3"
+_READ = (*_FLOATS, _FP8, "U8", "U32")  # the last two: packed layers and marks
+
+
 def load_safetensors(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> dict[str, mx.array]:
     """Lazy arrays of a safetensors file, of a list of shards, or of the shards that an index names.
 
-    Every file's header, length, dtypes and offsets are checked first; no tensor data is read.
+    Every file's header, length, dtypes and offsets are checked first; no tensor data is read. FP8 becomes bfloat16,
+    which holds all its values; scales are not applied, as the functions that sanitize do that. Where the header says
+    how layers are stored, each gets its mark (``comfy_quant``).
 
     Raises:
         CheckpointError: for a bad file, a weight that is in two shards, or an index whose weights are not there.
@@ -207,30 +326,67 @@ def load_safetensors(path: str | os.PathLike[str] | Iterable[str | os.PathLike[s
             files = [path]
     else:
         files = [Path(file) for file in path]
-    if not files:
-        raise CheckpointError(f"no files to load weights from, got {path!r}")
-    weights: dict[str, mx.array] = {}
-    for file in files:
-        header = read_header(file)
-        odd = sorted(
-            f"{name} ({dtype})"
-            for name, (dtype, _) in header.items()
-            if dtype not in _FLOATS and not name.endswith("num_batches_tracked")
-        )
-        if odd:
-            raise CheckpointError(
-                f"{file} has weights in formats that are not read, only {', '.join(sorted(_FLOATS))}: {', '.join(odd)}"
-            )
-        twice = sorted(header.keys() & weights.keys())
-        if twice:
-            raise CheckpointError(f"{file} repeats weights of another shard: {', '.join(twice)}; {_refetch(file)}")
-        loaded = mx.load(str(file), format="safetensors")
-        assert isinstance(loaded, dict)
-        weights.update(loaded)
+    weights = _load(files)
     absent = sorted(names - weights.keys())
     if absent:
         raise CheckpointError(f"{path} names weights that its shards do not have: {', '.join(absent)}")
     return weights
+
+
+def _load(files: Sequence[Path]) -> dict[str, Any]:
+    """The weights of some files together, told apart by their first bytes: safetensors or GGUF."""
+    if not files:
+        raise CheckpointError("no files to load weights from")
+    weights: dict[str, Any] = {}
+    for file in files:
+        loaded = read_gguf(file) if _starts_with(file, MAGIC) else _load_file(file)
+        twice = sorted(loaded.keys() & weights.keys())
+        if twice:
+            raise CheckpointError(f"{file} repeats weights of another shard: {', '.join(twice)}; {_refetch(file)}")
+        weights |= loaded
+    return weights
+
+
+def _starts_with(file: Path, magic: bytes) -> bool:
+    try:
+        with file.open("rb") as raw:
+            return raw.read(len(magic)) == magic
+    except OSError:
+        return False  # which reading its header tells in full
+
+
+def _load_file(file: Path) -> dict[str, mx.array]:
+    header = read_header(file)
+    odd = sorted(
+        f"{name} ({dtype})"
+        for name, (dtype, _) in header.items()
+        if dtype not in _READ and not name.endswith("num_batches_tracked")
+    )
+    if odd:
+        raise CheckpointError(
+            f"{file} has weights in formats that are not read, only {', '.join(_READ)}: {', '.join(odd)}"
+        )
+    loaded = mx.load(str(file), format="safetensors")
+    assert isinstance(loaded, dict)
+    weights = {
+        name: mx.from_fp8(array, mx.bfloat16) if header[name][0] == _FP8 else array for name, array in loaded.items()
+    }
+    for layer, format in _layer_formats(file).items():
+        weights.setdefault(f"{layer}.{MARK}", mark(format))
+    return weights
+
+
+def _layer_formats(file: Path) -> dict[str, str]:
+    """How layers are stored, where ComfyUI wrote it into the header: layer to format."""
+    with safe_open(file, framework="numpy") as opened:
+        written = (opened.metadata() or {}).get("_quantization_metadata")
+    if written is None:
+        return {}
+    try:
+        layers = json.loads(written)["layers"]
+        return {layer: str(entry["format"]) for layer, entry in layers.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise CheckpointError(f"{file}: its header's _quantization_metadata does not say the layers' formats") from None
 
 
 # ---------------------------------------------------------------------------------------------------- modules
@@ -238,122 +394,299 @@ def load_safetensors(path: str | os.PathLike[str] | Iterable[str | os.PathLike[s
 M = TypeVar("M", bound=nn.Module)
 
 
-def assign(module: M, weights: Mapping[str, mx.array], dtype: mx.Dtype, where: str) -> M:
+@dataclass
+class _Pending:
+    """Of a module, the weights that are still to be converted: each function gives one or a layer's by name."""
+
+    make: dict[str, Callable[[], dict[str, mx.array]]] = field(default_factory=dict)
+
+
+def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, where: str, recipe: Recipe | None = None) -> M:
     """Put weights into a module, strictly: all names and shapes must match. They stay lazy, cast to dtype.
 
-    Latent statistics ("bn.") stay in float32 whatever the dtype.
+    Layers that the weights hold packed stay packed; those of the others that the recipe names are packed. Latent
+    statistics ("bn.") stay in float32 whatever the dtype.
 
     Raises:
-        CheckpointError: naming every missing, unknown and mis-shaped weight at once.
+        CheckpointError: naming every missing, unknown, mis-shaped and unreadable weight at once.
     """
+    try:
+        quantize(module, packing_in(weights))
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from None
     expected = weights_of(module)
     missing = sorted(expected.keys() - weights.keys())
     unknown = sorted(weights.keys() - expected.keys())
+    both = sorted(expected.keys() & weights.keys())
     misshaped = [
         f"{name} is {weights[name].shape}, not {expected[name].shape}"
-        for name in sorted(expected.keys() & weights.keys())
+        for name in both
         if weights[name].shape != expected[name].shape
+    ]
+    unreadable = [
+        f"{name} is {weights[name].dtype}"
+        for name in both
+        if (weights[name].dtype in _INTEGERS) != (expected[name].dtype in _INTEGERS)
     ]
     faults = [
         f"{len(names)} {fault}: {', '.join(names)}"
-        for fault, names in (("missing", missing), ("unknown", unknown), ("mis-shaped", misshaped))
+        for fault, names in (
+            ("missing", missing),
+            ("unknown", unknown),
+            ("mis-shaped", misshaped),
+            ("in formats that are not read", unreadable),
+        )
         if names
     ]
     if faults:
         raise CheckpointError(f"{where}: the weights do not fit the config: {'; '.join(faults)}")
-    module.load_weights(
-        [(name, weights[name].astype(mx.float32 if name.startswith("bn.") else dtype)) for name in expected]
-    )
+
+    pending = _Pending()
+    values = {}
+    for name in expected:
+        weight = _cast(weights[name], mx.float32 if name.startswith("bn.") else dtype)
+        if isinstance(weight, Deferred):
+            pending.make[name] = partial(_made, name, weight)
+            weight = mx.zeros(weight.shape, weight.dtype if weight.dtype in _INTEGERS else dtype)  # never computed
+        values[name] = weight
+    module.load_weights(list(values.items()))
+    if recipe is not None:
+        dense = set(dict(dense_layers(module)))
+        quantize(module, recipe)
+        for path, layer in module.named_modules():
+            make = pending.make.get(f"{path}.weight")
+            if make is not None and path in dense and isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
+                pending.make[f"{path}.weight"] = partial(_made_packed, path, layer.how, make)
+    module._pending = pending
     return module
 
 
-def load_transformer(checkpoint: Checkpoint, dtype: mx.Dtype) -> FluxKlein:
-    """The checkpoint's transformer with lazy weights.
+_INTEGERS = (mx.uint8, mx.uint32, mx.int64)
+
+
+def _cast(weight: Any, dtype: mx.Dtype) -> Any:
+    return converted(weight, lambda array: array if array.dtype in _INTEGERS else array.astype(dtype))
+
+
+def _made(name: str, weight: Deferred) -> dict[str, mx.array]:
+    return {name: weight.make()}
+
+
+def _made_packed(path: str, how: Quantization, make: Callable[[], dict[str, mx.array]]) -> dict[str, mx.array]:
+    (dense,) = make().values()
+    return {f"{path}.{name}": array for name, array in zip(PACKED, pack(dense, how), strict=False)}
+
+
+def each_weight(module: nn.Module) -> Iterator[tuple[str, mx.array]]:
+    """A module's weights by name, each computed when its turn comes and kept only by the caller and the module."""
+    make = vars(module).get("_pending", _Pending()).make
+    made: dict[str, mx.array] = {}
+    names = list(weights_of(module))
+    for name in names:
+        if name in make:
+            made |= make.pop(name)()
+        array = made.pop(name) if name in made else weights_of(module)[name]
+        mx.eval(array)
+        yield name, array
+
+
+def materialize(module: nn.Module) -> Iterator[int]:
+    """Bring a module's weights into memory, one after another, since a conversion holds its source until it is done.
+
+    Yields:
+        the bytes of each.
+
+    Raises:
+        CheckpointError: for scales that are not finite.
+    """
+    for name, array in each_weight(module):
+        module.load_weights([(name, array)], strict=False)
+        if name.endswith((".scales", ".biases")) and array.dtype != mx.uint8 and not mx.isfinite(array).all().item():
+            raise CheckpointError(f"{name} has values that are not finite; fetch the file again")
+        yield array.nbytes
+
+
+def load_transformer(checkpoint: Checkpoint, dtype: mx.Dtype, recipe: Recipe | None = None) -> FluxKlein:
+    """The checkpoint's transformer with lazy weights; those that it holds dense are packed by the recipe.
 
     Raises:
         CheckpointError: for a bad file, or weights that do not fit the config.
     """
-    weights = sanitize_flux2_klein_weights(load_safetensors(checkpoint.files["transformer"]))
-    return assign(FluxKlein(checkpoint.transformer), weights, dtype, f"{checkpoint.folder}/transformer")
+    source = checkpoint.sources["transformer"]
+    return assign(FluxKlein(checkpoint.transformer), source.weights(), dtype, source.where, recipe)
 
 
-def load_text_encoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> Qwen3TextEncoder:
-    """The checkpoint's text encoder with lazy weights, up to the last tapped layer.
+def load_text_encoder(checkpoint: Checkpoint, dtype: mx.Dtype, recipe: Recipe | None = None) -> Qwen3TextEncoder:
+    """The checkpoint's text encoder with lazy weights, up to the last tapped layer; as load_transformer.
 
     Raises:
         CheckpointError: for a bad file, or weights that do not fit the config.
     """
-    weights = sanitize_qwen3_weights(load_safetensors(checkpoint.files["text_encoder"]))
-    return assign(Qwen3TextEncoder(checkpoint.text_encoder), weights, dtype, f"{checkpoint.folder}/text_encoder")
+    source = checkpoint.sources["text_encoder"]
+    return assign(Qwen3TextEncoder(checkpoint.text_encoder), source.weights(), dtype, source.where, recipe)
 
 
 def load_autoencoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> AutoEncoder:
-    """The checkpoint's autoencoder with lazy weights.
+    """The checkpoint's autoencoder with lazy weights. It is small and is never packed.
 
     Raises:
         CheckpointError: for a bad file, or weights that do not fit the config.
     """
-    weights = sanitize_vae_weights(load_safetensors(checkpoint.files["vae"]))
-    return assign(AutoEncoder(checkpoint.autoencoder), weights, dtype, f"{checkpoint.folder}/vae")
+    source = checkpoint.sources["vae"]
+    return assign(AutoEncoder(checkpoint.autoencoder), source.weights(), dtype, source.where)
+
+
+def load_quantized_flux_klein(weights: Mapping[str, mx.array], params: FluxKleinParams) -> QuantizedFluxKlein:
+    """A transformer from packed weights; layers that are not packed stay dense.
+
+    Args:
+        weights: under any names that sanitize_flux2_klein_weights knows, with ``scales`` (and ``biases``) of the packed
+            layers. Their bits are told from the shapes.
+
+    Raises:
+        CheckpointError: naming every missing, unknown and mis-shaped weight.
+    """
+    weights = sanitize_flux2_klein_weights(weights)
+    dtype = weights["x_embedder.scales" if "x_embedder.scales" in weights else "x_embedder.weight"].dtype
+    return assign(QuantizedFluxKlein(params, packing_in(weights)), weights, dtype, "the weights")
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
 
 
-def open_checkpoint(model: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    transformer: str | os.PathLike[str] | None = None,
+    text_encoder: str | os.PathLike[str] | None = None,
+    vae: str | os.PathLike[str] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    distilled: bool | None = None,
+) -> Checkpoint:
     """Find a checkpoint and check it: configs, pairing of the parts, presence of the files.
 
+    What a file is, is told from its content, never from its name.
+
     Args:
-        model: a folder in the diffusers layout, a Hub id, or a released name such as "klein-4b". What is not here is
-            downloaded, the needed files only; HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are honoured.
-        revision: branch, tag or commit on the Hub.
+        model: a folder in the diffusers layout, or as mflux saves one; a safetensors or GGUF file with a transformer,
+            whose other parts are taken from the released model of its size; a Hub id, or "owner/name/file"
+            there; or a released name such as "klein-4b". What is not here is downloaded, the needed files only;
+            HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are honoured.
+        revision: branch, tag or commit on the Hub, of the model.
+        transformer, text_encoder, vae: instead of the model's own: a file, a folder with config.json and weights, a Hub
+            id of such a folder, or "owner/name/file". A vae may be a decoder alone.
+        tokenizer: a folder with tokenizer.json.
+        distilled: whether the transformer draws in few steps without guidance, where the model does not say it.
 
     Raises:
         CheckpointError: for whatever is wrong, with the way out.
     """
     name = os.fspath(model)
-    try:
-        folder = Path(name).expanduser()
-        if name and folder.is_dir():
-            if revision is not None:
-                raise InputError(f"revision {revision!r} has no meaning for the local folder {name}")
-            return _checkpoint(folder, name, None)
-        if name and folder.exists():
-            raise CheckpointError(f"{name} is a file; give the checkpoint's folder in the diffusers layout")
-    except OSError as error:
-        raise CheckpointError(f"{name} cannot be read: {error.strerror}") from None
-    except RuntimeError as error:  # a home folder that does not exist
-        raise CheckpointError(f"no model {name!r}: {error}") from None
+    given = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+    parts = {part: _find_part(part, os.fspath(where)) for part, where in given.items() if where is not None}
+    needed = [part for part in _STEMS if part not in parts or (part == "vae" and not _is_whole(parts[part]))]
+    found = _find_model(name, revision, needed, tokenizer is None)
+    sources = dict(found.sources)
+    for part, source in parts.items():
+        decoder_only = part == "vae" and not _is_whole(source)
+        sources[part] = replace(sources[part], decoder=source.files[0]) if decoder_only else source
+    is_distilled = found.is_distilled if distilled is None else distilled
+    if is_distilled is None:
+        raise CheckpointError(
+            f"{name} does not say whether its transformer is distilled (4 steps, no guidance) or a base model (50 "
+            "steps, guidance 4); say distilled=True or distilled=False (--distilled, --no-distilled)"
+        )
+    shapes = {part: sources[part].shape() for part in _STEMS}
+    _check_pairing(sources, **shapes)
+    return Checkpoint(
+        name,
+        revision,
+        found.folder,
+        is_distilled,
+        found.has_kv_cache,
+        shapes["transformer"],
+        shapes["text_encoder"],
+        shapes["vae"],
+        sources,
+        Path(tokenizer).expanduser() if tokenizer is not None else found.folder / "tokenizer",
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A model's parts, and what it says of itself; ``is_distilled`` is None where it says nothing."""
+
+    folder: Path
+    is_distilled: bool | None
+    has_kv_cache: bool
+    sources: Mapping[str, Source]
+
+
+def _find_model(name: str, revision: str | None, parts: Sequence[str], with_tokenizer: bool) -> _Found:
+    """The parts of a model: of a folder, a file, or what the Hub has under the name."""
+    path = _local(name)
+    if path is not None and revision is not None:
+        raise InputError(
+            f"revision {revision!r} has no meaning for the local {'folder' if path.is_dir() else 'file'} {name}"
+        )
+    if path is None and _HUB_FILE.fullmatch(name):
+        path = _download_file(name, revision)
+    if path is not None:
+        try:
+            return (_open_folder if path.is_dir() else _open_file)(path, parts, with_tokenizer)
+        except OSError as error:
+            raise CheckpointError(f"{name} cannot be read: {error.strerror}") from None
     if name not in RELEASED and not _HUB_ID.fullmatch(name):
         near = difflib.get_close_matches(name.lower(), RELEASED, n=3, cutoff=0.4) or list(RELEASED)
         raise CheckpointError(
-            f"no model {name!r}: there is no such folder, and no released model of that name; "
+            f"no model {name!r}: there is no such folder or file, and no released model of that name; "
             f"did you mean {' or '.join(near)}?"
         )
-    folder = _download(name, RELEASED.get(name, name), revision)
+    folder = _download(name, RELEASED.get(name, name), revision, parts, with_tokenizer)
     try:
-        return _checkpoint(folder, name, revision)
+        return _open_folder(folder, parts, with_tokenizer)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; or the download is incomplete: run it again with a connection") from None
 
 
-def _checkpoint(folder: Path, name: str, revision: str | None) -> Checkpoint:
-    configs = _read_configs(folder)
-    files = {part: component_files(folder, part) for part in _STEMS}
-    return Checkpoint(name, revision, folder, *configs, files=files)
+def _local(name: str) -> Path | None:
+    """The folder or file of that name here, or None."""
+    try:
+        path = Path(name).expanduser()
+        return path if name and path.exists() else None
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read: {error.strerror}") from None
+    except RuntimeError as error:  # a home folder that does not exist
+        raise CheckpointError(f"no model {name!r}: {error}") from None
 
 
-class _Configs(NamedTuple):
-    is_distilled: bool
-    has_kv_cache: bool
-    transformer: FluxKleinParams
-    text_encoder: Qwen3Config
-    autoencoder: AutoEncoderConfig
+def _open_folder(folder: Path, parts: Sequence[str], with_tokenizer: bool) -> _Found:
+    """A folder with a folder for each part: in the diffusers layout, or without configs, as mflux saves one."""
+    index = folder / "model_index.json"
+    if not index.is_file() and not any((folder / part).is_dir() for part in _STEMS):
+        files = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf"))
+        hint = f"; to use a file of it, name the file: {', '.join(files)}" if files else ""
+        raise CheckpointError(
+            f"{folder} is no FLUX.2 [klein] checkpoint in the diffusers layout: no model_index.json, and no folder "
+            f"transformer, text_encoder or vae{hint}"
+        )
+    is_distilled, has_kv_cache = None, False
+    if index.is_file():
+        is_distilled, has_kv_cache = _read_model_index(folder, parts, with_tokenizer)
+    sources = {}
+    for part in parts:
+        config = folder / part / "config.json"
+        content = _read_json(config) if config.is_file() else None
+        sources[part] = Source(part, f"{folder}/{part}", _weight_files(folder / part, part), content)
+    return _Found(folder, is_distilled, has_kv_cache, sources)
 
 
-def _read_configs(folder: Path) -> _Configs:
-    """Configs of a checkpoint, each on its own and against the others; no weights are needed for it."""
-    absent = [file for file in _CONFIG_FILES if not (folder / file).is_file()]
+def _read_model_index(folder: Path, parts: Sequence[str], with_tokenizer: bool) -> tuple[bool, bool]:
+    """(is_distilled, has_kv_cache) of a folder in the diffusers layout, whose configs must all be there."""
+    files = ["model_index.json", _SCHEDULER, *(f"{part}/config.json" for part in parts)]
+    files += [_TOKENIZER] if with_tokenizer else []
+    absent = [file for file in files if not (folder / file).is_file()]
     if absent:
         raise CheckpointError(
             f"{folder} is no FLUX.2 [klein] checkpoint in the diffusers layout: no {', '.join(absent)}"
@@ -366,57 +699,164 @@ def _read_configs(folder: Path) -> _Configs:
             f"{folder} holds a {kind}{other.get(str(kind), '')}, not a Flux2KleinPipeline; "
             f"released klein models: {', '.join(RELEASED)}"
         )
-    configs = {part: _read_json(folder / part / "config.json") for part in _STEMS}
-    configs["scheduler"] = _read_json(folder / _SCHEDULER)
     try:
-        transformer = FluxKleinParams.from_config(configs["transformer"])
-        text_encoder = Qwen3Config.from_config(configs["text_encoder"])
-        autoencoder = AutoEncoderConfig.from_config(configs["vae"])
-        check_scheduler_config(configs["scheduler"])
-    except InputError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(f"{folder}: a config has a value that cannot be ({error})") from None
+        check_scheduler_config(_read_json(folder / _SCHEDULER))
+    except CheckpointError as error:
+        message = str(error)
+        raise CheckpointError(message if message.startswith(str(folder)) else f"{folder}: {message}") from None
+    has_kv_cache = kind == "Flux2KleinKVPipeline"
+    return has_kv_cache or index.get("is_distilled") is True, has_kv_cache
+
+
+def _open_file(path: Path, parts: Sequence[str], with_tokenizer: bool) -> _Found:
+    """A file with a transformer, and perhaps more; the other parts are those of the released model of its size."""
+    inside = _parts_in(path)
+    if "transformer" in parts and "transformer" not in inside:
+        flags = " and ".join("--" + part.replace("_", "-") for part in inside)
+        raise CheckpointError(f"{path} holds no transformer; give a model, and this file as {flags}")
+    sources = {part: Source(part, str(path), (path,)) for part in parts if part in inside}
+    rest = [part for part in parts if part not in sources]
+    if not rest and not with_tokenizer:
+        return _Found(path.parent, None, False, sources)
+    params = Source("transformer", str(path), (path,)).shape()
+    base = next((name for name, size in _TEXT_SIZES.items() if size == params.txt_embed_dim), None)
+    if base is None:
+        raise CheckpointError(
+            f"{path} holds the transformer of no released model (it takes prompt embeddings of "
+            f"{params.txt_embed_dim}); give its {', '.join([*(_CALLED[part] for part in rest), 'tokenizer'])} as well"
+        )
+    folder = _download(base, RELEASED[base], None, rest, with_tokenizer)
+    found = _open_folder(folder, rest, with_tokenizer)
+    return _Found(folder, None, False, {**found.sources, **sources})
+
+
+_CALLED = {"transformer": "transformer", "text_encoder": "text encoder", "vae": "autoencoder"}
+_TEXT_SIZES = {"klein-4b": Qwen3Config().output_size, "klein-9b": Qwen3Config.qwen3_8b().output_size}
+_MARKS_OF_PARTS = {
+    "transformer": (TRANSFORMER_PREFIXES, ("img_in.weight", "x_embedder.weight")),
+    "text_encoder": (
+        TEXT_ENCODER_PREFIXES,
+        ("model.embed_tokens.weight", "embed_tokens.weight", "token_embd.weight"),
+    ),
+    "vae": (VAE_PREFIXES, ("decoder.conv_in.weight",)),
+}
+
+
+def _parts_in(path: Path) -> list[str]:
+    """Which components a file holds, by the names of its weights.
+
+    Raises:
+        CheckpointError: for a file that holds none, saying what it looks like.
+    """
+    names = _load([path]).keys()
+    parts = [
+        part
+        for part, (prefixes, marks) in _MARKS_OF_PARTS.items()
+        if any(prefix + mark in names for prefix in ("", *prefixes) for mark in marks)
+    ]
+    if parts:
+        return parts
+    looks = ""
+    if any(re.search(r"lora_|\.lokr_|\.hada_", name) for name in names):
+        looks = "; it looks like a LoRA"
+    elif any(name.startswith(("model.diffusion_model.input_blocks.", "down_blocks.")) for name in names):
+        looks = "; it looks like Stable Diffusion"
+    shown = ", ".join(sorted(names)[:3])
+    raise CheckpointError(f"{path} holds no part of a FLUX.2 [klein] model{looks} (its first weights: {shown})")
+
+
+def _find_part(part: str, where: str) -> Source:
+    """A component that is given on its own: a file, a folder, or either on the Hub."""
+    path = _local(where)
+    if path is None and _HUB_FILE.fullmatch(where):
+        path = _download_file(where, None)
+    elif path is None and _HUB_ID.fullmatch(where):
+        patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+        path = _fetching(where, where, None, lambda: _snapshot(where, None, patterns))
+    if path is None:
+        raise CheckpointError(f"no {_CALLED[part]} {where!r}: there is no such file or folder")
+    if path.is_dir():
+        config = _read_json(path / "config.json") if (path / "config.json").is_file() else None
+        return Source(part, str(path), _weight_files(path, part), config)
+    inside = _parts_in(path)
+    if part not in inside:
+        raise CheckpointError(f"{path} holds no {_CALLED[part]}, but {' and '.join(_CALLED[p] for p in inside)}")
+    return Source(part, str(path), (path,))
+
+
+def _is_whole(source: Source) -> bool:
+    """Whether an autoencoder is more than a decoder."""
+    return "bn.running_mean" in source.weights()
+
+
+def _check_pairing(
+    sources: Mapping[str, Source], transformer: FluxKleinParams, text_encoder: Qwen3Config, vae: AutoEncoderConfig
+) -> None:
     if transformer.txt_embed_dim != text_encoder.output_size:
         sizes = {2560: "4B", 4096: "8B"}
         raise CheckpointError(
-            f"{folder}: the transformer takes prompt embeddings of {transformer.txt_embed_dim} (3 x "
-            f"{transformer.txt_embed_dim // 3}), but the text encoder gives {text_encoder.output_size} (3 x "
-            f"{text_encoder.hidden_size}, Qwen3-{sizes.get(text_encoder.hidden_size, '?')}); klein-4b goes with "
-            "Qwen3-4B and klein-9b with Qwen3-8B"
+            f"{sources['transformer'].where} takes prompt embeddings of {transformer.txt_embed_dim} (3 x "
+            f"{transformer.txt_embed_dim // 3}), but the text encoder {sources['text_encoder'].where} gives "
+            f"{text_encoder.output_size} (3 x {text_encoder.hidden_size}, "
+            f"Qwen3-{sizes.get(text_encoder.hidden_size, '?')}); klein-4b goes with Qwen3-4B and klein-9b with Qwen3-8B"
         )
-    if transformer.in_channels != autoencoder.packed_channels:
+    if transformer.in_channels != vae.packed_channels:
         raise CheckpointError(
-            f"{folder}: the transformer takes {transformer.in_channels} latent channels, but the autoencoder packs "
-            f"{autoencoder.packed_channels}"
+            f"{sources['transformer'].where} takes {transformer.in_channels} latent channels, but the autoencoder "
+            f"packs {vae.packed_channels}"
         )
-    has_kv_cache = kind == "Flux2KleinKVPipeline"
-    is_distilled = has_kv_cache or index.get("is_distilled") is True
-    return _Configs(is_distilled, has_kv_cache, transformer, text_encoder, autoencoder)
 
 
-def _download(name: str, repo: str, revision: str | None) -> Path:
-    """Fetch what the diffusers layout needs of a Hub repository into the Hub's cache; the snapshot's folder.
+# ---------------------------------------------------------------------------------------------------- the Hub
+
+
+def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
+    return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
+
+
+def _download(name: str, repo: str, revision: str | None, parts: Sequence[str], with_tokenizer: bool) -> Path:
+    """Fetch some parts of a Hub repository into the Hub's cache; the snapshot's folder.
 
     Configs come first, so that another model is refused before its weights are fetched.
     """
 
-    def fetch(revision: str | None, patterns: list[str]) -> Path:
-        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
-
-    try:
-        indices = {part: f"{part}/{stem}.safetensors.index.json" for part, stem in _STEMS.items()}
-        folder = fetch(revision, [*_CONFIG_FILES, "tokenizer/tokenizer_config.json", *indices.values()])
-        _read_configs(folder)
+    def fetch() -> Path:
+        configs = ["model_index.json", _SCHEDULER, *(f"{part}/config.json" for part in parts)]
+        configs += [f"{part}/*.safetensors.index.json" for part in parts]
+        configs += [_TOKENIZER, "tokenizer/tokenizer_config.json"] if with_tokenizer else []
+        folder = _snapshot(repo, revision, configs)
+        if name not in RELEASED and not (folder / "model_index.json").is_file():  # as mflux saves it
+            return _snapshot(repo, folder.name, [f"{part}/*.safetensors" for part in parts])
+        _read_model_index(folder, parts, with_tokenizer)
         patterns = []
-        for part, stem in _STEMS.items():
-            if (folder / indices[part]).is_file():
-                patterns += [f"{part}/{shard.name}" for shard in _needed_shards(folder / indices[part], part)]
+        for part in parts:
+            stem = _STEMS[part]
+            _FROM_CONFIG[part](_read_json(folder / part / "config.json"))
+            index = folder / part / f"{stem}.safetensors.index.json"
+            if index.is_file():
+                patterns += [f"{part}/{shard.name}" for shard in _needed_shards(index, part)]
             else:
                 patterns += [f"{part}/{stem}.safetensors", f"{part}/{stem}-*-of-*.safetensors"]
-        return fetch(folder.name, patterns)  # the same commit
+        return _snapshot(repo, folder.name, patterns)  # the same commit
+
+    return _fetching(name, repo, revision, fetch)
+
+
+def _download_file(name: str, revision: str | None) -> Path:
+    """Fetch one file, "owner/name/path", of the Hub."""
+    owner, repo, file = name.split("/", 2)
+    repo = f"{owner}/{repo}"
+    return _fetching(name, repo, revision, lambda: Path(huggingface_hub.hf_hub_download(repo, file, revision=revision)))
+
+
+def _fetching(name: str, repo: str, revision: str | None, fetch: Callable[[], Path]) -> Path:
+    """What ``fetch`` gets of a Hub repository, each of its faults told in one line with the way out."""
+    try:
+        return fetch()
     except CheckpointError:
         raise
+    except InputError as error:
+        raise CheckpointError(f"{repo}: {error}") from None
     except hub_errors.GatedRepoError:
         raise CheckpointError(
             f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then log in with "
@@ -434,6 +874,8 @@ def _download(name: str, repo: str, revision: str | None) -> Path:
             f"cannot fetch {repo}: the Hub cannot be reached and the cache has not all of it (cached: "
             f"{', '.join(_cached()) or 'no klein model'}); connect, or give --model a folder"
         ) from None
+    except hub_errors.EntryNotFoundError:
+        raise CheckpointError(f"{repo} has no file {name.removeprefix(repo).strip('/')}") from None
     except Exception as error:  # the Hub's client, its transfer library and its HTTP library each raise their own
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             fault = "the disk is full; HF_HOME moves the Hub's cache"

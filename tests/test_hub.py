@@ -168,3 +168,15 @@ def test_a_full_disk(monkeypatch):
 def test_a_repository_that_is_no_klein_checkpoint(hub, damaged, tmp_path):
     rewrite(damaged / "model_index.json", None)
     assert_refused(generate(tmp_path, url=hub.url), "no FLUX.2 [klein] checkpoint", "no model_index.json")
+
+
+def test_a_file_on_the_hub(hub, tmp_path):
+    name = "someone/klein-tune/vae/diffusion_pytorch_model.safetensors"
+    run = generate(tmp_path, "--vae", name, url=hub.url)
+    assert run.returncode == 0, run.stderr
+    assert hub.downloads.count(name) == 1
+    assert f"{REPO}/vae/diffusion_pytorch_model.safetensors" not in hub.downloads
+    assert_refused(
+        generate(tmp_path, "--vae", "someone/klein-tune/none.safetensors", url=hub.url),
+        "someone/klein-tune has no file none.safetensors",
+    )

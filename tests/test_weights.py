@@ -207,8 +207,8 @@ def test_a_file_from_the_cache_names_the_command_that_fetches_it_again(tmp_path)
 
 
 def test_a_format_that_is_not_read(tmp_path):
-    save_file({"w": torch.zeros(4, dtype=torch.float8_e4m3fn)}, tmp_path / "m.safetensors")
-    with pytest.raises(CheckpointError, match=r"only BF16, F16, F32: w \(F8_E4M3\)"):
+    save_file({"w": torch.zeros(4, dtype=torch.float64)}, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match=r"only F32, F16, BF16, F8_E4M3, U8, U32: w \(F64\)"):
         load_safetensors(tmp_path / "m.safetensors")
 
 
@@ -293,12 +293,17 @@ def test_a_folder_that_is_no_checkpoint(tmp_path):
     refused(
         tmp_path,
         "no FLUX.2 [klein] checkpoint in the diffusers layout",
-        "no model_index.json, scheduler/scheduler_config.json, transformer/config.json",
+        "no model_index.json, and no folder transformer, text_encoder or vae",
     )
 
 
+def test_a_folder_of_single_files_names_them(checkpoint, tmp_path):
+    (tmp_path / "klein.safetensors").symlink_to(checkpoint / TRANSFORMER)
+    refused(tmp_path, "to use a file of it, name the file: klein.safetensors")
+
+
 def test_a_file_in_place_of_a_folder(checkpoint):
-    refused(checkpoint / TRANSFORMER, "is a file; give the checkpoint's folder")
+    refused(checkpoint / TRANSFORMER, "of no released model", "give its text encoder, autoencoder, tokenizer as well")
 
 
 @pytest.mark.parametrize(

@@ -71,8 +71,10 @@ def text_encoder(
     return model.eval()
 
 
-def autoencoder(channels: tuple[int, ...] = (16, 32, 32, 32), **config: object) -> AutoencoderKLFlux2:
-    model = AutoencoderKLFlux2(block_out_channels=channels, norm_num_groups=8, **config)
+def autoencoder(
+    channels: tuple[int, ...] = (16, 32, 32, 32), norm_num_groups: int = 8, **config: object
+) -> AutoencoderKLFlux2:
+    model = AutoencoderKLFlux2(block_out_channels=channels, norm_num_groups=norm_num_groups, **config)
     randomize_norms(model)
     model.bn.running_mean.copy_(0.1 * torch.randn_like(model.bn.running_mean))
     model.bn.running_var.copy_(torch.rand_like(model.bn.running_var) + 0.5)

@@ -99,7 +99,8 @@ class Qwen3TextEncoder(nn.Module):
         mask = mx.tril(mx.ones((tokens, tokens), dtype=mx.bool_))[None, None]  # (1, 1, L, L)
         if attention_mask is not None:
             mask = mask & attention_mask.astype(mx.bool_)[:, None, None]  # (B, 1, L, L)
-        x = self.model.embed_tokens(input_ids)
+        dtype = self.model.layers[0].input_layernorm.weight.dtype  # never packed, as the embedding may be
+        x = self.model.embed_tokens(input_ids).astype(dtype)
         taps = []
         for i, layer in enumerate(self.model.layers):
             x = layer(x, mask)

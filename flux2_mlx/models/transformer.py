@@ -302,7 +302,7 @@ class FluxKlein(nn.Module):
         Returns:
             (B, S, in_channels), in the weights' dtype.
         """
-        dtype = self.norm_out.linear.weight.dtype
+        dtype = self.single_transformer_blocks[0].attn.norm_q.weight.dtype  # never packed, as matrices may be
         temb = self.time_guidance_embed(timesteps, dtype)
         img_mod = self.double_stream_modulation_img(temb)
         txt_mod = self.double_stream_modulation_txt(temb)

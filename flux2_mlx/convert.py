@@ -1,0 +1,454 @@
+"""python -m flux2_mlx.convert: any checkpoint to a folder in the diffusers layout, packed or not, or to BFL's files.
+
+Tensors are read, converted and written one at a time. The folder appears under its name only when it is whole. Of the
+text encoder it has the layers that FLUX.2 [klein] reads and no others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import struct
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from tqdm.auto import tqdm
+
+from ._version import __version__
+from .checkpoints import PACKED, Deferred, bfl_transformer, bfl_vae, converted, diffusers_vae
+from .commands import MODEL_HELP, PART_OPTIONS, Parser, add_model_options
+from .config import RELEASED, CheckpointError, InputError
+from .models.text_encoder import Qwen3TextEncoder
+from .models.transformer import FluxKlein
+from .quantize import Quantization, dense_layers, pack, packing_in, quantize
+from .weights import Checkpoint, load_autoencoder, load_text_encoder, load_transformer, open_checkpoint, read_header
+
+LAYOUTS = ("diffusers", "bfl")
+SHARD_BYTES = 5 * 10**9
+CHECKSUMS = "SHA256SUMS"
+NUMBER_TYPES = {
+    mx.float32: "F32",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.uint32: "U32",
+    mx.uint8: "U8",
+    mx.int64: "I64",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the result, made when it is written."""
+
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    make: Callable[[], mx.array]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.size
+
+
+def dense_entry(weight: Any, dtype: mx.Dtype | None) -> Entry:
+    """A weight as it is, cast where a dtype is given and it is a float."""
+    kept = weight.dtype if dtype is None or weight.dtype in (mx.uint8, mx.uint32, mx.int64) else dtype
+    cast = converted(weight, lambda array: array.astype(kept))
+    return Entry(tuple(weight.shape), kept, cast.make if isinstance(cast, Deferred) else lambda: cast)
+
+
+def packed_entries(layer: str, weight: Any, how: Quantization, dtype: mx.Dtype) -> dict[str, Entry]:
+    """A dense weight as the packed layer's arrays; it is packed once, when the first of them is written."""
+    parts: dict[str, mx.array] = {}
+
+    def make(kind: str) -> mx.array:
+        if not parts:
+            dense = weight.make() if isinstance(weight, Deferred) else weight
+            parts.update(zip(PACKED, pack(dense.astype(dtype), how), strict=False))
+        return parts.pop(kind)
+
+    shapes = pack(mx.zeros(weight.shape, dtype), how)  # lazy, for its shapes
+    return {
+        f"{layer}.{kind}": Entry(tuple(array.shape), array.dtype, lambda kind=kind: make(kind))  # type: ignore[misc]
+        for kind, array in zip(PACKED, shapes, strict=False)
+    }
+
+
+def entries_of(module: nn.Module, weights: Mapping[str, Any], how: Quantization | None) -> dict[str, Entry]:
+    """A component's tensors in bfloat16, the matrices that are dense packed where ``how`` says it.
+
+    Raises:
+        InputError: for a layer whose inputs are no multiple of the group size.
+    """
+    quantize(module, packing_in(weights))
+    dense = dict(dense_layers(module)) if how is not None else {}
+    result: dict[str, Entry] = {}
+    for name, weight in weights.items():
+        layer = name.removesuffix(".weight")
+        if how is not None and name.endswith(".weight") and layer in dense:
+            if weight.shape[1] % how.group_size:
+                raise InputError(
+                    f"{layer} has {weight.shape[1]} inputs, which are no multiple of the group size {how.group_size}"
+                )
+            result |= packed_entries(layer, weight, how, mx.bfloat16)
+        else:
+            result[name] = dense_entry(weight, None if name.startswith("bn.") else mx.bfloat16)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def shards_of(entries: Mapping[str, Entry], limit: int) -> list[dict[str, Entry]]:
+    """The tensors in order, in as few files of at most ``limit`` bytes as that order allows."""
+    shards: list[dict[str, Entry]] = [{}]
+    for name, entry in entries.items():
+        filled = sum(other.nbytes for other in shards[-1].values())
+        if shards[-1] and filled + entry.nbytes > limit:
+            shards.append({})
+        shards[-1][name] = entry
+    return shards
+
+
+def write_safetensors(path: Path, entries: Mapping[str, Entry], written: Callable[[int], object]) -> str:
+    """One file, tensor by tensor; the hexadecimal SHA-256 of it.
+
+    Raises:
+        CheckpointError: for a tensor that is not finite.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx", "flux2_mlx": __version__}}
+    at = 0
+    for name, entry in entries.items():
+        header[name] = {
+            "dtype": NUMBER_TYPES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [at, at + entry.nbytes],
+        }
+        at += entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for part in (struct.pack("<Q", len(text)), text):
+            file.write(part)
+            digest.update(part)
+        for name, entry in entries.items():
+            array = entry.make()
+            if array.dtype in (mx.float32, mx.float16, mx.bfloat16) and not mx.isfinite(array).all().item():
+                raise CheckpointError(f"{name} has values that are not finite; fetch the file again")
+            raw = np.array(array.reshape(-1).view(mx.uint8)) if array.size > 1 else _scalar(array)
+            del array
+            file.write(raw.data)
+            digest.update(raw.data)
+            written(entry.nbytes)
+    return digest.hexdigest()
+
+
+def _scalar(array: mx.array) -> np.ndarray:
+    return np.frombuffer(
+        np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array).tobytes(), np.uint8
+    )
+
+
+def convert(
+    checkpoint: Checkpoint,
+    target: Path,
+    *,
+    layout: str = "diffusers",
+    quantization: Mapping[str, Quantization] | None = None,
+    progress: bool = False,
+) -> None:
+    """Write a checkpoint as a folder that this library opens.
+
+    Args:
+        target: the folder, which must not exist; it appears when it is whole.
+        layout: "diffusers", or "bfl" for BFL's single files.
+        quantization: of "transformer" and "text_encoder", of what they hold dense; without it all is bfloat16.
+
+    Raises:
+        InputError: for a target that exists, too small a disk, or packed weights in BFL's layout.
+        CheckpointError: for weights that do not fit or are not finite.
+    """
+    if layout not in LAYOUTS:
+        raise InputError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    if target.exists():
+        raise InputError(f"{target} exists; give another name, or take it away")
+    how = dict(quantization or {})
+    # The modules check names and shapes; none of their lazy weights is computed.
+    load_transformer(checkpoint, mx.bfloat16)
+    load_text_encoder(checkpoint, mx.bfloat16)
+    load_autoencoder(checkpoint, mx.bfloat16)
+    weights = {part: source.weights() for part, source in checkpoint.sources.items()}
+    files: dict[str, dict[str, Entry]] = {}
+    if layout == "bfl":
+        if how:
+            raise InputError("BFL's files hold no packed weights; leave out --quantize, or --layout bfl")
+        single = {"transformer": bfl_transformer(weights["transformer"]), "ae": bfl_vae(weights["vae"])}
+        single["text_encoder"] = weights["text_encoder"]
+        for name, named in single.items():
+            files[f"{name}.safetensors"] = {
+                k: dense_entry(w, None if k.startswith("bn.") else mx.bfloat16) for k, w in named.items()
+            }
+    else:
+        modules = {
+            "transformer": FluxKlein(checkpoint.transformer),
+            "text_encoder": Qwen3TextEncoder(checkpoint.text_encoder),
+        }
+        parts = {part: entries_of(module, weights[part], how.get(part)) for part, module in modules.items()}
+        vae = diffusers_vae(weights["vae"])
+        parts["vae"] = {k: dense_entry(w, None if k.startswith("bn.") else mx.bfloat16) for k, w in vae.items()}
+        for part, entries in parts.items():
+            stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+            shards = shards_of(entries, SHARD_BYTES)
+            for k, shard in enumerate(shards):
+                suffix = f"-{k + 1:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+                files[f"{part}/{stem}{suffix}.safetensors"] = shard
+    total = sum(entry.nbytes for entries in files.values() for entry in entries.values())
+    parent = target.absolute().parent
+    if not parent.is_dir():
+        raise InputError(f"{parent} is no folder")
+    free = shutil.disk_usage(parent).free
+    if free < total + 2**20:
+        raise InputError(f"{target} needs {total / 1e9:.2f} GB and {free / 1e9:.2f} GB are free in {parent}")
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
+    try:
+        sums = {}
+        with tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=not progress) as bar:
+            for name in list(files):
+                (partial / name).parent.mkdir(exist_ok=True)
+                sums[name] = write_safetensors(partial / name, files.pop(name), bar.update)
+        for name, content in _texts(checkpoint, layout, how, list(sums), partial).items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).write_text(content, encoding="utf-8")
+        tokenizer = partial / "tokenizer"
+        tokenizer.mkdir()
+        for file in sorted(checkpoint.tokenizer.iterdir()):
+            if file.suffix in (".json", ".jinja", ".txt") and file.is_file():
+                shutil.copyfile(file, tokenizer / file.name)
+        (partial / CHECKSUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+        partial.chmod(0o755)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _texts(
+    checkpoint: Checkpoint, layout: str, how: Mapping[str, Quantization], written: Sequence[str], folder: Path
+) -> dict[str, str]:
+    """The files of text beside the weights, by name."""
+    configs: dict[str, Any] = {}
+    if layout == "diffusers":
+        kind = "Flux2KleinKVPipeline" if checkpoint.has_kv_cache else "Flux2KleinPipeline"
+        configs["model_index.json"] = {
+            "_class_name": kind,
+            "is_distilled": checkpoint.is_distilled,
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+            "tokenizer": ["transformers", "Qwen2TokenizerFast"],
+            "transformer": ["diffusers", "Flux2Transformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKLFlux2"],
+        }
+        configs["scheduler/scheduler_config.json"] = {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "num_train_timesteps": 1000,
+            "shift": 3.0,
+            "use_dynamic_shifting": True,
+            "time_shift_type": "exponential",
+        }
+        shapes = {
+            "transformer": checkpoint.transformer.to_config(),
+            "text_encoder": checkpoint.text_encoder.to_config(),
+            "vae": checkpoint.autoencoder.to_config(),
+        }
+        for part, config in shapes.items():
+            if part in how:
+                recipe = how[part]
+                config["quantization"] = {"bits": recipe.bits, "group_size": recipe.group_size, "mode": recipe.mode}
+            configs[f"{part}/config.json"] = config
+            shards = [name for name in written if name.startswith(f"{part}/")]
+            if len(shards) > 1:
+                stem = Path(shards[0]).name.split("-00001-of-")[0]
+                names = {key: Path(shard).name for shard in shards for key in read_header(folder / shard)}
+                size = sum((folder / shard).stat().st_size for shard in shards)
+                configs[f"{part}/{stem}.safetensors.index.json"] = {
+                    "metadata": {"total_size": size},
+                    "weight_map": names,
+                }
+    texts = {name: json.dumps(config, indent=2) + "\n" for name, config in configs.items()}
+    return texts | {"README.md": model_card(checkpoint, layout, how)}
+
+
+def model_card(checkpoint: Checkpoint, layout: str, how: Mapping[str, Quantization]) -> str:
+    """What the folder is, where it comes from, and under which licence."""
+    source = RELEASED.get(checkpoint.name, checkpoint.name)
+    packed = "; ".join(
+        f"{part.replace('_', ' ')} in {q.bits} bits, groups of {q.group_size} ({q.mode})" for part, q in how.items()
+    )
+    is_4b = checkpoint.transformer.txt_embed_dim == 7680
+    licence = (
+        "The 4B models of FLUX.2 [klein] are under Apache-2.0."
+        if is_4b
+        else "The 9B models of FLUX.2 [klein] are under Black Forest Labs' non-commercial licence."
+    )
+    lines = [
+        "---",
+        "library_name: mlx",
+        "pipeline_tag: text-to-image",
+        *([f"base_model: {source}"] if "/" in source and not source.startswith(("/", ".")) else []),
+        *(["license: apache-2.0"] if is_4b else ["license: other"]),
+        "---",
+        "",
+        f"# {Path(source).name}, converted by flux2_mlx {__version__}",
+        "",
+        f"From `{Path(source).name if Path(source).is_absolute() else source}`, in {layout} layout; "
+        f"{packed or 'bfloat16'}. The text encoder has the layers that FLUX.2 [klein] reads and no others, so other "
+        "programs need their own.",
+        "",
+        licence + " See the model that this was made from.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------- checking
+
+
+def check(folder: Path) -> Iterator[str]:
+    """Verify a folder: that it opens, and each file's header, length, checksum and values.
+
+    Yields:
+        a line for each file that is whole.
+
+    Raises:
+        CheckpointError: for the first fault.
+    """
+    recorded = {}
+    if (folder / CHECKSUMS).is_file():
+        for line in (folder / CHECKSUMS).read_text().splitlines():
+            digest, _, name = line.partition("  ")
+            recorded[name] = digest
+    files = sorted(folder.rglob("*.safetensors"))
+    missing = sorted(set(recorded) - {file.relative_to(folder).as_posix() for file in files})
+    if missing:
+        raise CheckpointError(f"{folder} has no {', '.join(missing)}")
+    if not files:
+        raise CheckpointError(f"{folder} has no safetensors files")
+    for file in files:
+        name = file.relative_to(folder).as_posix()
+        header = read_header(file)
+        if name in recorded:
+            digest = sha256(file)
+            if digest != recorded[name]:
+                raise CheckpointError(f"{file} is not what was written: its SHA-256 is {digest}, not {recorded[name]}")
+        arrays = mx.load(str(file), format="safetensors")
+        assert isinstance(arrays, dict)
+        for weight in sorted(arrays):
+            array = arrays.pop(weight)
+            if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+                raise CheckpointError(f"{file}: {weight} has values that are not finite")
+        yield f"{name}: {len(header)} tensors, {file.stat().st_size:,} bytes"
+    if (folder / "model_index.json").is_file():
+        checkpoint = open_checkpoint(folder)
+        load_transformer(checkpoint, mx.bfloat16)
+        load_text_encoder(checkpoint, mx.bfloat16)
+        load_autoencoder(checkpoint, mx.bfloat16)
+
+
+def sha256(file: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def upload(folder: Path, repo: str) -> str:
+    """Push a folder to the Hub as a private repository, or into one that is there; its address.
+
+    Raises:
+        InputError: where the Hub refuses, with the way out.
+    """
+    try:
+        huggingface_hub.create_repo(repo, private=True, exist_ok=True)
+        huggingface_hub.upload_folder(repo_id=repo, folder_path=folder)
+    except Exception as error:  # the Hub's client, its transfer library and its HTTP library each raise their own
+        raise InputError(
+            f"cannot upload to {repo}: {' '.join(str(error).split()) or type(error).__name__}; the folder {folder} "
+            "is whole (log in with `hf auth login` or set HF_TOKEN)"
+        ) from None
+    return f"https://huggingface.co/{repo}"
+
+
+# ---------------------------------------------------------------------------------------------------- command
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="flux2-convert", description="Convert a FLUX.2 [klein] checkpoint, or check a folder.")
+    parser.add_argument("model", nargs="?", help=MODEL_HELP)
+    parser.add_argument("target", nargs="?", type=Path, help="the folder to write, which must not exist")
+    add_model_options(parser)
+    parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="of the result (%(default)s)")
+    parser.add_argument("--check", type=Path, metavar="FOLDER", help="verify a folder instead")
+    parser.add_argument("--upload", metavar="ID", help="push the result to the Hub, as a private repository")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Check or convert, as the arguments say.
+
+    Raises:
+        InputError: for what cannot be used.
+    """
+    if arguments.check is not None:
+        if arguments.model is not None:
+            raise InputError("give either a model and a target, or --check FOLDER")
+        for line in check(arguments.check):
+            print(line)
+        return
+    if arguments.target is None:
+        raise InputError("give a model and a target, as in flux2-convert klein-4b klein-4b-4bit --quantize 4")
+    text = arguments.quantize if arguments.quantize_text_encoder is None else arguments.quantize_text_encoder
+    how = {
+        "transformer": Quantization.parse(arguments.quantize, arguments.group_size),
+        "text_encoder": Quantization.parse(text, arguments.group_size),
+    }
+    parts = {name: getattr(arguments, name) for name in PART_OPTIONS}
+    checkpoint = open_checkpoint(arguments.model, revision=arguments.revision, **parts)
+    packed = {part: quantization for part, quantization in how.items() if quantization is not None}
+    convert(checkpoint, arguments.target, layout=arguments.layout, quantization=packed, progress=not arguments.quiet)
+    print(arguments.target)
+    if arguments.upload is not None:
+        print(upload(arguments.target, arguments.upload))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        The exit code: 0, 2 for input that cannot be used (one line on standard error), 130 after Ctrl-C.
+    """
+    try:
+        run(build_parser().parse_args(argv))
+    except (InputError, OSError) as error:
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

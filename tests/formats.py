@@ -1,0 +1,246 @@
+"""Writers of the formats that klein comes in, each from the tensors of a diffusers checkpoint."""
+
+import json
+
+import gguf
+import mlx.core as mx
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+BFL = {
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+    "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+    "single_stream_modulation.linear": "single_stream_modulation.lin",
+    "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+}
+DOUBLE = {
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.linear_in": "img_mlp.0",
+    "ff.linear_out": "img_mlp.2",
+    "ff_context.linear_in": "txt_mlp.0",
+    "ff_context.linear_out": "txt_mlp.2",
+}
+SINGLE = {
+    "attn.to_qkv_mlp_proj": "linear1",
+    "attn.to_out": "linear2",
+    "attn.norm_q": "norm.query_norm",
+    "attn.norm_k": "norm.key_norm",
+}
+QKV = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+}
+
+
+def bfl_transformer(tensors, norm="scale", prefix=""):
+    """BFL's and ComfyUI's single file: fused q, k, v; final modulation as (shift, scale)."""
+    written = {}
+    for name, tensor in tensors.items():
+        module = name.removesuffix(".weight")
+        if module in BFL:
+            swapped = torch.cat(tensor.chunk(2)[::-1]) if module == "norm_out.linear" else tensor
+            written[f"{BFL[module]}.weight"] = swapped
+            continue
+        kind, number, inner = module.split(".", 2)
+        blocks, names = ("double_blocks", DOUBLE) if kind == "transformer_blocks" else ("single_blocks", SINGLE)
+        if inner in names:
+            suffix = norm if "norm" in inner else "weight"
+            written[f"{blocks}.{number}.{names[inner]}.{suffix}"] = tensor
+        for fused, (q, k, v) in QKV.items():
+            if inner == q:
+                parts = [tensors[f"{kind}.{number}.{part}.weight"] for part in (q, k, v)]
+                written[f"{blocks}.{number}.{fused}.weight"] = torch.cat(parts)
+    return {prefix + name: tensor.contiguous() for name, tensor in written.items()}
+
+
+def bfl_vae(tensors, prefix=""):
+    """ae.safetensors: up stages counted from the picture's side, attention as 1x1 convolutions."""
+    stages = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("decoder.up_blocks."))
+    written = {}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        if parts[0] in ("quant_conv", "post_quant_conv"):
+            parts.insert(0, "encoder" if parts[0] == "quant_conv" else "decoder")
+        if parts[1] == "down_blocks":
+            rest = ["block", parts[4]] if parts[3] == "resnets" else ["downsample"]
+            parts = [parts[0], "down", parts[2], *rest, *parts[5:]]
+        elif parts[1] == "up_blocks":
+            rest = ["block", parts[4]] if parts[3] == "resnets" else ["upsample"]
+            parts = [parts[0], "up", str(stages - 1 - int(parts[2])), *rest, *parts[5:]]
+        elif parts[1] == "mid_block" and parts[2] == "resnets":
+            parts = [parts[0], "mid", f"block_{int(parts[3]) + 1}", *parts[4:]]
+        elif parts[1] == "mid_block":
+            inner = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}[parts[4]]
+            parts = [parts[0], "mid", "attn_1", inner, parts[-1]]
+            tensor = tensor[:, :, None, None] if tensor.ndim == 2 else tensor
+        parts = [{"conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut"}.get(part, part) for part in parts]
+        written[prefix + ".".join(parts)] = tensor.contiguous()
+    return written
+
+
+def is_quantized_in_fp8(name):
+    return "norm" not in name and any(part in name for part in ("attn", "mlp", "linear1", "linear2"))
+
+
+def fp8(tensors, convention):
+    """(tensors, header, what they stand for) with the block's matrices in FP8.
+
+    Args:
+        convention: "bfl" (weight_scale, input_scale), "old" (scale_weight, a mark of the whole file), "mark" or
+            "header" (which say the format a layer), "plain" (no scales at all), "rows" (a scale for each row).
+    """
+    written, expected, header = {}, {}, {}
+    if convention == "old":
+        written["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    for name, tensor in tensors.items():
+        if not is_quantized_in_fp8(name):
+            written[name] = expected[name] = tensor
+            continue
+        layer = name.removesuffix(".weight")
+        scale = tensor.abs().amax(dim=1 if convention == "rows" else None) / 448
+        scale = torch.ones(()) if convention == "plain" else scale
+        codes = (tensor / (scale[:, None] if convention == "rows" else scale)).to(torch.float8_e4m3fn)
+        written[name] = codes
+        expected[name] = codes.float() * (scale[:, None] if convention == "rows" else scale)
+        if convention == "old":
+            written[f"{layer}.scale_weight"], written[f"{layer}.scale_input"] = scale.reshape(1), torch.ones(1)
+        elif convention != "plain":
+            written[f"{layer}.weight_scale"] = scale
+        if convention == "bfl":
+            written[f"{layer}.input_scale"] = torch.ones(())
+        if convention == "mark":
+            written[f"{layer}.comfy_quant"] = mark("float8_e4m3fn")
+        header[layer] = {"format": "float8_e4m3fn"}
+    metadata = {"_quantization_metadata": json.dumps({"layers": header})} if convention == "header" else {}
+    return written, metadata, expected
+
+
+def mark(format):
+    return torch.frombuffer(bytearray(json.dumps({"format": format}).encode()), dtype=torch.uint8)
+
+
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def nvfp4(tensor, layout):
+    """(weight, weight_scale, weight_scale_2, what they stand for) in "comfy"'s or "modelopt"'s layout."""
+    rows, columns = tensor.shape
+    scale_2 = tensor.abs().max() / (6 * 448)
+    groups = tensor.reshape(rows, columns // 16, 16)
+    scales = (groups.abs().amax(-1) / 6 / scale_2).to(torch.float8_e4m3fn)
+    whole = (scales.float() * scale_2)[..., None]
+    codes = (groups.abs() / whole.clamp(min=1e-12))[..., None].sub(E2M1).abs().argmin(-1)
+    values = (E2M1[codes] * groups.sign() * whole).reshape(rows, columns)
+    codes = (codes + 8 * (groups < 0)).reshape(rows, columns).to(torch.uint8)
+    even, odd = codes[:, ::2], codes[:, 1::2]
+    if layout == "modelopt":
+        return even | odd << 4, scales, scale_2, values
+    padded_rows, padded_columns = -(-rows // 128) * 128, -(-columns // 64) * 4
+    flat = torch.zeros(padded_rows * padded_columns, dtype=torch.uint8)
+    for row in range(rows):
+        for column in range(columns // 16):
+            tile = row // 128 * (padded_columns // 4) + column // 4
+            flat[512 * tile + row % 32 * 16 + row % 128 // 32 * 4 + column % 4] = scales[row, column].view(torch.uint8)
+    blocked = flat.view(torch.float8_e4m3fn).reshape(padded_rows, padded_columns)
+    return even << 4 | odd, blocked, scale_2, values
+
+
+LLAMA = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def llama_names(tensors):
+    """llama.cpp's names of a text encoder."""
+    top = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    written = {}
+    for name, tensor in tensors.items():
+        if name in top:
+            written[top[name]] = tensor
+        elif name.startswith("model.layers."):
+            _, _, number, inner = name.removesuffix(".weight").split(".", 3)
+            written[f"blk.{number}.{LLAMA[inner]}.weight"] = tensor
+    return written
+
+
+def write_gguf(path, tensors, type_name, architecture="flux"):
+    """A GGUF file with matrices of one type; returns what they stand for."""
+    kind = gguf.GGMLQuantizationType[type_name]
+    writer = gguf.GGUFWriter(str(path), architecture)
+    writer.add_string("general.name", "tiny")
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b", "c"])
+    expected = {}
+    for name, tensor in tensors.items():
+        array = tensor.float().numpy()
+        if array.ndim == 2:
+            raw = gguf.quants.quantize(array, kind)
+            writer.add_tensor(name, raw, raw_dtype=kind)
+            expected[name] = torch.from_numpy(gguf.quants.dequantize(raw, kind).reshape(array.shape).copy())
+        else:
+            writer.add_tensor(name, array)
+            expected[name] = tensor.float()
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return expected
+
+
+def packed(tensors, bits, group_size, skip=()):
+    """(tensors, what they stand for): every matrix packed by MLX, as mlx-lm and mflux save it."""
+    written, expected = {}, {}
+    for name, tensor in tensors.items():
+        layer = name.removesuffix(".weight")
+        array = mx.array(tensor.float().numpy())
+        if array.ndim != 2 or layer in skip:
+            written[name] = expected[name] = array
+            continue
+        parts = mx.quantize(array, group_size=group_size, bits=bits)
+        for kind, part in zip(("weight", "scales", "biases"), parts, strict=True):
+            written[f"{layer}.{kind}"] = part
+        expected[name] = mx.dequantize(*parts, group_size=group_size, bits=bits)
+    return written, expected
+
+
+def mflux_names(tensors):
+    """mflux's names of a transformer, a text encoder or an autoencoder."""
+    written = {}
+    for name, tensor in tensors.items():
+        name = name.replace("time_guidance_embed.timestep_embedder.", "time_guidance_embed.")
+        name = name.replace(".to_out.0.", ".to_out.").removeprefix("model.")
+        written[name] = tensor
+    return written
+
+
+def save(tensors, path, metadata=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if all(isinstance(tensor, mx.array) for tensor in tensors.values()):
+        mx.save_safetensors(str(path), tensors, metadata)
+    else:
+        save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path, metadata)
+    return path
+
+
+def as_numpy(tensor):
+    return tensor.float().numpy() if isinstance(tensor, torch.Tensor) else np.array(tensor.astype(mx.float32))

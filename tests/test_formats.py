@@ -1,0 +1,492 @@
+"""Every format that klein comes in: written from a tiny diffusers checkpoint, loaded, and equal to the original."""
+
+import contextlib
+import json
+import struct
+
+import gguf
+import huggingface_hub
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from flux2_mlx import (
+    RELEASED,
+    CheckpointError,
+    Flux2Pipeline,
+    load_safetensors,
+    open_checkpoint,
+    sanitize_flux2_klein_weights,
+    sanitize_qwen3_weights,
+    sanitize_vae_weights,
+)
+from flux2_mlx import weights as weights_module
+from flux2_mlx.gguf_files import read_gguf
+from flux2_mlx.memory import weights_of
+from flux2_mlx.quantize import QuantizedEmbedding, QuantizedLinear, unpack
+from flux2_mlx.weights import load_autoencoder, load_text_encoder, load_transformer, materialize
+from tests import formats, tiny
+
+LOADERS = {"transformer": load_transformer, "text_encoder": load_text_encoder, "vae": load_autoencoder}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A pipeline whose shapes tell its configs (32 groups, as FLUX.2 has), and its folder in the diffusers layout."""
+    pipe = tiny.pipeline(seed=5)
+    pipe.register_modules(vae=tiny.autoencoder((32, 64, 64, 64), norm_num_groups=32))
+    folder = tmp_path_factory.mktemp("formats") / "diffusers"
+    pipe.save_pretrained(folder)
+    return pipe, folder
+
+
+@pytest.fixture(scope="module")
+def tensors(whole):
+    pipe, _ = whole
+    parts = {"transformer": pipe.transformer, "text_encoder": pipe.text_encoder, "vae": pipe.vae}
+    return {part: {name: t.detach() for name, t in module.state_dict().items()} for part, module in parts.items()}
+
+
+def opened(folder, model=None, **parts):
+    """A checkpoint of which a part, or the model's file, is another."""
+    rest = {"text_encoder": folder / "text_encoder", "vae": folder / "vae", "tokenizer": folder / "tokenizer"}
+    if model is not None:
+        return open_checkpoint(model, distilled=True, **{**rest, **parts})
+    return open_checkpoint(folder, **parts)
+
+
+def loaded(checkpoint, part):
+    """A part's weights in memory, packed layers as floats."""
+    module = LOADERS[part](checkpoint, mx.float32)
+    for _ in materialize(module):
+        pass
+    weights = weights_of(module)
+    for path, layer in module.named_modules():
+        if isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
+            parts = [weights.pop(f"{path}.{name}", None) for name in ("weight", "scales", "biases")]
+            weights[f"{path}.weight"] = unpack(*parts, layer.how)
+    return weights
+
+
+def assert_equal(found, expected, tolerance=0.0):
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        a, b = formats.as_numpy(weight), formats.as_numpy(expected[name])
+        assert a.shape == b.shape, name
+        assert np.abs(a - b).max() <= tolerance * max(1e-3, np.abs(b).max()), name
+
+
+def original(folder, part):
+    return loaded(open_checkpoint(folder), part)
+
+
+# ------------------------------------------------------------------------------------------------ transformer
+
+
+@pytest.mark.parametrize("norm", ["scale", "weight"])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_bfl_single_file(whole, tensors, tmp_path, norm, prefix):
+    written = formats.bfl_transformer(tensors["transformer"], norm, prefix)
+    file = formats.save(written, tmp_path / "a file of any name")
+    assert_equal(loaded(opened(whole[1], file), "transformer"), original(whole[1], "transformer"))
+    assert_equal(loaded(opened(whole[1], transformer=file), "transformer"), original(whole[1], "transformer"))
+
+
+def test_bfl_names_become_what_diffusers_makes_of_them(tensors):
+    written = formats.bfl_transformer(tensors["transformer"])
+    theirs = convert_flux2_transformer_checkpoint_to_diffusers(dict(written))
+    ours = sanitize_flux2_klein_weights({name: mx.array(t.numpy()) for name, t in written.items()})
+    assert_equal(ours, theirs)
+
+
+def test_a_single_file_tells_the_shapes(whole, tensors, tmp_path):
+    file = formats.save(formats.bfl_transformer(tensors["transformer"]), tmp_path / "bfl.safetensors")
+    found, expected = opened(whole[1], file), open_checkpoint(whole[1])
+    assert found.transformer == expected.transformer
+    vae = formats.save(formats.bfl_vae(tensors["vae"]), tmp_path / "ae.safetensors")
+    text = formats.save(tensors["text_encoder"], tmp_path / "qwen.safetensors")
+    found = opened(whole[1], file, vae=vae, text_encoder=text)
+    assert found.text_encoder == expected.text_encoder
+    assert found.autoencoder == expected.autoencoder
+
+
+@pytest.mark.parametrize("convention", ["bfl", "old", "mark", "header", "plain", "rows"])
+def test_fp8(whole, tensors, tmp_path, convention):
+    written, metadata, expected = formats.fp8(formats.bfl_transformer(tensors["transformer"]), convention)
+    file = formats.save(written, tmp_path / "fp8.safetensors", metadata)
+    expected = sanitize_flux2_klein_weights({name: mx.array(t.float().numpy()) for name, t in expected.items()})
+    assert_equal(loaded(opened(whole[1], file), "transformer"), expected)
+
+
+def test_fp8_that_mlx_does_not_have_is_refused(tmp_path):
+    file = formats.save({"w": torch.randn(3, 5).to(torch.float8_e5m2)}, tmp_path / "w")
+    with pytest.raises(CheckpointError, match="F8_E5M2"):
+        load_safetensors(file)
+
+
+@pytest.mark.parametrize("size", [(200, 320), (128, 128), (96, 72)])
+def test_fp8_in_blocks_of_128(size):
+    weight = mx.random.normal(size)
+    scales = mx.random.uniform(0.5, 2, (-(-size[0] // 128), -(-size[1] // 128)))
+    layer = "model.layers.3.mlp.up_proj"
+    found = sanitize_qwen3_weights({f"{layer}.weight": weight, f"{layer}.weight_scale_inv": scales})
+    expected = np.array(weight)
+    for row in range(size[0]):
+        for column in range(size[1]):
+            expected[row, column] *= np.array(scales)[row // 128, column // 128]
+    assert_equal(found, {f"{layer}.weight": mx.array(expected)})
+
+
+@pytest.mark.parametrize("layout", ["comfy", "modelopt"])
+@pytest.mark.parametrize("size", [(64, 64), (200, 144), (384, 128)])
+def test_nvfp4(layout, size, tmp_path):
+    torch.manual_seed(0)
+    weight, scale, scale_2, expected = formats.nvfp4(torch.randn(size), layout)
+    layer = "transformer_blocks.0.ff.linear_in"
+    written = {f"{layer}.weight": weight, f"{layer}.weight_scale": scale, f"{layer}.weight_scale_2": scale_2}
+    written[f"{layer}.comfy_quant"] = formats.mark("nvfp4" if layout == "comfy" else "modelopt_nvfp4")
+    found = sanitize_flux2_klein_weights(load_safetensors(formats.save(written, tmp_path / "w")))
+    assert_equal(found, {f"{layer}.weight": expected}, 1e-6)
+
+
+def test_nvfp4_of_modelopt_is_told_by_the_config(whole, tensors, tmp_path):
+    written = dict(tensors["text_encoder"])
+    layer = "model.layers.2.mlp.up_proj"
+    weight, scale, scale_2, expected = formats.nvfp4(written[f"{layer}.weight"], "modelopt")
+    written |= {f"{layer}.weight": weight, f"{layer}.weight_scale": scale, f"{layer}.weight_scale_2": scale_2}
+    folder = tmp_path / "text"
+    formats.save(written, folder / "model.safetensors")
+    config = json.loads((whole[1] / "text_encoder" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    (folder / "config.json").write_text(json.dumps(config))
+    found = loaded(opened(whole[1], text_encoder=folder), "text_encoder")
+    assert_equal({"w": found[f"{layer}.weight"]}, {"w": expected}, 1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_packed_by_mlx(whole, tensors, tmp_path, bits):
+    written, expected = formats.packed(formats.mflux_names(tensors["transformer"]), bits, 32)
+    file = formats.save(written, tmp_path / "packed.safetensors")
+    checkpoint = opened(whole[1], file)
+    assert checkpoint.transformer == open_checkpoint(whole[1]).transformer
+    assert_equal(loaded(checkpoint, "transformer"), sanitize_flux2_klein_weights(expected))
+    layer = load_transformer(checkpoint, mx.float32).transformer_blocks[0].attn.to_q
+    assert (layer.how.bits, layer.how.group_size, layer.how.mode) == (bits, 32, "affine")
+
+
+@pytest.mark.parametrize("type_name", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+def test_gguf_transformer(whole, tensors, tmp_path, type_name):
+    file = tmp_path / "klein.gguf"
+    expected = formats.write_gguf(file, formats.bfl_transformer(tensors["transformer"]), type_name)
+    expected = sanitize_flux2_klein_weights({name: mx.array(t.numpy()) for name, t in expected.items()})
+    checkpoint = opened(whole[1], file)
+    assert_equal(loaded(checkpoint, "transformer"), expected, 1e-6)
+    layer = load_transformer(checkpoint, mx.float32).single_transformer_blocks[0].attn.to_out
+    bits = {"Q8_0": 8, "Q4_0": 4, "Q4_1": 4}.get(type_name)
+    assert (layer.how.bits if isinstance(layer, QuantizedLinear) else None) == bits
+
+
+def gguf_bytes(name, shape, kind, raw, *, values=(), version=3):
+    """A GGUF file of one tensor, by hand."""
+    header = struct.pack("<4sIQQ", b"GGUF", version, 1, len(values)) + b"".join(values)
+    header += struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", len(shape))
+    header += b"".join(struct.pack("<Q", size) for size in reversed(shape)) + struct.pack("<IQ", kind, 0)
+    return header + bytes(-len(header) % 32) + raw
+
+
+DEQUANTIZED = sorted(kind for kind in gguf.quants._type_traits if kind not in (0, 1, 2, 3, 8, 30))
+
+
+@pytest.mark.parametrize("kind", DEQUANTIZED, ids=lambda kind: gguf.GGMLQuantizationType(kind).name)
+def test_every_other_type_of_gguf(tmp_path, kind):
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(0).integers(0, 100, (3, 2 * size), np.uint8)
+    (tmp_path / "w").write_bytes(gguf_bytes("img_in.weight", (3, 2 * block), int(kind), raw.tobytes()))
+    found = np.array(read_gguf(tmp_path / "w")["img_in.weight"].make())
+    np.testing.assert_array_equal(found, gguf.quants.dequantize(raw, kind).reshape(3, 2 * block))
+
+
+# ------------------------------------------------------------------------------------------------ text encoder
+
+
+@pytest.mark.parametrize("prefix", ["", "text_encoders.qwen3_4b.transformer."])
+def test_text_encoder_file(whole, tensors, tmp_path, prefix):
+    written = {prefix + name: t for name, t in tensors["text_encoder"].items()}
+    file = formats.save(written, tmp_path / "qwen.safetensors")
+    assert_equal(loaded(opened(whole[1], text_encoder=file), "text_encoder"), original(whole[1], "text_encoder"))
+
+
+@pytest.mark.parametrize("type_name", ["F16", "Q8_0", "Q5_1"])
+def test_gguf_text_encoder(whole, tensors, tmp_path, type_name):
+    file = tmp_path / "qwen.gguf"
+    expected = formats.write_gguf(file, formats.llama_names(tensors["text_encoder"]), type_name, "qwen3")
+    expected = sanitize_qwen3_weights({name: mx.array(t.numpy()) for name, t in expected.items()})
+    assert_equal(loaded(opened(whole[1], text_encoder=file), "text_encoder"), expected, 1e-6)
+
+
+@pytest.mark.parametrize("model", ["model.", ""])
+def test_mlx_text_encoder_folder(whole, tensors, tmp_path, model):
+    """As mlx-lm and mflux save one, the embedding packed too."""
+    packed, expected = formats.packed(tensors["text_encoder"], 4, 64)
+    written = {name.replace("model.", model, 1): array for name, array in packed.items()}
+    formats.save(written, tmp_path / "text" / "model.safetensors")
+    checkpoint = opened(whole[1], text_encoder=tmp_path / "text")
+    assert_equal(loaded(checkpoint, "text_encoder"), sanitize_qwen3_weights(expected))
+    pipe = Flux2Pipeline(checkpoint)
+    pipe("a red fox", height=64, width=64, num_steps=1, max_sequence_length=16)
+
+
+# ------------------------------------------------------------------------------------------------ autoencoder
+
+
+@pytest.mark.parametrize("prefix", ["", "vae."])
+@pytest.mark.parametrize(
+    "write", [formats.bfl_vae, lambda tensors, prefix: {prefix + k: v for k, v in tensors.items()}]
+)
+def test_vae_file(whole, tensors, tmp_path, prefix, write):
+    file = formats.save(write(tensors["vae"], prefix), tmp_path / "ae.safetensors")
+    assert_equal(loaded(opened(whole[1], vae=file), "vae"), original(whole[1], "vae"))
+
+
+@pytest.mark.parametrize("write", [formats.bfl_vae, dict])
+def test_a_decoder_alone(whole, tensors, tmp_path, write):
+    """It replaces the decoder; encoder and statistics stay the model's."""
+    small = tiny.autoencoder((32, 64, 64, 64), norm_num_groups=32, decoder_block_out_channels=(32, 32, 64, 64))
+    state = {name: t.detach() for name, t in small.state_dict().items()}
+    decoder = {name: t for name, t in state.items() if name.startswith(("decoder.", "post_quant_conv."))}
+    file = formats.save(write(decoder), tmp_path / "small_decoder.safetensors")
+    checkpoint = opened(whole[1], vae=file)
+    assert checkpoint.autoencoder.decoder_channels == (32, 32, 64, 64)
+    found, before = loaded(checkpoint, "vae"), original(whole[1], "vae")
+    expected = sanitize_vae_weights({name: mx.array(t.numpy()) for name, t in decoder.items()})
+    kept = {name: array for name, array in before.items() if not name.startswith("decoder.")}
+    assert_equal(found, kept | expected)
+
+
+# ------------------------------------------------------------------------------------------------ several parts
+
+
+def test_mflux_folder_without_configs(whole, tensors, tmp_path):
+    """Packed everywhere, the autoencoder's attention too; its convolutions are in NHWC already."""
+    folder, expected = tmp_path / "saved", {}
+    for part in ("transformer", "text_encoder", "vae"):
+        source = tensors[part]
+        if part == "vae":
+            source = {
+                n: t.permute(0, 2, 3, 1) if t.ndim == 4 else t for n, t in source.items() if "num_batches" not in n
+            }
+        written, dense = formats.packed(formats.mflux_names(source), 8, 64)
+        half = sorted(written)[: len(written) // 2]
+        formats.save({name: written[name] for name in half}, folder / part / "0.safetensors")
+        formats.save({n: a for n, a in written.items() if n not in half}, folder / part / "1.safetensors")
+        expected[part] = dense
+    (folder / "tokenizer").symlink_to(whole[1] / "tokenizer")
+    with pytest.raises(CheckpointError, match=r"does not say whether .* distilled=True .*--no-distilled"):
+        open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, distilled=False)
+    assert not checkpoint.is_distilled
+    sanitize = {"transformer": sanitize_flux2_klein_weights, "text_encoder": sanitize_qwen3_weights}
+    for part, function in sanitize.items():
+        assert_equal(loaded(checkpoint, part), function(expected[part]))
+    assert_equal(loaded(checkpoint, "vae"), original(whole[1], "vae"), 0.02)  # 8 bits of its attention
+
+
+def test_a_full_checkpoint_in_one_file(whole, tensors, tmp_path):
+    written = formats.bfl_transformer(tensors["transformer"], prefix="model.diffusion_model.")
+    written |= formats.bfl_vae(tensors["vae"], "vae.")
+    written |= {f"text_encoders.qwen3_8b.transformer.{n}": t for n, t in tensors["text_encoder"].items()}
+    file = formats.save(written, tmp_path / "full.safetensors")
+    checkpoint = open_checkpoint(file, tokenizer=whole[1] / "tokenizer", distilled=True)
+    for part in LOADERS:
+        assert_equal(loaded(checkpoint, part), original(whole[1], part))
+
+
+def test_the_rest_of_a_file_is_the_released_model_of_its_size(whole, tensors, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot(repo, *, revision, allow_patterns):
+        asked.append((repo, allow_patterns))
+        return str(whole[1])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(weights_module, "_TEXT_SIZES", {"klein-9b": 1, "klein-4b": 192})
+    file = formats.save(formats.bfl_transformer(tensors["transformer"]), tmp_path / "bfl.safetensors")
+    checkpoint = open_checkpoint(file, distilled=False)
+    assert {repo for repo, _ in asked} == {RELEASED["klein-4b"]}
+    patterns = [pattern for _, patterns in asked for pattern in patterns]
+    assert any(pattern.startswith("text_encoder/") for pattern in patterns)
+    assert not any(pattern.startswith("transformer/") for pattern in patterns)
+    assert checkpoint.tokenizer == whole[1] / "tokenizer"
+    assert_equal(loaded(checkpoint, "transformer"), original(whole[1], "transformer"))
+    assert_equal(loaded(checkpoint, "vae"), original(whole[1], "vae"))
+
+
+def test_the_picture_is_the_same_from_a_file(whole, tensors, tmp_path):
+    file = formats.save(formats.bfl_transformer(tensors["transformer"]), tmp_path / "bfl.safetensors")
+    vae = formats.save(formats.bfl_vae(tensors["vae"]), tmp_path / "ae.safetensors")
+    options = {"height": 64, "width": 96, "num_steps": 2, "seed": 1, "max_sequence_length": 24, "output_type": "np"}
+    expected = Flux2Pipeline.from_pretrained(whole[1])("a red fox", **options).images
+    pipe = Flux2Pipeline.from_pretrained(
+        file, text_encoder=whole[1] / "text_encoder", vae=vae, tokenizer=whole[1] / "tokenizer", distilled=True
+    )
+    np.testing.assert_array_equal(pipe("a red fox", **options).images, expected)
+
+
+def test_sanitizing_twice_changes_nothing(tensors):
+    written = {
+        sanitize_flux2_klein_weights: formats.bfl_transformer(tensors["transformer"], prefix="model.diffusion_model."),
+        sanitize_qwen3_weights: formats.llama_names(tensors["text_encoder"]),
+        sanitize_vae_weights: formats.bfl_vae(tensors["vae"], "vae."),
+    }
+    for sanitize, foreign in written.items():
+        once = sanitize({name: mx.array(t.float().numpy()) for name, t in foreign.items()})
+        twice = sanitize(once)
+        assert once.keys() == twice.keys()
+        assert all(once[name] is twice[name] for name in once)
+
+
+# ------------------------------------------------------------------------------------------------ refused
+
+
+def refused(*expected, **parts):
+    with pytest.raises(CheckpointError) as caught:
+        Flux2Pipeline.from_pretrained(**parts)
+    message = str(caught.value)
+    assert "\n" not in message
+    for text in expected:
+        assert text in message, message
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        (["double_blocks.0.img_mod.lin.weight", "img_in.weight", "vector_in.in_layer.weight"], "FLUX.1"),
+        (["x_embedder.weight", "transformer_blocks.0.norm1.linear.weight"], "FLUX.1"),
+        (["img_in.weight", "guidance_in.in_layer.weight"], "FLUX.2-dev"),
+        (["img_in.weight"], "no FLUX.2 [klein] transformer: there is no proj_out.weight"),
+        (["transformer.single_transformer_blocks.0.attn.to_out.lora_A.weight"], "looks like a LoRA"),
+        (["model.diffusion_model.input_blocks.0.0.weight"], "looks like Stable Diffusion"),
+        (
+            ["model.embed_tokens.weight"],
+            "holds no transformer; give a model, and this file as --text-encoder",
+        ),
+        (["something"], "holds no part of a FLUX.2 [klein] model (its first weights: something)"),
+    ],
+)
+def test_other_files_are_named(tmp_path, whole, keys, says):
+    file = formats.save({key: torch.zeros(2, 2) for key in keys}, tmp_path / "other.safetensors")
+    refused(str(file), says, model=file, distilled=True)
+
+
+def test_a_part_of_another_kind_is_refused(whole, tensors, tmp_path):
+    file = formats.save(formats.bfl_vae(tensors["vae"]), tmp_path / "ae.safetensors")
+    refused("holds no transformer, but autoencoder", model=whole[1], transformer=file)
+    refused("no autoencoder 'nowhere': there is no such file or folder", model=whole[1], vae="nowhere")
+
+
+def test_parts_that_do_not_fit(whole, tmp_path):
+    other = tiny.text_encoder(text_hidden=80, text_heads=4, text_kv_heads=1)
+    file = formats.save(other.state_dict(), tmp_path / "qwen.safetensors")
+    refused("takes prompt embeddings of 192", "gives 240", "klein-4b goes with", model=whole[1], text_encoder=file)
+
+
+def test_nvfp4_that_does_not_say_its_layout(tmp_path):
+    weight, scale, scale_2, _ = formats.nvfp4(torch.randn(64, 64), "comfy")
+    written = {"img_in.weight": weight, "img_in.weight_scale": scale, "img_in.weight_scale_2": scale_2}
+    file = formats.save(written, tmp_path / "w.safetensors")
+    refused("NVFP4", "which of two layouts", model=file, distilled=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"img_in.comfy_quant": formats.mark("int8_tensorwise")}, "stored as int8_tensorwise, which is not read"),
+        ({"img_in.comfy_quant": torch.zeros(3, dtype=torch.uint8)}, "img_in.comfy_quant does not say a format"),
+        ({"img_in.weight_scale": torch.tensor(float("nan"))}, "img_in.weight_scale is not a finite number"),
+        ({"img_in.weight_scale": torch.ones(7, 3)}, "do not belong together"),
+        ({"img_in.weight_scale": torch.ones(()), "img_in.scale_weight": torch.ones(())}, "more than one scale"),
+        ({"img_in.weight": torch.zeros(64, 128, dtype=torch.int32)}, "(I32)"),
+        ({"img_in.weight": torch.zeros(64, 128, dtype=torch.uint8)}, "in formats that are not read: x_embedder.weight"),
+        ({"img_in.extra": torch.ones(2)}, "1 unknown: x_embedder.extra"),
+        ({"img_in.scales": torch.ones(64, 3)}, "no packing of 128 columns"),
+    ],
+)
+def test_broken_weights(whole, tensors, tmp_path, change, says):
+    written = formats.bfl_transformer(tensors["transformer"]) | change
+    refused(says, model=whole[1], transformer=formats.save(written, tmp_path / "broken.safetensors"))
+
+
+def test_a_header_that_does_not_say_the_formats(whole, tensors, tmp_path):
+    for content in ("no JSON", "[]", '{"layers": {"a": 3}}'):
+        metadata = {"_quantization_metadata": content}
+        file = formats.save(formats.bfl_transformer(tensors["transformer"]), tmp_path / "w.safetensors", metadata)
+        refused("_quantization_metadata", model=whole[1], transformer=file)
+
+
+def test_scales_that_are_not_finite_are_told_when_loaded(whole, tensors, tmp_path):
+    written, _ = formats.packed(tensors["transformer"], 4, 32)
+    written["proj_out.scales"] = mx.full(written["proj_out.scales"].shape, float("nan"))
+    pipe = Flux2Pipeline.from_pretrained(whole[1], transformer=formats.save(written, tmp_path / "w.safetensors"))
+    with pytest.raises(CheckpointError, match=r"proj_out\.scales has values that are not finite"):
+        pipe("a", height=64, width=64, num_steps=1, max_sequence_length=16)
+
+
+@pytest.mark.parametrize("start", [b"PK\x03\x04", b"\x80\x02"])
+def test_a_pickle_of_any_name_is_refused(tmp_path, start):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(start + bytes(100))
+    refused("is a pickle", model=file, distilled=True)
+
+
+GGUF = gguf_bytes("img_in.weight", (2, 32), 0, bytes(256))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"GGUF", "ends within its header"),
+        (GGUF[:-1], "ends beyond its"),
+        (GGUF[:60], "ends within its header"),
+        (GGUF.replace(b"\x03", b"\x09", 1), "GGUF of version 9"),
+        (struct.pack("<4sIQQ", b"GGUF", 3, 2**60, 0), "claims"),
+        (struct.pack("<4sIQQQ", b"GGUF", 3, 1, 1, 2**62), "ends within its header"),
+        (gguf_bytes("w", (2, 32), 999, b""), "type 999, which the gguf package does not know"),
+        (gguf_bytes("w", (2, 31), 2, bytes(99)), "in blocks of 32"),
+        (gguf_bytes("w", (2**40, 2**40), 0, bytes(99)), "ends beyond its"),
+    ],
+)
+def test_broken_gguf_files(tmp_path, content, says):
+    file = tmp_path / "w.gguf"
+    file.write_bytes(content)
+    refused(str(file), says, model=file, distilled=True)
+
+
+def test_a_gguf_type_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    file = tmp_path / "w.gguf"
+    file.write_bytes(gguf_bytes("w", (2, 256), 12, bytes(288)))
+    refused("pip install 'flux2-mlx[gguf]'", model=file, distilled=True)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_no_header_crashes_or_is_believed(tmp_path, data):
+    """Bytes changed, cut or made up: each is read or refused, and nothing is allocated that a header merely claims."""
+    file = tmp_path / "fuzzed"
+    save_file({"img_in.weight": torch.zeros(2, 32), "b": torch.zeros(3, dtype=torch.float8_e4m3fn)}, file)
+    whole = data.draw(st.sampled_from([GGUF, file.read_bytes()]))
+    content = bytearray(whole)
+    for _ in range(data.draw(st.integers(0, 4))):
+        content[data.draw(st.integers(0, min(len(content) - 1, 200)))] = data.draw(st.integers(0, 255))
+    content = content[: data.draw(st.integers(0, len(content)))] + data.draw(st.binary(max_size=16))
+    file.write_bytes(content)
+    before = mx.get_peak_memory()
+    with contextlib.suppress(CheckpointError):
+        weights = read_gguf(file) if content.startswith(b"GGUF") else load_safetensors(file)
+        assert all(len(weight.shape) <= 8 for weight in weights.values())
+    assert mx.get_peak_memory() - before < 2**20
