@@ -5,7 +5,7 @@ and ComfyUI's single files, llama.cpp's (text encoders in GGUF), mflux's. Storag
 tensor, row or block; NVFP4; integers packed by MLX (``weight``, ``scales``, ``biases``), which stay packed.
 
 Each function takes and returns a dictionary of lazy arrays and changes nothing in one that it has already been
-through. No data is read but for marks of a few bytes.
+through. No weight is read, only marks and scales.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from itertools import accumulate
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -29,36 +30,69 @@ from .config import (
     Qwen3Config,
 )
 
+# Rows of a deferred weight that are converted at one time.
+ROWS_AT_ONCE = 4096
+
 
 @dataclass(frozen=True)
 class Deferred:
-    """A weight in a format that MLX cannot read lazily: converted when its turn comes.
+    """A weight in a format that MLX cannot read lazily: read and converted when its turn comes.
 
     Attributes:
-        make: reads and converts it; called once, and what it returns is not kept here.
+        read: rows from one up to another, converted.
     """
 
     shape: tuple[int, ...]
     dtype: mx.Dtype
-    make: Callable[[], mx.array]
+    read: Callable[[int, int], mx.array]
 
     @property
     def ndim(self) -> int:
         return len(self.shape)
 
+    def make(self) -> mx.array:
+        """All of it, some rows at a time."""
+        parts = []
+        for start in range(0, self.shape[0], ROWS_AT_ONCE):
+            parts.append(self.read(start, min(start + ROWS_AT_ONCE, self.shape[0])))
+            mx.eval(parts)
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
-Weight: TypeAlias = "mx.array | Deferred"
 
-
-def converted(weight: Any, function: Callable[[mx.array], mx.array], shape: tuple[int, ...] | None = None) -> Any:
-    """function(weight), now where arrays are lazy, later where they are not; ``shape`` where that changes."""
+def cast(weight: Any, dtype: mx.Dtype) -> Any:
+    """A weight in another dtype; integers, which are packed, stay."""
+    if weight.dtype in INTEGERS:
+        return weight
     if isinstance(weight, Deferred):
-        return Deferred(shape or weight.shape, weight.dtype, lambda: function(weight.make()))
-    return function(weight)
+        return Deferred(weight.shape, dtype, lambda start, stop: weight.read(start, stop).astype(dtype))
+    return weight.astype(dtype)
+
+
+INTEGERS = (mx.uint8, mx.uint32, mx.int64)
 
 
 def _rows(weight: Any, start: int, stop: int) -> Any:
-    return converted(weight, lambda array: array[start:stop], (stop - start, *weight.shape[1:]))
+    if isinstance(weight, Deferred):
+        shape = (stop - start, *weight.shape[1:])
+        return Deferred(shape, weight.dtype, lambda a, b: weight.read(start + a, start + b))
+    return weight[start:stop]
+
+
+def _joined(parts: list[Any]) -> Any:
+    """The rows of some weights as one."""
+    if not isinstance(parts[0], Deferred):
+        return mx.concatenate(parts)
+    ends = list(accumulate(part.shape[0] for part in parts))
+
+    def read(start: int, stop: int) -> mx.array:
+        found = []
+        for part, end in zip(parts, ends, strict=True):
+            first = end - part.shape[0]
+            if start < end and stop > first:
+                found.append(part.read(max(start - first, 0), min(stop, end) - first))
+        return mx.concatenate(found)
+
+    return Deferred((ends[-1], *parts[0].shape[1:]), parts[0].dtype, read)
 
 
 # ---------------------------------------------------------------------------------------------------- storage
@@ -83,11 +117,8 @@ def mark(format: str) -> mx.array:
 
 def _format(layer: str, array: mx.array) -> str:
     try:
-        content = json.loads(bytes(np.array(array)))
-        if content.get("convrot"):
-            return f"{content['format']} with rotated weights"
-        return str(content["format"])
-    except (ValueError, TypeError, KeyError, AttributeError):
+        return str(json.loads(bytes(np.array(array)))["format"])
+    except (ValueError, TypeError, KeyError):
         raise CheckpointError(f"{layer}.{MARK} does not say a format") from None
 
 
@@ -116,7 +147,7 @@ def _with_scales(weights: Mapping[str, Any]) -> dict[str, Any]:
         if kind in (*_SCALES, *_UNUSED, MARK) and f"{layer}.weight" in weights:
             continue
         if kind == "weight":
-            found = {scale: weights[f"{layer}.{scale}"] for scale in _SCALES if f"{layer}.{scale}" in weights}
+            found = {kind: weights[f"{layer}.{kind}"] for kind in _SCALES if f"{layer}.{kind}" in weights}
             if found:
                 weight = _scaled(layer, weight, found, formats.get(layer))
         result[name] = weight
@@ -124,10 +155,11 @@ def _with_scales(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scaled(layer: str, weight: Any, scales: dict[str, mx.array], format: str | None) -> mx.array:
-    whole = {name: scale for name, scale in scales.items() if scale.size == 1}
-    broken = sorted(name for name, scale in whole.items() if not mx.isfinite(scale).all().item())
-    if broken:
-        raise CheckpointError(f"{layer}.{broken[0]} is not a finite number")
+    for name, scale in scales.items():
+        if not isinstance(scale, mx.array):
+            raise CheckpointError(f"{layer}.{name} is in GGUF, where no scales belong")
+        if not mx.isfinite(scale).all().item():
+            raise CheckpointError(f"{layer}.{name} is not a finite number")
     if "weight_scale_2" in scales:
         if weight.dtype != mx.uint8 or "weight_scale" not in scales:
             raise CheckpointError(f"{layer}: weight_scale_2 belongs to NVFP4, but the weight is {weight.dtype}")
@@ -230,23 +262,27 @@ _BFL = {
     "final_layer.linear": ("proj_out",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
-_BFL_BLOCKS = {
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "img_attn.norm.query_norm": ("attn.norm_q",),
-    "img_attn.norm.key_norm": ("attn.norm_k",),
-    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
-    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
-    "img_attn.proj": ("attn.to_out.0",),
-    "txt_attn.proj": ("attn.to_add_out",),
-    "img_mlp.0": ("ff.linear_in",),
-    "img_mlp.2": ("ff.linear_out",),
-    "txt_mlp.0": ("ff_context.linear_in",),
-    "txt_mlp.2": ("ff_context.linear_out",),
-    "linear1": ("attn.to_qkv_mlp_proj",),
-    "linear2": ("attn.to_out",),
-    "norm.query_norm": ("attn.norm_q",),
-    "norm.key_norm": ("attn.norm_k",),
+_BFL_BLOCKS: dict[str, dict[str, tuple[str, ...]]] = {
+    "double_blocks": {
+        "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        "img_attn.norm.query_norm": ("attn.norm_q",),
+        "img_attn.norm.key_norm": ("attn.norm_k",),
+        "txt_attn.norm.query_norm": ("attn.norm_added_q",),
+        "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+        "img_attn.proj": ("attn.to_out.0",),
+        "txt_attn.proj": ("attn.to_add_out",),
+        "img_mlp.0": ("ff.linear_in",),
+        "img_mlp.2": ("ff.linear_out",),
+        "txt_mlp.0": ("ff_context.linear_in",),
+        "txt_mlp.2": ("ff_context.linear_out",),
+    },
+    "single_blocks": {
+        "linear1": ("attn.to_qkv_mlp_proj",),
+        "linear2": ("attn.to_out",),
+        "norm.query_norm": ("attn.norm_q",),
+        "norm.key_norm": ("attn.norm_k",),
+    },
 }
 _BLOCKS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
 _BFL_BLOCK = re.compile(r"(double_blocks|single_blocks)\.(\d+)\.(.+)")
@@ -264,12 +300,12 @@ def _diffusers_modules(module: str) -> tuple[str, ...]:
     if not block:
         return _BFL.get(module, (module,))
     kind, number, inner = block.groups()
-    return tuple(f"{_BLOCKS[kind]}.{number}.{name}" for name in _BFL_BLOCKS.get(inner, (inner,)))
+    return tuple(f"{_BLOCKS[kind]}.{number}.{name}" for name in _BFL_BLOCKS[kind].get(inner, (inner,)))
 
 
-def _swap_halves(array: mx.array) -> mx.array:
-    first, second = mx.split(array, 2)
-    return mx.concatenate([second, first])
+def _swap_halves(weight: Any) -> Any:
+    half = weight.shape[0] // 2
+    return _joined([_rows(weight, half, 2 * half), _rows(weight, 0, half)])
 
 
 def sanitize_flux2_klein_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,6 +316,8 @@ def sanitize_flux2_klein_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
         CheckpointError: for FLUX.1 and FLUX.2-dev, by name, and for a storage format that is not read.
     """
     weights = _with_scales(_only(weights, TRANSFORMER_PREFIXES))
+    if "time_guidance_embed.linear_1.weight" in weights:  # mflux's: a bias that some of its versions made up
+        weights.pop("norm_out.linear.bias", None)
     sanitized: dict[str, Any] = {}
     for name, weight in weights.items():
         module, _, kind = name.rpartition(".")
@@ -291,7 +329,7 @@ def sanitize_flux2_klein_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
             continue
         kind = "weight" if kind == "scale" else kind  # of a norm
         if module == "final_layer.adaLN_modulation.1":
-            weight = converted(weight, _swap_halves)
+            weight = _swap_halves(weight)
         third = weight.shape[0] // 3
         for k, target in enumerate(targets):
             part = weight if len(targets) == 1 else _rows(weight, k * third, (k + 1) * third)
@@ -324,6 +362,8 @@ def is_read_by_klein(name: str) -> bool:
     layer = _LAYER.match(name)
     if layer:
         return int(layer[1] or layer[2]) <= TAPPED_LAYERS[-1]
+    if name.endswith("rotary_emb.inv_freq"):  # a table that mflux saves
+        return False
     return name.rpartition(".")[0] not in ("model.norm", "norm", "lm_head", "output_norm", "output")
 
 
@@ -379,6 +419,8 @@ def sanitize_vae_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
     matrices become dense and two-dimensional, however they are stored.
     """
     weights = _with_scales(_only(weights, VAE_PREFIXES))
+    if any(isinstance(weight, Deferred) for weight in weights.values()):
+        raise CheckpointError("autoencoders in GGUF are not read; it is small, so get the safetensors file")
     weights.pop("bn.num_batches_tracked", None)
     stages = [int(stage[1]) for name in weights if (stage := _UP_STAGE.match(name))]
     first = weights.get("decoder.conv_in.weight")
@@ -409,18 +451,6 @@ def sanitize_vae_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------- and back
 
 
-def joined(parts: list[Any]) -> Any:
-    """The rows of several weights as one."""
-    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-    if any(isinstance(part, Deferred) for part in parts):
-
-        def make() -> mx.array:
-            return mx.concatenate([part.make() if isinstance(part, Deferred) else part for part in parts])
-
-        return Deferred(shape, parts[0].dtype, make)
-    return mx.concatenate(parts)
-
-
 def bfl_transformer(weights: Mapping[str, Any]) -> dict[str, Any]:
     """A transformer of dense weights under BFL's names: the inverse of sanitize_flux2_klein_weights."""
     named: dict[str, Any] = {}
@@ -431,19 +461,16 @@ def bfl_transformer(weights: Mapping[str, Any]) -> dict[str, Any]:
     for name, weight in weights.items():
         module = name.removesuffix(".weight")
         if module in tops:
-            weight = converted(weight, _swap_halves) if module == "norm_out.linear" else weight
+            weight = _swap_halves(weight) if module == "norm_out.linear" else weight
             named[f"{tops[module]}.weight"] = weight
     for bfl, ours in _BLOCKS.items():
         for number in range(_block_count(weights, ours)):
-            for inner, targets in _BFL_BLOCKS.items():
+            for inner, targets in _BFL_BLOCKS[bfl].items():
                 parts = [weights.get(f"{ours}.{number}.{target}.weight") for target in targets]
-                if all(part is not None for part in parts) and (inner in _SINGLE_BLOCK) == (bfl == "single_blocks"):
+                if all(part is not None for part in parts):
                     kind = "scale" if inner.endswith("_norm") else "weight"
-                    named[f"{bfl}.{number}.{inner}.{kind}"] = joined(parts) if len(parts) > 1 else parts[0]
+                    named[f"{bfl}.{number}.{inner}.{kind}"] = _joined(parts) if len(parts) > 1 else parts[0]
     return named
-
-
-_SINGLE_BLOCK = ("linear1", "linear2", "norm.query_norm", "norm.key_norm")
 
 
 def diffusers_vae(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
@@ -502,7 +529,7 @@ def _block_count(weights: Mapping[str, Any], prefix: str) -> int:
 
 
 def _columns(weights: Mapping[str, Any], layer: str, group: int) -> int:
-    """Columns of a layer's dense weight, whether it is packed in groups of that size or not."""
+    """Columns of a layer's dense weight; packed, it has groups of that size."""
     scales = weights.get(f"{layer}.scales")
     return int(weights[f"{layer}.weight"].shape[1] if scales is None else scales.shape[1] * group)
 
@@ -526,8 +553,9 @@ def klein_params(weights: Mapping[str, Any]) -> FluxKleinParams:
         )
     try:
         hidden, in_channels = (weights[f"{name}.weight"].shape[0] for name in ("x_embedder", "proj_out"))
-        scales = weights.get("norm_out.linear.scales")
-        group = 1 if scales is None else hidden // scales.shape[1]
+        known = ("norm_out.linear", "single_stream_modulation.linear", "transformer_blocks.0.attn.to_q")  # from hidden
+        packed = [scales for name in known if (scales := weights.get(f"{name}.scales")) is not None]
+        group = hidden // packed[0].shape[1] if packed else 32  # GGUF's, where all of these are dense
         head_dim = weights["single_transformer_blocks.0.attn.norm_q.weight"].shape[0]
         return FluxKleinParams(
             in_channels=in_channels,

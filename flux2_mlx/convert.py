@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import shutil
 import struct
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,30 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ._version import __version__
-from .checkpoints import PACKED, Deferred, bfl_transformer, bfl_vae, converted, diffusers_vae
+from .checkpoints import PACKED, Deferred, bfl_transformer, bfl_vae, cast, diffusers_vae
 from .commands import MODEL_HELP, PART_OPTIONS, Parser, add_model_options
 from .config import RELEASED, CheckpointError, InputError
 from .models.text_encoder import Qwen3TextEncoder
 from .models.transformer import FluxKlein
-from .quantize import Quantization, dense_layers, pack, packing_in, quantize
-from .weights import Checkpoint, load_autoencoder, load_text_encoder, load_transformer, open_checkpoint, read_header
+from .quantize import (
+    Quantization,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    dense_layers,
+    pack,
+    packing_in,
+    parse_options,
+    quantize,
+)
+from .weights import (
+    HUB_ID,
+    Checkpoint,
+    load_autoencoder,
+    load_text_encoder,
+    load_transformer,
+    open_checkpoint,
+    read_header,
+)
 
 LAYOUTS = ("diffusers", "bfl")
 SHARD_BYTES = 5 * 10**9
@@ -48,7 +67,7 @@ NUMBER_TYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of the result, made when it is written."""
+    """A tensor of the result, made when it is written; ``make`` is called once and keeps nothing."""
 
     shape: tuple[int, ...]
     dtype: mx.Dtype
@@ -56,53 +75,76 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.size
+        return math.prod(self.shape) * self.dtype.size
 
 
-def dense_entry(weight: Any, dtype: mx.Dtype | None) -> Entry:
-    """A weight as it is, cast where a dtype is given and it is a float."""
-    kept = weight.dtype if dtype is None or weight.dtype in (mx.uint8, mx.uint32, mx.int64) else dtype
-    cast = converted(weight, lambda array: array.astype(kept))
-    return Entry(tuple(weight.shape), kept, cast.make if isinstance(cast, Deferred) else lambda: cast)
+def dense_entry(name: str, weight: Any) -> Entry:
+    """A weight in bfloat16; integers, latent statistics and what is packed stay as they are."""
+    scale = name.endswith((".scales", ".biases"))
+    kept = weight if name.startswith("bn.") or scale else cast(weight, mx.bfloat16)
+    held = [kept]
+
+    def make() -> mx.array:
+        value = held.pop()
+        return value.make() if isinstance(value, Deferred) else value
+
+    return Entry(tuple(kept.shape), kept.dtype, make)
 
 
-def packed_entries(layer: str, weight: Any, how: Quantization, dtype: mx.Dtype) -> dict[str, Entry]:
-    """A dense weight as the packed layer's arrays; it is packed once, when the first of them is written."""
-    parts: dict[str, mx.array] = {}
+def packed_entries(layer: str, weight: Any, how: Quantization) -> dict[str, Entry]:
+    """A dense weight as the packed layer's arrays; it is packed when the first of them is written."""
+    held, parts = [weight], dict[str, mx.array]()
 
     def make(kind: str) -> mx.array:
-        if not parts:
-            dense = weight.make() if isinstance(weight, Deferred) else weight
-            parts.update(zip(PACKED, pack(dense.astype(dtype), how), strict=False))
+        if held:
+            dense = held.pop()
+            dense = dense.make() if isinstance(dense, Deferred) else dense
+            parts.update(zip(PACKED, pack(dense.astype(mx.bfloat16), how), strict=False))
         return parts.pop(kind)
 
-    shapes = pack(mx.zeros(weight.shape, dtype), how)  # lazy, for its shapes
+    shapes = pack(mx.zeros(weight.shape, mx.bfloat16), how)  # lazy, for its shapes
     return {
-        f"{layer}.{kind}": Entry(tuple(array.shape), array.dtype, lambda kind=kind: make(kind))  # type: ignore[misc]
+        f"{layer}.{kind}": Entry(tuple(array.shape), array.dtype, partial(make, kind))
         for kind, array in zip(PACKED, shapes, strict=False)
     }
 
 
-def entries_of(module: nn.Module, weights: Mapping[str, Any], how: Quantization | None) -> dict[str, Entry]:
-    """A component's tensors in bfloat16, the matrices that are dense packed where ``how`` says it.
+def entries_of(module: nn.Module, weights: dict[str, Any], how: Quantization | None) -> dict[str, Entry]:
+    """A component's tensors, the matrices that are dense packed where ``how`` says it; takes them out of ``weights``.
 
     Raises:
         InputError: for a layer whose inputs are no multiple of the group size.
     """
     quantize(module, packing_in(weights))
-    dense = dict(dense_layers(module)) if how is not None else {}
+    dense = set(dict(dense_layers(module))) if how is not None else set()
     result: dict[str, Entry] = {}
-    for name, weight in weights.items():
+    while weights:
+        name = next(iter(weights))
+        weight = weights.pop(name)
         layer = name.removesuffix(".weight")
         if how is not None and name.endswith(".weight") and layer in dense:
             if weight.shape[1] % how.group_size:
                 raise InputError(
                     f"{layer} has {weight.shape[1]} inputs, which are no multiple of the group size {how.group_size}"
                 )
-            result |= packed_entries(layer, weight, how, mx.bfloat16)
+            result |= packed_entries(layer, weight, how)
         else:
-            result[name] = dense_entry(weight, None if name.startswith("bn.") else mx.bfloat16)
+            result[name] = dense_entry(name, weight)
     return result
+
+
+def recipe_of(module: nn.Module, how: Quantization | None) -> dict[str, Any]:
+    """How a component's layers are packed, for its config: the commonest way, and the layers with another or none."""
+    layers: dict[str, Any] = {path: how and asdict(how) for path, _ in dense_layers(module)}
+    for path, layer in module.named_modules():
+        if isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
+            layers[path] = asdict(layer.how)
+    ways = [way for way in layers.values() if way is not None]
+    if not ways:
+        return {}
+    commonest = max(ways, key=ways.count)
+    others = {path: way or False for path, way in layers.items() if way != commonest}
+    return {"quantization": {**commonest, **others}}
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -145,18 +187,12 @@ def write_safetensors(path: Path, entries: Mapping[str, Entry], written: Callabl
             array = entry.make()
             if array.dtype in (mx.float32, mx.float16, mx.bfloat16) and not mx.isfinite(array).all().item():
                 raise CheckpointError(f"{name} has values that are not finite; fetch the file again")
-            raw = np.array(array.reshape(-1).view(mx.uint8)) if array.size > 1 else _scalar(array)
+            raw = np.array(array.reshape(-1).view(mx.uint8))
             del array
             file.write(raw.data)
             digest.update(raw.data)
             written(entry.nbytes)
     return digest.hexdigest()
-
-
-def _scalar(array: mx.array) -> np.ndarray:
-    return np.frombuffer(
-        np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array).tobytes(), np.uint8
-    )
 
 
 def convert(
@@ -183,29 +219,37 @@ def convert(
     if target.exists():
         raise InputError(f"{target} exists; give another name, or take it away")
     how = dict(quantization or {})
+    parent = target.absolute().parent
+    if not parent.is_dir():
+        raise InputError(f"{parent} is no folder")
     # The modules check names and shapes; none of their lazy weights is computed.
     load_transformer(checkpoint, mx.bfloat16)
     load_text_encoder(checkpoint, mx.bfloat16)
     load_autoencoder(checkpoint, mx.bfloat16)
     weights = {part: source.weights() for part, source in checkpoint.sources.items()}
     files: dict[str, dict[str, Entry]] = {}
+    recipes: dict[str, dict[str, Any]] = {}
     if layout == "bfl":
-        if how:
-            raise InputError("BFL's files hold no packed weights; leave out --quantize, or --layout bfl")
-        single = {"transformer": bfl_transformer(weights["transformer"]), "ae": bfl_vae(weights["vae"])}
-        single["text_encoder"] = weights["text_encoder"]
-        for name, named in single.items():
-            files[f"{name}.safetensors"] = {
-                k: dense_entry(w, None if k.startswith("bn.") else mx.bfloat16) for k, w in named.items()
-            }
+        packed = sorted(name for part in weights.values() for name in part if name.endswith(".scales"))
+        if how or packed:
+            raise InputError("BFL's files hold no packed weights; take a checkpoint with dense ones, and no --quantize")
+        named = {
+            "transformer": bfl_transformer(weights.pop("transformer")),
+            "ae": bfl_vae(weights.pop("vae")),
+            "text_encoder": weights.pop("text_encoder"),
+        }
+        for single, tensors in named.items():
+            files[f"{single}.safetensors"] = {name: dense_entry(name, weight) for name, weight in tensors.items()}
+            tensors.clear()
     else:
-        modules = {
+        modules: dict[str, nn.Module] = {
             "transformer": FluxKlein(checkpoint.transformer),
             "text_encoder": Qwen3TextEncoder(checkpoint.text_encoder),
         }
         parts = {part: entries_of(module, weights[part], how.get(part)) for part, module in modules.items()}
-        vae = diffusers_vae(weights["vae"])
-        parts["vae"] = {k: dense_entry(w, None if k.startswith("bn.") else mx.bfloat16) for k, w in vae.items()}
+        recipes = {part: recipe_of(module, how.get(part)) for part, module in modules.items()}
+        vae = diffusers_vae(weights.pop("vae"))
+        parts["vae"] = {name: dense_entry(name, vae.pop(name)) for name in list(vae)}
         for part, entries in parts.items():
             stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
             shards = shards_of(entries, SHARD_BYTES)
@@ -213,37 +257,38 @@ def convert(
                 suffix = f"-{k + 1:05}-of-{len(shards):05}" if len(shards) > 1 else ""
                 files[f"{part}/{stem}{suffix}.safetensors"] = shard
     total = sum(entry.nbytes for entries in files.values() for entry in entries.values())
-    parent = target.absolute().parent
-    if not parent.is_dir():
-        raise InputError(f"{parent} is no folder")
     free = shutil.disk_usage(parent).free
     if free < total + 2**20:
         raise InputError(f"{target} needs {total / 1e9:.2f} GB and {free / 1e9:.2f} GB are free in {parent}")
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
     try:
         sums = {}
         with tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=not progress) as bar:
             for name in list(files):
-                (partial / name).parent.mkdir(exist_ok=True)
-                sums[name] = write_safetensors(partial / name, files.pop(name), bar.update)
-        for name, content in _texts(checkpoint, layout, how, list(sums), partial).items():
-            (partial / name).parent.mkdir(exist_ok=True)
-            (partial / name).write_text(content, encoding="utf-8")
-        tokenizer = partial / "tokenizer"
+                (unfinished / name).parent.mkdir(exist_ok=True)
+                sums[name] = write_safetensors(unfinished / name, files.pop(name), bar.update)
+        for name, content in _texts(checkpoint, layout, recipes, list(sums), unfinished).items():
+            (unfinished / name).parent.mkdir(exist_ok=True)
+            (unfinished / name).write_text(content, encoding="utf-8")
+        tokenizer = unfinished / "tokenizer"
         tokenizer.mkdir()
         for file in sorted(checkpoint.tokenizer.iterdir()):
             if file.suffix in (".json", ".jinja", ".txt") and file.is_file():
                 shutil.copyfile(file, tokenizer / file.name)
-        (partial / CHECKSUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
-        partial.chmod(0o755)
-        partial.rename(target)
+        (unfinished / CHECKSUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+        unfinished.chmod(0o755)
+        unfinished.rename(target)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
 
 
 def _texts(
-    checkpoint: Checkpoint, layout: str, how: Mapping[str, Quantization], written: Sequence[str], folder: Path
+    checkpoint: Checkpoint,
+    layout: str,
+    recipes: Mapping[str, Mapping[str, Any]],
+    written: Sequence[str],
+    folder: Path,
 ) -> dict[str, str]:
     """The files of text beside the weights, by name."""
     configs: dict[str, Any] = {}
@@ -271,9 +316,7 @@ def _texts(
             "vae": checkpoint.autoencoder.to_config(),
         }
         for part, config in shapes.items():
-            if part in how:
-                recipe = how[part]
-                config["quantization"] = {"bits": recipe.bits, "group_size": recipe.group_size, "mode": recipe.mode}
+            config |= recipes.get(part, {})
             configs[f"{part}/config.json"] = config
             shards = [name for name in written if name.startswith(f"{part}/")]
             if len(shards) > 1:
@@ -285,46 +328,48 @@ def _texts(
                     "weight_map": names,
                 }
     texts = {name: json.dumps(config, indent=2) + "\n" for name, config in configs.items()}
-    return texts | {"README.md": model_card(checkpoint, layout, how)}
+    return texts | {"README.md": model_card(checkpoint, layout, recipes)}
 
 
-def model_card(checkpoint: Checkpoint, layout: str, how: Mapping[str, Quantization]) -> str:
+def model_card(checkpoint: Checkpoint, layout: str, recipes: Mapping[str, Mapping[str, Any]]) -> str:
     """What the folder is, where it comes from, and under which licence."""
     source = RELEASED.get(checkpoint.name, checkpoint.name)
+    ways = {part: recipe["quantization"] for part, recipe in recipes.items() if recipe}
     packed = "; ".join(
-        f"{part.replace('_', ' ')} in {q.bits} bits, groups of {q.group_size} ({q.mode})" for part, q in how.items()
+        f"{part.replace('_', ' ')} mostly in {way['bits']} bits, groups of {way['group_size']} ({way['mode']})"
+        for part, way in ways.items()
     )
-    is_4b = checkpoint.transformer.txt_embed_dim == 7680
-    licence = (
-        "The 4B models of FLUX.2 [klein] are under Apache-2.0."
-        if is_4b
-        else "The 9B models of FLUX.2 [klein] are under Black Forest Labs' non-commercial licence."
+    sizes = {
+        7680: ("apache-2.0", "The 4B models of FLUX.2 [klein] are under Apache-2.0."),
+        12288: ("other", "The 9B models of FLUX.2 [klein] are under Black Forest Labs' non-commercial licence."),
+    }
+    licence, sentence = sizes.get(checkpoint.transformer.txt_embed_dim, ("other", ""))
+    is_on_hub = HUB_ID.fullmatch(source) is not None and not Path(source).exists()
+    return "\n".join(
+        [
+            "---",
+            "library_name: mlx",
+            "pipeline_tag: text-to-image",
+            *([f"base_model: {source}"] if is_on_hub else []),
+            f"license: {licence}",
+            "---",
+            "",
+            f"# {Path(source).name}, converted by flux2_mlx {__version__}",
+            "",
+            f"From {source if is_on_hub else Path(source).name}, in {layout} layout; {packed or 'bfloat16'}. The text",
+            "encoder has the layers that FLUX.2 [klein] reads and no others, so other programs need their own.",
+            "",
+            f"{sentence} The licence of the model that this was made from applies.".strip(),
+            "",
+        ]
     )
-    lines = [
-        "---",
-        "library_name: mlx",
-        "pipeline_tag: text-to-image",
-        *([f"base_model: {source}"] if "/" in source and not source.startswith(("/", ".")) else []),
-        *(["license: apache-2.0"] if is_4b else ["license: other"]),
-        "---",
-        "",
-        f"# {Path(source).name}, converted by flux2_mlx {__version__}",
-        "",
-        f"From `{Path(source).name if Path(source).is_absolute() else source}`, in {layout} layout; "
-        f"{packed or 'bfloat16'}. The text encoder has the layers that FLUX.2 [klein] reads and no others, so other "
-        "programs need their own.",
-        "",
-        licence + " See the model that this was made from.",
-        "",
-    ]
-    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------- checking
 
 
 def check(folder: Path) -> Iterator[str]:
-    """Verify a folder: that it opens, and each file's header, length, checksum and values.
+    """Verify a folder: each weight file's header, length, values and recorded checksum, and that a model opens.
 
     Yields:
         a line for each file that is whole.
@@ -400,7 +445,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_options(parser)
     parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="of the result (%(default)s)")
     parser.add_argument("--check", type=Path, metavar="FOLDER", help="verify a folder instead")
-    parser.add_argument("--upload", metavar="ID", help="push the result to the Hub, as a private repository")
+    parser.add_argument(
+        "--upload", metavar="ID", help="push the result to the Hub, into a new private repository or one that is there"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
@@ -419,14 +466,9 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if arguments.target is None:
         raise InputError("give a model and a target, as in flux2-convert klein-4b klein-4b-4bit --quantize 4")
-    text = arguments.quantize if arguments.quantize_text_encoder is None else arguments.quantize_text_encoder
-    how = {
-        "transformer": Quantization.parse(arguments.quantize, arguments.group_size),
-        "text_encoder": Quantization.parse(text, arguments.group_size),
-    }
+    packed = parse_options(arguments.quantize, arguments.quantize_text_encoder, arguments.group_size)
     parts = {name: getattr(arguments, name) for name in PART_OPTIONS}
     checkpoint = open_checkpoint(arguments.model, revision=arguments.revision, **parts)
-    packed = {part: quantization for part, quantization in how.items() if quantization is not None}
     convert(checkpoint, arguments.target, layout=arguments.layout, quantization=packed, progress=not arguments.quiet)
     print(arguments.target)
     if arguments.upload is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,16 @@ class _Reader:
 
 
 def read_gguf(path: Path) -> dict[str, Any]:
+    """The tensors of a GGUF file; see _read. The last few headers are kept, since one may hold a whole vocabulary."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    return dict(_read(path, status.st_mtime_ns, status.st_size))
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, _modified: int, _size: int) -> dict[str, Any]:
     """The tensors of a GGUF file by name, packed ones as ``weight``, ``scales``, ``biases``; only the header is read.
 
     Raises:
@@ -114,7 +125,7 @@ def read_gguf(path: Path) -> dict[str, Any]:
     start = -(-reader.at // alignment) * alignment
     weights: dict[str, Any] = {}
     for name, (shape, kind, offset) in entries.items():
-        block, size, package_type = _block_of(path, name, kind)
+        block, size, package_type = _block_of(path, name, shape, kind)
         if shape[-1] % block or math.prod(shape) == 0:
             raise CheckpointError(f"{path} is damaged: {name} is {shape} in blocks of {block}")
         length = math.prod(shape) // block * size
@@ -125,12 +136,16 @@ def read_gguf(path: Path) -> dict[str, Any]:
     return weights
 
 
-def _block_of(path: Path, name: str, kind: int) -> tuple[int, int, Any]:
+def _block_of(path: Path, name: str, shape: tuple[int, ...], kind: int) -> tuple[int, int, Any]:
     """(values, bytes) of a type's blocks, and for the package's types its name there."""
     if kind in _FLOATS:
         return 1, np.dtype(_FLOATS[kind][0]).itemsize, None
-    if kind in _PACKED:
+    if kind in _PACKED and len(shape) == 2 and name.endswith(".weight"):
         return _GROUP, _PACKED[kind][1], None
+    return _package_block(path, name, kind)
+
+
+def _package_block(path: Path, name: str, kind: int) -> tuple[int, int, Any]:
     try:
         import gguf
     except ImportError:
@@ -140,26 +155,19 @@ def _block_of(path: Path, name: str, kind: int) -> tuple[int, int, Any]:
     try:
         package_type = gguf.GGMLQuantizationType(kind)
         block, size = gguf.GGML_QUANT_SIZES[package_type]
-    except (ValueError, KeyError):
-        raise CheckpointError(f"{path}: {name} is of GGUF type {kind}, which the gguf package does not know") from None
+        gguf.quants.dequantize(np.zeros((1, size), np.uint8), package_type)  # whether it can
+    except (ValueError, KeyError, NotImplementedError):
+        raise CheckpointError(f"{path}: {name} is of GGUF type {kind}, which the gguf package does not read") from None
     return block, size, package_type
 
 
 def _weights_of(name: str, shape: tuple[int, ...], kind: int, raw: np.ndarray, package_type: Any) -> dict[str, Any]:
     if kind in _FLOATS:
         numpy_dtype, dtype = _FLOATS[kind]
-
-        def floats() -> mx.array:
-            return mx.array(raw.view(numpy_dtype)).view(dtype).reshape(shape)
-
-        return {name: Deferred(shape, dtype, floats)}
-    if kind in _PACKED and len(shape) == 2 and name.endswith(".weight"):
+        return {name: _deferred(shape, dtype, raw, lambda rows: mx.array(rows.view(numpy_dtype)).view(dtype))}
+    if package_type is None:
         bits, size, has_offset = _PACKED[kind]
         layer, (rows, columns) = name.removesuffix(".weight"), shape
-        blocks = raw.reshape(rows, columns // _GROUP, size)
-
-        def part(function: Callable[[np.ndarray], np.ndarray], dtype: mx.Dtype, width: int) -> Deferred:
-            return Deferred((rows, width), dtype, lambda: mx.array(function(blocks).reshape(rows, width)))
 
         def scales(blocks: np.ndarray) -> np.ndarray:
             return np.ascontiguousarray(blocks[..., :2]).view(np.float16)
@@ -176,15 +184,34 @@ def _weights_of(name: str, shape: tuple[int, ...], kind: int, raw: np.ndarray, p
             values = np.concatenate([values & 15, values >> 4], axis=-1)  # in the order of the weights
             return np.ascontiguousarray(values[..., ::2] | values[..., 1::2] << 4).view(np.uint32)
 
+        def part(function: Callable[[np.ndarray], np.ndarray], dtype: mx.Dtype, width: int) -> Deferred:
+            return _deferred(
+                (rows, width), dtype, raw, lambda some: mx.array(function(some.reshape(-1, columns // _GROUP, size)))
+            )
+
         return {
             name: part(codes, mx.uint32, columns * bits // 32),
             f"{layer}.scales": part(scales, mx.float16, columns // _GROUP),
             f"{layer}.biases": part(biases, mx.float16, columns // _GROUP),
         }
 
-    def dequantized() -> mx.array:
+    def dequantized(rows: np.ndarray) -> mx.array:
         import gguf
 
-        return mx.array(gguf.quants.dequantize(raw, package_type or gguf.GGMLQuantizationType(kind)).reshape(shape))
+        return mx.array(gguf.quants.dequantize(rows, package_type))
 
-    return {name: Deferred(shape, mx.float32, dequantized)}
+    return {name: _deferred(shape, mx.float32, raw, dequantized)}
+
+
+def _deferred(
+    shape: tuple[int, ...], dtype: mx.Dtype, raw: np.ndarray, function: Callable[[np.ndarray], mx.array]
+) -> Deferred:
+    """A tensor of that shape, from its raw rows (those of its last axis), some of the first axis at a time."""
+    each = math.prod(shape[1:-1]) if len(shape) > 1 else 1
+
+    def read(start: int, stop: int) -> mx.array:
+        if len(shape) == 1:
+            return function(raw).reshape(shape)[start:stop]
+        return function(raw[start * each : stop * each]).reshape(stop - start, *shape[1:])
+
+    return Deferred(shape, dtype, read)

@@ -51,7 +51,7 @@ from .memory import (
 from .models.autoencoder import AutoEncoder
 from .models.text_encoder import Qwen3TextEncoder
 from .models.transformer import FluxKlein
-from .quantize import Quantization, Recipe
+from .quantize import Quantization, Recipe, largest_dense_bytes, options_of, parse_options
 from .sampler import SCHEDULES, check_sigmas, custom_sigmas, euler_step, schedule_sigmas
 from .tokenizer import Qwen3Tokenizer
 from .weights import (
@@ -144,7 +144,7 @@ class Settings:
         schedule = self.schedule if self.sigmas is None else "custom"
         lines.append(
             f"Steps: {self.num_steps}, Sampler: Euler, Schedule type: {schedule}, CFG scale: {self.guidance:g}, "
-            f"Seed: {self.seed}, Size: {self.width}x{self.height}, Model: {Path(self.model).name}, "
+            f"Seed: {self.seed}, Size: {self.width}x{self.height}, Model: {Path(self.transformer or self.model).name}, "
             f"Version: flux2_mlx {self.version}"
         )
         return "\n".join(lines)
@@ -270,7 +270,6 @@ class Flux2Pipeline:
         self.checkpoint = checkpoint
         self.dtype = _dtype(dtype)
         self.quantize = dict(quantize or {})
-        self._model_options: dict[str, Any] = {}
         self.progress = progress
         self.memory_limit = machine_memory() if memory_limit is None else memory_limit
         self.tokenizer = Qwen3Tokenizer(checkpoint.tokenizer)
@@ -303,9 +302,9 @@ class Flux2Pipeline:
         """Open a checkpoint. Configs, file headers, names and shapes are checked now; weights are read when needed.
 
         Args:
-            model: a released name ("klein-4b", "klein-9b", "klein-base-4b", "klein-base-9b", "klein-9b-kv"), a folder in
-                the diffusers layout or as mflux saves one, a safetensors or GGUF file with a transformer, a Hub id, or
-                "owner/name/file" there.
+            model: a released name ("klein-4b", "klein-9b", "klein-base-4b", "klein-base-9b", "klein-9b-kv"), a folder
+                in the diffusers layout or as mflux saves one, a safetensors or GGUF file with a transformer, a Hub id,
+                or "owner/name/file" there.
             revision: branch, tag or commit on the Hub.
             transformer, text_encoder, vae: instead of the model's own: a file, a folder, a Hub id, or
                 "owner/name/file".
@@ -314,8 +313,8 @@ class Flux2Pipeline:
             dtype: "bfloat16", "float16" or "float32"; None takes what suits the machine.
             quantize: pack the matrices of the transformer and the text encoder, as they are loaded, into so many bits
                 (2, 3, 4, 5, 6, 8) or a format ("mxfp4", "mxfp8", "nvfp4"). What the checkpoint holds packed stays so.
-            quantize_text_encoder: the same for the text encoder alone, where it is to differ.
-            group_size: weights that share a scale: 32, 64 or 128; unless given 64.
+            quantize_text_encoder: the same for the text encoder alone, where it is to differ; "none" leaves it.
+            group_size: weights that share a scale where they are packed into bits: 32, 64 or 128; unless given 64.
             memory_limit: bytes that loaded stages may take together; None takes the machine's.
             progress: show bars on standard error while weights are read and steps are drawn.
 
@@ -324,23 +323,17 @@ class Flux2Pipeline:
             InputError: for an unknown dtype.
         """
         _dtype(dtype)  # refused before anything is downloaded
-        text_bits = quantize if quantize_text_encoder is None else quantize_text_encoder
-        how = {
-            "transformer": Quantization.parse(quantize, group_size),
-            "text_encoder": Quantization.parse(text_bits, group_size),
-        }
-        parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
-        paths = {part: None if where is None else os.fspath(where) for part, where in parts.items()}
-        checkpoint = open_checkpoint(model, revision=revision, distilled=distilled, **paths)
-        packed = {stage: quantization for stage, quantization in how.items() if quantization is not None}
-        pipe = cls(checkpoint, dtype=dtype, quantize=packed, memory_limit=memory_limit, progress=progress)
-        pipe._model_options = paths | {
-            "distilled": distilled,
-            "quantize": quantize,
-            "quantize_text_encoder": quantize_text_encoder,
-            "group_size": group_size,
-        }
-        return pipe
+        packed = parse_options(quantize, quantize_text_encoder, group_size)
+        checkpoint = open_checkpoint(
+            model,
+            revision=revision,
+            transformer=transformer,
+            text_encoder=text_encoder,
+            vae=vae,
+            tokenizer=tokenizer,
+            distilled=distilled,
+        )
+        return cls(checkpoint, dtype=dtype, quantize=packed, memory_limit=memory_limit, progress=progress)
 
     # ------------------------------------------------------------------------------------------------ drawing
 
@@ -551,7 +544,8 @@ class Flux2Pipeline:
                 sigmas=None if sigmas is None else tuple(float(s) for s in sigmas),
                 revision=self.checkpoint.revision,
                 inputs=tuple(name for name, value in besides.items() if value is not None),
-                **self._model_options,
+                **self.checkpoint.options,
+                **options_of(self.quantize),
             )
             for k in range(total)
         ]
@@ -675,6 +669,7 @@ class Flux2Pipeline:
 
         A stage that is too large even alone is loaded all the same, with a UserWarning.
         """
+        working_bytes += largest_dense_bytes(module, stage_dtype(stage, self.dtype))
         is_loaded = id(module) in self._loaded[stage]
         weights = 0 if is_loaded else weight_bytes(module)
         for other in STAGES:
@@ -697,6 +692,7 @@ class Flux2Pipeline:
             except BaseException:
                 self._open(stage)  # half of a packed layer would go unnoticed
                 raise
+        mx.clear_cache()  # what was read to be converted
         self._loaded[stage].add(id(module))
 
     def _bar(self, what: str, total: int, **options: Any) -> tqdm:

@@ -61,25 +61,56 @@ class Quantization:
             )
 
     @classmethod
-    def parse(cls, value: Quantization | int | str | None, group_size: int | None = None) -> Quantization | None:
-        """From what an option says: bits (4 or "4"), a mode ("mxfp4"), or None for none.
+    def parse(cls, value: int | str | None, group_size: int | None = None) -> Quantization | None:
+        """From what an option says: bits (4 or "4"), a mode ("mxfp4"), or None or "none".
+
+        Args:
+            group_size: of bits, 64 unless given; a mode has its own.
 
         Raises:
             InputError: naming what is possible.
         """
-        if value is None or isinstance(value, Quantization):
-            return value
+        if value in (None, "none"):
+            return None
         if value in FLOAT_MODES:
-            bits, own = FLOAT_MODES[str(value)]
-            return cls(bits, own if group_size is None else group_size, str(value))
-        try:
-            bits = int(value)
-        except ValueError:
+            return cls(*FLOAT_MODES[str(value)], str(value))
+        if not str(value).isdecimal():
             raise InputError(
                 f"quantize must be {', '.join(map(str, AFFINE_BITS))} bits or one of {', '.join(FLOAT_MODES)}, "
                 f"got {value!r}"
-            ) from None
-        return cls(bits, 64 if group_size is None else group_size)
+            )
+        return cls(int(str(value)), 64 if group_size is None else group_size)
+
+
+def parse_options(
+    quantize: int | str | None, quantize_text_encoder: int | str | None, group_size: int | None
+) -> dict[str, Quantization]:
+    """The options of that name, as pipeline and commands have them, to how each component is packed.
+
+    Raises:
+        InputError: for what cannot be, a group size of nothing among it.
+    """
+    text = quantize if quantize_text_encoder is None else quantize_text_encoder
+    how = {
+        "transformer": Quantization.parse(quantize, group_size),
+        "text_encoder": Quantization.parse(text, group_size),
+    }
+    packed = {part: quantization for part, quantization in how.items() if quantization is not None}
+    if group_size is not None and not any(quantization.mode == "affine" for quantization in packed.values()):
+        raise InputError(f"group_size {group_size} belongs to quantize in bits, and none is given")
+    return packed
+
+
+def options_of(packed: Mapping[str, Quantization]) -> dict[str, Any]:
+    """The options that parse_options makes this of."""
+    named: dict[str, int | str] = {part: how.bits if how.mode == "affine" else how.mode for part, how in packed.items()}
+    transformer, text = named.get("transformer"), named.get("text_encoder", "none")
+    groups = [how.group_size for how in packed.values() if how.mode == "affine"]
+    return {
+        "quantize": transformer,
+        "quantize_text_encoder": None if text == (transformer or "none") else text,
+        "group_size": groups[0] if groups else None,
+    }
 
 
 class QuantizedLinear(nn.Module):
@@ -187,6 +218,12 @@ def packing_in(weights: Mapping[str, Any]) -> Recipe:
             raise CheckpointError(f"{path}: {error}") from None
 
     return recipe
+
+
+def largest_dense_bytes(module: nn.Module, dtype: mx.Dtype) -> int:
+    """Bytes that the largest packed matrix has when it is unpacked to be multiplied with; 0 without any."""
+    packed = [layer for _, layer in module.named_modules() if isinstance(layer, QuantizedLinear)]
+    return max((layer.weight.size * 32 // layer.how.bits * dtype.size for layer in packed), default=0)
 
 
 def _replace(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:

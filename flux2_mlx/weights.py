@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import errno
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError, safe_open
 
 from .checkpoints import (
+    INTEGERS,
     MARK,
     MODELOPT_NVFP4,
     PACKED,
@@ -32,7 +34,7 @@ from .checkpoints import (
     VAE_PREFIXES,
     Deferred,
     autoencoder_config,
-    converted,
+    cast,
     is_read_by_klein,
     klein_params,
     mark,
@@ -69,8 +71,8 @@ from .quantize import (
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")  # torch's archives, and bare pickles
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_FILE = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+/[\w./-]+\.(safetensors|gguf)")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILE = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]*/[\w.-]+/[\w./-]+\.(safetensors|gguf)")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 # Stem of each component's weight files in the diffusers layout.
@@ -172,6 +174,7 @@ class Checkpoint:
         has_kv_cache: whether it was trained to cache its references (klein-9b-kv).
         sources: of each component's weights.
         tokenizer: folder of tokenizer.json.
+        options: what the caller asked for besides, as open_checkpoint takes it; None where nothing.
     """
 
     name: str
@@ -184,6 +187,7 @@ class Checkpoint:
     autoencoder: AutoEncoderConfig
     sources: Mapping[str, Source]
     tokenizer: Path
+    options: Mapping[str, Any]
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -326,6 +330,8 @@ def load_safetensors(path: str | os.PathLike[str] | Iterable[str | os.PathLike[s
             files = [path]
     else:
         files = [Path(file) for file in path]
+    if any(_starts_with(file, MAGIC) for file in files):
+        raise CheckpointError(f"{path} is GGUF, which open_checkpoint and Flux2Pipeline read")
     weights = _load(files)
     absent = sorted(names - weights.keys())
     if absent:
@@ -363,9 +369,7 @@ def _load_file(file: Path) -> dict[str, mx.array]:
         if dtype not in _READ and not name.endswith("num_batches_tracked")
     )
     if odd:
-        raise CheckpointError(
-            f"{file} has weights in formats that are not read, only {', '.join(_READ)}: {', '.join(odd)}"
-        )
+        raise CheckpointError(f"{file} has weights in formats that are not read, only {', '.join(_READ)}: {_few(odd)}")
     loaded = mx.load(str(file), format="safetensors")
     assert isinstance(loaded, dict)
     weights = {
@@ -387,6 +391,12 @@ def _layer_formats(file: Path) -> dict[str, str]:
         return {layer: str(entry["format"]) for layer, entry in layers.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise CheckpointError(f"{file}: its header's _quantization_metadata does not say the layers' formats") from None
+
+
+def _few(names: Sequence[str], most: int = 8) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 # ---------------------------------------------------------------------------------------------------- modules
@@ -426,10 +436,10 @@ def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, where: str, r
     unreadable = [
         f"{name} is {weights[name].dtype}"
         for name in both
-        if (weights[name].dtype in _INTEGERS) != (expected[name].dtype in _INTEGERS)
+        if (weights[name].dtype in INTEGERS) != (expected[name].dtype in INTEGERS)
     ]
     faults = [
-        f"{len(names)} {fault}: {', '.join(names)}"
+        f"{len(names)} {fault}: {_few(names)}"
         for fault, names in (
             ("missing", missing),
             ("unknown", unknown),
@@ -444,10 +454,10 @@ def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, where: str, r
     pending = _Pending()
     values = {}
     for name in expected:
-        weight = _cast(weights[name], mx.float32 if name.startswith("bn.") else dtype)
+        weight = cast(weights[name], mx.float32 if name.startswith("bn.") else dtype)
         if isinstance(weight, Deferred):
             pending.make[name] = partial(_made, name, weight)
-            weight = mx.zeros(weight.shape, weight.dtype if weight.dtype in _INTEGERS else dtype)  # never computed
+            weight = mx.full(weight.shape, 0 if weight.dtype in INTEGERS else math.nan, weight.dtype)  # stands for it
         values[name] = weight
     module.load_weights(list(values.items()))
     if recipe is not None:
@@ -459,13 +469,6 @@ def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, where: str, r
                 pending.make[f"{path}.weight"] = partial(_made_packed, path, layer.how, make)
     module._pending = pending
     return module
-
-
-_INTEGERS = (mx.uint8, mx.uint32, mx.int64)
-
-
-def _cast(weight: Any, dtype: mx.Dtype) -> Any:
-    return converted(weight, lambda array: array if array.dtype in _INTEGERS else array.astype(dtype))
 
 
 def _made(name: str, weight: Deferred) -> dict[str, mx.array]:
@@ -547,7 +550,7 @@ def load_quantized_flux_klein(weights: Mapping[str, mx.array], params: FluxKlein
         CheckpointError: naming every missing, unknown and mis-shaped weight.
     """
     weights = sanitize_flux2_klein_weights(weights)
-    dtype = weights["x_embedder.scales" if "x_embedder.scales" in weights else "x_embedder.weight"].dtype
+    dtype = next((weight.dtype for name, weight in weights.items() if ".norm_" in name), mx.bfloat16)
     return assign(QuantizedFluxKlein(params, packing_in(weights)), weights, dtype, "the weights")
 
 
@@ -583,20 +586,25 @@ def open_checkpoint(
         CheckpointError: for whatever is wrong, with the way out.
     """
     name = os.fspath(model)
-    given = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
-    parts = {part: _find_part(part, os.fspath(where)) for part, where in given.items() if where is not None}
+    paths = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
+    given = {part: None if where is None else os.fspath(where) for part, where in paths.items()}
+    parts = {part: _find_part(part, where) for part in _STEMS if (where := given[part]) is not None}
     needed = [part for part in _STEMS if part not in parts or (part == "vae" and not _is_whole(parts[part]))]
     found = _find_model(name, revision, needed, tokenizer is None)
     sources = dict(found.sources)
     for part, source in parts.items():
         decoder_only = part == "vae" and not _is_whole(source)
         sources[part] = replace(sources[part], decoder=source.files[0]) if decoder_only else source
-    is_distilled = found.is_distilled if distilled is None else distilled
+    is_distilled = found.is_distilled if transformer is None else None  # a transformer of its own does not say it
+    is_distilled = is_distilled if distilled is None else distilled
     if is_distilled is None:
         raise CheckpointError(
-            f"{name} does not say whether its transformer is distilled (4 steps, no guidance) or a base model (50 "
-            "steps, guidance 4); say distilled=True or distilled=False (--distilled, --no-distilled)"
+            f"{given['transformer'] or name} does not say whether its transformer is distilled (4 steps, no guidance) "
+            "or a base model (50 steps, guidance 4); say distilled=True or False (--distilled, --no-distilled)"
         )
+    folder = found.folder / "tokenizer" if tokenizer is None else Path(tokenizer).expanduser()
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(f"{folder} has no tokenizer.json")
     shapes = {part: sources[part].shape() for part in _STEMS}
     _check_pairing(sources, **shapes)
     return Checkpoint(
@@ -604,12 +612,13 @@ def open_checkpoint(
         revision,
         found.folder,
         is_distilled,
-        found.has_kv_cache,
+        found.has_kv_cache and transformer is None,
         shapes["transformer"],
         shapes["text_encoder"],
         shapes["vae"],
         sources,
-        Path(tokenizer).expanduser() if tokenizer is not None else found.folder / "tokenizer",
+        folder,
+        {**given, "distilled": distilled},
     )
 
 
@@ -637,7 +646,7 @@ def _find_model(name: str, revision: str | None, parts: Sequence[str], with_toke
             return (_open_folder if path.is_dir() else _open_file)(path, parts, with_tokenizer)
         except OSError as error:
             raise CheckpointError(f"{name} cannot be read: {error.strerror}") from None
-    if name not in RELEASED and not _HUB_ID.fullmatch(name):
+    if name not in RELEASED and not HUB_ID.fullmatch(name):
         near = difflib.get_close_matches(name.lower(), RELEASED, n=3, cutoff=0.4) or list(RELEASED)
         raise CheckpointError(
             f"no model {name!r}: there is no such folder or file, and no released model of that name; "
@@ -770,9 +779,8 @@ def _find_part(part: str, where: str) -> Source:
     path = _local(where)
     if path is None and _HUB_FILE.fullmatch(where):
         path = _download_file(where, None)
-    elif path is None and _HUB_ID.fullmatch(where):
-        patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
-        path = _fetching(where, where, None, lambda: _snapshot(where, None, patterns))
+    elif path is None and HUB_ID.fullmatch(where):
+        path = _fetching(where, where, None, lambda: _download_part(where, part))
     if path is None:
         raise CheckpointError(f"no {_CALLED[part]} {where!r}: there is no such file or folder")
     if path.is_dir():
@@ -826,6 +834,10 @@ def _download(name: str, repo: str, revision: str | None, parts: Sequence[str], 
         configs += [_TOKENIZER, "tokenizer/tokenizer_config.json"] if with_tokenizer else []
         folder = _snapshot(repo, revision, configs)
         if name not in RELEASED and not (folder / "model_index.json").is_file():  # as mflux saves it
+            if not any((folder / part).is_dir() for part in parts):
+                raise CheckpointError(
+                    f"{repo} has neither model_index.json nor a folder transformer{_files_hint(repo)}"
+                )
             return _snapshot(repo, folder.name, [f"{part}/*.safetensors" for part in parts])
         _read_model_index(folder, parts, with_tokenizer)
         patterns = []
@@ -840,6 +852,23 @@ def _download(name: str, repo: str, revision: str | None, parts: Sequence[str], 
         return _snapshot(repo, folder.name, patterns)  # the same commit
 
     return _fetching(name, repo, revision, fetch)
+
+
+def _download_part(repo: str, part: str) -> Path:
+    """Fetch one component that is a repository of its own: config and weights at its top."""
+    stems = dict.fromkeys((_STEMS[part], "model"))
+    folder = _snapshot(repo, None, ["config.json", *(f"{stem}.safetensors.index.json" for stem in stems)])
+    indices = [index for stem in stems if (index := folder / f"{stem}.safetensors.index.json").is_file()]
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{repo} has no config.json at its top{_files_hint(repo)}")
+    files = [shard.name for shard in _needed_shards(indices[0], part)] if indices else []
+    return _snapshot(repo, folder.name, files or [f"{stem}.safetensors" for stem in stems])
+
+
+def _files_hint(repo: str) -> str:
+    """The files of a repository that can be named one by one."""
+    found = [file for file in huggingface_hub.list_repo_files(repo) if file.endswith((".safetensors", ".gguf"))]
+    return f"; to use a file of it, name the file: {_few([f'{repo}/{file}' for file in found])}" if found else ""
 
 
 def _download_file(name: str, revision: str | None) -> Path:

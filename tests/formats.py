@@ -230,6 +230,10 @@ def mflux_names(tensors):
         name = name.replace("time_guidance_embed.timestep_embedder.", "time_guidance_embed.")
         name = name.replace(".to_out.0.", ".to_out.").removeprefix("model.")
         written[name] = tensor
+    if "time_guidance_embed.linear_1.weight" in written:  # made up by some versions, and never trained
+        written["norm_out.linear.bias"] = torch.ones(written["norm_out.linear.weight"].shape[0])
+    if "embed_tokens.weight" in written:
+        written["rotary_emb.inv_freq"] = torch.ones(16)
     return written
 
 

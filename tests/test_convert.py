@@ -11,7 +11,7 @@ import pytest
 from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from safetensors.torch import load_file
 
-from flux2_mlx import Flux2Pipeline, InputError, convert, open_checkpoint
+from flux2_mlx import Flux2Pipeline, InputError, Quantization, convert, open_checkpoint
 from flux2_mlx.checkpoints import bfl_vae, sanitize_vae_weights
 from flux2_mlx.convert import main
 from flux2_mlx.memory import weights_of
@@ -83,7 +83,7 @@ def test_bfl_layout(checkpoint, tmp_path):
     tensors = load_file(checkpoint / "vae" / "diffusion_pytorch_model.safetensors")
     assert load_file(folder / "ae.safetensors").keys() == formats.bfl_vae(tensors).keys()
     assert_same(
-        weights(checkpoint, "transformer", transformer=folder / "transformer.safetensors"),
+        weights(checkpoint, "transformer", transformer=folder / "transformer.safetensors", distilled=True),
         weights(checkpoint, "transformer"),
     )
     text = folder / "text_encoder.safetensors"
@@ -104,13 +104,43 @@ def test_from_gguf_and_packed_files(checkpoint, tmp_path):
     tensors = {name: t.detach() for name, t in tiny.transformer().state_dict().items()}
     formats.write_gguf(tmp_path / "w.gguf", formats.bfl_transformer(tensors), "Q5_0")
     arguments = [str(checkpoint), str(tmp_path / "out"), "--transformer", str(tmp_path / "w.gguf"), "--quiet"]
-    assert main([*arguments, "--quantize", "8", "--quantize-text-encoder", "4", "--group-size", "32"]) == 0
+    assert (
+        main([*arguments, "--distilled", "--quantize", "8", "--quantize-text-encoder", "4", "--group-size", "32"]) == 0
+    )
     expected = Flux2Pipeline.from_pretrained(
-        checkpoint, transformer=tmp_path / "w.gguf", dtype="bfloat16", quantize=8, group_size=32
+        checkpoint, transformer=tmp_path / "w.gguf", distilled=True, dtype="bfloat16", quantize=8, group_size=32
     )
     for _ in materialize(expected.transformer):
         pass
     assert_same(weights(tmp_path / "out", "transformer"), weights_of(expected.transformer))
+
+
+def test_what_was_packed_stays_and_is_told(checkpoint, tmp_path, capsys):
+    eight, mixed = tmp_path / "eight", tmp_path / "mixed"
+    assert main([str(checkpoint), str(eight), "--quiet", "--quantize", "8", "--quantize-text-encoder", "none"]) == 0
+    assert main([str(eight), str(mixed), "--quiet", "--quantize", "4", "--group-size", "32"]) == 0
+    for folder, part, bits in ((mixed, "transformer", 8), (mixed, "text_encoder", 4)):
+        assert json.loads((folder / part / "config.json").read_text())["quantization"]["bits"] == bits
+    assert "quantization" not in json.loads((eight / "text_encoder" / "config.json").read_text())
+    assert "transformer mostly in 8 bits" in (mixed / "README.md").read_text()
+    assert_same(weights(mixed, "transformer"), weights(eight, "transformer"))
+    capsys.readouterr()
+    assert "no packed weights" in refused(capsys, eight, tmp_path / "bfl", "--layout", "bfl")
+
+
+def test_little_is_held(tmp_path, memory):
+    """Of the largest tensor what is read and what is written, and what checks its values."""
+    pipe = tiny.pipeline(depth_single=24)
+    pipe.save_pretrained(tmp_path / "large")
+    largest = max(4 * t.numel() for t in pipe.transformer.state_dict().values())
+    largest = max(largest, 4 * pipe.text_encoder.model.embed_tokens.weight.numel())
+    checkpoint = open_checkpoint(tmp_path / "large")
+    for name, quantization in (("dense", {}), ("packed", {"transformer": Quantization(4, 32)})):
+        before = memory()
+        mx.reset_peak_memory()
+        convert.convert(checkpoint, tmp_path / name, quantization=quantization)
+        assert mx.get_peak_memory() - before <= 2.5 * largest
+        assert memory() == before
 
 
 def test_shards(checkpoint, tmp_path, monkeypatch):

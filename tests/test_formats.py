@@ -19,6 +19,7 @@ from flux2_mlx import (
     RELEASED,
     CheckpointError,
     Flux2Pipeline,
+    checkpoints,
     load_safetensors,
     open_checkpoint,
     sanitize_flux2_klein_weights,
@@ -28,7 +29,7 @@ from flux2_mlx import (
 from flux2_mlx import weights as weights_module
 from flux2_mlx.gguf_files import read_gguf
 from flux2_mlx.memory import weights_of
-from flux2_mlx.quantize import QuantizedEmbedding, QuantizedLinear, unpack
+from flux2_mlx.quantize import Quantization, QuantizedEmbedding, QuantizedLinear, unpack
 from flux2_mlx.weights import load_autoencoder, load_text_encoder, load_transformer, materialize
 from tests import formats, tiny
 
@@ -57,7 +58,7 @@ def opened(folder, model=None, **parts):
     rest = {"text_encoder": folder / "text_encoder", "vae": folder / "vae", "tokenizer": folder / "tokenizer"}
     if model is not None:
         return open_checkpoint(model, distilled=True, **{**rest, **parts})
-    return open_checkpoint(folder, **parts)
+    return open_checkpoint(folder, distilled=True, **parts)
 
 
 def loaded(checkpoint, part):
@@ -284,9 +285,12 @@ def test_mflux_folder_without_configs(whole, tensors, tmp_path):
         half = sorted(written)[: len(written) // 2]
         formats.save({name: written[name] for name in half}, folder / part / "0.safetensors")
         formats.save({n: a for n, a in written.items() if n not in half}, folder / part / "1.safetensors")
+        index = {"weight_map": {name: f"{int(name not in half)}.safetensors" for name in written}}
+        if part != "vae":  # the index is optional
+            (folder / part / "model.safetensors.index.json").write_text(json.dumps(index))
         expected[part] = dense
     (folder / "tokenizer").symlink_to(whole[1] / "tokenizer")
-    with pytest.raises(CheckpointError, match=r"does not say whether .* distilled=True .*--no-distilled"):
+    with pytest.raises(CheckpointError, match=r"does not say whether .* distilled=True or False .*--no-distilled"):
         open_checkpoint(folder)
     checkpoint = open_checkpoint(folder, distilled=False)
     assert not checkpoint.is_distilled
@@ -385,7 +389,7 @@ def test_other_files_are_named(tmp_path, whole, keys, says):
 
 def test_a_part_of_another_kind_is_refused(whole, tensors, tmp_path):
     file = formats.save(formats.bfl_vae(tensors["vae"]), tmp_path / "ae.safetensors")
-    refused("holds no transformer, but autoencoder", model=whole[1], transformer=file)
+    refused("holds no transformer, but autoencoder", model=whole[1], transformer=file, distilled=True)
     refused("no autoencoder 'nowhere': there is no such file or folder", model=whole[1], vae="nowhere")
 
 
@@ -418,20 +422,21 @@ def test_nvfp4_that_does_not_say_its_layout(tmp_path):
 )
 def test_broken_weights(whole, tensors, tmp_path, change, says):
     written = formats.bfl_transformer(tensors["transformer"]) | change
-    refused(says, model=whole[1], transformer=formats.save(written, tmp_path / "broken.safetensors"))
+    refused(says, model=whole[1], distilled=True, transformer=formats.save(written, tmp_path / "broken.safetensors"))
 
 
 def test_a_header_that_does_not_say_the_formats(whole, tensors, tmp_path):
     for content in ("no JSON", "[]", '{"layers": {"a": 3}}'):
         metadata = {"_quantization_metadata": content}
         file = formats.save(formats.bfl_transformer(tensors["transformer"]), tmp_path / "w.safetensors", metadata)
-        refused("_quantization_metadata", model=whole[1], transformer=file)
+        refused("_quantization_metadata", model=whole[1], transformer=file, distilled=True)
 
 
 def test_scales_that_are_not_finite_are_told_when_loaded(whole, tensors, tmp_path):
     written, _ = formats.packed(tensors["transformer"], 4, 32)
     written["proj_out.scales"] = mx.full(written["proj_out.scales"].shape, float("nan"))
-    pipe = Flux2Pipeline.from_pretrained(whole[1], transformer=formats.save(written, tmp_path / "w.safetensors"))
+    file = formats.save(written, tmp_path / "w.safetensors")
+    pipe = Flux2Pipeline.from_pretrained(whole[1], transformer=file, distilled=True)
     with pytest.raises(CheckpointError, match=r"proj_out\.scales has values that are not finite"):
         pipe("a", height=64, width=64, num_steps=1, max_sequence_length=16)
 
@@ -455,7 +460,7 @@ GGUF = gguf_bytes("img_in.weight", (2, 32), 0, bytes(256))
         (GGUF.replace(b"\x03", b"\x09", 1), "GGUF of version 9"),
         (struct.pack("<4sIQQ", b"GGUF", 3, 2**60, 0), "claims"),
         (struct.pack("<4sIQQQ", b"GGUF", 3, 1, 1, 2**62), "ends within its header"),
-        (gguf_bytes("w", (2, 32), 999, b""), "type 999, which the gguf package does not know"),
+        (gguf_bytes("w", (2, 32), 999, b""), "type 999, which the gguf package does not read"),
         (gguf_bytes("w", (2, 31), 2, bytes(99)), "in blocks of 32"),
         (gguf_bytes("w", (2**40, 2**40), 0, bytes(99)), "ends beyond its"),
     ],
@@ -464,6 +469,45 @@ def test_broken_gguf_files(tmp_path, content, says):
     file = tmp_path / "w.gguf"
     file.write_bytes(content)
     refused(str(file), says, model=file, distilled=True)
+
+
+def test_gguf_that_has_no_place(whole, tensors, tmp_path):
+    formats.write_gguf(tmp_path / "vae.gguf", {name: t for name, t in tensors["vae"].items() if t.ndim}, "F32")
+    refused("autoencoders in GGUF are not read", model=whole[1], vae=tmp_path / "vae.gguf")
+    with pytest.raises(CheckpointError, match="is GGUF, which open_checkpoint and Flux2Pipeline read"):
+        load_safetensors(tmp_path / "vae.gguf")
+
+
+def test_a_gguf_matrix_is_converted_some_rows_at_a_time(tmp_path, monkeypatch, memory):
+    """Parts of a fused one hold no more than themselves."""
+    tensor = torch.randn(96, 64)
+    expected = formats.write_gguf(tmp_path / "w.gguf", {"double_blocks.0.img_attn.qkv.weight": tensor}, "Q4_1")
+    monkeypatch.setattr(checkpoints, "ROWS_AT_ONCE", 7)
+    before = memory()
+    parts = sanitize_flux2_klein_weights(read_gguf(tmp_path / "w.gguf"))
+    assert memory() == before
+    made = {name: part.make() for name, part in parts.items()}
+    assert memory() - before < 1.5 * sum(array.nbytes for array in made.values())
+    layers = [f"transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v")]
+    how = Quantization(4, 32)
+    found = [unpack(*(made[f"{layer}.{kind}"] for kind in ("weight", "scales", "biases")), how) for layer in layers]
+    whole = np.concatenate([np.array(array) for array in found])
+    np.testing.assert_allclose(whole, expected["double_blocks.0.img_attn.qkv.weight"].numpy(), atol=2e-3)
+
+
+def test_some_layers_packed_and_others_dense(whole, tensors, tmp_path):
+    """No config says the shapes, and not every layer has scales."""
+    for skip in (("norm_out.linear",), ("context_embedder",), ("proj_out", "x_embedder")):
+        written, expected = formats.packed(tensors["transformer"], 4, 64, skip)
+        checkpoint = opened(whole[1], formats.save(written, tmp_path / "w.safetensors"))
+        assert checkpoint.transformer == open_checkpoint(whole[1]).transformer
+        assert_equal(loaded(checkpoint, "transformer"), expected)
+
+
+def test_a_replaced_transformer_must_say_what_it_is(whole, tensors, tmp_path):
+    file = formats.save(formats.bfl_transformer(tensors["transformer"]), tmp_path / "w.safetensors")
+    refused(str(file), "does not say whether", model=whole[1], transformer=file)
+    assert not open_checkpoint(whole[1], transformer=file, distilled=False).is_distilled
 
 
 def test_a_gguf_type_without_the_package(tmp_path, monkeypatch):

@@ -17,7 +17,17 @@ from flux2_mlx import (
     open_checkpoint,
 )
 from flux2_mlx.memory import weight_bytes, weights_of
-from flux2_mlx.quantize import AFFINE_BITS, DENSE_ROWS, FLOAT_MODES, QuantizedEmbedding, QuantizedLinear, pack, unpack
+from flux2_mlx.quantize import (
+    AFFINE_BITS,
+    DENSE_ROWS,
+    FLOAT_MODES,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    options_of,
+    pack,
+    parse_options,
+    unpack,
+)
 from flux2_mlx.weights import load_transformer, materialize
 from tests import formats, tiny
 
@@ -79,8 +89,9 @@ def test_a_packed_embedding_gives_its_rows(how):
         (4, None, Quantization(4, 64)),
         ("8", 32, Quantization(8, 32)),
         ("mxfp4", None, Quantization(4, 32, "mxfp4")),
-        ("nvfp4", 16, Quantization(4, 16, "nvfp4")),
+        ("nvfp4", 32, Quantization(4, 16, "nvfp4")),  # the group size is for bits
         (None, None, None),
+        ("none", None, None),
     ],
 )
 def test_what_an_option_means(value, group_size, expected):
@@ -93,7 +104,8 @@ def test_what_an_option_means(value, group_size, expected):
         (7, None, "2, 3, 4, 5, 6, 8 bits in groups of 32, 64, 128, got 7 in 64"),
         ("4", 48, "got 4 in 48"),
         ("int4", None, "mxfp4, mxfp8, nvfp4, got 'int4'"),
-        ("mxfp4", 64, "mxfp4 has 4 bits in groups of 32, got 4 in 64"),
+        (4.7, None, "got 4.7"),
+        ("-4", None, "got '-4'"),
     ],
 )
 def test_what_no_option_means(value, group_size, says):
@@ -103,9 +115,22 @@ def test_what_no_option_means(value, group_size, says):
         Flux2Pipeline.from_pretrained("no such model", quantize=value, group_size=group_size)
 
 
-def test_a_mode_that_is_none():
+def test_ways_that_are_none():
+    with pytest.raises(InputError, match="mxfp4 has 4 bits in groups of 32, got 4 in 64"):
+        Quantization(4, 64, "mxfp4")
+    with pytest.raises(InputError, match="group_size 32 belongs to quantize in bits, and none is given"):
+        parse_options("mxfp4", None, 32)
     with pytest.raises(InputError, match="the mode must be affine, mxfp4, mxfp8, nvfp4, got 'int'"):
         Quantization(4, 64, "int")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(None, None, None), (4, None, 64), ("mxfp4", 8, 32), (6, "none", 128), (None, 3, 64), ("nvfp4", None, None)],
+)
+def test_options_and_back(options):
+    """As a picture's settings keep them."""
+    assert tuple(options_of(parse_options(*options)).values()) == options
 
 
 # ------------------------------------------------------------------------------------------------ transformers
@@ -128,8 +153,10 @@ def test_from_unquantized(how):
     assert weight_bytes(packed) < 0.4 * weight_bytes(model)
 
 
-def test_load_quantized():
-    model = QuantizedFluxKlein.from_unquantized(FluxKlein(PARAMS), 32, 4)
+@pytest.mark.parametrize("mode", ["affine", *FLOAT_MODES])
+def test_load_quantized(mode):
+    bits, group_size = FLOAT_MODES.get(mode, (4, 32))
+    model = QuantizedFluxKlein.from_unquantized(FluxKlein(PARAMS), group_size, bits, mode)
     loaded = load_quantized_flux_klein(weights_of(model), PARAMS)
     assert isinstance(loaded, QuantizedFluxKlein)
     assert mx.array_equal(velocity(loaded), velocity(model)).item()
@@ -166,18 +193,19 @@ def test_bits_of_each_component(checkpoint):
     assert isinstance(pipe.text_encoder.model.embed_tokens, QuantizedEmbedding)
     assert not [m for m in pipe.autoencoder.modules() if isinstance(m, QuantizedLinear)]
     result = pipe("a red fox", height=64, width=64, num_steps=1, seed=0, max_sequence_length=16)
-    assert (result.settings[0].quantize, result.settings[0].quantize_text_encoder) == (4, "8")
+    assert (result.settings[0].quantize, result.settings[0].quantize_text_encoder) == (4, 8)
     pipe.unload()
     again = pipe("a red fox", height=64, width=64, num_steps=1, seed=0, max_sequence_length=16)
     assert result.images[0].tobytes() == again.images[0].tobytes()
 
 
-@pytest.mark.parametrize("quantize", [8, "mxfp8"])
-def test_eight_bits_draw_nearly_the_same(checkpoint, quantize):
+@pytest.mark.parametrize(("quantize", "group_size"), [(8, 32), ("mxfp8", None)])
+def test_eight_bits_draw_nearly_the_same(checkpoint, quantize, group_size):
     options = {"height": 64, "width": 96, "num_steps": 2, "seed": 3, "max_sequence_length": 16, "output_type": "np"}
     dense = Flux2Pipeline.from_pretrained(checkpoint)("a red fox", **options).images
-    packed = Flux2Pipeline.from_pretrained(checkpoint, quantize=quantize, group_size=32)("a red fox", **options).images
-    assert 0 < np.abs(dense - packed).mean() < 0.02
+    packed = Flux2Pipeline.from_pretrained(checkpoint, quantize=quantize, group_size=group_size)
+    found = packed("a red fox", **options).images
+    assert 0 < np.abs(dense - found).mean() < 0.02
 
 
 def test_packed_layers_of_a_file_keep_their_bits(checkpoint, tmp_path):
@@ -185,7 +213,7 @@ def test_packed_layers_of_a_file_keep_their_bits(checkpoint, tmp_path):
     tensors = {name: t.detach() for name, t in tiny.transformer().state_dict().items()}
     written, _ = formats.packed(tensors, 8, 32, skip=("proj_out",))
     file = formats.save(written, tmp_path / "w.safetensors")
-    pipe = Flux2Pipeline.from_pretrained(checkpoint, transformer=file, quantize=4, group_size=32)
+    pipe = Flux2Pipeline.from_pretrained(checkpoint, transformer=file, distilled=True, quantize=4, group_size=32)
     assert pipe.transformer.proj_out.how.bits == 4
     assert pipe.transformer.x_embedder.how.bits == 8
 
@@ -193,7 +221,9 @@ def test_packed_layers_of_a_file_keep_their_bits(checkpoint, tmp_path):
 def test_a_gguf_file_is_packed_tensor_by_tensor(checkpoint, tmp_path):
     tensors = {name: t.detach() for name, t in tiny.transformer().state_dict().items()}
     expected = formats.write_gguf(tmp_path / "w.gguf", formats.bfl_transformer(tensors), "Q5_0")
-    pipe = Flux2Pipeline.from_pretrained(checkpoint, transformer=tmp_path / "w.gguf", quantize=6, group_size=32)
+    pipe = Flux2Pipeline.from_pretrained(
+        checkpoint, transformer=tmp_path / "w.gguf", distilled=True, quantize=6, group_size=32
+    )
     layer = pipe.transformer.single_transformer_blocks[1].attn.to_out
     for _ in materialize(pipe.transformer):
         pass
@@ -212,7 +242,7 @@ def test_loading_holds_the_packed_model_and_little_more(checkpoint, tmp_path, me
     else:
         file = tmp_path / "w"
         formats.write_gguf(file, formats.bfl_transformer(tensors), kind)
-    opened = open_checkpoint(checkpoint, transformer=file)
+    opened = open_checkpoint(checkpoint, transformer=file, distilled=True)
     before = memory()
     packed = load_transformer(opened, mx.float32, lambda *_: Quantization(4, 32))
     mx.reset_peak_memory()
