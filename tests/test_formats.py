@@ -492,7 +492,7 @@ def test_a_gguf_matrix_is_converted_some_rows_at_a_time(tmp_path, monkeypatch, m
     how = Quantization(4, 32)
     found = [unpack(*(made[f"{layer}.{kind}"] for kind in ("weight", "scales", "biases")), how) for layer in layers]
     whole = np.concatenate([np.array(array) for array in found])
-    np.testing.assert_allclose(whole, expected["double_blocks.0.img_attn.qkv.weight"].numpy(), atol=2e-3)
+    np.testing.assert_allclose(whole, expected["double_blocks.0.img_attn.qkv.weight"].numpy(), atol=5e-3)
 
 
 def test_some_layers_packed_and_others_dense(whole, tensors, tmp_path):

@@ -72,17 +72,29 @@ def test_a_prompt_becomes_a_picture(run, pipe, tmp_path):
 
 
 def test_every_option_reaches_the_pipeline(run, tmp_path, base_reference):
+    folder = base_reference[1]
+    transformer = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     code, out, _ = run(
         "a red fox", "--guidance", 2.5, "--seed", 3, "--num-images", 2, "--schedule", "comfy", "--noise", "mlx",
         "--dtype", "bfloat16", "--negative-prompt", "blur", "--output", "out-{seed}-{index}.webp", "--quiet",
-        model=base_reference[1],
+        "--transformer", transformer, "--text-encoder", folder / "text_encoder", "--vae", folder / "vae",
+        "--tokenizer", folder / "tokenizer", "--no-distilled", "--quantize", "8", "--quantize-text-encoder", "mxfp8",
+        "--group-size", 32, model=folder,
     )  # fmt: skip
     assert (code, out) == (0, "seed 3  out-3-0.webp\nseed 4  out-4-1.webp\n")
     assert read_metadata(tmp_path / "out-4-1.webp") == {
         "prompt": "a red fox",
         "negative_prompt": "blur",
-        "model": str(base_reference[1]),
+        "model": str(folder),
         "revision": None,
+        "transformer": str(transformer),
+        "text_encoder": str(folder / "text_encoder"),
+        "vae": str(folder / "vae"),
+        "tokenizer": str(folder / "tokenizer"),
+        "distilled": False,
+        "quantize": 8,
+        "quantize_text_encoder": "mxfp8",
+        "group_size": 32,
         "inputs": [],
         "seed": 4,
         "width": 80,
@@ -96,6 +108,8 @@ def test_every_option_reaches_the_pipeline(run, tmp_path, base_reference):
         "max_sequence_length": 16,
         "version": __version__,
     }
+    assert main(["--from-image", "out-3-0.webp", "--output", "again.webp", "--quiet"]) == 0
+    assert (tmp_path / "again.webp").read_bytes() == (tmp_path / "out-3-0.webp").read_bytes()
 
 
 def test_quiet_prints_the_seed_and_the_file_alone(run):

@@ -171,11 +171,11 @@ def test_a_repository_that_is_no_klein_checkpoint(hub, damaged, tmp_path):
 
 
 def test_a_file_on_the_hub(hub, tmp_path):
-    name = "someone/klein-tune/vae/diffusion_pytorch_model.safetensors"
-    run = generate(tmp_path, "--vae", name, url=hub.url)
+    name = "someone/klein-tune/transformer/diffusion_pytorch_model.safetensors"
+    run = generate(tmp_path, "--transformer", name, "--distilled", url=hub.url)
     assert run.returncode == 0, run.stderr
     assert hub.downloads.count(name) == 1
-    assert f"{REPO}/vae/diffusion_pytorch_model.safetensors" not in hub.downloads
+    assert f"{REPO}/transformer/diffusion_pytorch_model.safetensors" not in hub.downloads
     assert_refused(
         generate(tmp_path, "--vae", "someone/klein-tune/none.safetensors", url=hub.url),
         "someone/klein-tune has no file none.safetensors",
