@@ -180,3 +180,33 @@ def test_a_file_on_the_hub(hub, tmp_path):
         generate(tmp_path, "--vae", "someone/klein-tune/none.safetensors", url=hub.url),
         "someone/klein-tune has no file none.safetensors",
     )
+
+
+def test_a_repository_without_a_model_index(hub, damaged, tmp_path):
+    """As mflux saves one: a folder for each part, and nothing that says whether it is distilled."""
+    rewrite(damaged / "model_index.json", None)
+    rewrite(damaged / "scheduler" / "scheduler_config.json", None)
+    run = generate(tmp_path, "--model", "someone/klein-tune", "--distilled", url=hub.url)
+    assert run.returncode == 0, run.stderr
+    assert_refused(generate(tmp_path, "--model", "someone/klein-tune", url=hub.url), "does not say whether")
+
+
+def test_a_part_that_is_a_repository(hub, damaged, tmp_path):
+    """Its config comes first, then the shards that are used; one without a config lists the files that it has."""
+    split(damaged / "text_encoder", 2, "model")
+    rewrite(damaged / "text_encoder" / "another.safetensors", b"that nobody needs")
+    hub.repos |= {"someone/text": damaged / "text_encoder", "someone/files": damaged.parent / "files"}
+    (damaged.parent / "files" / "split").mkdir(parents=True)
+    (damaged.parent / "files" / "split" / "klein.safetensors").write_bytes(b"large")
+    run = generate(tmp_path, "--text-encoder", "someone/text", url=hub.url)
+    assert run.returncode == 0, run.stderr
+    assert {name for name in hub.downloads if name.startswith("someone/text/")} == {
+        "someone/text/config.json",
+        "someone/text/model.safetensors.index.json",
+        "someone/text/model-00001-of-00002.safetensors",
+        "someone/text/model-00002-of-00002.safetensors",
+    }
+    for arguments in (["--transformer", "someone/files"], ["--model", "someone/files"]):
+        run = generate(tmp_path, *arguments, "--distilled", url=hub.url)
+        assert_refused(run, "name the file: someone/files/split/klein.safetensors")
+    assert not any(name.endswith("klein.safetensors") for name in hub.downloads)
