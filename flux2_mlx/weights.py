@@ -589,19 +589,17 @@ def open_checkpoint(
     paths = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
     given = {part: None if where is None else os.fspath(where) for part, where in paths.items()}
     parts = {part: _find_part(part, where) for part in _STEMS if (where := given[part]) is not None}
+    if transformer is not None and distilled is None:
+        raise _unsaid(given["transformer"])
     needed = [part for part in _STEMS if part not in parts or (part == "vae" and not _is_whole(parts[part]))]
-    found = _find_model(name, revision, needed, tokenizer is None)
+    found = _find_model(name, revision, needed, tokenizer is None, distilled)
     sources = dict(found.sources)
     for part, source in parts.items():
         decoder_only = part == "vae" and not _is_whole(source)
         sources[part] = replace(sources[part], decoder=source.files[0]) if decoder_only else source
-    is_distilled = found.is_distilled if transformer is None else None  # a transformer of its own does not say it
-    is_distilled = is_distilled if distilled is None else distilled
+    is_distilled = found.is_distilled if distilled is None else distilled
     if is_distilled is None:
-        raise CheckpointError(
-            f"{given['transformer'] or name} does not say whether its transformer is distilled (4 steps, no guidance) "
-            "or a base model (50 steps, guidance 4); say distilled=True or False (--distilled, --no-distilled)"
-        )
+        raise _unsaid(name)
     folder = found.folder / "tokenizer" if tokenizer is None else Path(tokenizer).expanduser()
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(f"{folder} has no tokenizer.json")
@@ -622,6 +620,13 @@ def open_checkpoint(
     )
 
 
+def _unsaid(name: str | None) -> CheckpointError:
+    return CheckpointError(
+        f"{name} does not say whether its transformer is distilled (4 steps, no guidance) or a base model (50 steps, "
+        "guidance 4); say distilled=True or False (--distilled, --no-distilled)"
+    )
+
+
 @dataclass(frozen=True)
 class _Found:
     """A model's parts, and what it says of itself; ``is_distilled`` is None where it says nothing."""
@@ -632,7 +637,9 @@ class _Found:
     sources: Mapping[str, Source]
 
 
-def _find_model(name: str, revision: str | None, parts: Sequence[str], with_tokenizer: bool) -> _Found:
+def _find_model(
+    name: str, revision: str | None, parts: Sequence[str], with_tokenizer: bool, distilled: bool | None
+) -> _Found:
     """The parts of a model: of a folder, a file, or what the Hub has under the name."""
     path = _local(name)
     if path is not None and revision is not None:
@@ -643,7 +650,9 @@ def _find_model(name: str, revision: str | None, parts: Sequence[str], with_toke
         path = _download_file(name, revision)
     if path is not None:
         try:
-            return (_open_folder if path.is_dir() else _open_file)(path, parts, with_tokenizer)
+            if path.is_dir():
+                return _open_folder(path, parts, with_tokenizer)
+            return _open_file(path, parts, with_tokenizer, distilled)
         except OSError as error:
             raise CheckpointError(f"{name} cannot be read: {error.strerror}") from None
     if name not in RELEASED and not HUB_ID.fullmatch(name):
@@ -717,7 +726,7 @@ def _read_model_index(folder: Path, parts: Sequence[str], with_tokenizer: bool) 
     return has_kv_cache or index.get("is_distilled") is True, has_kv_cache
 
 
-def _open_file(path: Path, parts: Sequence[str], with_tokenizer: bool) -> _Found:
+def _open_file(path: Path, parts: Sequence[str], with_tokenizer: bool, distilled: bool | None) -> _Found:
     """A file with a transformer, and perhaps more; the other parts are those of the released model of its size."""
     inside = _parts_in(path)
     if "transformer" in parts and "transformer" not in inside:
@@ -729,6 +738,8 @@ def _open_file(path: Path, parts: Sequence[str], with_tokenizer: bool) -> _Found
         return _Found(path.parent, None, False, sources)
     params = Source("transformer", str(path), (path,)).shape()
     base = next((name for name, size in _TEXT_SIZES.items() if size == params.txt_embed_dim), None)
+    if base is not None and distilled is None:
+        raise _unsaid(str(path))  # before the rest is downloaded
     if base is None:
         raise CheckpointError(
             f"{path} holds the transformer of no released model (it takes prompt embeddings of "

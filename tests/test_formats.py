@@ -320,6 +320,8 @@ def test_the_rest_of_a_file_is_the_released_model_of_its_size(whole, tensors, tm
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     monkeypatch.setattr(weights_module, "_TEXT_SIZES", {"klein-9b": 1, "klein-4b": 192})
     file = formats.save(formats.bfl_transformer(tensors["transformer"]), tmp_path / "bfl.safetensors")
+    refused("does not say whether", model=file)
+    assert asked == []  # before anything is downloaded
     checkpoint = open_checkpoint(file, distilled=False)
     assert {repo for repo, _ in asked} == {RELEASED["klein-4b"]}
     patterns = [pattern for _, patterns in asked for pattern in patterns]
