@@ -388,25 +388,37 @@ def _transformers_name(name: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------- autoencoder
 
-_BFL_VAE = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
-        (r"\.nin_shortcut\.", ".conv_shortcut."),
-        (r"^encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets."),
-        (r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
-        (r"^decoder\.up\.(\d+)\.block\.", r"decoder.up_blocks.\1.resnets."),
-        (r"^decoder\.up\.(\d+)\.upsample\.", r"decoder.up_blocks.\1.upsamplers.0."),
-        (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
-        (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-        (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
-        (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
-        (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
-        (r"(\.attentions\.0\.to_out)\.(?=weight|bias|scales)", r"\1.0."),  # mflux's
-        (r"^quant_conv\.", "encoder.quant_conv."),
-        (r"^post_quant_conv\.", "decoder.post_quant_conv."),
-    )
+# The modules' names and BFL's of the same parts, # for a number; one that begins with a letter begins the name.
+_VAE_NAMES = (
+    ("encoder.conv_norm_out.", "encoder.norm_out."),
+    ("decoder.conv_norm_out.", "decoder.norm_out."),
+    (".conv_shortcut.", ".nin_shortcut."),
+    ("encoder.down_blocks.#.resnets.", "encoder.down.#.block."),
+    ("encoder.down_blocks.#.downsamplers.0.", "encoder.down.#.downsample."),
+    ("decoder.up_blocks.#.resnets.", "decoder.up.#.block."),
+    ("decoder.up_blocks.#.upsamplers.0.", "decoder.up.#.upsample."),
+    (".mid_block.resnets.0.", ".mid.block_1."),
+    (".mid_block.resnets.1.", ".mid.block_2."),
+    (".mid_block.attentions.0.group_norm.", ".mid.attn_1.norm."),
+    (".mid_block.attentions.0.to_q.", ".mid.attn_1.q."),
+    (".mid_block.attentions.0.to_k.", ".mid.attn_1.k."),
+    (".mid_block.attentions.0.to_v.", ".mid.attn_1.v."),
+    (".mid_block.attentions.0.to_out.0.", ".mid.attn_1.proj_out."),
 )
+
+
+def _renaming(old: str, new: str) -> tuple[re.Pattern[str], str]:
+    anchor = "" if old.startswith(".") else "^"
+    return re.compile(anchor + re.escape(old).replace(r"\#", r"(\d+)")), new.replace("#", r"\1")
+
+
+_FROM_BFL_VAE = (
+    *(_renaming(bfl, ours) for ours, bfl in _VAE_NAMES),
+    _renaming("quant_conv.", "encoder.quant_conv."),  # diffusers'
+    _renaming("post_quant_conv.", "decoder.post_quant_conv."),
+    (re.compile(r"(\.attentions\.0\.to_out)\.(?=weight|bias|scales)"), r"\1.0."),  # mflux's
+)
+_TO_BFL_VAE = tuple(_renaming(ours, bfl) for ours, bfl in _VAE_NAMES)
 _UP_STAGE = re.compile(r"^decoder\.up\.(\d+)\.")
 _ATTENTION = re.compile(r"\.attentions\.0\.to_(?:q|k|v|out\.0)\.weight$")
 
@@ -430,7 +442,7 @@ def sanitize_vae_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
         stage = _UP_STAGE.match(name)
         if stage:  # BFL counts from the picture's side
             name = f"decoder.up.{max(stages) - int(stage[1])}.{name[stage.end() :]}"
-        for pattern, replacement in _BFL_VAE:
+        for pattern, replacement in _FROM_BFL_VAE:
             name = pattern.sub(replacement, name)
         sanitized[name] = weight
     for name in [name for name in sanitized if _ATTENTION.search(name)]:
@@ -473,42 +485,28 @@ def bfl_transformer(weights: Mapping[str, Any]) -> dict[str, Any]:
     return named
 
 
-def diffusers_vae(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """An autoencoder in diffusers' layout: the inverse of sanitize_vae_weights."""
-    named = {}
-    for name, weight in weights.items():
-        for inner in ("encoder.quant_conv.", "decoder.post_quant_conv."):
-            if name.startswith(inner):
-                name = name.split(".", 1)[1]
-        named[name] = mx.contiguous(weight.transpose(0, 3, 1, 2)) if weight.ndim == 4 else weight
+def _channels_first(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """Convolutions (out, h, w, in) as (out, in, h, w), and the count that torch's BatchNorm has."""
+    named = {
+        name: mx.contiguous(weight.transpose(0, 3, 1, 2)) if weight.ndim == 4 else weight
+        for name, weight in weights.items()
+    }
     return named | {"bn.num_batches_tracked": mx.array(0, mx.int64)}
 
 
-_TO_BFL_VAE = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"^(encoder|decoder)\.conv_norm_out\.", r"\1.norm_out."),
-        (r"\.conv_shortcut\.", ".nin_shortcut."),
-        (r"^encoder\.down_blocks\.(\d+)\.resnets\.", r"encoder.down.\1.block."),
-        (r"^encoder\.down_blocks\.(\d+)\.downsamplers\.0\.", r"encoder.down.\1.downsample."),
-        (r"^decoder\.up_blocks\.(\d+)\.resnets\.", r"decoder.up.\1.block."),
-        (r"^decoder\.up_blocks\.(\d+)\.upsamplers\.0\.", r"decoder.up.\1.upsample."),
-        (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
-        (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
-        (r"\.mid_block\.attentions\.0\.group_norm\.", ".mid.attn_1.norm."),
-        (r"\.mid_block\.attentions\.0\.to_([qkv])\.", r".mid.attn_1.\1."),
-        (r"\.mid_block\.attentions\.0\.to_out\.0\.", ".mid.attn_1.proj_out."),
-        (r"^quant_conv\.", "encoder.quant_conv."),
-        (r"^post_quant_conv\.", "decoder.post_quant_conv."),
-    )
-)
+def diffusers_vae(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """An autoencoder in diffusers' layout: the inverse of sanitize_vae_weights."""
+    return {
+        re.sub(r"^(?:encoder|decoder)\.(?=quant_conv\.|post_quant_conv\.)", "", name): weight
+        for name, weight in _channels_first(weights).items()
+    }
 
 
 def bfl_vae(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """An autoencoder as ae.safetensors has it: the inverse of sanitize_vae_weights."""
     stages = _block_count(weights, "decoder.up_blocks")
     named = {}
-    for name, weight in diffusers_vae(weights).items():
+    for name, weight in _channels_first(weights).items():
         if _ATTENTION.search(name):
             weight = weight[:, :, None, None]
         for pattern, replacement in _TO_BFL_VAE:

@@ -123,10 +123,7 @@ def entries_of(module: nn.Module, weights: dict[str, Any], how: Quantization | N
         weight = weights.pop(name)
         layer = name.removesuffix(".weight")
         if how is not None and name.endswith(".weight") and layer in dense:
-            if weight.shape[1] % how.group_size:
-                raise InputError(
-                    f"{layer} has {weight.shape[1]} inputs, which are no multiple of the group size {how.group_size}"
-                )
+            how.check(layer, weight.shape[1])
             result |= packed_entries(layer, weight, how)
         else:
             result[name] = dense_entry(name, weight)

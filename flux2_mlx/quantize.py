@@ -60,6 +60,15 @@ class Quantization:
                 f"{', '.join(map(str, AFFINE_GROUPS))}, got {self.bits!r} in {self.group_size!r}"
             )
 
+    def check(self, layer: str, columns: int) -> None:
+        """Refuse a layer that does not divide into groups.
+
+        Raises:
+            InputError: naming it.
+        """
+        if columns % self.group_size:
+            raise InputError(f"{layer} has {columns} inputs, which are no multiple of the group size {self.group_size}")
+
     @classmethod
     def parse(cls, value: int | str | None, group_size: int | None = None) -> Quantization | None:
         """From what an option says: bits (4 or "4"), a mode ("mxfp4"), or None or "none".
@@ -187,9 +196,7 @@ def quantize(module: nn.Module, recipe: Recipe) -> None:
         how = recipe(path, layer)
         if how is None:
             continue
-        columns = layer.weight.shape[1]
-        if columns % how.group_size:
-            raise InputError(f"{path} has {columns} inputs, which are no multiple of the group size {how.group_size}")
+        how.check(path, layer.weight.shape[1])
         packed[path] = PACKED_LAYERS[type(layer)](layer, how)
     _replace(module, packed)
 
