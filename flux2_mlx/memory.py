@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
+from .models.autoencoder import STRIP_BYTES
 
 
 def on_gpu() -> bool:
@@ -74,8 +75,8 @@ def transformer_bytes(params: FluxKleinParams, tokens: int, dtype: mx.Dtype) -> 
 
 
 def decoder_bytes(config: AutoEncoderConfig, height: int, width: int, dtype: mx.Dtype) -> int:
-    """Estimated intermediates of decoding a picture: three activations of the widest full-size block; the CPU backend
-    also unfolds the inputs of its 3x3 convolutions, about 40 in all.
+    """Estimated intermediates of decoding a picture: the widest activation, and what a strip of it needs besides; the
+    CPU backend also unfolds the inputs of its 3x3 convolutions.
     """
-    live = 3 if on_gpu() else 40
-    return height * width * config.decoder_channels[1] * live * dtype.size
+    widest = height * width * config.decoder_channels[1] * dtype.size
+    return widest + min(widest, STRIP_BYTES) * (6 if on_gpu() else 28)

@@ -4,11 +4,17 @@ Features: residual blocks of GroupNorm, SiLU and 3x3 convolutions; one attention
 taken in chunks so that the scores stay small; quantization convolutions on both sides; the statistics that normalize
 the packed latents. The small decoder is the same code with fewer channels.
 
+Large pictures are computed in strips of rows, which come from above and below with the row that a convolution needs
+beyond them; a norm's statistics are those of all strips together, so the result is that of the undivided picture. Each
+layer gives its input's strips up one by one as it makes its own, so that about one activation is in memory at a time.
+
 Reference: diffusers' AutoencoderKLFlux2. Attribute names are its checkpoint keys, with ``quant_conv`` inside Encoder
 and ``post_quant_conv`` inside Decoder.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,51 +23,146 @@ from ..config import AutoEncoderConfig
 
 # Attention scores that exist at one time, in elements: 256 MB in float32.
 SCORES_AT_ONCE = 2**26
+# Of a strip, in a layer's wider side. A picture with no more than that is one strip.
+STRIP_BYTES = 2**25
+STRIP_ROWS = 16  # or a multiple of it: so many can be halved three times
+
+Strips = list[mx.array]  # of (B, rows, W, C), from top to bottom; whoever is given them empties the list
 
 
-def group_norm(config: AutoEncoderConfig, channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(config.norm_num_groups, channels, eps=config.norm_eps, pytorch_compatible=True)
+def in_strips(strips: Strips, channels: int, scale: int = 1) -> Strips:
+    """The same picture, strips divided that are too large for a layer with so many channels, whose output is ``scale``
+    times as high and wide.
+    """
+    batch, _, width, own = strips[0].shape
+    row = batch * width * max(own, scale * scale * channels) * strips[0].itemsize
+    rows = max(1, STRIP_BYTES // row // STRIP_ROWS) * STRIP_ROWS
+    divided = [strip[:, top : top + rows] for strip in strips for top in range(0, strip.shape[1], rows)]
+    strips.clear()
+    return divided
+
+
+def joined(strips: Strips) -> mx.array:
+    x = strips[0] if len(strips) == 1 else mx.concatenate(strips, axis=1)
+    strips.clear()
+    return x
+
+
+def computed(strip: mx.array, now: bool) -> mx.array:
+    """The strip itself, in memory if it is one of several, so that what it was made of can go."""
+    if now:
+        mx.eval(strip)
+    return strip
+
+
+def with_neighbours(
+    strips: Strips, prepare: Callable[[mx.array], mx.array], above: int = 1
+) -> Iterator[tuple[mx.array, mx.array]]:
+    """Of each strip, (it prepared, with the row below and, unless ``above`` is 0, the row above; itself). Beyond the
+    picture rows are zero.
+    """
+    edge = mx.zeros_like(strips[0][:, :1])
+    before = [edge] * above
+    while strips:
+        x = strips.pop(0)
+        ready = prepare(x)
+        below = prepare(strips[0][:, :1]) if strips else edge
+        yield mx.concatenate([*before, ready, below], axis=1), x
+        before = [ready[:, -1:]] * above
+
+
+class GroupNorm(nn.Module):
+    """GroupNorm over a whole picture that is in strips, computed in float32."""
+
+    def __init__(self, config: AutoEncoderConfig, channels: int):
+        super().__init__()
+        self.groups, self.eps = config.norm_num_groups, config.norm_eps
+        self.weight = mx.ones((channels,))
+        self.bias = mx.zeros((channels,))
+
+    def over(self, strips: Sequence[mx.array]) -> Callable[[mx.array], mx.array]:
+        """The norm with the statistics of these strips, as a function of a strip or of rows of one."""
+        counts, means, variances = [], [], []
+        for x in strips:
+            batch, rows, width, channels = x.shape
+            grouped = x.astype(mx.float32).reshape(batch, rows * width, self.groups, channels // self.groups)
+            counts.append(rows * width)
+            means.append(grouped.mean((1, 3), keepdims=True))
+            variances.append(grouped.var((1, 3), keepdims=True))
+            computed(variances[-1], len(strips) > 1)
+        shares = [count / sum(counts) for count in counts]
+        mean = sum((share * m for share, m in zip(shares, means, strict=True)), mx.array(0.0))
+        # Chan, Golub and LeVeque: within the strips, and between them.
+        parts = zip(shares, means, variances, strict=True)
+        variance = sum((share * (v + (m - mean) ** 2) for share, m, v in parts), mx.array(0.0))
+        scale = mx.rsqrt(variance + self.eps)
+
+        def norm(x: mx.array) -> mx.array:
+            grouped = x.astype(mx.float32).reshape(x.shape[0], -1, self.groups, x.shape[3] // self.groups)
+            return (((grouped - mean) * scale).reshape(x.shape) * self.weight + self.bias).astype(x.dtype)
+
+        return norm
+
+
+def convolve(conv: nn.Conv2d, rows: mx.array) -> mx.array:
+    """A 3x3 convolution of rows that have their neighbours above and below: (B, R + 2, W, C) to (B, R, W, C)."""
+    return mx.conv2d(rows, conv.weight, stride=1, padding=(0, 1)) + conv.bias
+
+
+def convolved(strips: Strips, conv: nn.Conv2d, prepare: Callable[[mx.array], mx.array] = lambda x: x) -> Strips:
+    """prepare, then a 3x3 convolution with a padding of 1."""
+    many = len(strips) > 1
+    return [computed(convolve(conv, rows), many) for rows, _ in with_neighbours(strips, prepare)]
 
 
 class ResnetBlock(nn.Module):
-    """(B, H, W, channels_in) to (B, H, W, channels_out)."""
+    """Strips with channels_in to strips with channels_out."""
 
     def __init__(self, config: AutoEncoderConfig, channels_in: int, channels_out: int):
         super().__init__()
-        self.norm1 = group_norm(config, channels_in)
+        self.norm1 = GroupNorm(config, channels_in)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2 = group_norm(config, channels_out)
+        self.norm2 = GroupNorm(config, channels_out)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         if channels_in != channels_out:
             self.conv_shortcut = nn.Conv2d(channels_in, channels_out, 1)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        h = self.conv1(nn.silu(self.norm1(x)))
-        h = self.conv2(nn.silu(self.norm2(h)))
-        return h + (self.conv_shortcut(x) if "conv_shortcut" in self else x)
+    def __call__(self, strips: Strips) -> Strips:
+        strips = in_strips(strips, self.conv1.weight.shape[0])
+        many = len(strips) > 1
+        norm1 = self.norm1.over(strips)
+        inner, beside = [], []
+        for rows, x in with_neighbours(strips, lambda x: nn.silu(norm1(x))):
+            inner.append(computed(convolve(self.conv1, rows), many))
+            beside.append(computed(self.conv_shortcut(x), many) if "conv_shortcut" in self else x)
+        norm2 = self.norm2.over(inner)
+        rows_of_inner = with_neighbours(inner, lambda x: nn.silu(norm2(x)))
+        return [computed(convolve(self.conv2, rows) + beside.pop(0), many) for rows, _ in rows_of_inner]
 
 
 class Attention(nn.Module):
-    """One head over all positions: (B, H, W, C) to (B, H, W, C)."""
+    """One head over all positions, which are few here: strips to a single strip of the same channels."""
 
     def __init__(self, config: AutoEncoderConfig, channels: int):
         super().__init__()
-        self.group_norm = group_norm(config, channels)
+        self.group_norm = GroupNorm(config, channels)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
         self.to_out = [nn.Linear(channels, channels)]
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, strips: Strips) -> Strips:
+        x = joined(strips)
         batch, height, width, channels = x.shape
-        h = self.group_norm(x).reshape(batch, 1, height * width, channels)
+        h = self.group_norm.over([x])(x).reshape(batch, 1, height * width, channels)
         q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
         rows = max(1, SCORES_AT_ONCE // (batch * height * width))
+        many = rows < height * width
         chunks = [
-            mx.fast.scaled_dot_product_attention(q[:, :, i : i + rows], k, v, scale=channels**-0.5)
+            computed(mx.fast.scaled_dot_product_attention(q[:, :, i : i + rows], k, v, scale=channels**-0.5), many)
             for i in range(0, height * width, rows)
         ]
-        return x + self.to_out[0](mx.concatenate(chunks, axis=2)).reshape(x.shape)
+        return [x + self.to_out[0](mx.concatenate(chunks, axis=2)).reshape(x.shape)]
 
 
 class MidBlock(nn.Module):
@@ -70,8 +171,8 @@ class MidBlock(nn.Module):
         self.resnets = [ResnetBlock(config, channels, channels) for _ in range(2)]
         self.attentions = [Attention(config, channels)]
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+    def __call__(self, strips: Strips) -> Strips:
+        return self.resnets[1](self.attentions[0](self.resnets[0](strips)))
 
 
 class Downsample(nn.Module):
@@ -81,8 +182,13 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.conv(mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]))
+    def __call__(self, strips: Strips) -> Strips:
+        strips = in_strips(strips, self.conv.weight.shape[0])
+        many = len(strips) > 1
+        return [
+            computed(self.conv(mx.pad(rows, [(0, 0), (0, 0), (0, 1), (0, 0)])), many)
+            for rows, _ in with_neighbours(strips, lambda x: x, above=0)
+        ]
 
 
 class Upsample(nn.Module):
@@ -92,10 +198,18 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        batch, height, width, channels = x.shape
-        x = mx.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
-        return self.conv(x.reshape(batch, 2 * height, 2 * width, channels))
+    def __call__(self, strips: Strips) -> Strips:
+        strips = in_strips(strips, self.conv.weight.shape[0], scale=2)
+        many = len(strips) > 1
+        doubled = (doubled_rows(rows)[:, 1:-1] for rows, _ in with_neighbours(strips, lambda x: x))
+        return [computed(convolve(self.conv, rows), many) for rows in doubled]
+
+
+def doubled_rows(x: mx.array) -> mx.array:
+    """Each pixel of (B, R, W, C) as 2 x 2: (B, 2R, 2W, C)."""
+    batch, rows, width, channels = x.shape
+    x = mx.broadcast_to(x[:, :, None, :, None], (batch, rows, 2, width, 2, channels))
+    return x.reshape(batch, 2 * rows, 2 * width, channels)
 
 
 class DownBlock(nn.Module):
@@ -108,10 +222,10 @@ class DownBlock(nn.Module):
         if not last:
             self.downsamplers = [Downsample(channels_out)]
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, strips: Strips) -> Strips:
         for resnet in self.resnets:
-            x = resnet(x)
-        return self.downsamplers[0](x) if "downsamplers" in self else x
+            strips = resnet(strips)
+        return self.downsamplers[0](strips) if "downsamplers" in self else strips
 
 
 class UpBlock(nn.Module):
@@ -124,10 +238,10 @@ class UpBlock(nn.Module):
         if not last:
             self.upsamplers = [Upsample(channels_out)]
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, strips: Strips) -> Strips:
         for resnet in self.resnets:
-            x = resnet(x)
-        return self.upsamplers[0](x) if "upsamplers" in self else x
+            strips = resnet(strips)
+        return self.upsamplers[0](strips) if "upsamplers" in self else strips
 
 
 class Encoder(nn.Module):
@@ -143,15 +257,18 @@ class Encoder(nn.Module):
             for i in range(len(channels))
         ]
         self.mid_block = MidBlock(config, channels[-1])
-        self.conv_norm_out = group_norm(config, channels[-1])
+        self.conv_norm_out = GroupNorm(config, channels[-1])
         self.conv_out = nn.Conv2d(channels[-1], moments, 3, padding=1)
         self.quant_conv = nn.Conv2d(moments, moments, 1)
 
     def __call__(self, image: mx.array) -> mx.array:
-        x = self.conv_in(image.astype(self.conv_in.weight.dtype))
+        image = image.astype(self.conv_in.weight.dtype)
+        strips = convolved(in_strips([image], self.conv_in.weight.shape[0]), self.conv_in)
         for block in self.down_blocks:
-            x = block(x)
-        x = self.conv_out(nn.silu(self.conv_norm_out(self.mid_block(x))))
+            strips = block(strips)
+        strips = self.mid_block(strips)
+        norm = self.conv_norm_out.over(strips)
+        x = joined(convolved(strips, self.conv_out, lambda x: nn.silu(norm(x))))
         mean, _log_variance = mx.split(self.quant_conv(x), 2, axis=-1)
         return mean
 
@@ -172,15 +289,16 @@ class Decoder(nn.Module):
             UpBlock(config, channels[max(i - 1, 0)], channels[i], last=i == len(channels) - 1)
             for i in range(len(channels))
         ]
-        self.conv_norm_out = group_norm(config, channels[-1])
+        self.conv_norm_out = GroupNorm(config, channels[-1])
         self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
     def __call__(self, z: mx.array) -> mx.array:
-        x = self.conv_in(self.post_quant_conv(z.astype(self.conv_in.weight.dtype)))
-        x = self.mid_block(x)
+        z = self.post_quant_conv(z.astype(self.conv_in.weight.dtype))
+        strips = self.mid_block(convolved(in_strips([z], self.conv_in.weight.shape[0]), self.conv_in))
         for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(nn.silu(self.conv_norm_out(x)))
+            strips = block(strips)
+        norm = self.conv_norm_out.over(strips)
+        return joined(convolved(strips, self.conv_out, lambda x: nn.silu(norm(x))))
 
 
 class LatentStatistics(nn.Module):
