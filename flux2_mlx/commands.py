@@ -12,7 +12,7 @@ from .quantize import AFFINE_BITS, FLOAT_MODES
 PART_OPTIONS = ("transformer", "text_encoder", "vae", "tokenizer", "distilled")
 MODEL_OPTIONS = (*PART_OPTIONS, "quantize", "quantize_text_encoder", "group_size")
 
-MODEL_HELP = "a released name, a folder, a file, a Hub id or owner/name/file"
+MODEL_HELP = "a released name, nano, a folder, a file, a Hub id or owner/name/file"
 
 
 class Parser(argparse.ArgumentParser):

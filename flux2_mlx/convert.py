@@ -37,6 +37,7 @@ from .quantize import (
     QuantizedEmbedding,
     QuantizedLinear,
     dense_layers,
+    mixed,
     pack,
     packing_in,
     parse_options,
@@ -109,30 +110,35 @@ def packed_entries(layer: str, weight: Any, how: Quantization) -> dict[str, Entr
     }
 
 
-def entries_of(module: nn.Module, weights: dict[str, Any], how: Quantization | None) -> dict[str, Entry]:
-    """A component's tensors, the matrices that are dense packed where ``how`` says it; takes them out of ``weights``.
+def entries_of(
+    module: nn.Module, weights: dict[str, Any], how: Quantization | None
+) -> tuple[dict[str, Entry], dict[str, Any]]:
+    """A component's tensors, taken out of ``weights``, with ``how`` the dense matrices packed; and what its config is
+    to say of the packing.
 
     Raises:
         InputError: for a layer whose inputs are no multiple of the group size.
     """
     quantize(module, packing_in(weights))
-    dense = set(dict(dense_layers(module))) if how is not None else set()
+    recipe = mixed(module, how) if how is not None else lambda *_: None
+    ways = {path: recipe(path, layer) for path, layer in dense_layers(module)}
     result: dict[str, Entry] = {}
     while weights:
         name = next(iter(weights))
         weight = weights.pop(name)
         layer = name.removesuffix(".weight")
-        if how is not None and name.endswith(".weight") and layer in dense:
-            how.check(layer, weight.shape[1])
-            result |= packed_entries(layer, weight, how)
-        else:
+        way = ways.get(layer) if name.endswith(".weight") else None
+        if way is None:
             result[name] = dense_entry(name, weight)
-    return result
+        else:
+            way.check(layer, weight.shape[1])
+            result |= packed_entries(layer, weight, way)
+    return result, recipe_of(module, ways)
 
 
-def recipe_of(module: nn.Module, how: Quantization | None) -> dict[str, Any]:
+def recipe_of(module: nn.Module, dense: Mapping[str, Quantization | None]) -> dict[str, Any]:
     """How a component's layers are packed, for its config: the commonest way, and the layers with another or none."""
-    layers: dict[str, Any] = {path: how and asdict(how) for path, _ in dense_layers(module)}
+    layers: dict[str, Any] = {path: way and asdict(way) for path, way in dense.items()}
     for path, layer in module.named_modules():
         if isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
             layers[path] = asdict(layer.how)
@@ -243,8 +249,9 @@ def convert(
             "transformer": FluxKlein(checkpoint.transformer),
             "text_encoder": Qwen3TextEncoder(checkpoint.text_encoder),
         }
-        parts = {part: entries_of(module, weights[part], how.get(part)) for part, module in modules.items()}
-        recipes = {part: recipe_of(module, how.get(part)) for part, module in modules.items()}
+        made = {part: entries_of(module, weights[part], how.get(part)) for part, module in modules.items()}
+        parts = {part: entries for part, (entries, _) in made.items()}
+        recipes = {part: recipe for part, (_, recipe) in made.items()}
         vae = diffusers_vae(weights.pop("vae"))
         parts["vae"] = {name: dense_entry(name, vae.pop(name)) for name in list(vae)}
         for part, entries in parts.items():

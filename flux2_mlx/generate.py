@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ._version import __version__
 from .commands import MODEL_HELP, MODEL_OPTIONS, Parser, add_model_options
-from .config import RELEASED, InputError
+from .config import NANO, RELEASED, InputError
 from .images import FORMATS, check_output, read_metadata, save_image
 from .latents import NOISES
 from .pipeline import DTYPES, Flux2Pipeline, Settings, Step, check_options, check_prompt
@@ -59,15 +59,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="flux2-generate",
         description="Draw a prompt with FLUX.2 [klein].",
-        epilog=f"Released models: {', '.join(RELEASED)}.",
+        epilog=f"Released models: {', '.join(RELEASED)}. {NANO} comes with this package: it draws flat scenes, such as "
+        '"a large red circle on the left, white background".',
     )
     parser.add_argument("prompt", nargs="?", help='what to draw; "-" or nothing reads standard input')
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file")
     parser.add_argument("--negative-prompt", help="what guidance leads away from (base models)")
     parser.add_argument("--model", help=f"{MODEL_HELP} ({SETTINGS['model']})")
     add_model_options(parser)
-    parser.add_argument("--width", type=int, help="in pixels, a multiple of 16 (1024)")
-    parser.add_argument("--height", type=int, help="in pixels, a multiple of 16 (1024)")
+    parser.add_argument("--width", type=int, help="in pixels, a multiple of 16 (1024; nano 128)")
+    parser.add_argument("--height", type=int, help="in pixels, a multiple of 16 (1024; nano 128)")
     parser.add_argument("--steps", type=int, dest="num_steps", help="4 for distilled models, 50 for base models")
     parser.add_argument("--guidance", type=float, help="1.0 for distilled models, 4.0 for base models")
     parser.add_argument(
@@ -81,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--noise", choices=NOISES, help=f"whose numbers a seed stands for ({SETTINGS['noise']})")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="bfloat16; float16 on M1 and M2; float32 on a CPU")
-    parser.add_argument("--max-sequence-length", type=int, help="tokens of the prompt (512)")
+    parser.add_argument("--max-sequence-length", type=int, help="tokens of the prompt (512; nano 48)")
     parser.add_argument(
         "--output",
         default=DEFAULT_OUTPUT,
@@ -91,6 +92,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--from-image", type=Path, metavar="FILE", help="repeat a picture with the settings in its file"
+    )
+    parser.add_argument(
+        "--no-cache", action="store_false", dest="cache", help="neither use nor keep prompt embeddings on disk"
     )
     parser.add_argument("--stats", action="store_true", help="print seconds and peak bytes of each part as JSON")
     parser.add_argument("--quiet", action="store_true", help="no bars, no summary; the seed and the file are printed")
@@ -176,6 +180,7 @@ def start(arguments: argparse.Namespace) -> Iterator[Step]:
         arguments.model,
         revision=arguments.revision,
         dtype=arguments.dtype,
+        cache=arguments.cache,
         progress=not arguments.quiet,
         **{name: getattr(arguments, name) for name in MODEL_OPTIONS},
     )

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any, cast
 
 import mlx.core as mx
@@ -27,6 +28,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ._version import __version__
+from .cache import read_prompt, write_prompt
 from .config import CheckpointError, InputError
 from .images import reference_array, to_pil, to_unit
 from .latents import (
@@ -51,7 +53,7 @@ from .memory import (
 from .models.autoencoder import AutoEncoder
 from .models.text_encoder import Qwen3TextEncoder
 from .models.transformer import FluxKlein
-from .quantize import Quantization, Recipe, largest_dense_bytes, options_of, parse_options
+from .quantize import Quantization, largest_dense_bytes, options_of, parse_options, tune
 from .sampler import SCHEDULES, check_sigmas, custom_sigmas, euler_step, schedule_sigmas
 from .tokenizer import Qwen3Tokenizer
 from .weights import (
@@ -61,6 +63,7 @@ from .weights import (
     load_transformer,
     materialize,
     open_checkpoint,
+    read_through,
 )
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -254,6 +257,7 @@ class Flux2Pipeline:
         dtype: of the transformer. In float16 the text encoder and the autoencoder stay in bfloat16, whose range
             their activations need.
         quantize: how each stage's matrices are packed that the checkpoint holds dense; stages that are not named stay.
+        cache: whether prompt embeddings are kept on disk, so that a prompt that was drawn before needs no text encoder.
         memory_limit: bytes that loaded stages and their intermediates may take together.
         progress: whether loading and drawing show bars on standard error.
     """
@@ -264,12 +268,14 @@ class Flux2Pipeline:
         *,
         dtype: str | mx.Dtype | None = None,
         quantize: Mapping[str, Quantization] | None = None,
+        cache: bool = True,
         memory_limit: int | None = None,
         progress: bool = False,
     ):
         self.checkpoint = checkpoint
         self.dtype = _dtype(dtype)
         self.quantize = dict(quantize or {})
+        self.cache = cache
         self.progress = progress
         self.memory_limit = machine_memory() if memory_limit is None else memory_limit
         self.tokenizer = Qwen3Tokenizer(checkpoint.tokenizer)
@@ -296,15 +302,16 @@ class Flux2Pipeline:
         quantize: int | str | None = None,
         quantize_text_encoder: int | str | None = None,
         group_size: int | None = None,
+        cache: bool = True,
         memory_limit: int | None = None,
         progress: bool = False,
     ) -> Flux2Pipeline:
         """Open a checkpoint. Configs, file headers, names and shapes are checked now; weights are read when needed.
 
         Args:
-            model: a released name ("klein-4b", "klein-9b", "klein-base-4b", "klein-base-9b", "klein-9b-kv"), a folder
-                in the diffusers layout or as mflux saves one, a safetensors or GGUF file with a transformer, a Hub id,
-                or "owner/name/file" there.
+            model: a released name ("klein-4b", "klein-9b", "klein-base-4b", "klein-base-9b", "klein-9b-kv"), "nano"
+                (the miniature in this package), a folder in the diffusers layout or as mflux saves one, a safetensors
+                or GGUF file with a transformer, a Hub id, or "owner/name/file" there.
             revision: branch, tag or commit on the Hub.
             transformer, text_encoder, vae: instead of the model's own: a file, a folder, a Hub id, or
                 "owner/name/file".
@@ -315,6 +322,8 @@ class Flux2Pipeline:
                 (2, 3, 4, 5, 6, 8) or a format ("mxfp4", "mxfp8", "nvfp4"). What the checkpoint holds packed stays so.
             quantize_text_encoder: the same for the text encoder alone, where it is to differ; "none" leaves it.
             group_size: weights that share a scale where they are packed into bits: 32, 64 or 128; unless given 64.
+            cache: keep prompt embeddings on disk (in FLUX2_MLX_CACHE, or the platform's folder for caches; the latest,
+                at most 1 GB), so that a prompt that was drawn before needs no text encoder.
             memory_limit: bytes that loaded stages may take together; None takes the machine's.
             progress: show bars on standard error while weights are read and steps are drawn.
 
@@ -333,7 +342,7 @@ class Flux2Pipeline:
             tokenizer=tokenizer,
             distilled=distilled,
         )
-        return cls(checkpoint, dtype=dtype, quantize=packed, memory_limit=memory_limit, progress=progress)
+        return cls(checkpoint, dtype=dtype, quantize=packed, cache=cache, memory_limit=memory_limit, progress=progress)
 
     # ------------------------------------------------------------------------------------------------ drawing
 
@@ -588,7 +597,7 @@ class Flux2Pipeline:
 
         steps = len(run.pictures) * (len(run.sigmas) - 1)
         self._prepare("transformer", self.transformer, working, stats)  # before the bar of the steps, for its own
-        with self._bar("drawing", steps, unit="step") as bar:
+        with self._reading_ahead("autoencoder"), self._bar("drawing", steps, unit="step") as bar:
             for k, settings in enumerate(run.pictures):
                 txt = run.prompt_embeds[k] if run.prompt_embeds else encoded[settings.prompt]
                 negative_txt = encoded[settings.negative_prompt] if run.uses_guidance else None
@@ -624,15 +633,32 @@ class Flux2Pipeline:
                     f"{self.checkpoint.tokenizer}: the tokenizer gives token {largest}, but the text encoder knows "
                     f"{config.vocab_size}; they do not belong together"
                 )
-            working = text_encoder_bytes(config, length, stage_dtype("text_encoder", self.dtype))
-            self._prepare("text_encoder", self.text_encoder, working, stats)
-            with stats.measure("text_encoder"):
-                for row, text in enumerate(new):
-                    kept[text] = self.text_encoder(ids[row : row + 1], mask[row : row + 1])
-                    mx.eval(kept[text])
+            rows = {text: (ids[row : row + 1], mask[row : row + 1]) for row, text in enumerate(new)}
+            kept |= self._kept_on_disk(rows)
+            rows = {text: row for text, row in rows.items() if text not in kept}
+            if rows:
+                working = text_encoder_bytes(config, length, stage_dtype("text_encoder", self.dtype))
+                self._prepare("text_encoder", self.text_encoder, working, stats)
+                with self._reading_ahead("transformer"), stats.measure("text_encoder"):
+                    for text, row in rows.items():
+                        kept[text] = self.text_encoder(*row)
+                        mx.eval(kept[text])
+                        if self.cache:
+                            write_prompt(*self._prompt_key(*row), kept[text])
         if prompts:
             self._embeddings = {(text, length): embeds for text, embeds in kept.items()}
         return kept
+
+    def _kept_on_disk(self, rows: Mapping[str, tuple[mx.array, mx.array]]) -> dict[str, mx.array]:
+        found = {text: read_prompt(*self._prompt_key(*row)) for text, row in rows.items()} if self.cache else {}
+        return {text: embeds for text, embeds in found.items() if embeds is not None}
+
+    def _prompt_key(self, ids: mx.array, mask: mx.array) -> tuple[Sequence[Path], object]:
+        """All that the embeddings of these tokens depend on: files of weights, and the rest."""
+        source = self.checkpoint.sources["text_encoder"]
+        packed, dtype = self.quantize.get("text_encoder"), stage_dtype("text_encoder", self.dtype)
+        tokens = np.array(ids).tobytes(), np.array(mask).tobytes()
+        return source.files, (__version__, mx.default_device(), dtype, packed, source.config, tokens)
 
     def _encode_references(self, pictures: Sequence[mx.array], stats: Stats) -> list[mx.array]:
         """Clean, normalized tokens (1, R, 128) of each reference picture (1, H, W, 3)."""
@@ -689,11 +715,25 @@ class Flux2Pipeline:
             try:
                 for count in materialize(module):
                     bar.update(count)
+                tune(module, stage_dtype(stage, self.dtype))
             except BaseException:
                 self._open(stage)  # half of a packed layer would go unnoticed
                 raise
         mx.clear_cache()  # what was read to be converted
         self._loaded[stage].add(id(module))
+
+    @contextmanager
+    def _reading_ahead(self, stage: str) -> Iterator[None]:
+        """Meanwhile read the files of the stage that is wanted next, unless it is loaded or they leave no room."""
+        stop = Event()
+        files = self.checkpoint.sources["vae" if stage == "autoencoder" else stage].files
+        if not self._loaded[stage]:
+            room = self.memory_limit - mx.get_active_memory()
+            Thread(target=read_through, args=(files, room, stop), daemon=True).start()
+        try:
+            yield
+        finally:
+            stop.set()
 
     def _bar(self, what: str, total: int, **options: Any) -> tqdm:
         return tqdm(desc=what, total=total, leave=False, disable=not self.progress, **options)
@@ -715,11 +755,10 @@ class Flux2Pipeline:
         """Build a stage with lazy weights; those of an earlier build are given back."""
         checkpoint, dtype = self.checkpoint, stage_dtype(stage, self.dtype)
         how = self.quantize.get(stage)
-        recipe: Recipe | None = None if how is None else lambda *_: how
         if stage == "transformer":
-            self.transformer = load_transformer(checkpoint, dtype, recipe)
+            self.transformer = load_transformer(checkpoint, dtype, how)
         elif stage == "text_encoder":
-            self.text_encoder = load_text_encoder(checkpoint, dtype, recipe)
+            self.text_encoder = load_text_encoder(checkpoint, dtype, how)
         else:
             self.autoencoder = load_autoencoder(checkpoint, dtype)
         self._loaded[stage] = set()

@@ -2,18 +2,24 @@
 
 A packed layer keeps ``weight`` (integers in uint32 words), ``scales`` and, in the affine mode, ``biases``, one of each
 for a group of inputs, as mlx.core.quantize makes them. It multiplies few rows with MLX's fused kernel, and many by
-unpacking its weight first: with thousands of rows the fused product costs more than the unpacking.
+unpacking its weight first: with thousands of rows the fused product costs more than the unpacking. From how many on,
+depends on the machine and the weight's shape, so it is measured.
 """
 
 from __future__ import annotations
 
+import os
+import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .cache import read_table, write_table
 from .checkpoints import bits_and_group
 from .config import CheckpointError, FluxKleinParams, InputError
 from .memory import weights_of
@@ -24,8 +30,19 @@ AFFINE_GROUPS = (32, 64, 128)
 # Formats of 4 and 8 bits with floating point codes: (bits, group size), both fixed.
 FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
-# Rows of an input from which a packed layer unpacks its weight and multiplies densely.
+# Up to so many bits are fitted to the weight, in so many rounds from a part of each group's range, so many weights at a
+# time. With more, what is gained is less than what a bias loses as a 16-bit number.
+FITTED_BITS = 5
+FITTED_ROUNDS, FITTED_RANGE = 4, 0.95
+FITTED_AT_ONCE = 2**21
+# What the most sensitive layers are packed into, and how many bits a weight, on average, that may cost.
+FINE_BITS, SPARE_BITS = 8, 0.5
+
+# Rows of an input from which a packed layer unpacks its weight and multiplies densely, where nothing was measured.
 DENSE_ROWS = 128
+# What is measured to find out, and the answer where the fused product wins everywhere.
+MEASURED_ROWS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+NEVER = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -127,19 +144,34 @@ class QuantizedLinear(nn.Module):
 
     Args:
         dense: the layer that this one stands for; its weight is packed lazily.
+
+    Attributes:
+        dense_rows: of x, from which the weight is unpacked; see tune.
     """
 
     def __init__(self, dense: nn.Linear, how: Quantization):
         super().__init__()
         self.how = how
+        self.dense_rows = DENSE_ROWS
         _keep(self, pack(dense.weight, how))
 
     def __call__(self, x: mx.array) -> mx.array:
-        weight, scales, biases, how = self.weight, self.scales, self.get("biases"), self.how
-        if x.size // x.shape[-1] >= DENSE_ROWS:
-            return x @ unpack(weight, scales, biases, how).astype(x.dtype).T
+        return self.dense(x) if x.size // x.shape[-1] >= self.dense_rows else self.fused(x)
+
+    def dense(self, x: mx.array) -> mx.array:
+        return x @ unpack(self.weight, self.scales, self.get("biases"), self.how).astype(x.dtype).T
+
+    def fused(self, x: mx.array) -> mx.array:
+        how = self.how
         return mx.quantized_matmul(
-            x, weight, scales, biases, transpose=True, group_size=how.group_size, bits=how.bits, mode=how.mode
+            x,
+            self.weight,
+            self.scales,
+            self.get("biases"),
+            transpose=True,
+            group_size=how.group_size,
+            bits=how.bits,
+            mode=how.mode,
         )
 
 
@@ -166,8 +198,52 @@ def _keep(layer: nn.Module, packed: tuple[mx.array, ...]) -> None:
 
 
 def pack(weight: mx.array, how: Quantization) -> tuple[mx.array, ...]:
-    """(weight, scales, biases) or, without offsets, (weight, scales): mlx.core.quantize."""
-    return tuple(mx.quantize(weight, group_size=how.group_size, bits=how.bits, mode=how.mode))
+    """A weight (out, in) as (weight, scales, biases) or, without offsets, (weight, scales).
+
+    Formats, and more than FITTED_BITS, are mlx.core.quantize's; fewer bits are fitted to the weight.
+    """
+    if how.mode != "affine" or how.bits > FITTED_BITS:
+        return tuple(mx.quantize(weight, group_size=how.group_size, bits=how.bits, mode=how.mode))
+    rows = max(1, FITTED_AT_ONCE // weight.shape[1])
+    parts = [_fitted(weight[top : top + rows], how) for top in range(0, weight.shape[0], rows)]
+    return tuple(mx.concatenate(list(part)) for part in zip(*parts, strict=True))
+
+
+def _fitted(weight: mx.array, how: Quantization) -> tuple[mx.array, mx.array, mx.array]:
+    """Codes, scales and biases of the least squared error, by turns: the nearest codes for a scale and a bias, then
+    the scale and bias of the regression of the weights on those codes.
+
+    The codes of a group's least and greatest weight waste the range on two weights; a search for better ends without
+    data is that of Half-Quadratic Quantization (Badri and Shaji, 2023), here with the squared error.
+    """
+    top = 2**how.bits - 1
+    groups = weight.astype(mx.float32).reshape(weight.shape[0], -1, how.group_size)
+    mean = groups.mean(-1, keepdims=True)
+    low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
+    scale = mx.maximum((high - low) * (FITTED_RANGE / top), 1e-12)
+    bias = (high + low) / 2 - scale * (top / 2)
+    for _ in range(FITTED_ROUNDS):
+        codes = mx.clip(mx.round((groups - bias) / scale), 0, top)
+        centre = codes.mean(-1, keepdims=True)
+        spread = mx.square(codes - centre).sum(-1, keepdims=True)
+        slope = ((codes - centre) * (groups - mean)).sum(-1, keepdims=True) / mx.maximum(spread, 1e-12)
+        scale = mx.where(spread > 0, mx.maximum(slope, 1e-12), scale)
+        bias = mean - scale * centre
+    scale, bias = scale.astype(weight.dtype), bias.astype(weight.dtype)
+    codes = mx.clip(mx.round((groups - bias.astype(mx.float32)) / scale.astype(mx.float32)), 0, top)
+    return _words(codes.reshape(weight.shape).astype(mx.uint32), how.bits), scale[..., 0], bias[..., 0]
+
+
+def _words(codes: mx.array, bits: int) -> mx.array:
+    """Codes (out, in) as the words that MLX reads: the codes' bits one after another, lowest first, 32 to a word."""
+    codes = codes.reshape(codes.shape[0], -1, 32)
+    words = [mx.zeros(codes.shape[:2], mx.uint32)] * bits
+    for k in range(32):
+        word, start = divmod(k * bits, 32)
+        words[word] = words[word] | (codes[..., k] << start)
+        if start + bits > 32:
+            words[word + 1] = words[word + 1] | (codes[..., k] >> (32 - start))
+    return mx.stack(words, axis=-1).reshape(codes.shape[0], -1)
 
 
 def unpack(weight: mx.array, scales: mx.array, biases: mx.array | None, how: Quantization) -> mx.array:
@@ -183,6 +259,36 @@ def dense_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, layer in module.named_modules():
         if type(layer) in PACKED_LAYERS and "bias" not in layer:
             yield path, layer
+
+
+# The transformer's layers that a small error harms most, per weight: what reads and writes the latents, then what the
+# single blocks write, the later the more. Measured on nano, see benchmarks/packing.py.
+SENSITIVE = (r"(proj_out|x_embedder)$", r"(norm_out|single_stream_modulation)\.linear$", r"single_transformer_blocks\.")
+
+
+def mixed(module: nn.Module, how: Quantization) -> Recipe:
+    """The recipe that packs a component's dense layers as ``how`` says, and the most sensitive layers of a transformer
+    into FINE_BITS, as long as that costs SPARE_BITS a weight or less.
+    """
+    if how.mode != "affine" or how.bits >= FINE_BITS:
+        return lambda *_: how
+    fine = Quantization(FINE_BITS, how.group_size)
+    sizes = {path: layer.weight.size for path, layer in dense_layers(module)}
+    spare = SPARE_BITS * sum(sizes.values())
+    kept = set()
+    for pattern in SENSITIVE:
+        # Of the single blocks the last first, and in a block to_out before to_qkv_mlp_proj.
+        for path in sorted(filter(re.compile(pattern).match, sizes), key=_last_block_first):
+            cost = sizes[path] * (fine.bits - how.bits)
+            if cost <= spare:
+                spare -= cost
+                kept.add(path)
+    return lambda path, _: fine if path in kept else how
+
+
+def _last_block_first(path: str) -> tuple[int, str]:
+    number = re.search(r"\.(\d+)\.", path)
+    return (-int(number[1]) if number else 0), path
 
 
 def quantize(module: nn.Module, recipe: Recipe) -> None:
@@ -225,6 +331,59 @@ def packing_in(weights: Mapping[str, Any]) -> Recipe:
             raise CheckpointError(f"{path}: {error}") from None
 
     return recipe
+
+
+def tune(module: nn.Module, dtype: mx.Dtype) -> None:
+    """Let each packed linear layer of a loaded module know from how many rows it is faster unpacked.
+
+    The environment variable FLUX2_MLX_DENSE_ROWS says it for all of them. Otherwise it is measured, once on a machine
+    for each shape, packing and dtype, and kept in the cache folder.
+
+    Args:
+        dtype: of the inputs.
+
+    Raises:
+        InputError: for a FLUX2_MLX_DENSE_ROWS that is no number of rows.
+    """
+    layers = [layer for _, layer in module.named_modules() if isinstance(layer, QuantizedLinear)]
+    given = os.environ.get("FLUX2_MLX_DENSE_ROWS")
+    if given is not None:
+        if not given.isdecimal():
+            raise InputError(f"FLUX2_MLX_DENSE_ROWS must be a number of rows, got {given!r}")
+        for layer in layers:
+            layer.dense_rows = int(given)
+        return
+    table = read_table("dense_rows")
+    known = len(table)
+    machine = f"{mx.device_info()['device_name']}, MLX {version('mlx')}"
+    for layer in layers:
+        rows, how = layer.weight.shape[0], layer.how
+        columns = layer.weight.shape[1] * 32 // how.bits
+        key = f"{machine}: {rows} x {columns} {dtype}, {how}"
+        if not isinstance(table.get(key), int):
+            table[key] = _measured_rows(layer, columns, dtype)
+        layer.dense_rows = table[key]
+    if len(table) > known:
+        write_table("dense_rows", table)
+
+
+def _measured_rows(layer: QuantizedLinear, columns: int, dtype: mx.Dtype) -> int:
+    """The fewest of MEASURED_ROWS with which the unpacked product takes no longer than the fused one."""
+    for rows in MEASURED_ROWS:
+        x = mx.ones((rows, columns), dtype)
+        if _seconds(layer.dense, x) <= _seconds(layer.fused, x):
+            return rows
+    return NEVER
+
+
+def _seconds(multiply: Callable[[mx.array], mx.array], x: mx.array) -> float:
+    """Of the shorter of two products, after a first one that may compile a kernel."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        mx.eval(multiply(x))
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
 
 
 def largest_dense_bytes(module: nn.Module, dtype: mx.Dtype) -> int:

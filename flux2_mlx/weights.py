@@ -1,4 +1,4 @@
-"""Weights: find a checkpoint (folder, file, Hub id or released name), check its files, and put them into the modules.
+"""Weights: find a checkpoint (folder, file, Hub id or name), check its files, and put them into the modules.
 
 Arrays stay lazy: opening reads configs and file headers, and a weight's bytes are read from disk when it is first
 computed with. Only safetensors and GGUF are ever opened; pickles are refused.
@@ -6,6 +6,7 @@ computed with. Only safetensors and GGUF are ever opened; pickles are refused.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import json
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any, TypeVar
 
 import huggingface_hub
@@ -44,6 +46,7 @@ from .checkpoints import (
     sanitize_vae_weights,
 )
 from .config import (
+    NANO,
     RELEASED,
     AutoEncoderConfig,
     CheckpointError,
@@ -62,13 +65,14 @@ from .quantize import (
     QuantizedEmbedding,
     QuantizedFluxKlein,
     QuantizedLinear,
-    Recipe,
     dense_layers,
+    mixed,
     pack,
     packing_in,
     quantize,
 )
 
+READ_BLOCK = 1 << 23  # bytes
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")  # torch's archives, and bare pickles
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -411,10 +415,10 @@ class _Pending:
     make: dict[str, Callable[[], dict[str, mx.array]]] = field(default_factory=dict)
 
 
-def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, where: str, recipe: Recipe | None = None) -> M:
+def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, where: str, how: Quantization | None = None) -> M:
     """Put weights into a module, strictly: all names and shapes must match. They stay lazy, cast to dtype.
 
-    Layers that the weights hold packed stay packed; those of the others that the recipe names are packed. Latent
+    Layers that the weights hold packed stay packed; with ``how`` the others are packed, see quantize.mixed. Latent
     statistics ("bn.") stay in float32 whatever the dtype.
 
     Raises:
@@ -460,9 +464,9 @@ def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, where: str, r
             weight = mx.full(weight.shape, 0 if weight.dtype in INTEGERS else math.nan, weight.dtype)  # stands for it
         values[name] = weight
     module.load_weights(list(values.items()))
-    if recipe is not None:
+    if how is not None:
         dense = set(dict(dense_layers(module)))
-        quantize(module, recipe)
+        quantize(module, mixed(module, how))
         for path, layer in module.named_modules():
             make = pending.make.get(f"{path}.weight")
             if make is not None and path in dense and isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
@@ -480,17 +484,21 @@ def _made_packed(path: str, how: Quantization, make: Callable[[], dict[str, mx.a
     return {f"{path}.{name}": array for name, array in zip(PACKED, pack(dense, how), strict=False)}
 
 
-def each_weight(module: nn.Module) -> Iterator[tuple[str, mx.array]]:
-    """A module's weights by name, each computed when its turn comes and kept only by the caller and the module."""
-    make = vars(module).get("_pending", _Pending()).make
-    made: dict[str, mx.array] = {}
-    names = list(weights_of(module))
-    for name in names:
-        if name in make:
-            made |= make.pop(name)()
-        array = made.pop(name) if name in made else weights_of(module)[name]
-        mx.eval(array)
-        yield name, array
+def read_through(files: Sequence[Path], room: int, stop: Event) -> int:
+    """Read files to their end, or until told to stop, so that the system has them at hand when weights are wanted.
+    Files of more bytes than there is room for are left alone: reading on would drive out what was read.
+
+    Returns:
+        How many bytes were read.
+    """
+    count = 0
+    with contextlib.suppress(OSError):  # whoever wants the weights will tell
+        if sum(path.stat().st_size for path in files) <= room:
+            for path in files:
+                with path.open("rb", buffering=0) as file:
+                    while not stop.is_set() and (block := file.read(READ_BLOCK)):
+                        count += len(block)
+    return count
 
 
 def materialize(module: nn.Module) -> Iterator[int]:
@@ -502,31 +510,40 @@ def materialize(module: nn.Module) -> Iterator[int]:
     Raises:
         CheckpointError: for scales that are not finite.
     """
-    for name, array in each_weight(module):
-        module.load_weights([(name, array)], strict=False)
+    make = vars(module).get("_pending", _Pending()).make
+    made: dict[str, mx.array] = {}
+    own = weights_of(module)
+    for name in list(own):
+        array = own.pop(name)
+        if name in make:
+            made |= make.pop(name)()
+        if name in made:
+            array = made.pop(name)
+            module.load_weights([(name, array)], strict=False)
+        mx.eval(array)
         if name.endswith((".scales", ".biases")) and array.dtype != mx.uint8 and not mx.isfinite(array).all().item():
             raise CheckpointError(f"{name} has values that are not finite; fetch the file again")
         yield array.nbytes
 
 
-def load_transformer(checkpoint: Checkpoint, dtype: mx.Dtype, recipe: Recipe | None = None) -> FluxKlein:
+def load_transformer(checkpoint: Checkpoint, dtype: mx.Dtype, how: Quantization | None = None) -> FluxKlein:
     """The checkpoint's transformer with lazy weights; those that it holds dense are packed by the recipe.
 
     Raises:
         CheckpointError: for a bad file, or weights that do not fit the config.
     """
     source = checkpoint.sources["transformer"]
-    return assign(FluxKlein(checkpoint.transformer), source.weights(), dtype, source.where, recipe)
+    return assign(FluxKlein(checkpoint.transformer), source.weights(), dtype, source.where, how)
 
 
-def load_text_encoder(checkpoint: Checkpoint, dtype: mx.Dtype, recipe: Recipe | None = None) -> Qwen3TextEncoder:
+def load_text_encoder(checkpoint: Checkpoint, dtype: mx.Dtype, how: Quantization | None = None) -> Qwen3TextEncoder:
     """The checkpoint's text encoder with lazy weights, up to the last tapped layer; as load_transformer.
 
     Raises:
         CheckpointError: for a bad file, or weights that do not fit the config.
     """
     source = checkpoint.sources["text_encoder"]
-    return assign(Qwen3TextEncoder(checkpoint.text_encoder), source.weights(), dtype, source.where, recipe)
+    return assign(Qwen3TextEncoder(checkpoint.text_encoder), source.weights(), dtype, source.where, how)
 
 
 def load_autoencoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> AutoEncoder:
@@ -574,8 +591,8 @@ def open_checkpoint(
     Args:
         model: a folder in the diffusers layout, or as mflux saves one; a safetensors or GGUF file with a transformer,
             whose other parts are taken from the released model of its size; a Hub id, or "owner/name/file"
-            there; or a released name such as "klein-4b". What is not here is downloaded, the needed files only;
-            HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are honoured.
+            there; a released name such as "klein-4b"; or "nano", the miniature in this package. What is not here is
+            downloaded, the needed files only; HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are honoured.
         revision: branch, tag or commit on the Hub, of the model.
         transformer, text_encoder, vae: instead of the model's own: a file, a folder with config.json and weights, a Hub
             id of such a folder, or "owner/name/file". A vae may be a decoder alone.
@@ -656,7 +673,8 @@ def _find_model(
         except OSError as error:
             raise CheckpointError(f"{name} cannot be read: {error.strerror}") from None
     if name not in RELEASED and not HUB_ID.fullmatch(name):
-        near = difflib.get_close_matches(name.lower(), RELEASED, n=3, cutoff=0.4) or list(RELEASED)
+        known = (*RELEASED, NANO)
+        near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4) or known
         raise CheckpointError(
             f"no model {name!r}: there is no such folder or file, and no released model of that name; "
             f"did you mean {' or '.join(near)}?"
@@ -669,9 +687,11 @@ def _find_model(
 
 
 def _local(name: str) -> Path | None:
-    """The folder or file of that name here, or None."""
+    """The folder or file of that name here, or None; nano is in the package, unless a folder here has its name."""
     try:
         path = Path(name).expanduser()
+        if name == NANO and not path.exists():
+            path = Path(__file__).with_name(NANO)
         return path if name and path.exists() else None
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {error.strerror}") from None

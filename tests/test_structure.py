@@ -14,7 +14,7 @@ ROOT = PACKAGE.parent
 
 # Each layer imports from those before it.
 LAYERS = [
-    {"_version", "config"},
+    {"_version", "config", "cache"},
     {"models.rope"},
     {"models.transformer", "models.text_encoder", "models.autoencoder"},
     {"latents", "sampler", "checkpoints", "tokenizer", "memory"},

@@ -1,0 +1,97 @@
+"""A packed step beside the dense one: python -m benchmarks.packed_step [--tokens 1536] [--quantize 4]
+
+Full-width klein-4b with a fifth of its blocks (1 double, 4 single: its own proportion) in random weights. The dense and
+the packed step take turns, so that the ratio of their seconds means something on a machine that others use. Ends with
+a line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+from benchmarks.common import TINY, loaded, machine, randomized
+from flux2_mlx import FluxKlein, FluxKleinParams, Quantization, image_ids, text_ids
+from flux2_mlx.memory import weight_bytes
+from flux2_mlx.pipeline import DTYPES
+from flux2_mlx.quantize import QuantizedLinear, mixed, quantize, tune
+
+TEXT_LENGTH = 512
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=1536, help="of text (512) and image together (%(default)s)")
+    parser.add_argument("--quantize", default="4", metavar="BITS", help="as flux2-generate takes it (%(default)s)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to see that it runs")
+    arguments = parser.parse_args(argv)
+    params = TINY[0] if arguments.tiny else replace(FluxKleinParams.klein_4b(), depth=1, depth_single=4)
+    dtype, how = DTYPES[arguments.dtype], Quantization.parse(arguments.quantize)
+    if how is None:
+        parser.error("--quantize none packs nothing")
+    dense = randomized(FluxKlein(params), dtype)
+    packed = FluxKlein(params)
+    packed.update(tree_map(lambda array: array, dense.parameters()))
+    quantize(packed, mixed(packed, how))
+    loaded(packed)
+    start = time.perf_counter()
+    tune(packed, dtype)
+    tuning = time.perf_counter() - start
+
+    side = 16 * round((arguments.tokens - TEXT_LENGTH) ** 0.5)
+    tokens = (side // 16) ** 2
+    rope = FluxKlein.compute_rope(text_ids(TEXT_LENGTH), image_ids(side, side), params.axes_dims_rope)
+    x = mx.random.normal((1, tokens, params.in_channels)).astype(dtype)
+    text = mx.random.normal((1, TEXT_LENGTH, params.txt_embed_dim)).astype(dtype)
+    mx.eval(x, text, *rope)
+    models = {"dense": dense, "packed": packed}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    working = {}
+    for _ in range(arguments.repeats + 1):
+        for name, model in models.items():
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
+            start = time.perf_counter()
+            mx.eval(model.forward_with_rope(x, text, mx.array([0.5]), *rope))
+            seconds[name].append(time.perf_counter() - start)
+            working[name] = mx.get_peak_memory() - before
+    report = {
+        name: {
+            "median_s": statistics.median(seconds[name][1:]),
+            "min_s": min(seconds[name][1:]),
+            "weights_gb": weight_bytes(model) / 1e9,
+            "working_gb": working[name] / 1e9,
+        }
+        for name, model in models.items()
+    }
+    print(f"{'':8}{'median s':>10}{'min s':>10}{'weights GB':>12}{'beside them GB':>16}")
+    for name, figures in report.items():
+        print(f"{name:8}{figures['median_s']:10.3f}{figures['min_s']:10.3f}", end="")
+        print(f"{figures['weights_gb']:12.3f}{figures['working_gb']:16.3f}")
+    ratios = {key: report["packed"][key] / report["dense"][key] for key in ("median_s", "min_s")}
+    print(f"ratio   {ratios['median_s']:10.3f}{ratios['min_s']:10.3f}   measuring the rows took {tuning:.1f} s")
+    rows = {
+        f"{layer.weight.shape[0]} x {layer.weight.shape[1] * 32 // layer.how.bits}, {layer.how.bits} bits": (
+            layer.dense_rows
+        )
+        for _, layer in packed.named_modules()
+        if isinstance(layer, QuantizedLinear)
+    }
+    for shape, fewest in rows.items():
+        print(f"  {shape:28} unpacked from {fewest} rows")
+    variant = vars(arguments) | {"tokens": tokens + TEXT_LENGTH}
+    ends = {"benchmark": "packed_step", "variant": variant, **report, "ratio": ratios, "tuning_s": tuning, "rows": rows}
+    print(json.dumps({**ends, **machine()}))
+
+
+if __name__ == "__main__":
+    main()
