@@ -95,7 +95,7 @@ def draw_with_mlx(folder: Path, size: int) -> dict[str, float]:
     """Draw to FOLDER/mlx.npy with this library in float32."""
     from flux2_mlx import Flux2Pipeline
 
-    pipe = Flux2Pipeline.from_pretrained(folder, dtype="float32")
+    pipe = Flux2Pipeline.from_pretrained(folder, dtype="float32", cache=False)
     result = pipe(PROMPT, height=size, width=size, seed=SEED, output_type="np")
     np.save(folder / "mlx.npy", result.images[0])
     seconds = result.seconds

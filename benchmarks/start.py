@@ -23,7 +23,7 @@ from flux2_mlx import open_checkpoint
 
 DRAW = "from flux2_mlx.generate import main; raise SystemExit(main())"
 NOT_AHEAD = f"import flux2_mlx.pipeline; flux2_mlx.pipeline.read_through = lambda *_: 0; {DRAW}"
-# What each situation runs, and whether files are dropped before, and kept prompts.
+# What each situation runs, whether files are dropped before, and whether the prompt is a new one.
 SITUATIONS = {
     "cold": (DRAW, True, True),
     "cold, nothing read ahead": (NOT_AHEAD, True, True),

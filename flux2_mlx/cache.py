@@ -63,7 +63,7 @@ def write_table(name: str, table: dict[str, Any]) -> None:
 def _prompt_file(files: Iterable[Path], key: object) -> Path:
     """Where embeddings are kept: another key, other files, or the same files changed, and it is another place."""
     stats = [(path.resolve(), path.stat()) for path in files]
-    identity = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    identity = [(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
     digest = hashlib.sha256(repr((identity, key)).encode()).hexdigest()
     return cache_folder() / PROMPTS / f"{digest[:40]}.safetensors"
 
@@ -75,7 +75,8 @@ def read_prompt(files: Iterable[Path], key: object) -> mx.array | None:
         with safe_open(path, framework="numpy"):  # refuses a file that was cut short, which MLX would read past its end
             embeds = cast("dict[str, mx.array]", mx.load(str(path)))["prompt_embeds"]
         mx.eval(embeds)
-        os.utime(path)  # those that were not needed for long go first
+        with contextlib.suppress(OSError):
+            os.utime(path)  # those that were not needed for long go first
     except (OSError, RuntimeError, SafetensorError, KeyError):
         return None
     return embeds

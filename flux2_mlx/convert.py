@@ -42,6 +42,7 @@ from .quantize import (
     packing_in,
     parse_options,
     quantize,
+    shapes_of_packed,
 )
 from .weights import (
     HUB_ID,
@@ -103,7 +104,7 @@ def packed_entries(layer: str, weight: Any, how: Quantization) -> dict[str, Entr
             parts.update(zip(PACKED, pack(dense.astype(mx.bfloat16), how), strict=False))
         return parts.pop(kind)
 
-    shapes = pack(mx.zeros(weight.shape, mx.bfloat16), how)  # lazy, for its shapes
+    shapes = shapes_of_packed(mx.zeros(weight.shape, mx.bfloat16), how)
     return {
         f"{layer}.{kind}": Entry(tuple(array.shape), array.dtype, partial(make, kind))
         for kind, array in zip(PACKED, shapes, strict=False)
@@ -119,7 +120,7 @@ def entries_of(
     Raises:
         InputError: for a layer whose inputs are no multiple of the group size.
     """
-    quantize(module, packing_in(weights))
+    quantize(module, packing_in(weights), shapes_of_packed)
     recipe = mixed(module, how) if how is not None else lambda *_: None
     ways = {path: recipe(path, layer) for path, layer in dense_layers(module)}
     result: dict[str, Entry] = {}

@@ -49,6 +49,7 @@ from .memory import (
     text_encoder_bytes,
     transformer_bytes,
     weight_bytes,
+    weights_of,
 )
 from .models.autoencoder import AutoEncoder
 from .models.text_encoder import Qwen3TextEncoder
@@ -258,6 +259,7 @@ class Flux2Pipeline:
             their activations need.
         quantize: how each stage's matrices are packed that the checkpoint holds dense; stages that are not named stay.
         cache: whether prompt embeddings are kept on disk, so that a prompt that was drawn before needs no text encoder.
+            To be False for a text_encoder whose weights were changed by hand.
         memory_limit: bytes that loaded stages and their intermediates may take together.
         progress: whether loading and drawing show bars on standard error.
     """
@@ -319,7 +321,9 @@ class Flux2Pipeline:
             distilled: whether the transformer draws in few steps without guidance, where the model does not say it.
             dtype: "bfloat16", "float16" or "float32"; None takes what suits the machine.
             quantize: pack the matrices of the transformer and the text encoder, as they are loaded, into so many bits
-                (2, 3, 4, 5, 6, 8) or a format ("mxfp4", "mxfp8", "nvfp4"). What the checkpoint holds packed stays so.
+                (2, 3, 4, 5, 6, 8) or a format ("mxfp4", "mxfp8", "nvfp4"). With fewer than 8 bits the transformer's
+                most sensitive layers get 8, which costs half a bit a weight at most. What the checkpoint holds packed
+                stays so.
             quantize_text_encoder: the same for the text encoder alone, where it is to differ; "none" leaves it.
             group_size: weights that share a scale where they are packed into bits: 32, 64 or 128; unless given 64.
             cache: keep prompt embeddings on disk (in FLUX2_MLX_CACHE, or the platform's folder for caches; the latest,
@@ -597,7 +601,7 @@ class Flux2Pipeline:
 
         steps = len(run.pictures) * (len(run.sigmas) - 1)
         self._prepare("transformer", self.transformer, working, stats)  # before the bar of the steps, for its own
-        with self._reading_ahead("autoencoder"), self._bar("drawing", steps, unit="step") as bar:
+        with self._bar("drawing", steps, unit="step") as bar:
             for k, settings in enumerate(run.pictures):
                 txt = run.prompt_embeds[k] if run.prompt_embeds else encoded[settings.prompt]
                 negative_txt = encoded[settings.negative_prompt] if run.uses_guidance else None
@@ -639,7 +643,7 @@ class Flux2Pipeline:
             if rows:
                 working = text_encoder_bytes(config, length, stage_dtype("text_encoder", self.dtype))
                 self._prepare("text_encoder", self.text_encoder, working, stats)
-                with self._reading_ahead("transformer"), stats.measure("text_encoder"):
+                with self._reading_ahead(), stats.measure("text_encoder"):
                     for text, row in rows.items():
                         kept[text] = self.text_encoder(*row)
                         mx.eval(kept[text])
@@ -656,9 +660,9 @@ class Flux2Pipeline:
     def _prompt_key(self, ids: mx.array, mask: mx.array) -> tuple[Sequence[Path], object]:
         """All that the embeddings of these tokens depend on: files of weights, and the rest."""
         source = self.checkpoint.sources["text_encoder"]
-        packed, dtype = self.quantize.get("text_encoder"), stage_dtype("text_encoder", self.dtype)
+        module = {name: (array.shape, array.dtype) for name, array in weights_of(self.text_encoder).items()}
         tokens = np.array(ids).tobytes(), np.array(mask).tobytes()
-        return source.files, (__version__, mx.default_device(), dtype, packed, source.config, tokens)
+        return source.files, (__version__, mx.default_device(), source.config, module, tokens)
 
     def _encode_references(self, pictures: Sequence[mx.array], stats: Stats) -> list[mx.array]:
         """Clean, normalized tokens (1, R, 128) of each reference picture (1, H, W, 3)."""
@@ -723,11 +727,11 @@ class Flux2Pipeline:
         self._loaded[stage].add(id(module))
 
     @contextmanager
-    def _reading_ahead(self, stage: str) -> Iterator[None]:
-        """Meanwhile read the files of the stage that is wanted next, unless it is loaded or they leave no room."""
+    def _reading_ahead(self) -> Iterator[None]:
+        """Meanwhile read the transformer's files, which are wanted next, unless it is loaded or they leave no room."""
         stop = Event()
-        files = self.checkpoint.sources["vae" if stage == "autoencoder" else stage].files
-        if not self._loaded[stage]:
+        if not self._loaded["transformer"]:
+            files = self.checkpoint.sources["transformer"].files
             room = self.memory_limit - mx.get_active_memory()
             Thread(target=read_through, args=(files, room, stop), daemon=True).start()
         try:

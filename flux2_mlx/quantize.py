@@ -40,9 +40,10 @@ FINE_BITS, SPARE_BITS = 8, 0.5
 
 # Rows of an input from which a packed layer unpacks its weight and multiplies densely, where nothing was measured.
 DENSE_ROWS = 128
-# What is measured to find out, and the answer where the fused product wins everywhere.
+# What is measured to find out, and the answer where the fused product wins everywhere; what was found in this process.
 MEASURED_ROWS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 NEVER = 1 << 62
+_measured: dict[str, int] = {}
 
 
 @dataclass(frozen=True)
@@ -139,21 +140,25 @@ def options_of(packed: Mapping[str, Quantization]) -> dict[str, Any]:
     }
 
 
+Packing = Callable[[mx.array, Quantization], tuple[mx.array, ...]]
+
+
 class QuantizedLinear(nn.Module):
     """x (..., in) to (..., out) with a packed weight and no bias.
 
     Args:
         dense: the layer that this one stands for; its weight is packed lazily.
+        packing: how: pack, or shapes_of_packed where the values come later.
 
     Attributes:
         dense_rows: of x, from which the weight is unpacked; see tune.
     """
 
-    def __init__(self, dense: nn.Linear, how: Quantization):
+    def __init__(self, dense: nn.Linear, how: Quantization, packing: Packing | None = None):
         super().__init__()
         self.how = how
         self.dense_rows = DENSE_ROWS
-        _keep(self, pack(dense.weight, how))
+        _keep(self, (packing or pack)(dense.weight, how))
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.dense(x) if x.size // x.shape[-1] >= self.dense_rows else self.fused(x)
@@ -178,10 +183,10 @@ class QuantizedLinear(nn.Module):
 class QuantizedEmbedding(nn.Module):
     """Token ids (...) to rows (..., dims) of a packed table, in the scales' dtype."""
 
-    def __init__(self, dense: nn.Embedding, how: Quantization):
+    def __init__(self, dense: nn.Embedding, how: Quantization, packing: Packing | None = None):
         super().__init__()
         self.how = how
-        _keep(self, pack(dense.weight, how))
+        _keep(self, (packing or pack)(dense.weight, how))
 
     def __call__(self, ids: mx.array) -> mx.array:
         biases = self.get("biases")
@@ -203,10 +208,15 @@ def pack(weight: mx.array, how: Quantization) -> tuple[mx.array, ...]:
     Formats, and more than FITTED_BITS, are mlx.core.quantize's; fewer bits are fitted to the weight.
     """
     if how.mode != "affine" or how.bits > FITTED_BITS:
-        return tuple(mx.quantize(weight, group_size=how.group_size, bits=how.bits, mode=how.mode))
+        return shapes_of_packed(weight, how)
     rows = max(1, FITTED_AT_ONCE // weight.shape[1])
     parts = [_fitted(weight[top : top + rows], how) for top in range(0, weight.shape[0], rows)]
     return tuple(mx.concatenate(list(part)) for part in zip(*parts, strict=True))
+
+
+def shapes_of_packed(weight: mx.array, how: Quantization) -> tuple[mx.array, ...]:
+    """What pack makes, by mlx.core.quantize: a single lazy operation, for shapes and dtypes before there are values."""
+    return tuple(mx.quantize(weight, group_size=how.group_size, bits=how.bits, mode=how.mode))
 
 
 def _fitted(weight: mx.array, how: Quantization) -> tuple[mx.array, mx.array, mx.array]:
@@ -291,7 +301,7 @@ def _last_block_first(path: str) -> tuple[int, str]:
     return (-int(number[1]) if number else 0), path
 
 
-def quantize(module: nn.Module, recipe: Recipe) -> None:
+def quantize(module: nn.Module, recipe: Recipe, packing: Packing | None = None) -> None:
     """Replace layers by packed ones, in place. Lazy weights stay lazy: each is packed when it is first needed.
 
     Raises:
@@ -303,7 +313,7 @@ def quantize(module: nn.Module, recipe: Recipe) -> None:
         if how is None:
             continue
         how.check(path, layer.weight.shape[1])
-        packed[path] = PACKED_LAYERS[type(layer)](layer, how)
+        packed[path] = PACKED_LAYERS[type(layer)](layer, how, packing)
     _replace(module, packed)
 
 
@@ -337,7 +347,8 @@ def tune(module: nn.Module, dtype: mx.Dtype) -> None:
     """Let each packed linear layer of a loaded module know from how many rows it is faster unpacked.
 
     The environment variable FLUX2_MLX_DENSE_ROWS says it for all of them. Otherwise it is measured, once on a machine
-    for each shape, packing and dtype, and kept in the cache folder.
+    for each shape, packing and dtype, and kept in dense_rows.json in the cache folder; after a change of the BLAS that
+    the CPU backend uses, delete that file.
 
     Args:
         dtype: of the inputs.
@@ -353,17 +364,18 @@ def tune(module: nn.Module, dtype: mx.Dtype) -> None:
         for layer in layers:
             layer.dense_rows = int(given)
         return
-    table = read_table("dense_rows")
-    known = len(table)
-    machine = f"{mx.device_info()['device_name']}, MLX {version('mlx')}"
+    table = read_table("dense_rows") | _measured
+    machine = f"{mx.device_info()['device_name']}, {mx.default_device()}, MLX {version('mlx')}"
+    new = False
     for layer in layers:
         rows, how = layer.weight.shape[0], layer.how
         columns = layer.weight.shape[1] * 32 // how.bits
         key = f"{machine}: {rows} x {columns} {dtype}, {how}"
         if not isinstance(table.get(key), int):
-            table[key] = _measured_rows(layer, columns, dtype)
+            table[key] = _measured[key] = _measured_rows(layer, columns, dtype)
+            new = True
         layer.dense_rows = table[key]
-    if len(table) > known:
+    if new:
         write_table("dense_rows", table)
 
 

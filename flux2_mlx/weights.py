@@ -70,6 +70,7 @@ from .quantize import (
     pack,
     packing_in,
     quantize,
+    shapes_of_packed,
 )
 
 READ_BLOCK = 1 << 23  # bytes
@@ -425,7 +426,7 @@ def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, where: str, h
         CheckpointError: naming every missing, unknown, mis-shaped and unreadable weight at once.
     """
     try:
-        quantize(module, packing_in(weights))
+        quantize(module, packing_in(weights), shapes_of_packed)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from None
     expected = weights_of(module)
@@ -466,11 +467,12 @@ def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, where: str, h
     module.load_weights(list(values.items()))
     if how is not None:
         dense = set(dict(dense_layers(module)))
-        quantize(module, mixed(module, how))
+        quantize(module, mixed(module, how), shapes_of_packed)
         for path, layer in module.named_modules():
-            make = pending.make.get(f"{path}.weight")
-            if make is not None and path in dense and isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
-                pending.make[f"{path}.weight"] = partial(_made_packed, path, layer.how, make)
+            if path in dense and isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
+                name = f"{path}.weight"
+                make = pending.make.get(name, partial(dict, [(name, values[name])]))
+                pending.make[name] = partial(_made_packed, path, layer.how, make)
     module._pending = pending
     return module
 

@@ -209,6 +209,7 @@ def clock(monkeypatch, tmp_path):
         return x.shape[0] if multiply.__name__ == "fused" else 10 + x.shape[0] / 10
 
     monkeypatch.setattr(quantize, "_seconds", seconds)
+    monkeypatch.setattr(quantize, "_measured", {})
     monkeypatch.delenv("FLUX2_MLX_DENSE_ROWS")
     monkeypatch.setenv("FLUX2_MLX_CACHE", str(tmp_path))
     return taken
@@ -219,11 +220,12 @@ def packed_layers() -> nn.Sequential:
     return nn.Sequential(*(QuantizedLinear(nn.Linear(64, rows, bias=False), how) for rows in (32, 96, 32)))
 
 
-def test_rows_are_measured_once_for_each_shape_and_kept(clock):
+def test_rows_are_measured_once_for_each_shape_and_kept(clock, monkeypatch):
     quantize.tune(model := packed_layers(), mx.float32)
     assert [layer.dense_rows for layer in model.layers] == [16, 16, 16]
     assert clock == [("dense", 8, 64), ("fused", 8, 64), ("dense", 16, 64), ("fused", 16, 64)] * 2
     clock.clear()
+    monkeypatch.setattr(quantize, "_measured", {})  # another process
     quantize.tune(again := packed_layers(), mx.float32)
     assert [layer.dense_rows for layer in again.layers] == [16, 16, 16]
     assert clock == []
@@ -231,9 +233,10 @@ def test_rows_are_measured_once_for_each_shape_and_kept(clock):
     assert len(clock) == 8
 
 
-def test_rows_are_measured_again_where_the_table_is_damaged(clock, tmp_path):
+def test_rows_are_measured_again_where_the_table_is_damaged(clock, tmp_path, monkeypatch):
     for content in ("[1, 2]", "{", '{"a": "b"}'):
         (tmp_path / "dense_rows.json").write_text(content)
+        monkeypatch.setattr(quantize, "_measured", {})
         quantize.tune(packed_layers(), mx.float32)
         assert len(clock) == 8
         clock.clear()
@@ -244,8 +247,11 @@ def test_rows_are_measured_again_where_the_table_is_damaged(clock, tmp_path):
 def test_rows_are_measured_where_nothing_can_be_kept(clock, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("FLUX2_MLX_CACHE", str(tmp_path / "file" / "folder"))
-    quantize.tune(model := packed_layers(), mx.float32)
+    quantize.tune(packed_layers(), mx.float32)
+    clock.clear()
+    quantize.tune(model := packed_layers(), mx.float32)  # after an unload
     assert model.layers[0].dense_rows == 16
+    assert clock == []
 
 
 def test_a_layer_stays_fused_where_that_always_wins(clock, monkeypatch):
@@ -268,9 +274,14 @@ def test_rows_that_the_environment_says(clock, monkeypatch):
 
 def test_what_is_really_measured(monkeypatch, tmp_path):
     monkeypatch.delenv("FLUX2_MLX_DENSE_ROWS")
+    monkeypatch.setattr(quantize, "_measured", {})
     monkeypatch.setenv("FLUX2_MLX_CACHE", str(tmp_path))
-    quantize.tune(model := packed_layers(), mx.float32)
+    model = packed_layers()
+    for layer in model.layers:
+        layer.dense_rows = 0
+    quantize.tune(model, mx.float32)
     assert {layer.dense_rows for layer in model.layers} <= {*quantize.MEASURED_ROWS, quantize.NEVER}
+    assert len(quantize.read_table("dense_rows")) == 2
 
 
 # ------------------------------------------------------------------------------------------------ transformers

@@ -89,7 +89,8 @@ class GroupNorm(nn.Module):
             counts.append(rows * width)
             means.append(grouped.mean((1, 3), keepdims=True))
             variances.append(grouped.var((1, 3), keepdims=True))
-            computed(variances[-1], len(strips) > 1)
+            if len(strips) > 1:  # or each would keep its strip in float32
+                mx.eval(means[-1], variances[-1])
         shares = [count / sum(counts) for count in counts]
         mean = sum((share * m for share, m in zip(shares, means, strict=True)), mx.array(0.0))
         # Chan, Golub and LeVeque: within the strips, and between them.
