@@ -1,4 +1,4 @@
-"""How well a model draws the world of nano: python -m benchmarks.nano_score --model FOLDER [--quantize 4 | ...]
+"""How well a model draws the world of nano: python -m benchmarks.nano_score [--quantize 4 | ...]
 
 Captions of scenes that training never saw are drawn and held against the rendered truth, and so are edits of rendered
 pictures. Prints a table, writes a contact sheet (--sheet FILE), and ends with a line of JSON.
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
@@ -26,13 +25,14 @@ from tqdm import tqdm
 from benchmarks.common import machine
 from benchmarks.nano_world import EDITS, HOME, Task, judge, random_task, render
 from flux2_mlx import Flux2Pipeline
+from flux2_mlx.commands import MODEL_OPTIONS, add_model_options
+from flux2_mlx.config import NANO
 from flux2_mlx.images import to_unit
 from flux2_mlx.pipeline import DTYPES
 
 # What nano is to reach, in percent and dB.
 BOUNDS = {"ground": 99, "colour": 97, "place": 97, "shape": 93, "edits": 90, "psnr": 30}
 SHEET_CAPTIONS, SHEET_EDITS, SHEET_COLUMNS = 24, 8, 8
-QUANTIZED = ("transformer", "text_encoder")
 EDIT_KINDS = (*EDITS, "combine")
 
 
@@ -126,25 +126,20 @@ def contact_sheet(drawn: Sequence[Drawn], columns: int = SHEET_COLUMNS) -> Image
 
 def open_variant(arguments: argparse.Namespace) -> Flux2Pipeline:
     """The model as the command line asks for it."""
-    pipe = Flux2Pipeline.from_pretrained(arguments.model, dtype=arguments.dtype)
+    options = {name: getattr(arguments, name) for name in (*MODEL_OPTIONS, "revision", "dtype")}
+    pipe = Flux2Pipeline.from_pretrained(arguments.model, cache=False, **options)
     if arguments.guidance is not None:  # a distilled model would ignore it
         pipe.checkpoint = replace(pipe.checkpoint, is_distilled=False)
-    if arguments.quantize is not None:
-        for stage in QUANTIZED:
-
-            def takes(path: str, module: nn.Module) -> bool:
-                return isinstance(module, nn.Linear) and module.weight.shape[-1] % arguments.group_size == 0
-
-            nn.quantize(getattr(pipe, stage), arguments.group_size, arguments.quantize, class_predicate=takes)
     return pipe
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="a model of this world, as examples/train_nano.py makes")
+    parser.add_argument(
+        "--model", default=NANO, help="one of this world, as examples/train_nano.py makes (%(default)s)"
+    )
+    add_model_options(parser)
     parser.add_argument("--dtype", choices=tuple(DTYPES))
-    parser.add_argument("--quantize", type=int, metavar="BITS", help="of transformer and text encoder, affine")
-    parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--height", type=int, default=HOME[0])
@@ -166,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     edits = draw(pipe, unseen_edits(arguments.edits), size, progress=True, **options)
     figures = rates(captions)
     figures["edits"] = rates(edits)["whole"]
-    figures["psnr"] = autoencoder_psnr(pipe, unseen_tasks(64), size)
+    figures["psnr"] = autoencoder_psnr(pipe, unseen_tasks(min(64, arguments.captions)), size)
     each = {kind: edits[k :: len(EDIT_KINDS)] for k, kind in enumerate(EDIT_KINDS)}
     by_kind = {kind: rates(drawn)["whole"] for kind, drawn in each.items() if drawn}
     print(f"{'':12}{'figure':>8}{'bound':>8}")

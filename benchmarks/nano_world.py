@@ -14,17 +14,15 @@ import numpy as np
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
-    "orange": (245, 140, 20),
     "yellow": (250, 225, 50),
     "green": (40, 160, 70),
     "blue": (40, 90, 215),
     "purple": (130, 50, 170),
-    "pink": (250, 160, 200),
     "black": (20, 20, 20),
     "white": (250, 250, 250),
     "grey": (140, 140, 140),
 }
-SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "moon")
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
 SIZES = {"small": 0.11, "medium": 0.16, "large": 0.22}  # radius over the picture's shorter side
 ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")
 PLACES = tuple(f"{row} {column}".strip() or "centre" for row in ROWS for column in COLUMNS)  # row by row
@@ -39,8 +37,6 @@ _WORDS = {
     "diamond": ("diamond", "diamond", "rhombus"),
     "star": ("star",),
     "cross": ("cross", "cross", "plus sign"),
-    "ring": ("ring",),
-    "moon": ("moon", "crescent"),
     "small": ("small", "small", "little", "tiny"),
     "medium": ("medium", "medium-sized", "mid-sized"),
     "large": ("large", "large", "big", "huge"),
@@ -115,10 +111,6 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     if shape == "cross":
         across = np.maximum(np.abs(x) - 1, np.abs(y) - 0.36)
         return np.minimum(across, np.maximum(np.abs(x) - 0.36, np.abs(y) - 1))
-    if shape == "ring":
-        return np.abs(radius - 0.74) - 0.28
-    if shape == "moon":
-        return np.maximum(radius - 1, 0.8 - np.hypot(x - 0.5, y))
     raise ValueError(f"unknown shape {shape!r}")
 
 

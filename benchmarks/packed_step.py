@@ -17,7 +17,7 @@ from dataclasses import replace
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from benchmarks.common import TINY, loaded, machine, randomized
+from benchmarks.common import TINY, loaded, machine, process_peak_gb, randomized
 from flux2_mlx import FluxKlein, FluxKleinParams, Quantization, image_ids, text_ids
 from flux2_mlx.memory import weight_bytes
 from flux2_mlx.pipeline import DTYPES
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"  {shape:28} unpacked from {fewest} rows")
     variant = vars(arguments) | {"tokens": tokens + TEXT_LENGTH}
     ends = {"benchmark": "packed_step", "variant": variant, **report, "ratio": ratios, "tuning_s": tuning, "rows": rows}
-    print(json.dumps({**ends, **machine()}))
+    print(json.dumps({**ends, "process_peak_gb": process_peak_gb(), **machine()}))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common import machine
+from benchmarks.common import machine, process_peak_gb
 from flux2_mlx import open_checkpoint
 
 DRAW = "from flux2_mlx.generate import main; raise SystemExit(main())"
@@ -82,7 +82,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{'':30}{'median s':>10}{'of warm':>10}")
     for name, value in medians.items():
         print(f"{name:30}{value:10.2f}{value / medians['warm']:10.2f}")
-    print(json.dumps({"benchmark": "start", "variant": vars(arguments), "seconds": seconds, **machine()}))
+    print(
+        json.dumps(
+            {
+                "benchmark": "start",
+                "variant": vars(arguments),
+                "seconds": seconds,
+                "process_peak_gb": process_peak_gb(),
+                **machine(),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

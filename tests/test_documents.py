@@ -124,6 +124,9 @@ def test_every_example_is_tested():
         ["stages", "--random", "tiny", "--size", "64", "--text-length", "16", "--repeats", "1"],
         ["stages", "--model", "CHECKPOINT", "--size", "64", "--text-length", "16", "--repeats", "0"],
         ["full_size", "--tiny", "--size", "64", "--steps", "1"],
+        ["packed_step", "--tiny", "--tokens", "516", "--repeats", "1"],
+        ["packing", "--model", "CHECKPOINT", "--captions", "1", "--layers"],
+        ["start", "--model", "CHECKPOINT", "--size", "64", "--steps", "1", "--repeats", "1"],
     ],
     ids=lambda arguments: " ".join(arguments[:3]),
 )
