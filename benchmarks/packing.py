@@ -22,7 +22,7 @@ from benchmarks.nano_world import HOME
 from flux2_mlx import Flux2Pipeline, FluxKlein, Quantization, image_ids, text_ids
 from flux2_mlx.config import NANO
 from flux2_mlx.memory import weights_of
-from flux2_mlx.quantize import FLOAT_MODES, dense_layers, mixed, pack, unpack
+from flux2_mlx.quantize import FLOAT_MODES, dense_layers, mixed, pack, pack_plainly, unpack
 from flux2_mlx.sampler import flux2_sigmas
 from flux2_mlx.weights import materialize
 
@@ -34,10 +34,7 @@ Pack = Callable[[str, nn.Module], tuple[tuple[mx.array, ...], Quantization]]
 
 def ends_of_the_range(how: Quantization) -> Pack:
     """mlx.core.quantize for every layer."""
-    return lambda path, layer: (
-        tuple(mx.quantize(layer.weight, group_size=how.group_size, bits=how.bits, mode=how.mode)),
-        how,
-    )
+    return lambda path, layer: (pack_plainly(layer.weight, how), how)
 
 
 def fitted(how: Quantization) -> Pack:

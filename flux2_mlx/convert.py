@@ -39,10 +39,10 @@ from .quantize import (
     dense_layers,
     mixed,
     pack,
+    pack_plainly,
     packing_in,
     parse_options,
     quantize,
-    shapes_of_packed,
 )
 from .weights import (
     HUB_ID,
@@ -104,7 +104,7 @@ def packed_entries(layer: str, weight: Any, how: Quantization) -> dict[str, Entr
             parts.update(zip(PACKED, pack(dense.astype(mx.bfloat16), how), strict=False))
         return parts.pop(kind)
 
-    shapes = shapes_of_packed(mx.zeros(weight.shape, mx.bfloat16), how)
+    shapes = pack_plainly(mx.zeros(weight.shape, mx.bfloat16), how)
     return {
         f"{layer}.{kind}": Entry(tuple(array.shape), array.dtype, partial(make, kind))
         for kind, array in zip(PACKED, shapes, strict=False)
@@ -120,7 +120,7 @@ def entries_of(
     Raises:
         InputError: for a layer whose inputs are no multiple of the group size.
     """
-    quantize(module, packing_in(weights), shapes_of_packed)
+    quantize(module, packing_in(weights), pack_plainly)
     recipe = mixed(module, how) if how is not None else lambda *_: None
     ways = {path: recipe(path, layer) for path, layer in dense_layers(module)}
     result: dict[str, Entry] = {}

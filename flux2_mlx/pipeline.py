@@ -638,8 +638,12 @@ class Flux2Pipeline:
                     f"{config.vocab_size}; they do not belong together"
                 )
             rows = {text: (ids[row : row + 1], mask[row : row + 1]) for row, text in enumerate(new)}
-            kept |= self._kept_on_disk(rows)
-            rows = {text: row for text, row in rows.items() if text not in kept}
+            keys = {text: self._prompt_key(*row) for text, row in rows.items()} if self.cache else {}
+            for text, key in keys.items():
+                embeds = read_prompt(*key)
+                if embeds is not None:
+                    kept[text] = embeds
+                    del rows[text]
             if rows:
                 working = text_encoder_bytes(config, length, stage_dtype("text_encoder", self.dtype))
                 self._prepare("text_encoder", self.text_encoder, working, stats)
@@ -648,14 +652,10 @@ class Flux2Pipeline:
                         kept[text] = self.text_encoder(*row)
                         mx.eval(kept[text])
                         if self.cache:
-                            write_prompt(*self._prompt_key(*row), kept[text])
+                            write_prompt(*keys[text], kept[text])
         if prompts:
             self._embeddings = {(text, length): embeds for text, embeds in kept.items()}
         return kept
-
-    def _kept_on_disk(self, rows: Mapping[str, tuple[mx.array, mx.array]]) -> dict[str, mx.array]:
-        found = {text: read_prompt(*self._prompt_key(*row)) for text, row in rows.items()} if self.cache else {}
-        return {text: embeds for text, embeds in found.items() if embeds is not None}
 
     def _prompt_key(self, ids: mx.array, mask: mx.array) -> tuple[Sequence[Path], object]:
         """All that the embeddings of these tokens depend on: files of weights, and the rest."""

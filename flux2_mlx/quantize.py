@@ -143,79 +143,20 @@ def options_of(packed: Mapping[str, Quantization]) -> dict[str, Any]:
 Packing = Callable[[mx.array, Quantization], tuple[mx.array, ...]]
 
 
-class QuantizedLinear(nn.Module):
-    """x (..., in) to (..., out) with a packed weight and no bias.
-
-    Args:
-        dense: the layer that this one stands for; its weight is packed lazily.
-        packing: how: pack, or shapes_of_packed where the values come later.
-
-    Attributes:
-        dense_rows: of x, from which the weight is unpacked; see tune.
-    """
-
-    def __init__(self, dense: nn.Linear, how: Quantization, packing: Packing | None = None):
-        super().__init__()
-        self.how = how
-        self.dense_rows = DENSE_ROWS
-        _keep(self, (packing or pack)(dense.weight, how))
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.dense(x) if x.size // x.shape[-1] >= self.dense_rows else self.fused(x)
-
-    def dense(self, x: mx.array) -> mx.array:
-        return x @ unpack(self.weight, self.scales, self.get("biases"), self.how).astype(x.dtype).T
-
-    def fused(self, x: mx.array) -> mx.array:
-        how = self.how
-        return mx.quantized_matmul(
-            x,
-            self.weight,
-            self.scales,
-            self.get("biases"),
-            transpose=True,
-            group_size=how.group_size,
-            bits=how.bits,
-            mode=how.mode,
-        )
-
-
-class QuantizedEmbedding(nn.Module):
-    """Token ids (...) to rows (..., dims) of a packed table, in the scales' dtype."""
-
-    def __init__(self, dense: nn.Embedding, how: Quantization, packing: Packing | None = None):
-        super().__init__()
-        self.how = how
-        _keep(self, (packing or pack)(dense.weight, how))
-
-    def __call__(self, ids: mx.array) -> mx.array:
-        biases = self.get("biases")
-        return unpack(self.weight[ids], self.scales[ids], None if biases is None else biases[ids], self.how)
-
-
-PACKED_LAYERS = {nn.Linear: QuantizedLinear, nn.Embedding: QuantizedEmbedding}
-
-
-def _keep(layer: nn.Module, packed: tuple[mx.array, ...]) -> None:
-    for name, array in zip(("weight", "scales", "biases"), packed, strict=False):
-        layer[name] = array
-    layer.freeze()
-
-
 def pack(weight: mx.array, how: Quantization) -> tuple[mx.array, ...]:
     """A weight (out, in) as (weight, scales, biases) or, without offsets, (weight, scales).
 
     Formats, and more than FITTED_BITS, are mlx.core.quantize's; fewer bits are fitted to the weight.
     """
     if how.mode != "affine" or how.bits > FITTED_BITS:
-        return shapes_of_packed(weight, how)
+        return pack_plainly(weight, how)
     rows = max(1, FITTED_AT_ONCE // weight.shape[1])
     parts = [_fitted(weight[top : top + rows], how) for top in range(0, weight.shape[0], rows)]
     return tuple(mx.concatenate(list(part)) for part in zip(*parts, strict=True))
 
 
-def shapes_of_packed(weight: mx.array, how: Quantization) -> tuple[mx.array, ...]:
-    """What pack makes, by mlx.core.quantize: a single lazy operation, for shapes and dtypes before there are values."""
+def pack_plainly(weight: mx.array, how: Quantization) -> tuple[mx.array, ...]:
+    """The same arrays as pack's, by mlx.core.quantize: one lazy operation."""
     return tuple(mx.quantize(weight, group_size=how.group_size, bits=how.bits, mode=how.mode))
 
 
@@ -260,6 +201,65 @@ def unpack(weight: mx.array, scales: mx.array, biases: mx.array | None, how: Qua
     return mx.dequantize(weight, scales, biases, group_size=how.group_size, bits=how.bits, mode=how.mode)
 
 
+class QuantizedLinear(nn.Module):
+    """x (..., in) to (..., out) with a packed weight and no bias.
+
+    Args:
+        dense: the layer that this one stands for; its weight is packed lazily.
+        packing: pack, or pack_plainly where only shapes matter, since the values come later.
+
+    Attributes:
+        dense_rows: of x, from which the weight is unpacked; see tune.
+    """
+
+    def __init__(self, dense: nn.Linear, how: Quantization, packing: Packing = pack):
+        super().__init__()
+        self.how = how
+        self.dense_rows = DENSE_ROWS
+        _keep(self, packing(dense.weight, how))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.dense(x) if x.size // x.shape[-1] >= self.dense_rows else self.fused(x)
+
+    def dense(self, x: mx.array) -> mx.array:
+        return x @ unpack(self.weight, self.scales, self.get("biases"), self.how).astype(x.dtype).T
+
+    def fused(self, x: mx.array) -> mx.array:
+        how = self.how
+        return mx.quantized_matmul(
+            x,
+            self.weight,
+            self.scales,
+            self.get("biases"),
+            transpose=True,
+            group_size=how.group_size,
+            bits=how.bits,
+            mode=how.mode,
+        )
+
+
+class QuantizedEmbedding(nn.Module):
+    """Token ids (...) to rows (..., dims) of a packed table, in the scales' dtype."""
+
+    def __init__(self, dense: nn.Embedding, how: Quantization, packing: Packing = pack):
+        super().__init__()
+        self.how = how
+        _keep(self, packing(dense.weight, how))
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        biases = self.get("biases")
+        return unpack(self.weight[ids], self.scales[ids], None if biases is None else biases[ids], self.how)
+
+
+PACKED_LAYERS = {nn.Linear: QuantizedLinear, nn.Embedding: QuantizedEmbedding}
+
+
+def _keep(layer: nn.Module, packed: tuple[mx.array, ...]) -> None:
+    for name, array in zip(("weight", "scales", "biases"), packed, strict=False):
+        layer[name] = array
+    layer.freeze()
+
+
 # Which layers of a module are packed, and how: (path, layer) to Quantization, or None for a layer that stays as it is.
 Recipe = Callable[[str, nn.Module], "Quantization | None"]
 
@@ -301,7 +301,7 @@ def _last_block_first(path: str) -> tuple[int, str]:
     return (-int(number[1]) if number else 0), path
 
 
-def quantize(module: nn.Module, recipe: Recipe, packing: Packing | None = None) -> None:
+def quantize(module: nn.Module, recipe: Recipe, packing: Packing = pack) -> None:
     """Replace layers by packed ones, in place. Lazy weights stay lazy: each is packed when it is first needed.
 
     Raises:
@@ -363,6 +363,8 @@ def tune(module: nn.Module, dtype: mx.Dtype) -> None:
             raise InputError(f"FLUX2_MLX_DENSE_ROWS must be a number of rows, got {given!r}")
         for layer in layers:
             layer.dense_rows = int(given)
+        return
+    if not layers:
         return
     table = read_table("dense_rows") | _measured
     machine = f"{mx.device_info()['device_name']}, {mx.default_device()}, MLX {version('mlx')}"

@@ -68,9 +68,9 @@ from .quantize import (
     dense_layers,
     mixed,
     pack,
+    pack_plainly,
     packing_in,
     quantize,
-    shapes_of_packed,
 )
 
 READ_BLOCK = 1 << 23  # bytes
@@ -426,7 +426,7 @@ def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, where: str, h
         CheckpointError: naming every missing, unknown, mis-shaped and unreadable weight at once.
     """
     try:
-        quantize(module, packing_in(weights), shapes_of_packed)
+        quantize(module, packing_in(weights), pack_plainly)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from None
     expected = weights_of(module)
@@ -467,7 +467,7 @@ def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, where: str, h
     module.load_weights(list(values.items()))
     if how is not None:
         dense = set(dict(dense_layers(module)))
-        quantize(module, mixed(module, how), shapes_of_packed)
+        quantize(module, mixed(module, how), pack_plainly)
         for path, layer in module.named_modules():
             if path in dense and isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
                 name = f"{path}.weight"
