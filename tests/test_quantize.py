@@ -383,8 +383,8 @@ def test_a_gguf_file_is_packed_tensor_by_tensor(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("kind", ["diffusers", "Q5_0"])
 def test_loading_holds_the_packed_model_and_little_more(checkpoint, tmp_path, memory, kind, monkeypatch):
-    """At most two more of its largest tensor: as it is read, and as it is converted."""
-    monkeypatch.setattr(quantize, "FITTED_AT_ONCE", 2**11)  # a small part of a tensor, as it is of real ones
+    """At most one more of its largest tensor, and the little that is fitted at once."""
+    monkeypatch.setattr(quantize, "FITTED_AT_ONCE", 2**9)  # a small part of a tensor, as it is of real ones
     model = tiny.transformer(depth_single=24)
     tensors = {name: t.detach() for name, t in model.state_dict().items()}
     if kind == "diffusers":
@@ -398,5 +398,5 @@ def test_loading_holds_the_packed_model_and_little_more(checkpoint, tmp_path, me
     mx.reset_peak_memory()
     total = sum(materialize(packed))
     largest = max(4 * t.numel() for t in tensors.values())
-    assert mx.get_peak_memory() - before <= total + 2 * largest + 2**16
+    assert mx.get_peak_memory() - before <= total + largest + 2**16
     assert total < 0.21 * sum(4 * t.numel() for t in tensors.values())
