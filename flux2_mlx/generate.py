@@ -19,11 +19,14 @@ from typing import Any, TextIO
 from tqdm.auto import tqdm
 
 from ._version import __version__
-from .commands import MODEL_HELP, MODEL_OPTIONS, Parser, add_model_options
-from .config import NANO, RELEASED, InputError
+from .commands import MODEL_HELP, MODEL_OPTIONS, PART_OPTIONS, Parser, add_model_options
+from .config import MAX_SEQUENCE_LENGTH, NANO, RELEASED, AutoEncoderConfig, InputError
 from .images import FORMATS, check_output, read_metadata, save_image
 from .latents import NOISES
-from .pipeline import DTYPES, Flux2Pipeline, Settings, Step, check_options, check_prompt
+from .memory import machine_memory
+from .pipeline import DTYPES, Flux2Pipeline, Settings, Step, check_options, check_prompt, check_size, dtype_of
+from .plan import MODES, download_bytes, make_plan, released_modules
+from .quantize import parse_options
 from .sampler import SCHEDULES
 
 DEFAULT_OUTPUT = "flux2-{seed}.png"
@@ -53,6 +56,14 @@ SETTINGS: dict[str, Any] = {
 def numbers(text: str) -> list[float]:
     """Numbers between commas."""
     return [float(number) for number in text.split(",")]
+
+
+def gigabytes(text: str) -> int:
+    """GB of 10^9 bytes in bytes."""
+    size = int(float(text) * 1e9)
+    if size <= 0:
+        raise ValueError
+    return size
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -96,6 +107,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-cache", action="store_false", dest="cache", help="neither use nor keep prompt embeddings on disk"
     )
+    parser.add_argument(
+        "--memory",
+        choices=("auto", *MODES),
+        default="auto",
+        help="what stays loaded: everything, a stage, or a block at a time (auto: what fits)",
+    )
+    parser.add_argument(
+        "--memory-limit", type=gigabytes, metavar="GB", help="memory to keep to (what the machine has now)"
+    )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="print what drawing needs, and draw nothing; released models are not downloaded",
+    )
     parser.add_argument("--stats", action="store_true", help="print seconds and peak bytes of each part as JSON")
     parser.add_argument("--quiet", action="store_true", help="no bars, no summary; the seed and the file are printed")
     parser.add_argument("--version", action="version", version=f"flux2_mlx {__version__}")
@@ -121,7 +146,9 @@ def parse_arguments(argv: Sequence[str] | None, stdin: TextIO | None) -> argpars
             defaults["sigmas"] = None
         if arguments.sigmas is not None or defaults["sigmas"] is not None:
             defaults["num_steps"] = None
-    if arguments.prompt is not None or arguments.prompt_file is not None or defaults["prompt"] is None:
+    if arguments.plan:
+        arguments.prompt = arguments.prompt or ""
+    elif arguments.prompt is not None or arguments.prompt_file is not None or defaults["prompt"] is None:
         arguments.prompt = read_prompt(arguments, stdin)
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
@@ -176,15 +203,51 @@ def start(arguments: argparse.Namespace) -> Iterator[Step]:
         check_prompt(prompt)
     for index in range(arguments.num_images):
         check_output(output_path(arguments.output, arguments.seed + index, index))
-    pipe = Flux2Pipeline.from_pretrained(
+    pipe = open_pipeline(arguments)
+    if not arguments.quiet:
+        plan = pipe.plan(arguments.height, arguments.width, arguments.max_sequence_length)
+        mode = plan.mode if arguments.memory == "auto" else arguments.memory
+        needs = f"needs about {plan.peak(mode) / 1e9:.2f} of {plan.limit / 1e9:.2f} GB"
+        print(f"memory: {mode}, {needs}", file=sys.stderr)
+    return pipe.stream(arguments.prompt, negative_prompt=arguments.negative_prompt, **options)
+
+
+def open_pipeline(arguments: argparse.Namespace) -> Flux2Pipeline:
+    return Flux2Pipeline.from_pretrained(
         arguments.model,
         revision=arguments.revision,
         dtype=arguments.dtype,
         cache=arguments.cache,
+        memory=arguments.memory,
+        memory_limit=arguments.memory_limit,
         progress=not arguments.quiet,
         **{name: getattr(arguments, name) for name in MODEL_OPTIONS},
     )
-    return pipe.stream(arguments.prompt, negative_prompt=arguments.negative_prompt, **options)
+
+
+def print_plan(arguments: argparse.Namespace) -> None:
+    """Print what drawing needs: of a released model from its known shapes, else from the files."""
+    size = arguments.height, arguments.width
+    check_size(*size)
+    parts = {name: getattr(arguments, name) for name in PART_OPTIONS if name != "distilled"}
+    if arguments.model not in RELEASED or any(parts.values()):
+        pipe = open_pipeline(arguments)
+        plan = pipe.plan(*size, arguments.max_sequence_length)
+        print(plan)
+        return
+    packed = parse_options(arguments.quantize, arguments.quantize_text_encoder, arguments.group_size)
+    dtype = dtype_of(arguments.dtype)
+    height, width = (side or AutoEncoderConfig.sample_size for side in size)
+    plan = make_plan(
+        *released_modules(arguments.model, dtype, packed),
+        dtype=dtype,
+        height=height,
+        width=width,
+        length=arguments.max_sequence_length or MAX_SEQUENCE_LENGTH,
+        limit=arguments.memory_limit or machine_memory(),
+    )
+    print(plan)
+    print(f"download: up to {download_bytes(arguments.model) / 1e9:.1f} GB")
 
 
 def draw(steps: Iterator[Step], arguments: argparse.Namespace, started: float) -> None:
@@ -225,6 +288,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = parse_arguments(argv, sys.stdin)
             if arguments.quiet:
                 _silence_downloads()
+            if arguments.plan:
+                print_plan(arguments)
+                return 0
             steps = start(arguments)
             seed = f" (seed {arguments.seed})"
             draw(steps, arguments, started)

@@ -1,9 +1,14 @@
-"""Memory: what this machine gives MLX, and what each stage needs, so that the pipeline knows what can stay loaded."""
+"""Memory: what this machine gives MLX, what each stage needs, and keeping to it."""
 
 from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
@@ -19,14 +24,65 @@ def on_gpu() -> bool:
     return mx.default_device().type == mx.DeviceType.gpu
 
 
-def machine_memory() -> int:
-    """Bytes that the stages may hold together: Metal's recommended working set, or three quarters of the memory."""
+def recommended_memory() -> int:
+    """Bytes that MLX may hold: Metal's recommended working set, or three quarters of the memory."""
     info = mx.device_info()
     recommended = info.get("max_recommended_working_set_size") or 0
     if recommended:
         return int(recommended)
     total = info.get("total_memory", 0) if on_gpu() else 0
     return int(int(total or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) * 0.75)
+
+
+def machine_memory() -> int:
+    """Bytes that the stages may hold together: what MLX may, as far as other programs leave it."""
+    free = free_memory()
+    own = mx.get_active_memory() + mx.get_cache_memory()
+    return recommended_memory() if free is None else min(recommended_memory(), free + own)
+
+
+def free_memory() -> int | None:
+    """Bytes of the memory that CPU and GPU share which no program needs now: free, or soon to be had; None where the
+    system does not say it, or the GPU has a memory of its own.
+    """
+    try:
+        if sys.platform == "darwin":
+            return free_in_vm_stat(subprocess.run(["vm_stat"], capture_output=True, text=True, check=True).stdout)
+        if on_gpu():
+            return None
+        return free_in_meminfo(Path("/proc/meminfo").read_text())
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def free_in_meminfo(text: str) -> int | None:
+    """Bytes, from Linux's /proc/meminfo."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
+def free_in_vm_stat(text: str) -> int | None:
+    """Bytes, from what macOS's vm_stat prints: free pages, and inactive ones, which psutil counts as available too."""
+    page = re.search(r"page size of (\d+) bytes", text)
+    pages = re.findall(r"^Pages (?:free|inactive|speculative):\s+(\d+)\.", text, re.MULTILINE)
+    return int(page[1]) * sum(map(int, pages)) if page and pages else None
+
+
+@contextmanager
+def within(limit: int, working: int) -> Iterator[None]:
+    """Let MLX keep to so many bytes meanwhile, and return to the earlier limits.
+
+    MLX computes ahead, which takes twice the intermediates and more. It waits once its own limit is passed, by what the
+    next operation needs: so that limit leaves room for the intermediates (``working``) of computing in order. Within
+    it MLX also keeps freed buffers. On Metal, what it holds stays wired.
+    """
+    memory = mx.set_memory_limit(max(1, limit - working))
+    wired = mx.set_wired_limit(min(limit, recommended_memory()))
+    try:
+        yield
+    finally:
+        mx.set_wired_limit(wired)
+        mx.set_memory_limit(memory)
 
 
 def default_dtype() -> mx.Dtype:
@@ -55,28 +111,33 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(array.nbytes for array in weights_of(module).values())
 
 
-def _scores(heads: int, tokens: int) -> int:
-    """Attention scores: one fused kernel on a GPU, written out (with their softmax) on the CPU."""
-    return 0 if on_gpu() else 2 * 4 * heads * tokens * tokens
-
-
 def text_encoder_bytes(config: Qwen3Config, length: int, dtype: mx.Dtype) -> int:
-    """Estimated intermediates of encoding one prompt of ``length`` tokens."""
-    return length * (3 * config.intermediate_size + 4 * config.output_size) * dtype.size + _scores(
-        config.num_attention_heads, length
-    )
+    """Intermediates of encoding one prompt of ``length`` tokens: those of a feed-forward layer."""
+    return length * (3 * config.intermediate_size + config.hidden_size) * dtype.size
 
 
 def transformer_bytes(params: FluxKleinParams, tokens: int, dtype: mx.Dtype) -> int:
-    """Estimated intermediates of one step over ``tokens`` text and image tokens: about 30 residual streams in the
-    weights' dtype, and 6 in float32 for the rotation.
+    """Intermediates of one step over ``tokens`` text and image tokens: 13 times the input of a single block, and on the
+    CPU attention's scores, which are one kernel's own on a GPU.
     """
-    return tokens * params.hidden_size * (30 * dtype.size + 6 * 4) + _scores(params.num_heads, tokens)
+    scores = 0 if on_gpu() else params.num_heads * tokens * tokens
+    return (13 * tokens * params.hidden_size + scores) * dtype.size
 
 
 def decoder_bytes(config: AutoEncoderConfig, height: int, width: int, dtype: mx.Dtype) -> int:
-    """Estimated intermediates of decoding a picture: the widest activation, and what a strip of it needs besides; the
-    CPU backend also unfolds the inputs of its 3x3 convolutions.
+    """Intermediates of decoding a picture, whose widest activation has its size and the second of the channels."""
+    return _strips(height * width * config.decoder_channels[1], dtype)
+
+
+def encoder_bytes(config: AutoEncoderConfig, height: int, width: int, dtype: mx.Dtype) -> int:
+    """Intermediates of encoding a picture, whose widest activation has its size and the first of the channels."""
+    return _strips(height * width * config.block_out_channels[0], dtype)
+
+
+def _strips(widest: int, dtype: mx.Dtype) -> int:
+    """An activation of so many elements, and what a strip of it needs besides: a norm's float32, on the CPU backend
+    also the unfolded input of a 3x3 convolution, and where there are several, the next one in and out.
     """
-    widest = height * width * config.decoder_channels[1] * dtype.size
-    return widest + min(widest, STRIP_BYTES) * (6 if on_gpu() else 28)
+    strip = min(widest, STRIP_BYTES // dtype.size)
+    beside = 0 if strip == widest else 2 * dtype.size
+    return widest * dtype.size + strip * ((12 if on_gpu() else 46) + beside)

@@ -9,6 +9,7 @@ Reference: diffusers' Flux2KleinPipeline, whose argument names are accepted besi
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import time
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from threading import Event, Thread
@@ -44,18 +46,22 @@ from .latents import (
 from .memory import (
     decoder_bytes,
     default_dtype,
+    encoder_bytes,
     machine_memory,
     stage_dtype,
     text_encoder_bytes,
     transformer_bytes,
     weight_bytes,
     weights_of,
+    within,
 )
 from .models.autoencoder import AutoEncoder
 from .models.text_encoder import Qwen3TextEncoder
 from .models.transformer import FluxKlein
+from .plan import MODES, Plan, make_plan
 from .quantize import Quantization, largest_dense_bytes, options_of, parse_options, tune
 from .sampler import SCHEDULES, check_sigmas, custom_sigmas, euler_step, schedule_sigmas
+from .streaming import block_paths, stream, streamed_bytes
 from .tokenizer import Qwen3Tokenizer
 from .weights import (
     Checkpoint,
@@ -65,6 +71,7 @@ from .weights import (
     materialize,
     open_checkpoint,
     read_through,
+    to_be_converted,
 )
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -260,7 +267,10 @@ class Flux2Pipeline:
         quantize: how each stage's matrices are packed that the checkpoint holds dense; stages that are not named stay.
         cache: whether prompt embeddings are kept on disk, so that a prompt that was drawn before needs no text encoder.
             To be False for a text_encoder whose weights were changed by hand.
-        memory_limit: bytes that loaded stages and their intermediates may take together.
+        memory: what stays loaded: "resident" (everything), "staged" (the stage at work), "streamed" (of text encoder
+            and transformer the block at work), or "auto" (what fits, as fast as it can be; see plan).
+        memory_limit: bytes that loaded stages and their intermediates may take together. MLX computes ahead, and keeps
+            freed buffers, as far as it allows.
         progress: whether loading and drawing show bars on standard error.
     """
 
@@ -271,13 +281,16 @@ class Flux2Pipeline:
         dtype: str | mx.Dtype | None = None,
         quantize: Mapping[str, Quantization] | None = None,
         cache: bool = True,
+        memory: str = "auto",
         memory_limit: int | None = None,
         progress: bool = False,
     ):
+        _one_of("memory", memory, ("auto", *MODES))
         self.checkpoint = checkpoint
-        self.dtype = _dtype(dtype)
+        self.dtype = dtype_of(dtype)
         self.quantize = dict(quantize or {})
         self.cache = cache
+        self.memory = memory
         self.progress = progress
         self.memory_limit = machine_memory() if memory_limit is None else memory_limit
         self.tokenizer = Qwen3Tokenizer(checkpoint.tokenizer)
@@ -305,6 +318,7 @@ class Flux2Pipeline:
         quantize_text_encoder: int | str | None = None,
         group_size: int | None = None,
         cache: bool = True,
+        memory: str = "auto",
         memory_limit: int | None = None,
         progress: bool = False,
     ) -> Flux2Pipeline:
@@ -328,14 +342,18 @@ class Flux2Pipeline:
             group_size: weights that share a scale where they are packed into bits: 32, 64 or 128; unless given 64.
             cache: keep prompt embeddings on disk (in FLUX2_MLX_CACHE, or the platform's folder for caches; the latest,
                 at most 1 GB), so that a prompt that was drawn before needs no text encoder.
-            memory_limit: bytes that loaded stages may take together; None takes the machine's.
+            memory: "resident", "staged" or "streamed" keeps everything, a stage, or a block at a time loaded; "auto"
+                picks what fits.
+            memory_limit: bytes that loaded stages and their intermediates may take together; None takes what the
+                machine has now.
             progress: show bars on standard error while weights are read and steps are drawn.
 
         Raises:
             CheckpointError: for a checkpoint that cannot be used, with the way out.
-            InputError: for an unknown dtype.
+            InputError: for an unknown dtype or memory.
         """
-        _dtype(dtype)  # refused before anything is downloaded
+        dtype_of(dtype)  # refused before anything is downloaded
+        _one_of("memory", memory, ("auto", *MODES))
         packed = parse_options(quantize, quantize_text_encoder, group_size)
         checkpoint = open_checkpoint(
             model,
@@ -346,7 +364,46 @@ class Flux2Pipeline:
             tokenizer=tokenizer,
             distilled=distilled,
         )
-        return cls(checkpoint, dtype=dtype, quantize=packed, cache=cache, memory_limit=memory_limit, progress=progress)
+        return cls(
+            checkpoint,
+            dtype=dtype,
+            quantize=packed,
+            cache=cache,
+            memory=memory,
+            memory_limit=memory_limit,
+            progress=progress,
+        )
+
+    def plan(
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        max_sequence_length: int | None = None,
+        references: Sequence[tuple[int, int]] = (),
+    ) -> Plan:
+        """What one picture needs, and what "auto" makes of it; nothing is loaded.
+
+        Args:
+            height, width: in pixels; unless given those that the checkpoint is for.
+            max_sequence_length: as stream takes it.
+            references: (height, width) of each reference picture.
+
+        Raises:
+            InputError: for a size that cannot be drawn.
+        """
+        check_size(height, width)
+        side = self.checkpoint.autoencoder.sample_size
+        return make_plan(
+            self.text_encoder,
+            self.transformer,
+            self.autoencoder,
+            dtype=self.dtype,
+            height=height or side,
+            width=width or side,
+            length=max_sequence_length or self.tokenizer.default_length,
+            references=references,
+            limit=self.memory_limit,
+        )
 
     # ------------------------------------------------------------------------------------------------ drawing
 
@@ -608,8 +665,8 @@ class Flux2Pipeline:
                 x = run.latents[k] if run.latents else _noise(settings, params.in_channels)
                 for i, (sigma, sigma_next) in enumerate(pairwise(run.sigmas)):
                     # Again, since a caller may have decoded a picture in between and so unloaded the transformer.
-                    self._prepare("transformer", self.transformer, working, stats)
-                    with stats.measure("denoise"):
+                    needed = self._prepare("transformer", self.transformer, working, stats)
+                    with self._working("denoise", needed, stats):
                         v = velocity(x, txt, sigma)
                         if negative_txt is not None:
                             away = velocity(x, negative_txt, sigma)
@@ -646,8 +703,8 @@ class Flux2Pipeline:
                     del rows[text]
             if rows:
                 working = text_encoder_bytes(config, length, stage_dtype("text_encoder", self.dtype))
-                self._prepare("text_encoder", self.text_encoder, working, stats)
-                with self._reading_ahead(), stats.measure("text_encoder"):
+                needed = self._prepare("text_encoder", self.text_encoder, working, stats)
+                with self._reading_ahead(), self._working("text_encoder", needed, stats):
                     for text, row in rows.items():
                         kept[text] = self.text_encoder(*row)
                         mx.eval(kept[text])
@@ -669,8 +726,9 @@ class Flux2Pipeline:
         tokens = []
         for pixels in pictures:
             height, width = pixels.shape[1:3]
-            self._prepare("autoencoder", self.autoencoder.encoder, self._decoder_bytes(height, width), stats)
-            with stats.measure("references"):
+            working = encoder_bytes(self.checkpoint.autoencoder, height, width, stage_dtype("autoencoder", self.dtype))
+            needed = self._prepare("autoencoder", self.autoencoder.encoder, working, stats)
+            with self._working("references", needed, stats):
                 encoded = self.autoencoder.bn.normalize(pack_latents(self.autoencoder.encoder(pixels)))
                 mx.eval(encoded)
             tokens.append(encoded)
@@ -678,9 +736,10 @@ class Flux2Pipeline:
 
     def _decode(self, latents: mx.array, settings: Settings, stats: Stats) -> mx.array:
         """Sampled tokens (1, S, 128) to a picture (1, H, W, 3) in 0..1, float32."""
-        working = self._decoder_bytes(settings.height, settings.width)
-        self._prepare("autoencoder", self.autoencoder.decoder, working, stats)
-        with stats.measure("decode"):
+        dtype = stage_dtype("autoencoder", self.dtype)
+        working = decoder_bytes(self.checkpoint.autoencoder, settings.height, settings.width, dtype)
+        needed = self._prepare("autoencoder", self.autoencoder.decoder, working, stats)
+        with self._working("decode", needed, stats):
             decoded = self.autoencoder.decoder(self._unpack(latents, settings))
             image, finite = to_unit(decoded), mx.isfinite(decoded).all()
             mx.eval(image, finite)
@@ -691,40 +750,63 @@ class Flux2Pipeline:
     def _unpack(self, latents: mx.array, settings: Settings) -> mx.array:
         return unpack_latents(self.autoencoder.bn.denormalize(latents), settings.height, settings.width)
 
-    def _decoder_bytes(self, height: int, width: int) -> int:
-        return decoder_bytes(self.checkpoint.autoencoder, height, width, stage_dtype("autoencoder", self.dtype))
+    @contextmanager
+    def _working(self, part: str, working_bytes: int, stats: Stats) -> Iterator[None]:
+        with within(self.memory_limit, working_bytes), stats.measure(part):
+            yield
 
-    def _prepare(self, stage: str, module: nn.Module, working_bytes: int, stats: Stats) -> None:
-        """Bring the module, a stage or a part of one, into memory; other stages out of it as far as the limit needs.
+    def _prepare(self, stage: str, module: nn.Module, working_bytes: int, stats: Stats) -> int:
+        """Bring the module, a stage or a part of one, into memory; other stages out of it as far as the mode and the
+        limit say. What is too large even alone is streamed, if it has blocks, or loaded all the same, with a
+        UserWarning.
 
-        A stage that is too large even alone is loaded all the same, with a UserWarning.
+        Returns:
+            the working bytes, the largest unpacked matrix among them.
         """
         working_bytes += largest_dense_bytes(module, stage_dtype(stage, self.dtype))
-        is_loaded = id(module) in self._loaded[stage]
-        weights = 0 if is_loaded else weight_bytes(module)
-        for other in STAGES:
-            if mx.get_active_memory() + weights + working_bytes <= self.memory_limit:
-                break
-            if other != stage and self._loaded[other]:
-                self.unload(other)
-        if is_loaded:
-            return
+        if id(module) in self._loaded[stage]:
+            self._make_room(stage, working_bytes)
+            return working_bytes
+        weights, paths = weight_bytes(module), tuple(block_paths(module))
+        too_large = self.memory == "auto" and weights + working_bytes > self.memory_limit
+        streams = bool(paths) and (self.memory == "streamed" or too_large)
+        weights = streamed_bytes(module) if streams else weights
+        self._make_room(stage, weights + working_bytes)
         if weights + working_bytes > self.memory_limit:
             warnings.warn(
                 f"the {stage.replace('_', ' ')} needs about {(weights + working_bytes) / 1e9:.1f} GB and this machine "
                 f"gives {self.memory_limit / 1e9:.1f} GB; it will be slow, or fail, for want of memory",
                 stacklevel=2,
             )
-        with self._bar(f"loading {stage}", weights, unit="B", unit_scale=True) as bar, stats.measure("load"):
+        if streams and any(to_be_converted(module, path) for path in paths):
+            warnings.warn(
+                f"the {stage.replace('_', ' ')} is streamed and its weights are converted in every pass over them; "
+                "python -m flux2_mlx.convert does it once",
+                stacklevel=2,
+            )
+        with self._bar(f"loading {stage}", weights, unit="B", unit_scale=True) as bar, self._working("load", 0, stats):
             try:
-                for count in materialize(module):
+                for count in materialize(module, lambda name: not (streams and name.startswith(paths))):
                     bar.update(count)
-                tune(module, stage_dtype(stage, self.dtype))
+                if streams:
+                    stream(module, partial(self._load, stage), stage_dtype(stage, self.dtype))
+                else:
+                    tune(module, stage_dtype(stage, self.dtype))
             except BaseException:
                 self._open(stage)  # half of a packed layer would go unnoticed
                 raise
         mx.clear_cache()  # what was read to be converted
         self._loaded[stage].add(id(module))
+        return working_bytes
+
+    def _make_room(self, stage: str, wanted: int) -> None:
+        """Unload other stages: none, all, or as far as it takes to have so many bytes."""
+        room = {"resident": math.inf, "auto": self.memory_limit}.get(self.memory, 0)
+        for other in STAGES:
+            if mx.get_active_memory() + wanted <= room:
+                break
+            if other != stage and self._loaded[other]:
+                self.unload(other)
 
     @contextmanager
     def _reading_ahead(self) -> Iterator[None]:
@@ -757,15 +839,15 @@ class Flux2Pipeline:
 
     def _open(self, stage: str) -> None:
         """Build a stage with lazy weights; those of an earlier build are given back."""
-        checkpoint, dtype = self.checkpoint, stage_dtype(stage, self.dtype)
-        how = self.quantize.get(stage)
-        if stage == "transformer":
-            self.transformer = load_transformer(checkpoint, dtype, how)
-        elif stage == "text_encoder":
-            self.text_encoder = load_text_encoder(checkpoint, dtype, how)
-        else:
-            self.autoencoder = load_autoencoder(checkpoint, dtype)
+        setattr(self, stage, self._load(stage))
         self._loaded[stage] = set()
+
+    def _load(self, stage: str) -> Any:
+        checkpoint, dtype = self.checkpoint, stage_dtype(stage, self.dtype)
+        if stage == "autoencoder":
+            return load_autoencoder(checkpoint, dtype)
+        load = load_transformer if stage == "transformer" else load_text_encoder
+        return load(checkpoint, dtype, self.quantize.get(stage))
 
 
 def check_options(
@@ -889,7 +971,12 @@ def _given_latents(latents: mx.array, count: int, height: int, width: int, chann
     return [latents[k][None].astype(mx.float32) for k in range(count)]
 
 
-def _dtype(dtype: str | mx.Dtype | None) -> mx.Dtype:
+def dtype_of(dtype: str | mx.Dtype | None) -> mx.Dtype:
+    """The dtype of that name; None takes what suits the machine.
+
+    Raises:
+        InputError: for another one.
+    """
     if dtype is None:
         return default_dtype()
     if isinstance(dtype, str):

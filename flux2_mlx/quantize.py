@@ -218,24 +218,22 @@ class QuantizedLinear(nn.Module):
         self.dense_rows = DENSE_ROWS
         _keep(self, packing(dense.weight, how))
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.dense(x) if x.size // x.shape[-1] >= self.dense_rows else self.fused(x)
+    def __call__(self, x: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
+        """All outputs, or those from start to stop."""
+        return (self.dense if x.size // x.shape[-1] >= self.dense_rows else self.fused)(x, start, stop)
 
-    def dense(self, x: mx.array) -> mx.array:
-        return x @ unpack(self.weight, self.scales, self.get("biases"), self.how).astype(x.dtype).T
+    def dense(self, x: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
+        return x @ unpack(*self._rows(start, stop), self.how).astype(x.dtype).T
 
-    def fused(self, x: mx.array) -> mx.array:
+    def fused(self, x: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
         how = self.how
         return mx.quantized_matmul(
-            x,
-            self.weight,
-            self.scales,
-            self.get("biases"),
-            transpose=True,
-            group_size=how.group_size,
-            bits=how.bits,
-            mode=how.mode,
+            x, *self._rows(start, stop), transpose=True, group_size=how.group_size, bits=how.bits, mode=how.mode
         )
+
+    def _rows(self, start: int, stop: int | None) -> tuple[mx.array, mx.array, mx.array | None]:
+        biases = self.get("biases")
+        return self.weight[start:stop], self.scales[start:stop], None if biases is None else biases[start:stop]
 
 
 class QuantizedEmbedding(nn.Module):
@@ -400,10 +398,20 @@ def _seconds(multiply: Callable[[mx.array], mx.array], x: mx.array) -> float:
     return min(seconds[1:])
 
 
+# Of the transformer's layers, those that are multiplied in parts (models.blocks.outputs) with the share of the largest
+# part, and those that only ever see one row, and so are not unpacked.
+IN_PARTS = {"to_qkv_mlp_proj": 1 / 3, "linear_in": 1 / 2}
+ONE_ROW = re.compile(r"(\w+_modulation(_\w+)?|norm_out|time_guidance_embed)\.")
+
+
 def largest_dense_bytes(module: nn.Module, dtype: mx.Dtype) -> int:
-    """Bytes that the largest packed matrix has when it is unpacked to be multiplied with; 0 without any."""
-    packed = [layer for _, layer in module.named_modules() if isinstance(layer, QuantizedLinear)]
-    return max((layer.weight.size * 32 // layer.how.bits * dtype.size for layer in packed), default=0)
+    """Bytes of the largest packed matrix, or part of one, that is unpacked to be multiplied with; 0 without any."""
+    sizes = [
+        int(layer.weight.size * 32 // layer.how.bits * dtype.size * IN_PARTS.get(path.rpartition(".")[2], 1))
+        for path, layer in module.named_modules()
+        if isinstance(layer, QuantizedLinear) and not ONE_ROW.match(path)
+    ]
+    return max(sizes, default=0)
 
 
 def _replace(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:

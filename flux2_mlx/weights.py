@@ -503,8 +503,16 @@ def read_through(files: Sequence[Path], room: int, stop: Event) -> int:
     return count
 
 
-def materialize(module: nn.Module) -> Iterator[int]:
+def to_be_converted(module: nn.Module, prefix: str = "") -> bool:
+    """Whether weights of that prefix come from another format, or are packed, as they are brought into memory."""
+    return any(name.startswith(prefix) for name in vars(module).get("_pending", _Pending()).make)
+
+
+def materialize(module: nn.Module, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[int]:
     """Bring a module's weights into memory, one after another, since a conversion holds its source until it is done.
+
+    Args:
+        wanted: whether a weight is among them, by its name; a packed layer's arrays all or none.
 
     Yields:
         the bytes of each.
@@ -515,7 +523,7 @@ def materialize(module: nn.Module) -> Iterator[int]:
     make = vars(module).get("_pending", _Pending()).make
     made: dict[str, mx.array] = {}
     own = weights_of(module)
-    for name in list(own):
+    for name in filter(wanted, list(own)):
         array = own.pop(name)
         if name in make:
             made |= make.pop(name)()

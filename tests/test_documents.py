@@ -120,6 +120,7 @@ def test_every_example_is_tested():
 
 # Where a benchmark's report has what it measured.
 FIGURES = {"stages": "stages", "full_size": "parts", "packed_step": "ratio", "packing": "ways", "start": "seconds"}
+FIGURES |= {"memory_plan": "stages"}
 
 
 @pytest.mark.parametrize(
@@ -130,12 +131,14 @@ FIGURES = {"stages": "stages", "full_size": "parts", "packed_step": "ratio", "pa
         ["full_size", "--tiny", "--size", "64", "--steps", "1"],
         ["packed_step", "--tiny", "--tokens", "516", "--repeats", "1"],
         ["packing", "--model", "CHECKPOINT", "--captions", "1", "--layers"],
+        ["memory_plan", "FOLDER", "--tiny", "--size", "64", "--text-length", "16", "--memory", "streamed"],
         ["start", "--model", "CHECKPOINT", "--size", "64", "--steps", "1", "--repeats", "1"],
     ],
     ids=lambda arguments: " ".join(arguments[:3]),
 )
-def test_benchmarks_end_with_a_json_line(arguments, checkpoint):
-    script, *options = [str(checkpoint) if word == "CHECKPOINT" else word for word in arguments]
+def test_benchmarks_end_with_a_json_line(arguments, checkpoint, tmp_path):
+    folders = {"CHECKPOINT": str(checkpoint), "FOLDER": str(tmp_path / "made")}
+    script, *options = [folders.get(word, word) for word in arguments]
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{script}", *options],
         cwd=ROOT,

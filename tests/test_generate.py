@@ -229,7 +229,7 @@ def test_version_and_help(run):
     assert code == 0
     flags = (
         "model width height steps guidance seed num-images schedule noise dtype prompt-file max-sequence-length output "
-        "stats quiet revision version from-image negative-prompt sigmas"
+        "stats quiet revision version from-image negative-prompt sigmas memory memory-limit plan"
     )
     assert not [flag for flag in flags.split() if f"--{flag}" not in out]
 

@@ -15,11 +15,13 @@ ROOT = PACKAGE.parent
 # Each layer imports from those before it.
 LAYERS = [
     {"_version", "config", "cache"},
-    {"models.rope"},
+    {"models.rope", "models.blocks"},
     {"models.transformer", "models.text_encoder", "models.autoencoder"},
     {"latents", "sampler", "checkpoints", "tokenizer", "memory"},
     {"quantize", "gguf_files"},
     {"images", "weights", "commands"},
+    {"streaming"},
+    {"plan"},
     {"pipeline"},
     {"generate", "convert"},
 ]

@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import Qwen3Config
+from .blocks import run_block
 
 
 class Attention(nn.Module):
@@ -83,6 +84,7 @@ class Qwen3TextEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.model = Qwen3Model(config)
+        self._run = run_block
 
     def __call__(self, input_ids: mx.array, attention_mask: mx.array | None = None) -> mx.array:
         """Encode padded prompts.
@@ -103,7 +105,7 @@ class Qwen3TextEncoder(nn.Module):
         x = self.model.embed_tokens(input_ids).astype(dtype)
         taps = []
         for i, layer in enumerate(self.model.layers):
-            x = layer(x, mask)
+            x = self._run(layer, x, mask)
             if i in self.config.tapped_layers:
                 taps.append(x)
         return mx.concatenate(taps, axis=-1)

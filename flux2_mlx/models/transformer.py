@@ -12,11 +12,13 @@ Reference: diffusers' Flux2Transformer2DModel, whose checkpoint keys are the att
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import FluxKleinParams
+from .blocks import outputs, run_block
 from .rope import four_axes, rope_table, rotate
 
 FLOAT16_MAX = 65504.0
@@ -42,10 +44,15 @@ def modulate(x: mx.array, shift: mx.array, scale: mx.array, eps: float) -> mx.ar
     return (1 + scale) * mx.fast.layer_norm(x, None, None, eps) + shift
 
 
-def swiglu(x: mx.array) -> mx.array:
-    """silu(first half) * second half of the features: (..., 2M) to (..., M)."""
-    gate, up = mx.split(x, 2, axis=-1)
-    return nn.silu(gate) * up
+@partial(mx.compile, shapeless=True)  # one kernel, or silu(gate) would be written out beside the two
+def gated(gate: mx.array, up: mx.array) -> mx.array:
+    return gate * mx.sigmoid(gate) * up
+
+
+def swiglu(layer: nn.Module, x: mx.array, start: int, hidden: int) -> mx.array:
+    """silu(gate) * up, both by a linear layer whose outputs they are from ``start`` on: (..., in) to (..., hidden)."""
+    gate = outputs(layer, x, start, start + hidden)
+    return gated(gate, outputs(layer, x, start + hidden, start + 2 * hidden))
 
 
 def split_heads(x: mx.array, heads: int) -> mx.array:
@@ -102,11 +109,12 @@ class Modulation(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, dims: int, hidden: int):
         super().__init__()
+        self.hidden = hidden
         self.linear_in = nn.Linear(dims, 2 * hidden, bias=False)
         self.linear_out = nn.Linear(hidden, dims, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.linear_out(swiglu(self.linear_in(x)))
+        return self.linear_out(swiglu(self.linear_in, x, 0, self.hidden))
 
 
 class DoubleAttention(nn.Module):
@@ -185,19 +193,19 @@ class SingleAttention(nn.Module):
     def __init__(self, params: FluxKleinParams):
         super().__init__()
         dims, hidden = params.hidden_size, params.mlp_hidden
-        self.heads, self.dims = params.num_heads, dims
+        self.heads, self.dims, self.hidden = params.num_heads, dims, hidden
         self.to_qkv_mlp_proj = nn.Linear(dims, 3 * dims + 2 * hidden, bias=False)
         self.norm_q = nn.RMSNorm(params.head_dim, params.eps)
         self.norm_k = nn.RMSNorm(params.head_dim, params.eps)
         self.to_out = nn.Linear(dims + hidden, dims, bias=False)
 
     def __call__(self, x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-        dims = self.dims
-        q, k, v, mlp = mx.split(self.to_qkv_mlp_proj(x), [dims, 2 * dims, 3 * dims], axis=-1)
+        dims, proj = self.dims, self.to_qkv_mlp_proj
+        q, k, v = mx.split(outputs(proj, x, 0, 3 * dims), 3, axis=-1)
         q = self.norm_q(split_heads(q, self.heads))
         k = self.norm_k(split_heads(k, self.heads))
         out = attend(q, k, split_heads(v, self.heads), cos, sin)
-        return self.to_out(mx.concatenate([out, swiglu(mlp)], axis=-1))
+        return self.to_out(mx.concatenate([out, swiglu(proj, x, 3 * dims, self.hidden)], axis=-1))
 
 
 class SingleBlock(nn.Module):
@@ -246,6 +254,7 @@ class FluxKlein(nn.Module):
         self.single_transformer_blocks = [SingleBlock(params) for _ in range(params.depth_single)]
         self.norm_out = FinalNorm(dims, params.eps)
         self.proj_out = nn.Linear(dims, params.in_channels, bias=False)
+        self._run = run_block
 
     @staticmethod
     def compute_rope(
@@ -311,8 +320,8 @@ class FluxKlein(nn.Module):
         x = self.x_embedder(img.astype(dtype))
         c = self.context_embedder(txt.astype(dtype))
         for double in self.transformer_blocks:
-            x, c = double(x, c, img_mod, txt_mod, rope_cos, rope_sin)
+            x, c = self._run(double, x, c, img_mod, txt_mod, rope_cos, rope_sin)
         z = mx.concatenate([c, x], axis=1)
         for single in self.single_transformer_blocks:
-            z = single(z, single_mod, rope_cos, rope_sin)
+            z = self._run(single, z, single_mod, rope_cos, rope_sin)
         return self.proj_out(self.norm_out(z[:, txt.shape[1] :], temb))

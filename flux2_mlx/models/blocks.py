@@ -1,0 +1,24 @@
+"""What the models' blocks share: how they are called, and a product of a part of a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+def run_block(block: nn.Module, *arguments: Any) -> Any:
+    """What the block gives for its arguments. Streaming puts its own way in the place of this one."""
+    return block(*arguments)
+
+
+def outputs(layer: nn.Module, x: mx.array, start: int, stop: int) -> mx.array:
+    """Outputs start to stop of a linear layer without bias, dense or packed: (..., in) to (..., stop - start).
+
+    The wide layers are multiplied in parts, so that neither all of their outputs nor, of a packed one, all of its
+    unpacked weight is in memory at one time.
+    """
+    if isinstance(layer, nn.Linear):
+        return x @ layer.weight[start:stop].T
+    return layer(x, start, stop)  # quantize.QuantizedLinear

@@ -1,0 +1,163 @@
+"""The memory plan: what each stage of a picture needs, and so which of them can stay loaded.
+
+modules with lazy weights, size of the picture -> make_plan -> Plan -> mode, peak bytes, a table
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
+from .memory import decoder_bytes, encoder_bytes, stage_dtype, text_encoder_bytes, transformer_bytes, weight_bytes
+from .models.autoencoder import AutoEncoder
+from .models.text_encoder import Qwen3TextEncoder
+from .models.transformer import FluxKlein
+from .quantize import Quantization, largest_dense_bytes, mixed, pack_plainly, quantize
+from .streaming import streamed_bytes
+
+# Parameters of Qwen3-4B and -8B as they are released, with the layers that klein does not use.
+TEXT_ENCODER_PARAMETERS = {"4b": 4_022_468_096, "9b": 8_190_735_360}
+
+# Resident: all stages stay loaded. Staged: one at a time. Streamed: one at a time, of text encoder and transformer one
+# block at a time, read again in every step.
+MODES = ("resident", "staged", "streamed")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage needs, in bytes.
+
+    Attributes:
+        weights: of all of it.
+        streamed: weights in memory together when its blocks are streamed.
+        working: intermediates, one packed matrix unpacked among them.
+    """
+
+    name: str
+    weights: int
+    streamed: int
+    working: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a picture needs.
+
+    Attributes:
+        stages: in the order in which they work.
+        limit: bytes that there are.
+    """
+
+    stages: tuple[Stage, ...]
+    limit: int
+
+    def peak(self, mode: str) -> int:
+        """Bytes in memory at the most."""
+        if mode == "resident":
+            return sum(stage.weights for stage in self.stages) + max(stage.working for stage in self.stages)
+        return max(self.stage_peak(stage, mode) for stage in self.stages)
+
+    @staticmethod
+    def stage_peak(stage: Stage, mode: str) -> int:
+        """Bytes of a stage that is in memory alone."""
+        return (stage.streamed if mode == "streamed" else stage.weights) + stage.working
+
+    @property
+    def mode(self) -> str:
+        """The first of MODES that fits, which is the fastest; the last one where none does."""
+        return next((mode for mode in MODES if self.peak(mode) <= self.limit), MODES[-1])
+
+    @property
+    def fits(self) -> bool:
+        return self.peak(self.mode) <= self.limit
+
+    def __str__(self) -> str:
+        """A table, in GB of 10^9 bytes, and what will be done."""
+        rows = [["stage", "weights", "work", "alone", "streamed"]]
+        for stage in self.stages:
+            sizes = (stage.weights, stage.working, self.stage_peak(stage, "staged"), self.stage_peak(stage, "streamed"))
+            rows.append([stage.name, *(f"{size / 1e9:.2f}" for size in sizes)])
+        lines = [f"{row[0]:16}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows]
+        peaks = ", ".join(f"{mode} {self.peak(mode) / 1e9:.2f}" for mode in MODES)
+        lines.append(f"peak in GB: {peaks}; there are {self.limit / 1e9:.2f}")
+        verdict = self.mode if self.fits else "none fits; a smaller picture or fewer bits (--quantize) may"
+        return "\n".join([*lines, f"memory: {verdict}"])
+
+
+def make_plan(
+    text_encoder: Qwen3TextEncoder,
+    transformer: FluxKlein,
+    autoencoder: AutoEncoder,
+    *,
+    dtype: mx.Dtype,
+    height: int,
+    width: int,
+    length: int,
+    references: Sequence[tuple[int, int]] = (),
+    limit: int,
+) -> Plan:
+    """Plan one picture; the modules' weights are not read.
+
+    Args:
+        dtype: of the transformer's activations; see memory.stage_dtype for the others'.
+        height, width: in pixels.
+        length: tokens of the prompt.
+        references: (height, width) of each reference picture.
+        limit: bytes that there are.
+    """
+    tokens = length + sum(h * w for h, w in [(height, width), *references]) // 256
+    pictures, config = stage_dtype("autoencoder", dtype), autoencoder.config
+
+    def stage(name: str, module: nn.Module, working: int, stage: str) -> Stage:
+        unpacked = largest_dense_bytes(module, stage_dtype(stage, dtype))
+        return Stage(name, weight_bytes(module), streamed_bytes(module), working + unpacked)
+
+    text_dtype = stage_dtype("text_encoder", dtype)
+    stages = [
+        stage("text encoder", text_encoder, text_encoder_bytes(text_encoder.config, length, text_dtype), "text_encoder")
+    ]
+    if references:
+        working = max(encoder_bytes(config, h, w, pictures) for h, w in references)
+        stages.append(stage("references", autoencoder.encoder, working, "autoencoder"))
+    working = transformer_bytes(transformer.params, tokens, dtype)
+    stages.append(stage("transformer", transformer, working, "transformer"))
+    working = decoder_bytes(config, height, width, pictures)
+    stages.append(stage("decoder", autoencoder.decoder, working, "autoencoder"))
+    return Plan(tuple(stages), limit)
+
+
+def released_modules(
+    name: str, dtype: mx.Dtype, how: Mapping[str, Quantization]
+) -> tuple[Qwen3TextEncoder, FluxKlein, AutoEncoder]:
+    """The modules of a released model as they will be once they are loaded; their weights are random, lazy, and not
+    worth reading.
+
+    Args:
+        name: of config.RELEASED.
+        dtype: of the transformer.
+        how: the packing of each stage that is packed.
+    """
+    small = size_of(name) == "4b"
+    text_encoder = Qwen3TextEncoder(Qwen3Config() if small else Qwen3Config.qwen3_8b())
+    transformer = FluxKlein(FluxKleinParams.klein_4b() if small else FluxKleinParams.klein_9b())
+    autoencoder = AutoEncoder(AutoEncoderConfig())
+    for stage, module in (("text_encoder", text_encoder), ("transformer", transformer), ("autoencoder", autoencoder)):
+        module.set_dtype(stage_dtype(stage, dtype))
+        if stage in how:
+            quantize(module, mixed(module, how[stage]), pack_plainly)
+    return text_encoder, transformer, autoencoder
+
+
+def download_bytes(name: str) -> int:
+    """Bytes of a released model's weights on the Hub, in bfloat16; of the text encoder's files some are not fetched."""
+    _, transformer, autoencoder = released_modules(name, mx.bfloat16, {})
+    return weight_bytes(transformer) + weight_bytes(autoencoder) + 2 * TEXT_ENCODER_PARAMETERS[size_of(name)]
+
+
+def size_of(name: str) -> str:
+    """A released model's size: "4b" or "9b"."""
+    return "9b" if "9b" in name else "4b"

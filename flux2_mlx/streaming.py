@@ -1,0 +1,97 @@
+"""Streaming: run a model that does not fit into memory, its blocks read from disk as the computation comes to them.
+
+model -> stream(model, load) -> the same model, called as before; in memory are the weights outside of its blocks,
+                                the block at work, and the next one, which is read meanwhile
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .memory import weights_of
+from .models.text_encoder import Qwen3TextEncoder
+from .models.transformer import FluxKlein
+from .quantize import tune
+from .weights import materialize, to_be_converted
+
+
+def block_paths(model: nn.Module) -> list[str]:
+    """A model's blocks in the order in which they run, as prefixes of their weights' names; empty for a model that has
+    none.
+    """
+    lists: dict[str, list[Any]] = {}
+    if isinstance(model, FluxKlein):
+        lists = {name: getattr(model, name) for name in ("transformer_blocks", "single_transformer_blocks")}
+    elif isinstance(model, Qwen3TextEncoder):
+        lists = {"model.layers": model.model.layers}
+    return [f"{name}.{k}." for name, blocks in lists.items() for k in range(len(blocks))]
+
+
+def streamed_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights that are in memory together when it is streamed."""
+    paths = block_paths(model)
+    outside, blocks = 0, dict.fromkeys(paths, 0)
+    for name, array in weights_of(model).items():
+        path = next((path for path in paths if name.startswith(path)), None)
+        if path is None:
+            outside += array.nbytes
+        else:
+            blocks[path] += array.nbytes
+    sizes = [*blocks.values(), 0]
+    return outside + max(map(sum, pairwise(sizes)), default=0)
+
+
+def stream(model: nn.Module, load: Callable[[], nn.Module], dtype: mx.Dtype) -> None:
+    """Let a model's blocks be read from disk at every call, in place.
+
+    Args:
+        model: a FluxKlein or Qwen3TextEncoder with lazy weights.
+        load: opens the same model anew, its weights lazy; called once a pass over the blocks, since an array that was
+            read stays in memory as long as it exists.
+        dtype: of the model's activations.
+    """
+    model._run = _Blocks(model, load, dtype)
+
+
+class _Blocks:
+    """How a streamed model calls its blocks: (block, its arguments) to what the block gives."""
+
+    def __init__(self, model: nn.Module, load: Callable[[], nn.Module], dtype: mx.Dtype):
+        self.load, self.dtype = load, dtype
+        self.paths = block_paths(model)
+        modules = dict(model.named_modules())
+        self.numbers = {id(modules[path[:-1]]): k for k, path in enumerate(self.paths)}
+        self.fresh: nn.Module = nn.Module()  # whose blocks are read in this pass
+
+    def __call__(self, block: nn.Module, *arguments: Any) -> Any:
+        number = self.numbers[id(block)]
+        if number == 0:
+            self.fresh = self.load()
+        own = self._take(number)
+        out = own(*arguments)
+        mx.async_eval(out)
+        if number + 1 < len(self.paths):
+            path = self.paths[number + 1]
+            if not to_be_converted(self.fresh, path):
+                mx.async_eval([array for name, array in weights_of(self.fresh).items() if name.startswith(path)])
+        mx.eval(out)
+        return out
+
+    def _take(self, number: int) -> nn.Module:
+        """A block in memory, which this pass holds no longer."""
+        path = self.paths[number]
+        for _ in materialize(self.fresh, lambda name: name.startswith(path)):
+            pass
+        *parents, last = path[:-1].split(".")
+        blocks: Any = self.fresh
+        for name in parents:
+            blocks = blocks[name]
+        own: nn.Module = blocks[int(last)]
+        blocks[int(last)] = nn.Module()
+        tune(own, self.dtype)
+        return own
