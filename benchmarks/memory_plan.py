@@ -52,7 +52,7 @@ def write_checkpoint(folder: Path, modules: dict[str, nn.Module]) -> None:
             mx.save_safetensors(str(folder / part / file), {name: random(name, weights[name]) for name in own})
         index = {name: file for file, own in zip(files, shards, strict=True) for name in own}
         (folder / part / f"{STEMS[part]}.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    shutil.copyfile(nano / "model_index.json", folder / "model_index.json")  # last: the folder is whole
+    shutil.copyfile(nano / "model_index.json", folder / "model_index.json")
 
 
 def random(name: str, like: mx.array) -> mx.array:
@@ -70,12 +70,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quantize", default="4", metavar="BITS", help="uniform, as a file holds it (%(default)s)")
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--text-length", type=int, default=512)
-    parser.add_argument("--memory", choices=MODES, default="staged")
+    parser.add_argument("--memory", choices=MODES[1:], default="staged")
     parser.add_argument("--dtype", choices=tuple(DTYPES))
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to see that it runs")
     arguments = parser.parse_args(argv)
-    how = Quantization.parse(arguments.quantize)
-    if not (arguments.folder / "model_index.json").exists():
+    made = {name: str(getattr(arguments, name)) for name in ("model", "quantize", "tiny")}
+    note = arguments.folder / "made.json"
+    if not note.exists():
+        how = Quantization.parse(arguments.quantize)
         if arguments.tiny:
             params, text_config, image_config = TINY
             modules = Qwen3TextEncoder(text_config), FluxKlein(params), AutoEncoder(image_config)
@@ -86,14 +88,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                 quantize(module, mixed(module, how), pack_plainly)
         arguments.folder.mkdir(parents=True, exist_ok=True)
         write_checkpoint(arguments.folder, dict(zip(STEMS, modules, strict=True)))
+        note.write_text(json.dumps(made))  # last: the folder is whole
+    elif json.loads(note.read_text()) != made:
+        parser.error(f"{arguments.folder} has another checkpoint: {note.read_text()}")
 
     options = {"dtype": arguments.dtype, "memory": arguments.memory, "cache": False}
     plan = Flux2Pipeline.from_pretrained(arguments.folder, **options).plan(
         arguments.size, arguments.size, arguments.text_length
     )
     print(plan)
-    limit = plan.peak(arguments.memory)
-    pipe = Flux2Pipeline.from_pretrained(arguments.folder, memory_limit=limit, progress=True, **options)
+    pipe = Flux2Pipeline.from_pretrained(arguments.folder, memory_limit=plan.peak, progress=True, **options)
     step = next(
         pipe.stream(
             "a red circle",
@@ -116,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.memory == "resident":
             planned = sum(other.weights for other in plan.stages) + stage.working
         else:
-            planned = plan.stage_peak(stage, arguments.memory)
+            planned = plan.needed(stage)
         measured, seconds = step.stats.peak_bytes[part], step.stats.seconds[part]
         without = measured - (scores if part == "denoise" else 0)
         figures = {

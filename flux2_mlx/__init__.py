@@ -16,6 +16,7 @@ from .models.autoencoder import AutoEncoder, Decoder, Encoder
 from .models.text_encoder import Qwen3TextEncoder
 from .models.transformer import FluxKlein
 from .pipeline import Flux2Pipeline, Result, Settings, Step
+from .plan import Plan
 from .quantize import Quantization, QuantizedFluxKlein
 from .sampler import FluxSampler, FluxSamplerConfig
 from .tokenizer import Qwen3Tokenizer
@@ -34,6 +35,7 @@ __all__ = [
     "FluxSampler",
     "FluxSamplerConfig",
     "InputError",
+    "Plan",
     "Quantization",
     "QuantizedFluxKlein",
     "Qwen3Config",

@@ -24,8 +24,8 @@ from .config import MAX_SEQUENCE_LENGTH, NANO, RELEASED, AutoEncoderConfig, Inpu
 from .images import FORMATS, check_output, read_metadata, save_image
 from .latents import NOISES
 from .memory import machine_memory
-from .pipeline import DTYPES, Flux2Pipeline, Settings, Step, check_options, check_prompt, check_size, dtype_of
-from .plan import MODES, download_bytes, make_plan, released_modules
+from .pipeline import DTYPES, Flux2Pipeline, Settings, Step, check_options, check_prompt, dtype_of
+from .plan import MODES, Plan, download_bytes, make_plan, released_modules
 from .quantize import parse_options
 from .sampler import SCHEDULES
 
@@ -60,10 +60,10 @@ def numbers(text: str) -> list[float]:
 
 def gigabytes(text: str) -> int:
     """GB of 10^9 bytes in bytes."""
-    size = int(float(text) * 1e9)
-    if size <= 0:
+    size = float(text) * 1e9
+    if not 1 <= size < 2**63:
         raise ValueError
-    return size
+    return int(size)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -109,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--memory",
-        choices=("auto", *MODES),
+        choices=MODES,
         default="auto",
         help="what stays loaded: everything, a stage, or a block at a time (auto: what fits)",
     )
@@ -119,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--plan",
         action="store_true",
-        help="print what drawing needs, and draw nothing; released models are not downloaded",
+        help="print what drawing needs, and draw nothing; a released model is not downloaded for it",
     )
     parser.add_argument("--stats", action="store_true", help="print seconds and peak bytes of each part as JSON")
     parser.add_argument("--quiet", action="store_true", help="no bars, no summary; the seed and the file are printed")
@@ -194,21 +194,24 @@ def output_path(template: str, seed: int, index: int) -> Path:
         raise InputError(f"cannot write {template}: {error}") from None
 
 
-def start(arguments: argparse.Namespace) -> Iterator[Step]:
-    """Open the model and get the steps to draw; what can be refused without the model is refused before."""
+def drawing_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Options of Flux2Pipeline.stream, checked as far as they can be without the model."""
     names = ("height", "width", "num_steps", "guidance", "seed", "num_images", "schedule", "sigmas", "noise")
     options = {name: getattr(arguments, name) for name in (*names, "max_sequence_length")}
     check_options(**options)
+    return options
+
+
+def start(arguments: argparse.Namespace) -> Iterator[Step]:
+    """Open the model and get the steps to draw; what can be refused without the model is refused before."""
+    options = drawing_options(arguments)
     for prompt in (arguments.prompt, arguments.negative_prompt):
         check_prompt(prompt)
     for index in range(arguments.num_images):
         check_output(output_path(arguments.output, arguments.seed + index, index))
     pipe = open_pipeline(arguments)
     if not arguments.quiet:
-        plan = pipe.plan(arguments.height, arguments.width, arguments.max_sequence_length)
-        mode = plan.mode if arguments.memory == "auto" else arguments.memory
-        needs = f"needs about {plan.peak(mode) / 1e9:.2f} of {plan.limit / 1e9:.2f} GB"
-        print(f"memory: {mode}, {needs}", file=sys.stderr)
+        print(plan_of(pipe, arguments).summary(), file=sys.stderr)
     return pipe.stream(arguments.prompt, negative_prompt=arguments.negative_prompt, **options)
 
 
@@ -225,29 +228,30 @@ def open_pipeline(arguments: argparse.Namespace) -> Flux2Pipeline:
     )
 
 
+def plan_of(pipe: Flux2Pipeline, arguments: argparse.Namespace) -> Plan:
+    return pipe.plan(arguments.height, arguments.width, arguments.max_sequence_length)
+
+
 def print_plan(arguments: argparse.Namespace) -> None:
     """Print what drawing needs: of a released model from its known shapes, else from the files."""
-    size = arguments.height, arguments.width
-    check_size(*size)
-    parts = {name: getattr(arguments, name) for name in PART_OPTIONS if name != "distilled"}
-    if arguments.model not in RELEASED or any(parts.values()):
-        pipe = open_pipeline(arguments)
-        plan = pipe.plan(*size, arguments.max_sequence_length)
-        print(plan)
+    drawing_options(arguments)
+    name = next((name for name, repo in RELEASED.items() if arguments.model in (name, repo)), None)
+    others = [getattr(arguments, part) for part in PART_OPTIONS if part != "distilled"]
+    if name is None or any(others) or Path(arguments.model).exists():
+        print(plan_of(open_pipeline(arguments), arguments))
         return
     packed = parse_options(arguments.quantize, arguments.quantize_text_encoder, arguments.group_size)
     dtype = dtype_of(arguments.dtype)
-    height, width = (side or AutoEncoderConfig.sample_size for side in size)
     plan = make_plan(
-        *released_modules(arguments.model, dtype, packed),
+        *released_modules(name, dtype, packed),
         dtype=dtype,
-        height=height,
-        width=width,
+        height=arguments.height or AutoEncoderConfig.sample_size,
+        width=arguments.width or AutoEncoderConfig.sample_size,
         length=arguments.max_sequence_length or MAX_SEQUENCE_LENGTH,
         limit=arguments.memory_limit or machine_memory(),
+        memory=arguments.memory,
     )
-    print(plan)
-    print(f"download: up to {download_bytes(arguments.model) / 1e9:.1f} GB")
+    print(f"{plan}\ndownload: up to {download_bytes(name) / 1e9:.1f} GB")
 
 
 def draw(steps: Iterator[Step], arguments: argparse.Namespace, started: float) -> None:

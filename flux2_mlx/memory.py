@@ -70,19 +70,30 @@ def free_in_vm_stat(text: str) -> int | None:
 
 @contextmanager
 def within(limit: int, working: int) -> Iterator[None]:
-    """Let MLX keep to so many bytes meanwhile, and return to the earlier limits.
+    """Let MLX keep to so many bytes meanwhile.
 
     MLX computes ahead, which takes twice the intermediates and more. It waits once its own limit is passed, by what the
     next operation needs: so that limit leaves room for the intermediates (``working``) of computing in order. Within
-    it MLX also keeps freed buffers. On Metal, what it holds stays wired.
+    it MLX also keeps freed buffers.
     """
-    memory = mx.set_memory_limit(max(1, limit - working))
-    wired = mx.set_wired_limit(min(limit, recommended_memory()))
+    before = mx.set_memory_limit(max(1, limit - working))
     try:
         yield
     finally:
-        mx.set_wired_limit(wired)
-        mx.set_memory_limit(memory)
+        mx.set_memory_limit(before)
+
+
+@contextmanager
+def wired(limit: int) -> Iterator[None]:
+    """On a GPU, keep what MLX holds from being paged out meanwhile, up to so many bytes."""
+    if not on_gpu():
+        yield
+        return
+    before = mx.set_wired_limit(min(limit, recommended_memory()))
+    try:
+        yield
+    finally:
+        mx.set_wired_limit(before)
 
 
 def default_dtype() -> mx.Dtype:
@@ -112,8 +123,15 @@ def weight_bytes(module: nn.Module) -> int:
 
 
 def text_encoder_bytes(config: Qwen3Config, length: int, dtype: mx.Dtype) -> int:
-    """Intermediates of encoding one prompt of ``length`` tokens: those of a feed-forward layer."""
-    return length * (3 * config.intermediate_size + config.hidden_size) * dtype.size
+    """Intermediates of encoding one prompt of ``length`` tokens: those of a feed-forward layer, or on the CPU, where
+    they are more, attention's scores with what they are made of.
+    """
+    feed_forward = length * (3 * config.intermediate_size + config.hidden_size) * dtype.size
+    if on_gpu():
+        return feed_forward
+    heads, rows = config.num_attention_heads, length * config.hidden_size
+    rows += 2 * length * (heads + config.num_key_value_heads) * config.head_dim
+    return max(feed_forward, (heads * length**2 + rows) * dtype.size + length**2)
 
 
 def transformer_bytes(params: FluxKleinParams, tokens: int, dtype: mx.Dtype) -> int:
@@ -126,18 +144,19 @@ def transformer_bytes(params: FluxKleinParams, tokens: int, dtype: mx.Dtype) -> 
 
 def decoder_bytes(config: AutoEncoderConfig, height: int, width: int, dtype: mx.Dtype) -> int:
     """Intermediates of decoding a picture, whose widest activation has its size and the second of the channels."""
-    return _strips(height * width * config.decoder_channels[1], dtype)
+    return _strips(height * width * config.decoder_channels[1], dtype, 46)
 
 
 def encoder_bytes(config: AutoEncoderConfig, height: int, width: int, dtype: mx.Dtype) -> int:
     """Intermediates of encoding a picture, whose widest activation has its size and the first of the channels."""
-    return _strips(height * width * config.block_out_channels[0], dtype)
+    return _strips(height * width * config.block_out_channels[0], dtype, 52)
 
 
-def _strips(widest: int, dtype: mx.Dtype) -> int:
+def _strips(widest: int, dtype: mx.Dtype, on_cpu: int) -> int:
     """An activation of so many elements, and what a strip of it needs besides: a norm's float32, on the CPU backend
-    also the unfolded input of a 3x3 convolution, and where there are several, the next one in and out.
+    also the unfolded input of a 3x3 convolution (bytes an element), and where there are several, the next one in and
+    out.
     """
     strip = min(widest, STRIP_BYTES // dtype.size)
     beside = 0 if strip == widest else 2 * dtype.size
-    return widest * dtype.size + strip * ((12 if on_gpu() else 46) + beside)
+    return widest * dtype.size + strip * ((12 if on_gpu() else on_cpu) + beside)

@@ -53,15 +53,16 @@ from .memory import (
     transformer_bytes,
     weight_bytes,
     weights_of,
+    wired,
     within,
 )
 from .models.autoencoder import AutoEncoder
 from .models.text_encoder import Qwen3TextEncoder
 from .models.transformer import FluxKlein
-from .plan import MODES, Plan, make_plan
+from .plan import MODES, Plan, Stage, make_plan
 from .quantize import Quantization, largest_dense_bytes, options_of, parse_options, tune
 from .sampler import SCHEDULES, check_sigmas, custom_sigmas, euler_step, schedule_sigmas
-from .streaming import block_paths, stream, streamed_bytes
+from .streaming import is_streamed, stream, streamed_bytes
 from .tokenizer import Qwen3Tokenizer
 from .weights import (
     Checkpoint,
@@ -212,7 +213,7 @@ class Step:
     def array(self) -> np.ndarray:
         """The foreseen picture, decoded: (H, W, 3) float32 in 0..1.
 
-        Decoding may unload the transformer where memory is short; the next step loads it again.
+        Decoding may unload the transformer, see ``Flux2Pipeline.memory``; the next step loads it again.
 
         Raises:
             FloatingPointError: where the decoder's output is not finite.
@@ -268,7 +269,8 @@ class Flux2Pipeline:
         cache: whether prompt embeddings are kept on disk, so that a prompt that was drawn before needs no text encoder.
             To be False for a text_encoder whose weights were changed by hand.
         memory: what stays loaded: "resident" (everything), "staged" (the stage at work), "streamed" (of text encoder
-            and transformer the block at work), or "auto" (what fits, as fast as it can be; see plan).
+            and transformer the block at work), or "auto" (what fits; a stage that does not fit alone is streamed).
+            Stages that are unloaded or streamed go back to the checkpoint's files.
         memory_limit: bytes that loaded stages and their intermediates may take together. MLX computes ahead, and keeps
             freed buffers, as far as it allows.
         progress: whether loading and drawing show bars on standard error.
@@ -285,14 +287,14 @@ class Flux2Pipeline:
         memory_limit: int | None = None,
         progress: bool = False,
     ):
-        _one_of("memory", memory, ("auto", *MODES))
+        _check_memory(memory, memory_limit)
         self.checkpoint = checkpoint
         self.dtype = dtype_of(dtype)
         self.quantize = dict(quantize or {})
         self.cache = cache
         self.memory = memory
         self.progress = progress
-        self.memory_limit = machine_memory() if memory_limit is None else memory_limit
+        self.memory_limit = machine_memory() if memory_limit is None else int(memory_limit)
         self.tokenizer = Qwen3Tokenizer(checkpoint.tokenizer)
         self.text_encoder: Qwen3TextEncoder
         self.transformer: FluxKlein
@@ -343,17 +345,17 @@ class Flux2Pipeline:
             cache: keep prompt embeddings on disk (in FLUX2_MLX_CACHE, or the platform's folder for caches; the latest,
                 at most 1 GB), so that a prompt that was drawn before needs no text encoder.
             memory: "resident", "staged" or "streamed" keeps everything, a stage, or a block at a time loaded; "auto"
-                picks what fits.
+                takes what fits.
             memory_limit: bytes that loaded stages and their intermediates may take together; None takes what the
                 machine has now.
             progress: show bars on standard error while weights are read and steps are drawn.
 
         Raises:
             CheckpointError: for a checkpoint that cannot be used, with the way out.
-            InputError: for an unknown dtype or memory.
+            InputError: for an unknown dtype or memory, or a limit that is none.
         """
         dtype_of(dtype)  # refused before anything is downloaded
-        _one_of("memory", memory, ("auto", *MODES))
+        _check_memory(memory, memory_limit)
         packed = parse_options(quantize, quantize_text_encoder, group_size)
         checkpoint = open_checkpoint(
             model,
@@ -381,17 +383,19 @@ class Flux2Pipeline:
         max_sequence_length: int | None = None,
         references: Sequence[tuple[int, int]] = (),
     ) -> Plan:
-        """What one picture needs, and what "auto" makes of it; nothing is loaded.
+        """What one picture needs, and what becomes of the mode "auto"; nothing is loaded.
 
         Args:
             height, width: in pixels; unless given those that the checkpoint is for.
             max_sequence_length: as stream takes it.
-            references: (height, width) of each reference picture.
+            references: (height, width) of each reference picture, as it is encoded: at most a megapixel.
 
         Raises:
-            InputError: for a size that cannot be drawn.
+            InputError: for a size or a length that cannot be drawn.
         """
         check_size(height, width)
+        if max_sequence_length is not None:
+            _between("max_sequence_length", max_sequence_length, 1, MAX_POSITIONS)
         side = self.checkpoint.autoencoder.sample_size
         return make_plan(
             self.text_encoder,
@@ -403,6 +407,7 @@ class Flux2Pipeline:
             length=max_sequence_length or self.tokenizer.default_length,
             references=references,
             limit=self.memory_limit,
+            memory=self.memory,
         )
 
     # ------------------------------------------------------------------------------------------------ drawing
@@ -517,7 +522,7 @@ class Flux2Pipeline:
             prompt_embeds=prompt_embeds,
             latents=latents,
         )
-        return self._steps(run)
+        return self._drawn(run)
 
     def _validate(
         self,
@@ -627,6 +632,10 @@ class Flux2Pipeline:
             embeds = [prompt_embeds[k // num_images][None] for k in range(total)]
         return _Run(settings, levels, embeds, given, references, uses_guidance=guidance > 1)
 
+    def _drawn(self, run: _Run) -> Iterator[Step]:
+        with wired(self.memory_limit):
+            yield from self._steps(run)
+
     def _steps(self, run: _Run) -> Iterator[Step]:
         """Encode, then draw picture after picture."""
         stats = Stats()
@@ -657,7 +666,7 @@ class Flux2Pipeline:
             return v[:, :image_tokens].astype(mx.float32)
 
         steps = len(run.pictures) * (len(run.sigmas) - 1)
-        self._prepare("transformer", self.transformer, working, stats)  # before the bar of the steps, for its own
+        self._prepare("transformer", "", working, stats)  # before the bar of the steps, for its own
         with self._bar("drawing", steps, unit="step") as bar:
             for k, settings in enumerate(run.pictures):
                 txt = run.prompt_embeds[k] if run.prompt_embeds else encoded[settings.prompt]
@@ -665,7 +674,7 @@ class Flux2Pipeline:
                 x = run.latents[k] if run.latents else _noise(settings, params.in_channels)
                 for i, (sigma, sigma_next) in enumerate(pairwise(run.sigmas)):
                     # Again, since a caller may have decoded a picture in between and so unloaded the transformer.
-                    needed = self._prepare("transformer", self.transformer, working, stats)
+                    needed = self._prepare("transformer", "", working, stats)
                     with self._working("denoise", needed, stats):
                         v = velocity(x, txt, sigma)
                         if negative_txt is not None:
@@ -703,7 +712,7 @@ class Flux2Pipeline:
                     del rows[text]
             if rows:
                 working = text_encoder_bytes(config, length, stage_dtype("text_encoder", self.dtype))
-                needed = self._prepare("text_encoder", self.text_encoder, working, stats)
+                needed = self._prepare("text_encoder", "", working, stats)
                 with self._reading_ahead(), self._working("text_encoder", needed, stats):
                     for text, row in rows.items():
                         kept[text] = self.text_encoder(*row)
@@ -727,7 +736,7 @@ class Flux2Pipeline:
         for pixels in pictures:
             height, width = pixels.shape[1:3]
             working = encoder_bytes(self.checkpoint.autoencoder, height, width, stage_dtype("autoencoder", self.dtype))
-            needed = self._prepare("autoencoder", self.autoencoder.encoder, working, stats)
+            needed = self._prepare("autoencoder", "encoder", working, stats)
             with self._working("references", needed, stats):
                 encoded = self.autoencoder.bn.normalize(pack_latents(self.autoencoder.encoder(pixels)))
                 mx.eval(encoded)
@@ -738,7 +747,7 @@ class Flux2Pipeline:
         """Sampled tokens (1, S, 128) to a picture (1, H, W, 3) in 0..1, float32."""
         dtype = stage_dtype("autoencoder", self.dtype)
         working = decoder_bytes(self.checkpoint.autoencoder, settings.height, settings.width, dtype)
-        needed = self._prepare("autoencoder", self.autoencoder.decoder, working, stats)
+        needed = self._prepare("autoencoder", "decoder", working, stats)
         with self._working("decode", needed, stats):
             decoded = self.autoencoder.decoder(self._unpack(latents, settings))
             image, finite = to_unit(decoded), mx.isfinite(decoded).all()
@@ -755,57 +764,66 @@ class Flux2Pipeline:
         with within(self.memory_limit, working_bytes), stats.measure(part):
             yield
 
-    def _prepare(self, stage: str, module: nn.Module, working_bytes: int, stats: Stats) -> int:
-        """Bring the module, a stage or a part of one, into memory; other stages out of it as far as the mode and the
-        limit say. What is too large even alone is streamed, if it has blocks, or loaded all the same, with a
-        UserWarning.
+    def _prepare(self, name: str, part: str, working_bytes: int, stats: Stats) -> int:
+        """Bring a stage, or a part of one, into memory; other stages out of it as far as the mode and the limit say.
+        What is too large even alone is streamed, if it has blocks, or loaded all the same, with a UserWarning.
 
         Returns:
             the working bytes, the largest unpacked matrix among them.
         """
-        working_bytes += largest_dense_bytes(module, stage_dtype(stage, self.dtype))
-        if id(module) in self._loaded[stage]:
-            self._make_room(stage, working_bytes)
+        dtype, module = stage_dtype(name, self.dtype), self._module(name, part)
+        working_bytes += largest_dense_bytes(module, dtype)
+        stage = Stage(name.replace("_", " "), weight_bytes(module), streamed_bytes(module), working_bytes)
+        streams = stage.is_streamed(self.memory, self.memory_limit)
+        if self._loaded[name] and streams != is_streamed(module):  # as for a picture of another size
+            self._open(name)
+            module = self._module(name, part)
+        weights, is_loaded = stage.streamed if streams else stage.weights, id(module) in self._loaded[name]
+        self._make_room(name, working_bytes + (weights if streams or not is_loaded else 0))
+        if is_loaded:
             return working_bytes
-        weights, paths = weight_bytes(module), tuple(block_paths(module))
-        too_large = self.memory == "auto" and weights + working_bytes > self.memory_limit
-        streams = bool(paths) and (self.memory == "streamed" or too_large)
-        weights = streamed_bytes(module) if streams else weights
-        self._make_room(stage, weights + working_bytes)
-        if weights + working_bytes > self.memory_limit:
+        needed = weights + working_bytes + (mx.get_active_memory() if self.memory == "resident" else 0)
+        if needed > self.memory_limit:
             warnings.warn(
-                f"the {stage.replace('_', ' ')} needs about {(weights + working_bytes) / 1e9:.1f} GB and this machine "
-                f"gives {self.memory_limit / 1e9:.1f} GB; it will be slow, or fail, for want of memory",
+                f"the {stage.name} needs about {needed / 1e9:.1f} GB and this machine gives "
+                f"{self.memory_limit / 1e9:.1f} GB; it will be slow, or fail, for want of memory",
                 stacklevel=2,
             )
-        if streams and any(to_be_converted(module, path) for path in paths):
+        if streams and to_be_converted(module):
             warnings.warn(
-                f"the {stage.replace('_', ' ')} is streamed and its weights are converted in every pass over them; "
+                f"the {stage.name} is streamed and its weights are converted in every pass over them; "
                 "python -m flux2_mlx.convert does it once",
                 stacklevel=2,
             )
-        with self._bar(f"loading {stage}", weights, unit="B", unit_scale=True) as bar, self._working("load", 0, stats):
+        load = partial(_load, name, self.checkpoint, dtype, self.quantize.get(name))
+        loading = stream(module, load, dtype) if streams else materialize(module)
+        with (
+            self._bar(f"loading {stage.name}", weights, unit="B", unit_scale=True) as bar,
+            self._working("load", 0, stats),
+        ):
             try:
-                for count in materialize(module, lambda name: not (streams and name.startswith(paths))):
+                for count in loading:
                     bar.update(count)
-                if streams:
-                    stream(module, partial(self._load, stage), stage_dtype(stage, self.dtype))
-                else:
-                    tune(module, stage_dtype(stage, self.dtype))
+                if not streams:
+                    tune(module, dtype)
             except BaseException:
-                self._open(stage)  # half of a packed layer would go unnoticed
+                self._open(name)  # half of a packed layer would go unnoticed
                 raise
         mx.clear_cache()  # what was read to be converted
-        self._loaded[stage].add(id(module))
+        self._loaded[name].add(id(module))
         return working_bytes
 
-    def _make_room(self, stage: str, wanted: int) -> None:
+    def _module(self, name: str, part: str) -> nn.Module:
+        stage: nn.Module = getattr(self, name)
+        return getattr(stage, part) if part else stage
+
+    def _make_room(self, name: str, wanted: int) -> None:
         """Unload other stages: none, all, or as far as it takes to have so many bytes."""
         room = {"resident": math.inf, "auto": self.memory_limit}.get(self.memory, 0)
         for other in STAGES:
             if mx.get_active_memory() + wanted <= room:
                 break
-            if other != stage and self._loaded[other]:
+            if other != name and self._loaded[other]:
                 self.unload(other)
 
     @contextmanager
@@ -839,15 +857,17 @@ class Flux2Pipeline:
 
     def _open(self, stage: str) -> None:
         """Build a stage with lazy weights; those of an earlier build are given back."""
-        setattr(self, stage, self._load(stage))
+        dtype = stage_dtype(stage, self.dtype)
+        setattr(self, stage, _load(stage, self.checkpoint, dtype, self.quantize.get(stage)))
         self._loaded[stage] = set()
 
-    def _load(self, stage: str) -> Any:
-        checkpoint, dtype = self.checkpoint, stage_dtype(stage, self.dtype)
-        if stage == "autoencoder":
-            return load_autoencoder(checkpoint, dtype)
-        load = load_transformer if stage == "transformer" else load_text_encoder
-        return load(checkpoint, dtype, self.quantize.get(stage))
+
+def _load(stage: str, checkpoint: Checkpoint, dtype: mx.Dtype, how: Quantization | None) -> Any:
+    """A stage's module with lazy weights."""
+    if stage == "autoencoder":
+        return load_autoencoder(checkpoint, dtype)
+    load = load_transformer if stage == "transformer" else load_text_encoder
+    return load(checkpoint, dtype, how)
 
 
 def check_options(
@@ -927,6 +947,12 @@ def _between(name: str, value: int, least: int, most: int | None) -> None:
         raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
     if most is not None and value > most:
         raise InputError(f"{name} must be at most {most}, got {value}")
+
+
+def _check_memory(memory: str, limit: int | None) -> None:
+    _one_of("memory", memory, MODES)
+    if limit is not None and not (isinstance(limit, (int, float)) and 1 <= limit < 2**63):
+        raise InputError(f"memory_limit must be a number of bytes, got {limit!r}")
 
 
 def _array(name: str, value: Any) -> mx.array:

@@ -23,8 +23,9 @@ from .streaming import streamed_bytes
 TEXT_ENCODER_PARAMETERS = {"4b": 4_022_468_096, "9b": 8_190_735_360}
 
 # Resident: all stages stay loaded. Staged: one at a time. Streamed: one at a time, of text encoder and transformer one
-# block at a time, read again in every step.
-MODES = ("resident", "staged", "streamed")
+# block at a time, read again in every pass. Auto: resident if that fits, else staged, and streamed what does not fit
+# alone.
+MODES = ("auto", "resident", "staged", "streamed")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Stage:
 
     Attributes:
         weights: of all of it.
-        streamed: weights in memory together when its blocks are streamed.
+        streamed: weights in memory together when its blocks are streamed; equal where it has none.
         working: intermediates, one packed matrix unpacked among them.
     """
 
@@ -41,6 +42,11 @@ class Stage:
     weights: int
     streamed: int
     working: int
+
+    def is_streamed(self, memory: str, limit: int) -> bool:
+        """Whether its blocks are read from disk in this mode (of MODES), where there are so many bytes."""
+        too_large = memory == "auto" and self.weights + self.working > limit
+        return self.streamed < self.weights and (memory == "streamed" or too_large)
 
 
 @dataclass(frozen=True)
@@ -50,42 +56,57 @@ class Plan:
     Attributes:
         stages: in the order in which they work.
         limit: bytes that there are.
+        memory: the mode asked for, one of MODES.
     """
 
     stages: tuple[Stage, ...]
     limit: int
+    memory: str = "auto"
 
-    def peak(self, mode: str) -> int:
-        """Bytes in memory at the most."""
-        if mode == "resident":
-            return sum(stage.weights for stage in self.stages) + max(stage.working for stage in self.stages)
-        return max(self.stage_peak(stage, mode) for stage in self.stages)
+    def needed(self, stage: Stage) -> int:
+        """Bytes of a stage in memory alone."""
+        streamed = stage.is_streamed(self.memory, self.limit)
+        return (stage.streamed if streamed else stage.weights) + stage.working
 
-    @staticmethod
-    def stage_peak(stage: Stage, mode: str) -> int:
-        """Bytes of a stage that is in memory alone."""
-        return (stage.streamed if mode == "streamed" else stage.weights) + stage.working
+    @property
+    def resident(self) -> int:
+        """Bytes where all stages stay loaded."""
+        return sum(stage.weights for stage in self.stages) + max(stage.working for stage in self.stages)
 
     @property
     def mode(self) -> str:
-        """The first of MODES that fits, which is the fastest; the last one where none does."""
-        return next((mode for mode in MODES if self.peak(mode) <= self.limit), MODES[-1])
+        """What "auto" comes to; else the mode asked for."""
+        if self.memory != "auto":
+            return self.memory
+        if self.resident <= self.limit:
+            return "resident"
+        return "streamed" if any(stage.is_streamed("auto", self.limit) for stage in self.stages) else "staged"
 
     @property
-    def fits(self) -> bool:
-        return self.peak(self.mode) <= self.limit
+    def peak(self) -> int:
+        """Bytes in memory at the most."""
+        return self.resident if self.mode == "resident" else max(map(self.needed, self.stages))
 
     def __str__(self) -> str:
         """A table, in GB of 10^9 bytes, and what will be done."""
         rows = [["stage", "weights", "work", "alone", "streamed"]]
         for stage in self.stages:
-            sizes = (stage.weights, stage.working, self.stage_peak(stage, "staged"), self.stage_peak(stage, "streamed"))
-            rows.append([stage.name, *(f"{size / 1e9:.2f}" for size in sizes)])
+            alone, streamed = stage.weights + stage.working, stage.streamed + stage.working
+            rows.append(
+                [stage.name, *(f"{size / 1e9:.2f}" for size in (stage.weights, stage.working, alone, streamed))]
+            )
         lines = [f"{row[0]:16}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows]
-        peaks = ", ".join(f"{mode} {self.peak(mode) / 1e9:.2f}" for mode in MODES)
-        lines.append(f"peak in GB: {peaks}; there are {self.limit / 1e9:.2f}")
-        verdict = self.mode if self.fits else "none fits; a smaller picture or fewer bits (--quantize) may"
-        return "\n".join([*lines, f"memory: {verdict}"])
+        lines.append(f"all together {self.resident / 1e9:.2f} GB")
+        return "\n".join([*lines, self.summary()])
+
+    def summary(self) -> str:
+        """One line: the mode, what it needs, and what there is."""
+        streamed = [stage.name for stage in self.stages if stage.is_streamed(self.memory, self.limit)]
+        what = f" ({', '.join(streamed)})" if self.mode == "streamed" else ""
+        line = f"memory: {self.mode}{what}, about {self.peak / 1e9:.2f} of {self.limit / 1e9:.2f} GB"
+        if self.peak <= self.limit:
+            return line
+        return f"{line}, which is too much; a smaller picture, fewer bits (--quantize) or another --memory needs less"
 
 
 def make_plan(
@@ -99,6 +120,7 @@ def make_plan(
     length: int,
     references: Sequence[tuple[int, int]] = (),
     limit: int,
+    memory: str = "auto",
 ) -> Plan:
     """Plan one picture; the modules' weights are not read.
 
@@ -106,8 +128,9 @@ def make_plan(
         dtype: of the transformer's activations; see memory.stage_dtype for the others'.
         height, width: in pixels.
         length: tokens of the prompt.
-        references: (height, width) of each reference picture.
+        references: (height, width) of each reference picture, as it is encoded.
         limit: bytes that there are.
+        memory: of MODES.
     """
     tokens = length + sum(h * w for h, w in [(height, width), *references]) // 256
     pictures, config = stage_dtype("autoencoder", dtype), autoencoder.config
@@ -127,7 +150,7 @@ def make_plan(
     stages.append(stage("transformer", transformer, working, "transformer"))
     working = decoder_bytes(config, height, width, pictures)
     stages.append(stage("decoder", autoencoder.decoder, working, "autoencoder"))
-    return Plan(tuple(stages), limit)
+    return Plan(tuple(stages), limit, memory)
 
 
 def released_modules(

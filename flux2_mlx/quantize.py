@@ -22,7 +22,7 @@ import mlx.nn as nn
 from .cache import read_table, write_table
 from .checkpoints import bits_and_group
 from .config import CheckpointError, FluxKleinParams, InputError
-from .memory import weights_of
+from .memory import on_gpu, weights_of
 from .models.transformer import FluxKlein
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
@@ -218,8 +218,11 @@ class QuantizedLinear(nn.Module):
         self.dense_rows = DENSE_ROWS
         _keep(self, packing(dense.weight, how))
 
-    def __call__(self, x: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
-        """All outputs, or those from start to stop."""
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.outputs(x)
+
+    def outputs(self, x: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
+        """Those from start to stop: (..., stop - start)."""
         return (self.dense if x.size // x.shape[-1] >= self.dense_rows else self.fused)(x, start, stop)
 
     def dense(self, x: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
@@ -341,7 +344,7 @@ def packing_in(weights: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def tune(module: nn.Module, dtype: mx.Dtype) -> None:
+def tune(module: nn.Module, dtype: mx.Dtype, wanted: Callable[[str], bool] = lambda _: True) -> None:
     """Let each packed linear layer of a loaded module know from how many rows it is faster unpacked.
 
     The environment variable FLUX2_MLX_DENSE_ROWS says it for all of them. Otherwise it is measured, once on a machine
@@ -350,11 +353,12 @@ def tune(module: nn.Module, dtype: mx.Dtype) -> None:
 
     Args:
         dtype: of the inputs.
+        wanted: whether a layer is among them, by its path.
 
     Raises:
         InputError: for a FLUX2_MLX_DENSE_ROWS that is no number of rows.
     """
-    layers = [layer for _, layer in module.named_modules() if isinstance(layer, QuantizedLinear)]
+    layers = [layer for path, layer in module.named_modules() if isinstance(layer, QuantizedLinear) and wanted(path)]
     given = os.environ.get("FLUX2_MLX_DENSE_ROWS")
     if given is not None:
         if not given.isdecimal():
@@ -405,9 +409,12 @@ ONE_ROW = re.compile(r"(\w+_modulation(_\w+)?|norm_out|time_guidance_embed)\.")
 
 
 def largest_dense_bytes(module: nn.Module, dtype: mx.Dtype) -> int:
-    """Bytes of the largest packed matrix, or part of one, that is unpacked to be multiplied with; 0 without any."""
+    """Bytes of the largest packed matrix, or part of one, that is unpacked to be multiplied with; 0 without any. The CPU
+    backend unpacks by way of 32-bit codes.
+    """
+    each = dtype.size if on_gpu() else dtype.size + 4
     sizes = [
-        int(layer.weight.size * 32 // layer.how.bits * dtype.size * IN_PARTS.get(path.rpartition(".")[2], 1))
+        int(layer.weight.size * 32 // layer.how.bits * each * IN_PARTS.get(path.rpartition(".")[2], 1))
         for path, layer in module.named_modules()
         if isinstance(layer, QuantizedLinear) and not ONE_ROW.match(path)
     ]

@@ -1,18 +1,19 @@
 """Streaming: run a model that does not fit into memory, its blocks read from disk as the computation comes to them.
 
-model -> stream(model, load) -> the same model, called as before; in memory are the weights outside of its blocks,
-                                the block at work, and the next one, which is read meanwhile
+model -> stream -> the same model, called as before: in memory are its weights outside of the blocks, the block at
+work, and the next one, which is read meanwhile
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .config import InputError
 from .memory import weights_of
 from .models.text_encoder import Qwen3TextEncoder
 from .models.transformer import FluxKlein
@@ -46,16 +47,39 @@ def streamed_bytes(model: nn.Module) -> int:
     return outside + max(map(sum, pairwise(sizes)), default=0)
 
 
-def stream(model: nn.Module, load: Callable[[], nn.Module], dtype: mx.Dtype) -> None:
-    """Let a model's blocks be read from disk at every call, in place.
+def stream(model: nn.Module, load: Callable[[], nn.Module], dtype: mx.Dtype) -> Iterator[int]:
+    """Bring into memory what a model has outside of its blocks, and let these be read from disk at every call.
 
     Args:
         model: a FluxKlein or Qwen3TextEncoder with lazy weights.
         load: opens the same model anew, its weights lazy; called once a pass over the blocks, since an array that was
             read stays in memory as long as it exists.
         dtype: of the model's activations.
+
+    Yields:
+        the bytes of each weight that is brought into memory.
+
+    Raises:
+        InputError: for a model that was changed since it was opened, whose blocks are not those of its files.
+        CheckpointError: see weights.materialize.
     """
+    paths = tuple(block_paths(model))
+    if _shapes(model) != _shapes(load()):
+        raise InputError(
+            f"the {type(model).__name__} was changed after it was opened, and its blocks would be read from the files; "
+            'use memory="staged" or "resident"'
+        )
+    yield from materialize(model, lambda name: not name.startswith(paths))
+    tune(model, dtype, lambda path: not path.startswith(paths))
     model._run = _Blocks(model, load, dtype)
+
+
+def is_streamed(model: nn.Module) -> bool:
+    return isinstance(getattr(model, "_run", None), _Blocks)
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
+    return {name: (array.shape, array.dtype) for name, array in weights_of(model).items()}
 
 
 class _Blocks:
@@ -72,19 +96,17 @@ class _Blocks:
         number = self.numbers[id(block)]
         if number == 0:
             self.fresh = self.load()
-        own = self._take(number)
+        own = self._take(self.paths[number])
         out = own(*arguments)
         mx.async_eval(out)
-        if number + 1 < len(self.paths):
-            path = self.paths[number + 1]
+        for path in self.paths[number + 1 : number + 2]:
             if not to_be_converted(self.fresh, path):
                 mx.async_eval([array for name, array in weights_of(self.fresh).items() if name.startswith(path)])
         mx.eval(out)
         return out
 
-    def _take(self, number: int) -> nn.Module:
+    def _take(self, path: str) -> nn.Module:
         """A block in memory, which this pass holds no longer."""
-        path = self.paths[number]
         for _ in materialize(self.fresh, lambda name: name.startswith(path)):
             pass
         *parents, last = path[:-1].split(".")

@@ -14,11 +14,12 @@ def run_block(block: nn.Module, *arguments: Any) -> Any:
 
 
 def outputs(layer: nn.Module, x: mx.array, start: int, stop: int) -> mx.array:
-    """Outputs start to stop of a linear layer without bias, dense or packed: (..., in) to (..., stop - start).
+    """Outputs start to stop of a linear layer without bias: (..., in) to (..., stop - start).
 
     The wide layers are multiplied in parts, so that neither all of their outputs nor, of a packed one, all of its
-    unpacked weight is in memory at one time.
+    unpacked weight is in memory at one time. A layer of another kind, which a caller may have put there, computes all.
     """
     if isinstance(layer, nn.Linear):
         return x @ layer.weight[start:stop].T
-    return layer(x, start, stop)  # quantize.QuantizedLinear
+    part = getattr(layer, "outputs", None)  # of quantize.QuantizedLinear
+    return layer(x)[..., start:stop] if part is None else part(x, start, stop)
