@@ -409,8 +409,8 @@ ONE_ROW = re.compile(r"(\w+_modulation(_\w+)?|norm_out|time_guidance_embed)\.")
 
 
 def largest_dense_bytes(module: nn.Module, dtype: mx.Dtype) -> int:
-    """Bytes of the largest packed matrix, or part of one, that is unpacked to be multiplied with; 0 without any. The CPU
-    backend unpacks by way of 32-bit codes.
+    """Bytes of the largest packed matrix, or part of one, that is unpacked to be multiplied with; 0 without any. The
+    CPU backend unpacks by way of 32-bit codes.
     """
     each = dtype.size if on_gpu() else dtype.size + 4
     sizes = [
