@@ -80,12 +80,23 @@ def read_gguf(path: Path) -> dict[str, Any]:
         status = path.stat()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-    return dict(_read(path, status.st_mtime_ns, status.st_size))
+    return dict(_read(path, status.st_mtime_ns, status.st_size)[0])
+
+
+def gguf_values(path: Path) -> dict[str, Any]:
+    """The numbers and strings of a GGUF file's header by name; read_gguf was there before.
+
+    Raises:
+        CheckpointError: as read_gguf.
+    """
+    status = path.stat()
+    return _read(path, status.st_mtime_ns, status.st_size)[1]
 
 
 @lru_cache(maxsize=4)
-def _read(path: Path, _modified: int, _size: int) -> dict[str, Any]:
-    """The tensors of a GGUF file by name, packed ones as ``weight``, ``scales``, ``biases``; only the header is read.
+def _read(path: Path, _modified: int, _size: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tensors of a GGUF file by name, packed ones as ``weight``, ``scales``, ``biases``, and the header's values;
+    only the header is read.
 
     Raises:
         CheckpointError: for a file that is damaged, cut short, of another version, or of a type that needs the extra.
@@ -102,15 +113,14 @@ def _read(path: Path, _modified: int, _size: int) -> dict[str, Any]:
     version = reader.number("I")
     if version not in (2, 3):
         raise CheckpointError(f"{path} is GGUF of version {version}; 2 and 3 are read")
-    tensors, values = reader.number("Q"), reader.number("Q")
-    if tensors > _MAX_TENSORS or values > _MAX_TENSORS:
-        raise CheckpointError(f"{path} is damaged: its header claims {tensors:,} tensors and {values:,} values")
-    alignment = 32
-    for _ in range(values):
+    tensors, count = reader.number("Q"), reader.number("Q")
+    if tensors > _MAX_TENSORS or count > _MAX_TENSORS:
+        raise CheckpointError(f"{path} is damaged: its header claims {tensors:,} tensors and {count:,} values")
+    values: dict[str, Any] = {}
+    for _ in range(count):
         name = reader.string()
-        value = reader.value(reader.number("I"))
-        if name == _ALIGNMENT:
-            alignment = value
+        values[name] = reader.value(reader.number("I"))
+    alignment = values.get(_ALIGNMENT, 32)
     if not isinstance(alignment, int) or not 1 <= alignment <= 2**20:
         raise CheckpointError(f"{path} is damaged: its alignment is {alignment!r}")
     entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
@@ -133,7 +143,7 @@ def _read(path: Path, _modified: int, _size: int) -> dict[str, Any]:
             raise CheckpointError(f"{path} is cut short or damaged: {name} ends beyond its {len(content):,} bytes")
         raw = content[start + offset : start + offset + length].reshape(-1, shape[-1] // block * size)  # a row a row
         weights |= _weights_of(name, shape, kind, raw, package_type)
-    return weights
+    return weights, values
 
 
 def _block_of(path: Path, name: str, shape: tuple[int, ...], kind: int) -> tuple[int, int, Any]:

@@ -55,7 +55,7 @@ from .config import (
     Qwen3Config,
     check_scheduler_config,
 )
-from .gguf_files import MAGIC, read_gguf
+from .gguf_files import MAGIC, gguf_values, read_gguf
 from .memory import weights_of
 from .models.autoencoder import AutoEncoder
 from .models.text_encoder import Qwen3TextEncoder
@@ -142,12 +142,22 @@ class Source:
         try:
             if self.config is not None and self.decoder is None:
                 return _FROM_CONFIG[self.part](self.config)
-            return _FROM_WEIGHTS[self.part](self.weights())
+            shape = _FROM_WEIGHTS[self.part](self.weights())
+            return self._as_header_says(shape) if self.part == "text_encoder" else shape
         except InputError as error:
             message = str(error)
             raise CheckpointError(message if message.startswith(self.where) else f"{self.where}: {message}") from None
         except (TypeError, ValueError, ArithmeticError) as error:
             raise CheckpointError(f"{self.where}: a config has a value that cannot be ({error})") from None
+
+    def _as_header_says(self, shape: Qwen3Config) -> Qwen3Config:
+        """Of a GGUF file, the numbers that no shape tells: a Qwen3 for longer texts has another base of its RoPE."""
+        values = gguf_values(self.files[0]) if _starts_with(self.files[0], MAGIC) else {}
+        written = {
+            "rope_theta": values.get("qwen3.rope.freq_base"),
+            "rms_norm_eps": values.get("qwen3.attention.layer_norm_rms_epsilon"),
+        }
+        return replace(shape, **{name: value for name, value in written.items() if value is not None})
 
 
 _SANITIZE: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {

@@ -184,12 +184,14 @@ def llama_names(tensors):
     return written
 
 
-def write_gguf(path, tensors, type_name, architecture="flux"):
-    """A GGUF file with matrices of one type; returns what they stand for."""
+def write_gguf(path, tensors, type_name, architecture="flux", numbers=None):
+    """A GGUF file with matrices of one type and numbers in its header; returns what they stand for."""
     kind = gguf.GGMLQuantizationType[type_name]
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_string("general.name", "tiny")
     writer.add_array("tokenizer.ggml.tokens", ["a", "b", "c"])
+    for name, number in (numbers or {}).items():
+        writer.add_float32(name, number)
     expected = {}
     for name, tensor in tensors.items():
         array = tensor.float().numpy()

@@ -230,6 +230,17 @@ def test_gguf_text_encoder(whole, tensors, tmp_path, type_name):
     assert_equal(loaded(opened(whole[1], text_encoder=file), "text_encoder"), expected, 1e-6)
 
 
+def test_gguf_says_what_no_shape_tells(whole, tensors, tmp_path):
+    """Qwen3 for longer texts has another RoPE."""
+    names = formats.llama_names(tensors["text_encoder"])
+    told = {"qwen3.rope.freq_base": 5e6, "qwen3.attention.layer_norm_rms_epsilon": 0.5}
+    formats.write_gguf(tmp_path / "long.gguf", names, "F32", "qwen3", told)
+    config = opened(whole[1], text_encoder=tmp_path / "long.gguf").text_encoder
+    assert (config.rope_theta, config.rms_norm_eps) == (5e6, 0.5)
+    formats.write_gguf(tmp_path / "bad.gguf", names, "F32", "qwen3", {"qwen3.rope.freq_base": float("nan")})
+    refused("rope_theta cannot be nan", model=whole[1], text_encoder=tmp_path / "bad.gguf")
+
+
 @pytest.mark.parametrize("model", ["model.", ""])
 def test_mlx_text_encoder_folder(whole, tensors, tmp_path, model):
     """As mlx-lm and mflux save one, the embedding packed too."""
