@@ -333,10 +333,9 @@ def _name(rng: random.Random, thing: Thing, scene: Scene) -> str:
     """Words that mean this thing alone among those of the scene."""
     others = [other for other in scene.things if other is not thing]
     shape, colour = _word(rng, thing.shape), _word(rng, thing.colour)
-    names = [f"the {colour} {shape}"]
-    if all(other.shape != thing.shape for other in others):
-        names += [f"the {shape}"] * 2
-    return rng.choice(names)
+    if any(other.shape == thing.shape for other in others) or rng.random() < 0.5:
+        return f"the {colour} {shape}"
+    return f"the {shape}"
 
 
 def _recolour(rng: random.Random, scene: Scene) -> tuple[str, Scene]:
@@ -364,34 +363,6 @@ def _reground(rng: random.Random, scene: Scene) -> tuple[str, Scene]:
     return rng.choice(forms), Scene(colour, scene.things)
 
 
-def _resize(rng: random.Random, scene: Scene) -> tuple[str, Scene]:
-    thing = rng.choice(scene.things)
-    sizes = tuple(SIZES)
-    size = rng.choice([name for name in sizes if name != thing.size])
-    words = [_word(rng, size)]
-    steps = sizes.index(size) - sizes.index(thing.size)
-    if abs(steps) == 1:
-        words.append(rng.choice(("bigger", "larger") if steps > 0 else ("smaller",)))
-    return f"make {_name(rng, thing, scene)} {rng.choice(words)}", _swapped(scene, thing, replace(thing, size=size))
-
-
-def _move(rng: random.Random, scene: Scene) -> tuple[str, Scene]:
-    thing = rng.choice(scene.things)
-    place = rng.choice([name for name in PLACES if name != thing.place])
-    goal = rng.choice((place, place, place.replace(" ", "-")))
-    if place == "centre":
-        goal = rng.choice(("centre", "center", "middle"))
-    return f"move {_name(rng, thing, scene)} to the {goal}", _swapped(scene, thing, replace(thing, place=place))
-
-
-def _reshape(rng: random.Random, scene: Scene) -> tuple[str, Scene]:
-    thing = rng.choice(scene.things)
-    shape = rng.choice([name for name in SHAPES if name != thing.shape])
-    name, new = _name(rng, thing, scene), _a(_word(rng, shape))
-    forms = (f"turn {name} into {new}", f"replace {name} with {new}", f"change {name} to {new}")
-    return rng.choice(forms), _swapped(scene, thing, replace(thing, shape=shape))
-
-
 def _add(rng: random.Random, scene: Scene) -> tuple[str, Scene]:
     thing = random_scene(rng, 1).things[0]
     caption = f"{rng.choice(('add', 'add', 'put', 'draw'))} {_a(_noun(rng, thing))} {_place(rng, thing.place)}"
@@ -406,9 +377,6 @@ EDITS: dict[str, Callable[[random.Random, Scene], tuple[str, Scene]]] = {
     "recolour": _recolour,
     "remove": _remove,
     "ground": _reground,
-    "resize": _resize,
-    "move": _move,
-    "reshape": _reshape,
     "add": _add,
 }
 

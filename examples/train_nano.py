@@ -16,7 +16,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -48,6 +48,7 @@ from benchmarks.nano_world import (
     SIZES,
     Scene,
     Task,
+    coverage,
     judge,
     random_task,
     render,
@@ -60,10 +61,12 @@ SAVE_EVERY = 120  # seconds
 AUTOENCODER_STEPS = 2400
 TEXT_ENCODER_STEPS = 1000
 TEXT_ENCODER_BATCH = 40
-TRANSFORMER_STEPS = 11000
-BATCH_EVERY = 16  # steps
-POOL_START, POOL_SIZE = 64, 200  # batches
-EARLY = 0.2  # of the transformer's steps, which only draw, at home
+TRANSFORMER_STEPS = 6000
+BATCH_EVERY = 8  # steps
+POOL_START, POOL_SIZE = 64, 400  # batches
+COPIES = 160  # of the transformer's steps, the first ones, which learn to copy a reference
+EARLY = 0.25  # of the transformer's steps, all at home
+CHANGED = 8  # times as much as the rest of an edit's picture weighs what is changed
 OWN = 0.8  # of the transformer's steps, before those from where its own steps lead
 VOCABULARY = 640  # tokens, the special ones among them
 TEXT_LENGTH = 48  # tokens that a prompt is padded to
@@ -290,7 +293,7 @@ GROUPS = {
     "order": ("", "first", "second"),
     "shape": ("", *SHAPES),
     "colour": ("", *COLOURS),
-    "size": ("", *SIZES, "bigger", "smaller"),
+    "size": ("", *SIZES),
     "place": ("", *PLACES),
 }
 
@@ -308,22 +311,18 @@ def meaning(kind: str, task: Task) -> tuple[dict[str, str], dict[str, str]]:
         return both | first, both | second
     if kind == "combine":
         both["order"] = "first" if re.search(r"of the first \w+ on", caption) else "second"
-        return both | {"shape": task.scene.things[0].shape}, both | nothing
-    before = task.references[0].things
-    old = next((thing for thing in before if thing not in task.scene.things), None)
-    new = next((thing for thing in task.scene.things if thing not in before), None)
+        old, new = [task.scene.things[0]], []
+    else:
+        before = task.references[0].things
+        old = [thing for thing in before if thing not in task.scene.things]
+        new = [thing for thing in task.scene.things if thing not in before]
     named = nothing
-    if old is not None:
-        named = {"shape": old.shape}
-        if sum(thing.shape == old.shape for thing in before) > 1:  # so the caption has said its colour
-            named["colour"] = old.colour
+    for thing in old:
+        by_colour = f"the {thing.colour} " in caption.replace("gray", "grey")
+        named = nothing | {"shape": thing.shape, "colour": thing.colour if by_colour else ""}
     change = dict(nothing)
-    if new is not None:
-        change |= {w: getattr(new, w) for w in THING if old is None or getattr(new, w) != getattr(old, w)}
-    if kind == "resize" and re.search(r"bigger|larger", caption):
-        change["size"] = "bigger"
-    if kind == "resize" and "smaller" in caption:
-        change["size"] = "smaller"
+    for thing in new:
+        change |= {w: getattr(thing, w) for w in THING if not old or getattr(thing, w) != getattr(old[0], w)}
     return both | named, both | change
 
 
@@ -335,7 +334,7 @@ def half(places: Tensor) -> Tensor:
 
 
 def random_kind(rng: random.Random) -> str:
-    return rng.choice(("draw",) * 9 + KINDS[1:])
+    return rng.choice(("draw",) * 6 + KINDS[1:])
 
 
 def train_text_encoder(training: Training, tokenizer: Qwen3Tokenizer) -> Qwen3ForCausalLM:
@@ -418,6 +417,33 @@ class Batch:
     text: Tensor
     sigmas: list[float]  # of four steps at this size
     scenes: list[Scene]
+    shown: Tensor  # (B, S, len(SHOWN)), see there
+    references_show: Tensor | None
+
+
+# What a token of a picture shows, as classes: the ground, and of the thing in it the rest, 0 for none.
+SHOWN = {"ground": len(COLOURS), "shape": len(SHAPES) + 1, "colour": len(COLOURS) + 1, "size": len(SIZES) + 1}
+SHOWN["place"] = len(PLACES) + 1
+TELLING = 0.5  # weight of the loss of telling it
+
+
+def shown(scene: Scene, height: int, width: int) -> np.ndarray:
+    """(S, len(SHOWN)) classes of each token of a picture."""
+    rows, columns = height // 16, width // 16
+    covered = np.full((rows, columns), 0.02)
+    classes = np.zeros((rows, columns, len(SHOWN)), np.int64)
+    classes[..., 0] = list(COLOURS).index(scene.ground)
+    for thing in scene.things:
+        share = coverage(thing, height // 4, width // 4).reshape(rows, 4, columns, 4).mean((1, 3))
+        numbers = (
+            SHAPES.index(thing.shape),
+            list(COLOURS).index(thing.colour),
+            list(SIZES).index(thing.size),
+            PLACES.index(thing.place),
+        )
+        classes[share > covered, 1:] = np.array(numbers) + 1
+        covered = np.maximum(covered, share)
+    return classes.reshape(-1, len(SHOWN))
 
 
 class Encoders:
@@ -476,7 +502,7 @@ class Encoders:
 
     def batch(self, tasks: list[Task], height: int, width: int, length: int, second: tuple[int, int]) -> Batch:
         """Encode tasks with equally many references; the first has the picture's size, the other the one given."""
-        references = [(t.references[k] for t in tasks) for k in range(len(tasks[0].references))]
+        references = [[task.references[k] for task in tasks] for k in range(len(tasks[0].references))]
         sizes = ((height, width), second)[: len(references)]
         encoded = [
             self.tokens([render(scene, *size) for scene in scenes])
@@ -484,6 +510,10 @@ class Encoders:
         ]
         ids = [positions(10 + 10 * k, *size) for k, size in enumerate(sizes)]
         device = self.training.device
+        told = [
+            torch.from_numpy(np.stack([shown(task.references[k], *size) for task in tasks]))
+            for k, size in enumerate(sizes)
+        ]
         return Batch(
             self.tokens([render(task.scene, height, width) for task in tasks]),
             positions(0, height, width).to(device),
@@ -492,22 +522,41 @@ class Encoders:
             self.embed([task.caption for task in tasks], length),
             flux2_sigmas(4, height * width // 256),
             [task.scene for task in tasks],
+            torch.from_numpy(np.stack([shown(task.scene, height, width) for task in tasks])).to(device),
+            torch.cat(told, dim=1).to(device) if told else None,
         )
 
-    def random_batch(self, number: int) -> Batch:
-        """The batch of this number. The early ones are pictures of the home size, drawn from words alone; the others of
-        any size, four in five of them edits, which are learned last.
+    def copying(self, batch: Batch) -> Batch:
+        """The same pictures as references of themselves, and no words."""
+        ids = batch.ids + batch.ids.new_tensor([10, 0, 0, 0])
+        text = self.nothing[batch.text.shape[1]].expand(len(batch.latents), -1, -1)
+        return replace(batch, references=batch.latents, reference_ids=ids, text=text, references_show=batch.shown)
+
+    def emphasis(self, batch: Batch) -> Tensor:
+        """(B, S) or 1: how much an error in each token matters, 1 on average over a picture; more where an edit changes
+        the reference than where it keeps it, which is most of the picture, and soon learned.
         """
+        if batch.references is None:
+            return torch.ones(1, 1, device=batch.latents.device)
+        kept = batch.references[:, : batch.latents.shape[1]]
+        changed = ((batch.latents - kept).square() * self.weights).mean(-1) > 0.05
+        weights = 1 + (CHANGED - 1) * changed.float()
+        return weights / weights.mean(1, keepdim=True)
+
+    def random_batch(self, number: int) -> Batch:
+        """The batch of this number. The early ones are of the home size, the others of any."""
         rng = self.training.numbers("batch", number)
-        if number < EARLY * self.training.speed * TRANSFORMER_STEPS / BATCH_EVERY:
-            return self.batch([random_task(rng) for _ in range(32)], *HOME, TEXT_LENGTH, HOME)
-        height, width = HOME if rng.random() < 0.75 else (rng.choice(SIDES), rng.choice(SIDES))
-        second = (height, width) if rng.random() < 0.7 else (rng.choice(SIDES), rng.choice(SIDES))
-        count, length = (32, TEXT_LENGTH) if rng.random() < 0.96 else (8, LONG_TEXT)
+        height, width = second = HOME
+        count, length = 32, TEXT_LENGTH
+        if number >= EARLY * self.training.speed * TRANSFORMER_STEPS / BATCH_EVERY:
+            if rng.random() < 0.25:
+                height, width = rng.choice(SIDES), rng.choice(SIDES)
+            second = (height, width) if rng.random() < 0.7 else (rng.choice(SIDES), rng.choice(SIDES))
+            count, length = (32, TEXT_LENGTH) if rng.random() < 0.96 else (8, LONG_TEXT)
         share = rng.random()
-        if share < 0.2:
+        if share < 0.3:
             kinds = ["draw"] * count
-        elif share < 0.88:
+        elif share < 0.82:
             kinds = [rng.choice(tuple(EDITS)) for _ in range(count)]
         else:
             kinds = ["combine"] * count
@@ -544,6 +593,9 @@ def train_transformer(training: Training, encoders: Encoders) -> Flux2Transforme
     nothing but the text tells the picture, so there the reading is learned, and the last step shows what the first
     have read. Towards the end, half of the steps start from where the model's own first steps lead, and learn to get
     from there to the picture: a caption decides its picture, so there is a right answer.
+
+    The first steps copy a reference, which takes a hundred of them, and thousands once drawing is learned; so do later
+    ones now and then, since to change a part means to copy the rest.
     """
     torch.manual_seed(training.seed + 2)
     model = Flux2Transformer2DModel(
@@ -560,6 +612,26 @@ def train_transformer(training: Training, encoders: Encoders) -> Flux2Transforme
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
         model.set_attention_backend("_native_math")
     pool: dict[int, Batch] = {}
+    heads = nn.ModuleList(nn.Linear(WIDTH, sum(SHOWN.values())) for _ in range(2))
+    seen: dict[str, Tensor] = {}  # hidden states of the last call
+    double, single = model.transformer_blocks[-1], model.single_transformer_blocks[1]
+    double.register_forward_hook(lambda *call: seen.update(double=call[-1][1]))
+    single.register_forward_hook(lambda *call: seen.update(single=call[-1]))
+
+    def telling(batch: Batch) -> Tensor:
+        """Cross-entropy of what the tokens show: the references' after the double blocks, the picture's, which its own
+        noise does not tell, after the second single block.
+        """
+        text, tokens = batch.text.shape[1], batch.latents.shape[1]
+        parts = [(heads[0](seen["single"][:, text : text + tokens]), batch.shown)]
+        if batch.references_show is not None:
+            parts.append((heads[1](seen["double"][:, tokens:]), batch.references_show))
+        losses = [
+            functional.cross_entropy(logits.flatten(0, 1), classes[..., k].flatten())
+            for told, classes in parts
+            for k, logits in enumerate(told.float().split(list(SHOWN.values()), dim=-1))
+        ]
+        return torch.stack(losses).mean()
 
     def loss_of(step: int, rng: random.Random) -> Tensor:
         made = POOL_START + step // BATCH_EVERY  # the last POOL_SIZE are in use
@@ -568,6 +640,8 @@ def train_transformer(training: Training, encoders: Encoders) -> Flux2Transforme
             pool[number] = encoders.random_batch(number)
             pool.pop(min(pool) if min(pool) < made - POOL_SIZE else -1, None)
         batch = pool[number]
+        if step < COPIES * training.speed or rng.random() < 0.08:
+            batch = encoders.copying(batch)
         noise = torch.randn_like(batch.latents)
         count = len(noise)
         own = step > OWN * training.speed * TRANSFORMER_STEPS and rng.random() < 0.5
@@ -583,14 +657,17 @@ def train_transformer(training: Training, encoders: Encoders) -> Flux2Transforme
             t = torch.where(torch.rand_like(u) < 0.85, official, 2 * u / (1 + u))
             x = torch.lerp(batch.latents, noise, t[:, None, None])
             goal = noise - batch.latents
-            empty = torch.rand_like(u) < 0.125  # one in ten of all
-            text = torch.where(empty[:, None, None], encoders.nothing[batch.text.shape[1]], batch.text)
-        return ((velocity(model, x, t, batch, text) - goal).square() * encoders.weights).mean()
+            text = batch.text
+            if batch.references is None:  # with the copies one prompt in ten is empty
+                empty = torch.rand_like(u) < 0.125
+                text = torch.where(empty[:, None, None], encoders.nothing[text.shape[1]], text)
+        error = (velocity(model, x, t, batch, text) - goal).square() * encoders.weights
+        return (error.mean(-1) * encoders.emphasis(batch)).mean() + TELLING * telling(batch)
 
     rng = training.numbers("transformer sheet")
     unseen = [
         encoders.batch([random_task(rng, kind, unseen=True) for kind in kinds], *HOME, TEXT_LENGTH, HOME)
-        for kinds in (["draw"] * 32, [k for k in EDITS for _ in range(2)], ["combine"] * 2)
+        for kinds in (["draw"] * 32, [kind for kind in EDITS for _ in range(6)], ["combine"] * 8)
     ]
 
     def sheet(path: Path) -> None:
@@ -605,12 +682,13 @@ def train_transformer(training: Training, encoders: Encoders) -> Flux2Transforme
             right = [ok for verdict in verdicts[:32] for ok in verdict[part]]
             rates.append(f"{part} {100 * sum(right) / len(right):.0f} %")
         edits = [all(all(right) for right in verdict.values()) for verdict in verdicts[32:]]
-        tqdm.write(f"{path.name}: {', '.join(rates)}; {sum(edits)} of {len(edits)} edits")
+        parts = [f"{kind} {sum(edits[6 * k : 6 * k + 6])}" for k, kind in enumerate(EDITS)]
+        tqdm.write(f"{path.name}: {', '.join(rates)}; {sum(edits)} of {len(edits)} edits: {', '.join(parts)}, ...")
         save_sheet(path, pictures, 8)
 
     training.fit(
         "transformer",
-        model,
+        nn.ModuleList([model, heads]),
         loss_of,
         steps=TRANSFORMER_STEPS,
         rate=4e-3,
