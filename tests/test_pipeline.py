@@ -334,7 +334,6 @@ def test_unload_gives_memory_back_and_the_next_call_draws_the_same(checkpoint, m
 def test_estimates_grow_with_the_work(pipe):
     params, config = pipe.checkpoint.transformer, pipe.checkpoint.autoencoder
     assert transformer_bytes(params, 4608, mx.bfloat16) > transformer_bytes(params, 1536, mx.bfloat16) > 0
-    assert decoder_bytes(config, 1024, 1024, mx.float32) > decoder_bytes(config, 1024, 1024, mx.bfloat16)
     assert decoder_bytes(config, 1024, 1024, mx.bfloat16) > decoder_bytes(config, 512, 512, mx.bfloat16) > 0
     assert 2**30 < machine_memory() < 2**50
 
