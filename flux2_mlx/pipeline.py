@@ -51,7 +51,6 @@ from .memory import (
     stage_dtype,
     text_encoder_bytes,
     transformer_bytes,
-    weight_bytes,
     weights_of,
     wired,
     within,
@@ -59,10 +58,10 @@ from .memory import (
 from .models.autoencoder import AutoEncoder
 from .models.text_encoder import Qwen3TextEncoder
 from .models.transformer import FluxKlein
-from .plan import MODES, Plan, Stage, make_plan
-from .quantize import Quantization, largest_dense_bytes, options_of, parse_options, tune
+from .plan import MODES, Plan, make_plan, stage_of
+from .quantize import Quantization, options_of, parse_options, tune
 from .sampler import SCHEDULES, check_sigmas, custom_sigmas, euler_step, schedule_sigmas
-from .streaming import is_streamed, stream, streamed_bytes
+from .streaming import is_streamed, stream
 from .tokenizer import Qwen3Tokenizer
 from .weights import (
     Checkpoint,
@@ -764,25 +763,24 @@ class Flux2Pipeline:
         with within(self.memory_limit, working_bytes), stats.measure(part):
             yield
 
-    def _prepare(self, name: str, part: str, working_bytes: int, stats: Stats) -> int:
+    def _prepare(self, name: str, part: str, intermediates: int, stats: Stats) -> int:
         """Bring a stage, or a part of one, into memory; other stages out of it as far as the mode and the limit say.
         What is too large even alone is streamed, if it has blocks, or loaded all the same, with a UserWarning.
 
         Returns:
-            the working bytes, the largest unpacked matrix among them.
+            the intermediates' bytes, the largest unpacked matrix among them.
         """
         dtype, module = stage_dtype(name, self.dtype), self._module(name, part)
-        working_bytes += largest_dense_bytes(module, dtype)
-        stage = Stage(name.replace("_", " "), weight_bytes(module), streamed_bytes(module), working_bytes)
+        stage = stage_of(name.replace("_", " "), module, intermediates, dtype)
         streams = stage.is_streamed(self.memory, self.memory_limit)
         if self._loaded[name] and streams != is_streamed(module):  # as for a picture of another size
             self._open(name)
             module = self._module(name, part)
         weights, is_loaded = stage.streamed if streams else stage.weights, id(module) in self._loaded[name]
-        self._make_room(name, working_bytes + (weights if streams or not is_loaded else 0))
+        self._make_room(name, stage.working + (weights if streams or not is_loaded else 0))
         if is_loaded:
-            return working_bytes
-        needed = weights + working_bytes + (mx.get_active_memory() if self.memory == "resident" else 0)
+            return stage.working
+        needed = weights + stage.working + (mx.get_active_memory() if self.memory == "resident" else 0)
         if needed > self.memory_limit:
             warnings.warn(
                 f"the {stage.name} needs about {needed / 1e9:.1f} GB and this machine gives "
@@ -811,7 +809,7 @@ class Flux2Pipeline:
                 raise
         mx.clear_cache()  # what was read to be converted
         self._loaded[name].add(id(module))
-        return working_bytes
+        return stage.working
 
     def _module(self, name: str, part: str) -> nn.Module:
         stage: nn.Module = getattr(self, name)

@@ -109,6 +109,12 @@ class Plan:
         return f"{line}, which is too much; a smaller picture, fewer bits (--quantize) or another --memory needs less"
 
 
+def stage_of(name: str, module: nn.Module, intermediates: int, dtype: mx.Dtype) -> Stage:
+    """What a module needs that computes in dtype, with so many bytes of intermediates; its weights are not read."""
+    working = intermediates + largest_dense_bytes(module, dtype)
+    return Stage(name, weight_bytes(module), streamed_bytes(module), working)
+
+
 def make_plan(
     text_encoder: Qwen3TextEncoder,
     transformer: FluxKlein,
@@ -135,21 +141,16 @@ def make_plan(
     tokens = length + sum(h * w for h, w in [(height, width), *references]) // 256
     pictures, config = stage_dtype("autoencoder", dtype), autoencoder.config
 
-    def stage(name: str, module: nn.Module, working: int, stage: str) -> Stage:
-        unpacked = largest_dense_bytes(module, stage_dtype(stage, dtype))
-        return Stage(name, weight_bytes(module), streamed_bytes(module), working + unpacked)
-
     text_dtype = stage_dtype("text_encoder", dtype)
-    stages = [
-        stage("text encoder", text_encoder, text_encoder_bytes(text_encoder.config, length, text_dtype), "text_encoder")
-    ]
+    working = text_encoder_bytes(text_encoder.config, length, text_dtype)
+    stages = [stage_of("text encoder", text_encoder, working, text_dtype)]
     if references:
         working = max(encoder_bytes(config, h, w, pictures) for h, w in references)
-        stages.append(stage("references", autoencoder.encoder, working, "autoencoder"))
+        stages.append(stage_of("references", autoencoder.encoder, working, pictures))
     working = transformer_bytes(transformer.params, tokens, dtype)
-    stages.append(stage("transformer", transformer, working, "transformer"))
+    stages.append(stage_of("transformer", transformer, working, dtype))
     working = decoder_bytes(config, height, width, pictures)
-    stages.append(stage("decoder", autoencoder.decoder, working, "autoencoder"))
+    stages.append(stage_of("decoder", autoencoder.decoder, working, pictures))
     return Plan(tuple(stages), limit, memory)
 
 
