@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
@@ -22,35 +23,63 @@ from benchmarks.nano_world import HOME
 from flux2_mlx import Flux2Pipeline, FluxKlein, Quantization, image_ids, text_ids
 from flux2_mlx.config import NANO
 from flux2_mlx.memory import weights_of
-from flux2_mlx.quantize import FLOAT_MODES, dense_layers, mixed, pack, pack_plainly, unpack
+from flux2_mlx.quantize import ENDS, FLOAT_MODES, Packing, Recipe, dense_layers, mixed, pack, pack_plainly, unpack
 from flux2_mlx.sampler import flux2_sigmas
 from flux2_mlx.weights import materialize
 
 STEPS = 4
 BASELINE = "4 bits in 64, uniform, ends of the range"
-# Packed arrays (weight, scales, biases) of a layer with a path and a dense weight, and the way it was packed in.
-Pack = Callable[[str, nn.Module], tuple[tuple[mx.array, ...], Quantization]]
+LOW_RANK_ROUNDS = 5
+# What a layer with a path and a dense weight has for a weight once it is packed, and the bits that it is kept in.
+Way = Callable[[str, nn.Module], tuple[mx.array, int]]
 
 
-def ends_of_the_range(how: Quantization) -> Pack:
+def restored(weight: mx.array, how: Quantization, packing: Packing = pack) -> tuple[mx.array, int]:
+    """A weight packed and unpacked, and its bits; scales are in float32 here, and in 16 bits in a model."""
+    words, *others = packing(weight, how)
+    bits = 8 * words.nbytes + sum(min(8 * array.itemsize, 16) * array.size for array in others)
+    scales, *biases = others
+    return unpack(words, scales, biases[0] if biases else None, how).astype(mx.float32), bits
+
+
+def ends_of_the_range(how: Quantization) -> Way:
     """mlx.core.quantize for every layer."""
-    return lambda path, layer: (pack_plainly(layer.weight, how), how)
+    return lambda path, layer: restored(layer.weight, how, pack_plainly)
 
 
-def fitted(how: Quantization) -> Pack:
-    return lambda path, layer: (pack(layer.weight, how), how)
+def by_recipe(recipe: Recipe) -> Way:
+    def way(path: str, layer: nn.Module) -> tuple[mx.array, int]:
+        how = recipe(path, layer)
+        assert how is not None
+        return restored(layer.weight, how)
+
+    return way
 
 
-def library(model: nn.Module, how: Quantization) -> Pack:
-    """As --quantize packs."""
-    recipe = mixed(model, how)
+def uniform(how: Quantization) -> Way:
+    return by_recipe(lambda path, layer: how)
 
-    def packed(path: str, layer: nn.Module) -> tuple[tuple[mx.array, ...], Quantization]:
-        own = recipe(path, layer)
-        assert own is not None
-        return pack(layer.weight, own), own
 
-    return packed
+def with_more(pattern: str, bits: int) -> Way:
+    """4 bits, but 8 for the ends, and so many for the layers whose paths begin with a pattern."""
+    finer = ((ENDS, Quantization(8)), (re.compile(pattern), Quantization(bits)))
+    return by_recipe(lambda path, _: next((how for which, how in finer if which.match(path)), Quantization(4)))
+
+
+def with_low_rank(how: Quantization, rank: int) -> Way:
+    """Besides, what packing loses, as far as two thin 16-bit matrices hold it: by turns the best such matrices for what
+    is lost, and the packing of what they leave (Li et al., LoftQ, arXiv 2310.08659).
+    """
+
+    def way(path: str, layer: nn.Module) -> tuple[mx.array, int]:
+        weight, beside = layer.weight, mx.zeros_like(layer.weight)
+        for _ in range(LOW_RANK_ROUNDS):
+            left, values, right = mx.linalg.svd(weight - restored(weight - beside, how)[0], stream=mx.cpu)
+            beside = (left[:, :rank] * values[:rank]) @ right[:rank]
+        rest, bits = restored(weight - beside, how)
+        return rest + beside, bits + 16 * rank * sum(weight.shape)
+
+    return way
 
 
 class Judge:
@@ -99,11 +128,6 @@ def relative(ours: Sequence[mx.array], theirs: Sequence[mx.array]) -> float:
     return math.sqrt(energy(a - b for a, b in zip(ours, theirs, strict=True)) / energy(theirs))
 
 
-def restored(packed: tuple[mx.array, ...], how: Quantization) -> mx.array:
-    weight, scales, *biases = packed
-    return unpack(weight, scales, biases[0] if biases else None, how).astype(mx.float32)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=NANO)
@@ -114,31 +138,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     judge = Judge(pipe, arguments.captions)
     layers = dict(dense_layers(pipe.transformer))
     four = Quantization(4, 64)
-    ways: dict[str, Pack] = {
+    blocks = pipe.checkpoint.transformer.depth_single
+    last, before = (rf"single_transformer_blocks\.{blocks - k}\." for k in (1, 2))
+    ways: dict[str, Way] = {
         BASELINE: ends_of_the_range(four),
-        "4 bits in 64, uniform, fitted": fitted(four),
+        "4 bits in 64, uniform, fitted": uniform(four),
+        **{f"4 bits in 64, uniform, rank {rank} beside": with_low_rank(four, rank) for rank in (1, 2, 4)},
         "4 bits in 32, uniform, ends of the range": ends_of_the_range(Quantization(4, 32)),
-        "4 bits in 32, uniform, fitted": fitted(Quantization(4, 32)),
+        "4 bits in 32, uniform, fitted": uniform(Quantization(4, 32)),
         "5 bits in 64, uniform, ends of the range": ends_of_the_range(Quantization(5, 64)),
-        **{f"{bits} bits in 64": library(pipe.transformer, Quantization(bits, 64)) for bits in (3, 4, 6, 8)},
-        **{mode: library(pipe.transformer, Quantization.parse(mode) or four) for mode in FLOAT_MODES},
+        "4 bits in 64, ends 8": with_more(ENDS.pattern, 8),
+        "4 bits in 64, ends and last block 8": with_more(last, 8),
+        "4 bits in 64, ends 8, last block 6": with_more(last, 6),
+        "4 bits in 64, ends 8, last two blocks 5": with_more(f"{last}|{before}", 5),
+        **{
+            f"--quantize {bits}": by_recipe(mixed(pipe.transformer, Quantization(bits, 64))) for bits in (3, 4, 5, 6, 8)
+        },
+        **{mode: uniform(Quantization.parse(mode) or four) for mode in FLOAT_MODES},
     }
     report = {}
     print(f"{'':42}{'bits':>6}{'weights':>9}{'velocity':>9}")
     for name, way in ways.items():
         packed = {path: way(path, layer) for path, layer in layers.items()}
-        nbytes = sum(array.nbytes for arrays, _ in packed.values() for array in arrays)
-        # Scales are in float32 here, and in 16 bits in a model.
-        nbytes -= sum(a.nbytes // 2 for arrays, _ in packed.values() for a in arrays if a.dtype == mx.float32)
-        weights = {f"{path}.weight": restored(*made) for path, made in packed.items()}
-        bits = 8 * nbytes / sum(layer.weight.size for layer in layers.values())
+        weights = {f"{path}.weight": weight for path, (weight, _) in packed.items()}
+        bits = sum(own for _, own in packed.values()) / sum(layer.weight.size for layer in layers.values())
         error = relative(list(weights.values()), [judge.dense[path] for path in weights])
         report[name] = {"bits": bits, "weights": error, "velocity": judge.error(weights)}
         print(f"{name:42}{bits:6.2f}{error:9.4f}{report[name]['velocity']:9.4f}")
     alone = {}
     if arguments.layers:
         for path, layer in layers.items():
-            alone[path] = judge.error({f"{path}.weight": restored(pack(layer.weight, four), four)})
+            alone[path] = judge.error({f"{path}.weight": restored(layer.weight, four)[0]})
         for path in sorted(alone, key=lambda path: alone[path] ** 2 / layers[path].weight.size, reverse=True):
             print(f"{path:52}{layers[path].weight.size:9}{alone[path]:9.4f}")
     print(

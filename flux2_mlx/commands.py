@@ -37,7 +37,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--quantize",
         metavar="BITS",
         help=f"pack matrices: {', '.join(map(str, AFFINE_BITS))} bits, {', '.join(FLOAT_MODES)}; below 8 "
-        "bits the most sensitive layers keep 8",
+        "bits the most sensitive layers get more",
     )
     parser.add_argument("--quantize-text-encoder", metavar="BITS", help="the same of the text encoder, to differ")
     parser.add_argument("--group-size", type=int, help="weights that share a scale: 32, 64, 128 (64)")

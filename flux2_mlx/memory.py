@@ -135,11 +135,11 @@ def text_encoder_bytes(config: Qwen3Config, length: int, dtype: mx.Dtype) -> int
 
 
 def transformer_bytes(params: FluxKleinParams, tokens: int, dtype: mx.Dtype) -> int:
-    """Intermediates of one step over ``tokens`` text and image tokens: 13 times the input of a single block, and on the
-    CPU attention's scores, which are one kernel's own on a GPU.
+    """Intermediates of one step over ``tokens`` text and image tokens: ten times the input of a single block, or on the
+    CPU, where they are more, attention's scores with eight times of it.
     """
-    scores = 0 if on_gpu() else params.num_heads * tokens * tokens
-    return (13 * tokens * params.hidden_size + scores) * dtype.size
+    unit, scores = tokens * params.hidden_size, params.num_heads * tokens**2
+    return (10 * unit if on_gpu() else max(10 * unit, 8 * unit + scores)) * dtype.size
 
 
 def decoder_bytes(config: AutoEncoderConfig, height: int, width: int, dtype: mx.Dtype) -> int:

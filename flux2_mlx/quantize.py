@@ -35,8 +35,9 @@ FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 FITTED_BITS = 5
 FITTED_ROUNDS, FITTED_RANGE = 4, 0.95
 FITTED_AT_ONCE = 2**21
-# What the most sensitive layers are packed into, and how many bits a weight, on average, that may cost.
-FINE_BITS, SPARE_BITS = 8, 0.5
+# What reads and writes the latents is packed into so many bits, and how many bits a weight, on average, the sensitive
+# layers together may cost.
+FINE_BITS, SPARE_BITS = 8, 0.3
 
 # Rows of an input from which a packed layer unpacks its weight and multiplies densely, where nothing was measured.
 DENSE_ROWS = 128
@@ -273,28 +274,29 @@ def dense_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 # The transformer's layers that a small error harms most, per weight: what reads and writes the latents, then the single
-# blocks, the later the more, then their modulation. Measured on nano, see benchmarks/packing.py.
-SENSITIVE = (r"(proj_out|x_embedder)$", r"single_transformer_blocks\.", r"single_stream_modulation\.linear$")
+# blocks, the later the more. Measured on nano, see benchmarks/packing.py.
+ENDS, SINGLE = re.compile(r"(proj_out|x_embedder)$"), re.compile(r"single_transformer_blocks\.")
 
 
 def mixed(module: nn.Module, how: Quantization) -> Recipe:
-    """The recipe that packs a component's dense layers as ``how`` says, and the most sensitive layers of a transformer
-    into FINE_BITS, as long as that costs SPARE_BITS a weight or less.
+    """The recipe that packs a component's dense layers as ``how`` says, and the most sensitive ones of a transformer
+    finer, as long as that costs SPARE_BITS a weight or less: its ends in FINE_BITS, then single blocks, which are
+    large, one step above the rest, since the first bit more takes three quarters of the squared error.
     """
     if how.mode != "affine" or how.bits >= FINE_BITS:
         return lambda *_: how
-    fine = Quantization(FINE_BITS, how.group_size)
+    above = AFFINE_BITS[AFFINE_BITS.index(how.bits) + 1]
     sizes = {path: layer.weight.size for path, layer in dense_layers(module)}
     spare = SPARE_BITS * sum(sizes.values())
-    kept = set()
-    for pattern in SENSITIVE:
+    finer = {}
+    for pattern, bits in ((ENDS, FINE_BITS), (SINGLE, above)):
         # Of the single blocks the last first, and in a block to_out before to_qkv_mlp_proj.
-        for path in sorted(filter(re.compile(pattern).match, sizes), key=_last_block_first):
-            cost = sizes[path] * (fine.bits - how.bits)
+        for path in sorted(filter(pattern.match, sizes), key=_last_block_first):
+            cost = sizes[path] * (bits - how.bits)
             if cost <= spare:
                 spare -= cost
-                kept.add(path)
-    return lambda path, _: fine if path in kept else how
+                finer[path] = Quantization(bits, how.group_size)
+    return lambda path, _: finer.get(path, how)
 
 
 def _last_block_first(path: str) -> tuple[int, str]:

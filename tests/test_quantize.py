@@ -180,11 +180,11 @@ def test_the_most_sensitive_layers_keep_more_bits(params):
     model = FluxKlein(params)  # lazy: nothing of it is computed
     quantize.quantize(model, quantize.mixed(model, Quantization(4, 64)))
     average, bits = bits_of(model)
-    assert 4.9 < average <= 5.0
+    assert 4.75 < average <= 4.8
     assert bits["proj_out"] == bits["x_embedder"] == 8
     blocks = [bits[f"single_transformer_blocks.{k}.attn.to_out"] for k in range(params.depth_single)]
     assert blocks == sorted(blocks)
-    assert {*blocks} == {4, 8}
+    assert {*blocks} == {4, 5}
     assert {bits[path] for path in bits if path.startswith("transformer_blocks")} == {4}
 
 

@@ -7,6 +7,7 @@ Reference: diffusers' Flux2PosEmbed and apply_rotary_emb.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -70,7 +71,12 @@ def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
         x: (B, heads, N, head_dim).
         cos, sin: (B or 1, N, head_dim / 2) from rope_table.
     """
-    pairs = x.astype(mx.float32).reshape(*x.shape[:-1], -1, 2)
-    a, b = pairs[..., 0], pairs[..., 1]
-    cos, sin = cos[:, None], sin[:, None]
-    return mx.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape).astype(x.dtype)
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    turned = _turned(pairs[..., 0], pairs[..., 1], cos[:, None], sin[:, None])
+    return mx.stack(turned, axis=-1).reshape(x.shape)
+
+
+@partial(mx.compile, shapeless=True)  # one kernel, or the float32 of every product would be written out
+def _turned(a: mx.array, b: mx.array, cos: mx.array, sin: mx.array) -> list[mx.array]:
+    c, d = a.astype(mx.float32), b.astype(mx.float32)
+    return [(c * cos - d * sin).astype(a.dtype), (d * cos + c * sin).astype(b.dtype)]

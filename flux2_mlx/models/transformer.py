@@ -205,6 +205,7 @@ class SingleAttention(nn.Module):
         q = self.norm_q(split_heads(q, self.heads))
         k = self.norm_k(split_heads(k, self.heads))
         out = attend(q, k, split_heads(v, self.heads), cos, sin)
+        x = mx.depends(x, out)  # or gate and up are made before attention has done with q, k and v
         return self.to_out(mx.concatenate([out, swiglu(proj, x, 3 * dims, self.hidden)], axis=-1))
 
 
