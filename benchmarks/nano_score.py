@@ -12,7 +12,7 @@ import math
 import random
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -127,10 +127,7 @@ def contact_sheet(drawn: Sequence[Drawn], columns: int = SHEET_COLUMNS) -> Image
 def open_variant(arguments: argparse.Namespace) -> Flux2Pipeline:
     """The model as the command line asks for it."""
     options = {name: getattr(arguments, name) for name in (*MODEL_OPTIONS, "revision", "dtype")}
-    pipe = Flux2Pipeline.from_pretrained(arguments.model, cache=False, **options)
-    if arguments.guidance is not None:  # a distilled model would ignore it
-        pipe.checkpoint = replace(pipe.checkpoint, is_distilled=False)
-    return pipe
+    return Flux2Pipeline.from_pretrained(arguments.model, cache=False, **options)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -154,9 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = build_parser().parse_args(argv)
     size = (arguments.height, arguments.width)
     pipe = open_variant(arguments)
-    options = {"num_steps": arguments.steps}
-    if arguments.guidance is not None:
-        options["guidance"] = arguments.guidance
+    options = {"num_steps": arguments.steps, "guidance": arguments.guidance, "force_guidance": True}
     captions = draw(pipe, unseen_tasks(arguments.captions), size, progress=True, **options)
     edits = draw(pipe, unseen_edits(arguments.edits), size, progress=True, **options)
     figures = rates(captions)

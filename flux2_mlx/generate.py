@@ -13,18 +13,31 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, TextIO
 
+from PIL import Image
 from tqdm.auto import tqdm
 
 from ._version import __version__
 from .commands import MODEL_HELP, MODEL_OPTIONS, PART_OPTIONS, Parser, add_model_options
 from .config import MAX_SEQUENCE_LENGTH, NANO, RELEASED, AutoEncoderConfig, InputError
-from .images import FORMATS, check_output, read_metadata, save_image
+from .images import FORMATS, check_output, open_image, read_metadata, reference_size, save_image
 from .latents import NOISES
 from .memory import machine_memory
-from .pipeline import DTYPES, Flux2Pipeline, Settings, Step, check_options, check_prompt, dtype_of
+from .pipeline import (
+    DTYPES,
+    KV_REFUSED,
+    STRENGTH,
+    Flux2Pipeline,
+    Settings,
+    Step,
+    check_options,
+    check_prompt,
+    drawn_size,
+    dtype_of,
+)
 from .plan import MODES, Plan, download_bytes, make_plan, released_modules
 from .quantize import parse_options
 from .sampler import SCHEDULES
@@ -44,12 +57,16 @@ SETTINGS: dict[str, Any] = {
     "height": None,
     "num_steps": None,
     "guidance": None,
+    "guidance_interval": None,
+    "guidance_rescale": 0.0,
+    "force_guidance": False,
     "seed": None,
     "schedule": "flux2",
     "sigmas": None,
     "noise": "torch",
     "dtype": None,
     "max_sequence_length": None,
+    "strength": None,
 }
 
 
@@ -76,12 +93,29 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("prompt", nargs="?", help='what to draw; "-" or nothing reads standard input')
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file")
     parser.add_argument("--negative-prompt", help="what guidance leads away from (base models)")
+    parser.add_argument(
+        "--image",
+        action="append",
+        metavar="FILE",
+        help="a picture to edit or to take things from; given again for each further one",
+    )
+    parser.add_argument("--init-image", metavar="FILE", help="a picture to begin from, in place of noise alone")
+    parser.add_argument("--strength", type=float, help=f"how much of it is drawn anew, 1: all of it ({STRENGTH})")
     parser.add_argument("--model", help=f"{MODEL_HELP} ({SETTINGS['model']})")
     add_model_options(parser)
-    parser.add_argument("--width", type=int, help="in pixels, a multiple of 16 (1024; nano 128)")
-    parser.add_argument("--height", type=int, help="in pixels, a multiple of 16 (1024; nano 128)")
+    parser.add_argument("--width", type=int, help="in pixels, a multiple of 16 (a given picture's; 1024, nano 128)")
+    parser.add_argument("--height", type=int, help="in pixels, a multiple of 16 (a given picture's; 1024, nano 128)")
     parser.add_argument("--steps", type=int, dest="num_steps", help="4 for distilled models, 50 for base models")
     parser.add_argument("--guidance", type=float, help="1.0 for distilled models, 4.0 for base models")
+    parser.add_argument(
+        "--guidance-interval", type=numbers, metavar="LOW,HIGH", help="guide between these noise levels alone (0,1)"
+    )
+    parser.add_argument(
+        "--guidance-rescale", type=float, metavar="SHARE", help="against the harshness of strong guidance, 0 to 1 (0)"
+    )
+    parser.add_argument(
+        "--force-guidance", action=argparse.BooleanOptionalAction, help="guide a distilled model all the same"
+    )
     parser.add_argument(
         "--seed", type=int, help="of the first picture, the next have seed + 1, ...; random unless given"
     )
@@ -128,7 +162,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments(argv: Sequence[str] | None, stdin: TextIO | None) -> argparse.Namespace:
-    """Parse the command line, read the prompt, and fill in what is not given: from --from-image, else the defaults.
+    """Parse the command line, read prompt and pictures, and fill in what is not given: from --from-image, else the
+    defaults.
 
     What is given wins over the picture: its revision goes with its model, its custom noise levels with its steps.
 
@@ -138,7 +173,8 @@ def parse_arguments(argv: Sequence[str] | None, stdin: TextIO | None) -> argpars
     arguments = build_parser().parse_args(argv)
     defaults = dict(SETTINGS)
     if arguments.from_image is not None:
-        picture = Settings.from_metadata(read_metadata(arguments.from_image))
+        given = [name for name in ("image", "init_image") if getattr(arguments, name) is not None]
+        picture = Settings.from_metadata(read_metadata(arguments.from_image), given)
         defaults = {name: getattr(picture, name) for name in SETTINGS}
         if arguments.model is not None:
             defaults |= dict.fromkeys(("revision", *MODEL_OPTIONS))
@@ -155,7 +191,24 @@ def parse_arguments(argv: Sequence[str] | None, stdin: TextIO | None) -> argpars
             setattr(arguments, name, value)
     if arguments.seed is None:
         arguments.seed = secrets.randbelow(2**32)
+    arguments.image = [open_reference(path) for path in arguments.image or ()]
+    if arguments.init_image is not None:
+        arguments.init_image = open_reference(arguments.init_image)
     return arguments
+
+
+def open_reference(path: str) -> Image.Image:
+    """A picture from a file, for the transformer to see.
+
+    Raises:
+        InputError: naming the file.
+    """
+    image = open_image(path)
+    try:
+        reference_size(image)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return image
 
 
 def read_prompt(arguments: argparse.Namespace, stdin: TextIO | None) -> str:
@@ -196,9 +249,14 @@ def output_path(template: str, seed: int, index: int) -> Path:
 
 def drawing_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Options of Flux2Pipeline.stream, checked as far as they can be without the model."""
-    names = ("height", "width", "num_steps", "guidance", "seed", "num_images", "schedule", "sigmas", "noise")
-    options = {name: getattr(arguments, name) for name in (*names, "max_sequence_length")}
+    options = {name: getattr(arguments, name) for name in signature(check_options).parameters}
     check_options(**options)
+    if arguments.strength is not None and arguments.init_image is None:
+        raise InputError("--strength belongs to --init-image, and none is given")
+    if arguments.image and arguments.model in ("klein-9b-kv", RELEASED["klein-9b-kv"]) and not arguments.transformer:
+        raise InputError(f"{arguments.model} {KV_REFUSED}")
+    if arguments.image or arguments.init_image is not None:
+        sizes_of(arguments, AutoEncoderConfig.sample_size)  # which is not needed here
     return options
 
 
@@ -212,7 +270,14 @@ def start(arguments: argparse.Namespace) -> Iterator[Step]:
     pipe = open_pipeline(arguments)
     if not arguments.quiet:
         print(plan_of(pipe, arguments).summary(), file=sys.stderr)
-    return pipe.stream(arguments.prompt, negative_prompt=arguments.negative_prompt, **options)
+    return pipe.stream(
+        arguments.prompt,
+        negative_prompt=arguments.negative_prompt,
+        image=arguments.image or None,
+        init_image=arguments.init_image,
+        force_guidance=arguments.force_guidance,
+        **options,
+    )
 
 
 def open_pipeline(arguments: argparse.Namespace) -> Flux2Pipeline:
@@ -229,7 +294,15 @@ def open_pipeline(arguments: argparse.Namespace) -> Flux2Pipeline:
 
 
 def plan_of(pipe: Flux2Pipeline, arguments: argparse.Namespace) -> Plan:
-    return pipe.plan(arguments.height, arguments.width, arguments.max_sequence_length)
+    height, width, references = sizes_of(arguments, pipe.checkpoint.autoencoder.sample_size)
+    return pipe.plan(height, width, arguments.max_sequence_length, references)
+
+
+def sizes_of(arguments: argparse.Namespace, side: int) -> tuple[int, int, list[tuple[int, int]]]:
+    """Height and width of the picture to draw, where ``side`` is what the model is for, and sizes of its references."""
+    references = [reference_size(image) for image in arguments.image]
+    models = references if arguments.init_image is None else [reference_size(arguments.init_image), *references]
+    return *drawn_size(arguments.height, arguments.width, models, side), references
 
 
 def print_plan(arguments: argparse.Namespace) -> None:
@@ -242,11 +315,13 @@ def print_plan(arguments: argparse.Namespace) -> None:
         return
     packed = parse_options(arguments.quantize, arguments.quantize_text_encoder, arguments.group_size)
     dtype = dtype_of(arguments.dtype)
+    height, width, references = sizes_of(arguments, AutoEncoderConfig.sample_size)
     plan = make_plan(
         *released_modules(name, dtype, packed),
         dtype=dtype,
-        height=arguments.height or AutoEncoderConfig.sample_size,
-        width=arguments.width or AutoEncoderConfig.sample_size,
+        height=height,
+        width=width,
+        references=references,
         length=arguments.max_sequence_length or MAX_SEQUENCE_LENGTH,
         limit=arguments.memory_limit or machine_memory(),
         memory=arguments.memory,

@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from .config import InputError
 from .latents import PIXELS_PER_TOKEN
@@ -33,6 +34,9 @@ JPEG_EXIF_BYTES = 65_533
 REFERENCE_MIN_SIDE = 64
 REFERENCE_MAX_ASPECT = 8
 REFERENCE_MAX_PIXELS = 1024 * 1024
+# Formats of which a file with several frames is a film; others (MPO, TIFF) keep previews and pages beside the picture.
+FILMS = ("GIF", "PNG", "WEBP", "AVIF")
+_HEIC = re.compile(rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1)", re.DOTALL)
 
 
 def to_unit(decoded: mx.array) -> mx.array:
@@ -45,6 +49,60 @@ def to_pil(unit: np.ndarray) -> Image.Image:
     return Image.fromarray((unit * 255).round().astype(np.uint8))
 
 
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
+    """A picture from a file as RGB, turned upright as its EXIF says; transparent pixels become white, 16 bits 8.
+
+    Raises:
+        InputError: for a file that is no picture, is damaged, is a film, has 32-bit values, or too many pixels to be
+            read safely.
+    """
+    name = os.fspath(path)
+    try:
+        with Image.open(path) as image:
+            if getattr(image, "is_animated", False) and image.format in FILMS:
+                raise InputError(f"{name} has several frames; save the one that is meant as a picture of its own")
+            image.load()
+            kind = image.format
+            with contextlib.suppress(SyntaxError, ValueError, TypeError):  # a damaged EXIF turns nothing
+                image = ImageOps.exif_transpose(image)
+            return _plain(image, name, kind)
+    except InputError:
+        raise
+    except Image.DecompressionBombError:
+        raise InputError(f"{name} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; scale it down") from None
+    except UnidentifiedImageError:
+        with open(path, "rb") as file:
+            is_heic = _HEIC.match(file.read(16)) is not None
+        way_out = " but HEIC; on a Mac, sips -s format png FILE --out FILE.png makes a PNG of it" if is_heic else ""
+        raise InputError(f"cannot read {name}: it is no picture of a known format{way_out}") from None
+    except Exception as error:  # a damaged picture makes Pillow raise errors of many kinds
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else "it is cut short or damaged"
+        raise InputError(f"cannot read {name}: {reason}") from None
+
+
+def _plain(image: Image.Image, name: str, kind: str | None) -> Image.Image:
+    """RGB of a picture from a file of this format; 16 bits and transparency would suffer from a plain conversion."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):  # cut off at 255 otherwise
+        return Image.fromarray((np.asarray(image, np.float64) / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise InputError(f"cannot read {name}: its values have no known range; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def reference_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) of a reference picture as it is encoded: at most 1024 x 1024 pixels, sides multiples of 16.
+
+    Raises:
+        InputError: for what is no PIL picture, is smaller than 64 pixels a side or more elongated than 8 to 1.
+    """
+    width, height = (side // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN for side in _scaled(image))
+    return height, width
+
+
 def reference_array(image: Image.Image) -> mx.array:
     """A reference picture as the transformer takes it: (1, H, W, 3) in -1..1, float32.
 
@@ -52,23 +110,46 @@ def reference_array(image: Image.Image) -> mx.array:
     Source: diffusers' Flux2ImageProcessor.
 
     Raises:
-        InputError: for what is no PIL picture, is smaller than 64 pixels a side or more elongated than 8 to 1.
+        InputError: see reference_size.
     """
+    height, width = reference_size(image)
+    scaled = _scaled(image)
+    if scaled != image.size:
+        image = image.resize(scaled, Image.Resampling.LANCZOS)
+    left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
+    image = image.crop((left, top, left + width, top + height)).convert("RGB")
+    return mx.array(np.asarray(image, np.float32)[None] / 255 * 2 - 1)
+
+
+def init_array(image: Image.Image, size: tuple[int, int]) -> mx.array:
+    """A picture to begin from at a size (height, width): (1, H, W, 3) in -1..1, float32.
+
+    Scaled (Lanczos) to its reference_size as diffusers' Flux2KleinInpaintPipeline does, which may change its aspect by
+    what a multiple of 16 is off; to another size, scaled to cover it and cropped around the centre.
+    """
+    height, width = size
+    image = image.convert("RGB")
+    if size == reference_size(image):
+        scaled = image.resize(_scaled(image), Image.Resampling.LANCZOS)
+        image = scaled.resize((width, height), Image.Resampling.LANCZOS)
+    else:
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    return mx.array(np.asarray(image, np.float32)[None] / 255 * 2 - 1)
+
+
+def _scaled(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of a reference picture before it is cropped."""
     if not isinstance(image, Image.Image):
-        raise InputError(f"a reference must be a PIL.Image.Image, got {type(image).__name__}")
+        raise InputError(f"a picture must be a PIL.Image.Image, got {type(image).__name__}")
     width, height = image.size
     if min(width, height) < REFERENCE_MIN_SIDE:
-        raise InputError(f"a reference of {width} x {height} is too small: at least {REFERENCE_MIN_SIDE} pixels a side")
+        raise InputError(f"a picture of {width} x {height} is too small: at least {REFERENCE_MIN_SIDE} pixels a side")
     if max(width, height) > REFERENCE_MAX_ASPECT * min(width, height):
-        raise InputError(f"a reference of {width} x {height} is too elongated: at most {REFERENCE_MAX_ASPECT} to 1")
+        raise InputError(f"a picture of {width} x {height} is too elongated: at most {REFERENCE_MAX_ASPECT} to 1")
     if width * height > REFERENCE_MAX_PIXELS:
         scale = math.sqrt(REFERENCE_MAX_PIXELS / (width * height))
-        image = image.resize((int(width * scale), int(height * scale)), Image.Resampling.LANCZOS)
-        width, height = image.size
-    even_width, even_height = (side // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN for side in (width, height))
-    left, top = (width - even_width) // 2, (height - even_height) // 2
-    image = image.crop((left, top, left + even_width, top + even_height)).convert("RGB")
-    return mx.array(np.asarray(image, np.float32)[None] / 255 * 2 - 1)
+        return int(width * scale), int(height * scale)
+    return width, height
 
 
 def check_output(path: Path) -> None:

@@ -9,6 +9,7 @@ Reference: diffusers' Flux2KleinPipeline, whose argument names are accepted besi
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import secrets
@@ -16,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -32,7 +33,7 @@ from tqdm.auto import tqdm
 from ._version import __version__
 from .cache import read_prompt, write_prompt
 from .config import CheckpointError, InputError
-from .images import reference_array, to_pil, to_unit
+from .images import init_array, reference_array, reference_size, to_pil, to_unit
 from .latents import (
     NOISES,
     PIXELS_PER_TOKEN,
@@ -51,6 +52,7 @@ from .memory import (
     stage_dtype,
     text_encoder_bytes,
     transformer_bytes,
+    weight_bytes,
     weights_of,
     wired,
     within,
@@ -60,7 +62,7 @@ from .models.text_encoder import Qwen3TextEncoder
 from .models.transformer import FluxKlein
 from .plan import MODES, Plan, make_plan, stage_of
 from .quantize import Quantization, options_of, parse_options, tune
-from .sampler import SCHEDULES, check_sigmas, custom_sigmas, euler_step, schedule_sigmas
+from .sampler import SCHEDULES, check_sigmas, custom_sigmas, euler_step, guide, schedule_sigmas
 from .streaming import is_streamed, stream
 from .tokenizer import Qwen3Tokenizer
 from .weights import (
@@ -77,6 +79,10 @@ from .weights import (
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 STAGES = ("text_encoder", "transformer", "autoencoder")
 OUTPUT_TYPES = ("pil", "np", "latent")
+# What a call may be given that no file carries, and the command's option for it.
+INPUTS = {"image": "--image", "init_image": "--init-image", "prompt_embeds": "", "latents": ""}
+STRENGTH = 0.75  # unless given, or less where the steps are fewer than four
+KV_REFUSED = "takes reference images through its own cache, which is not supported; use klein-9b for edits"
 MIN_SIDE = 64
 MAX_PIXELS = 4 * 1024 * 1024
 MAX_STEPS = 1000  # noise levels that the models were trained on
@@ -89,7 +95,7 @@ MAX_GUIDANCE = 100
 class Settings:
     """What decides one picture; written into its file and read back by ``--from-image``.
 
-    ``inputs`` names what the call was given besides ("image", "prompt_embeds", "latents"), which no file carries.
+    ``inputs`` names what the call was given besides (of INPUTS), which no file carries.
     """
 
     prompt: str
@@ -114,33 +120,46 @@ class Settings:
     quantize: int | str | None = None
     quantize_text_encoder: int | str | None = None
     group_size: int | None = None
+    strength: float | None = None
+    guidance_interval: tuple[float, ...] | None = None
+    guidance_rescale: float = 0.0
+    force_guidance: bool = False
     inputs: tuple[str, ...] = ()
     version: str = __version__
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any]) -> Settings:
+    def from_metadata(cls, metadata: Mapping[str, Any], given: Sequence[str] = ()) -> Settings:
         """The settings that ``metadata`` gave, as read from a picture's file.
+
+        Args:
+            given: which of the inputs the caller has again.
 
         Raises:
             InputError: for a setting that is missing or of the wrong kind, and for a picture that needs more than its
                 settings to be drawn again.
         """
-        values: dict[str, Any] = {field.name: metadata.get(field.name) for field in fields(cls)}
-        for name in ("sigmas", "inputs"):  # JSON has no tuples
+        defaults = {field.name: None if field.default is MISSING else field.default for field in fields(cls)}
+        values: dict[str, Any] = {name: metadata.get(name, default) for name, default in defaults.items()}
+        for name in ("sigmas", "guidance_interval", "inputs"):  # JSON has no tuples
             values[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
         number, optional = (int, float), type(None)
         kinds: dict[str, Any] = {"seed": int, "width": int, "height": int, "num_steps": int, "max_sequence_length": int}
         kinds |= {"guidance": number, "sigmas": (tuple, optional), "inputs": tuple, "distilled": (bool, optional)}
+        kinds |= {"strength": (*number, optional), "guidance_interval": (tuple, optional), "guidance_rescale": number}
+        kinds |= {"force_guidance": bool}
         kinds |= dict.fromkeys(("revision", "transformer", "text_encoder", "vae", "tokenizer"), (str, optional))
         kinds |= dict.fromkeys(("quantize", "quantize_text_encoder", "group_size"), (int, str, optional))
         wrong = [name for name, value in values.items() if not isinstance(value, kinds.get(name, str))]
-        if not wrong and not all(isinstance(sigma, number) for sigma in values["sigmas"] or ()):
-            wrong = ["sigmas"]
+        for name in ("sigmas", "guidance_interval") if not wrong else ():
+            if not all(isinstance(value, number) for value in values[name] or ()):
+                wrong = [name]
         if wrong:
             raise InputError(f"the picture's settings cannot be read: {', '.join(wrong)}")
-        if values["inputs"]:
-            given = ", ".join(map(str, values["inputs"]))
-            raise InputError(f"the picture was drawn from more than its file carries ({given}); it cannot be repeated")
+        absent = [str(name) for name in values["inputs"] if name not in given]
+        if absent:
+            options = [INPUTS.get(name, "") for name in absent]
+            way_out = f"; give it again ({', '.join(options)})" if all(options) else ", and cannot be repeated"
+            raise InputError(f"the picture was drawn from more than its file carries ({', '.join(absent)}){way_out}")
         return cls(**values)
 
     def metadata(self) -> dict[str, Any]:
@@ -254,6 +273,8 @@ class _Run:
     prompt_embeds: list[mx.array] | None  # one (1, L, D) a picture
     latents: list[mx.array] | None  # one (1, S, C) a picture
     references: list[mx.array]  # (1, H, W, 3)
+    init: mx.array | None  # (1, H, W, 3)
+    start: int  # the first step that is done
     uses_guidance: bool
 
 
@@ -300,6 +321,7 @@ class Flux2Pipeline:
         self.autoencoder: AutoEncoder
         self._loaded: dict[str, set[int]] = {}  # of each stage, id of the modules that are in memory
         self._embeddings: dict[tuple[str, int], mx.array] = {}
+        self._pictures: dict[bytes, mx.array] = {}  # tokens of those given to the last call, by content
         for stage in STAGES:
             self._open(stage)
 
@@ -337,7 +359,7 @@ class Flux2Pipeline:
             dtype: "bfloat16", "float16" or "float32"; None takes what suits the machine.
             quantize: pack the matrices of the transformer and the text encoder, as they are loaded, into so many bits
                 (2, 3, 4, 5, 6, 8) or a format ("mxfp4", "mxfp8", "nvfp4"). With fewer than 8 bits the transformer's
-                most sensitive layers get 8, which costs half a bit a weight at most. What the checkpoint holds packed
+                most sensitive layers get more, which costs 0.3 bits a weight at most. What the checkpoint holds packed
                 stays so.
             quantize_text_encoder: the same for the text encoder alone, where it is to differ; "none" leaves it.
             group_size: weights that share a scale where they are packed into bits: 32, 64 or 128; unless given 64.
@@ -385,24 +407,22 @@ class Flux2Pipeline:
         """What one picture needs, and what becomes of the mode "auto"; nothing is loaded.
 
         Args:
-            height, width: in pixels; unless given those that the checkpoint is for.
-            max_sequence_length: as stream takes it.
+            height, width, max_sequence_length: as stream takes them.
             references: (height, width) of each reference picture, as it is encoded: at most a megapixel.
 
         Raises:
             InputError: for a size or a length that cannot be drawn.
         """
-        check_size(height, width)
         if max_sequence_length is not None:
             _between("max_sequence_length", max_sequence_length, 1, MAX_POSITIONS)
-        side = self.checkpoint.autoencoder.sample_size
+        height, width = drawn_size(height, width, references, self.checkpoint.autoencoder.sample_size)
         return make_plan(
             self.text_encoder,
             self.transformer,
             self.autoencoder,
             dtype=self.dtype,
-            height=height or side,
-            width=width or side,
+            height=height,
+            width=width,
             length=max_sequence_length or self.tokenizer.default_length,
             references=references,
             limit=self.memory_limit,
@@ -458,12 +478,17 @@ class Flux2Pipeline:
         width: int | None = None,
         num_steps: int | None = None,
         guidance: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float = 0.0,
+        force_guidance: bool = False,
         seed: int | None = None,
         num_images: int | None = None,
         schedule: str = "flux2",
         sigmas: Sequence[float] | None = None,
         noise: str = "torch",
         max_sequence_length: int | None = None,
+        init_image: Image.Image | None = None,
+        strength: float | None = None,
         prompt_embeds: mx.array | None = None,
         latents: mx.array | np.ndarray | None = None,
         num_inference_steps: int | None = None,
@@ -479,9 +504,14 @@ class Flux2Pipeline:
             negative_prompt: what guidance leads away from.
             image: reference pictures, as diffusers takes them.
             height, width: in pixels, multiples of 16, from 64 up to 4 megapixels; unless given the first reference's
-                size, or what the checkpoint is for, 1024 for the released ones.
+                size (of one side given, the other by that reference's aspect), or what the checkpoint is for, 1024 for
+                the released ones.
             num_steps: 4 for distilled models and 50 for base models unless given.
             guidance: scale of classifier-free guidance, 4.0 for base models unless given; distilled models ignore it.
+                Its two passes are one where memory allows.
+            guidance_interval: noise levels (low, high) between which there is guidance; unless given all.
+            guidance_rescale: how far guidance is brought back to the spread of the velocity without it, 0 to 1.
+            force_guidance: guide a distilled model all the same.
             seed: of the first picture, the k-th has seed + k; random unless given.
             num_images: pictures of each prompt.
             schedule: "flux2" (the official one), "linear" or "comfy".
@@ -489,13 +519,17 @@ class Flux2Pipeline:
             noise: "torch" equals torch's CPU generator; "mlx" draws from mx.random.
             max_sequence_length: tokens that a prompt is padded or cut to; unless given 512, or what the
                 tokenizer takes where that is less.
+            init_image: a picture to begin from, noised, in place of noise alone. Its size comes before the first
+                reference's; to another size it is scaled and cropped, never stretched.
+            strength: how much of it is drawn anew, up to 1 for all of it (0.75 unless given, less with fewer than 4
+                steps): of n steps the first n - n * strength are left out, rounded down as diffusers does.
             prompt_embeds: (B, L, D) in place of prompts.
             latents: (B, 128, H/16, W/16) in diffusers' order, or (B, S, 128), in place of noise.
             num_inference_steps, guidance_scale, num_images_per_prompt: diffusers' names for num_steps, guidance and
                 num_images.
 
         Yields:
-            Step, num_steps a picture.
+            Step, num_steps a picture, with an init_image those that are done.
 
         Raises:
             InputError: for a value that cannot be used.
@@ -512,12 +546,17 @@ class Flux2Pipeline:
             width=width,
             num_steps=num_steps,
             guidance=guidance,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+            force_guidance=force_guidance,
             seed=seed,
             num_images=1 if num_images is None else num_images,
             schedule=schedule,
             sigmas=sigmas,
             noise=noise,
             max_sequence_length=max_sequence_length,
+            init_image=init_image,
+            strength=strength,
             prompt_embeds=prompt_embeds,
             latents=latents,
         )
@@ -533,12 +572,17 @@ class Flux2Pipeline:
         width: int | None,
         num_steps: int | None,
         guidance: float | None,
+        guidance_interval: tuple[float, float] | None,
+        guidance_rescale: float,
+        force_guidance: bool,
         seed: int | None,
         num_images: int,
         schedule: str,
         sigmas: Sequence[float] | None,
         noise: str,
         max_sequence_length: int | None,
+        init_image: Image.Image | None,
+        strength: float | None,
         prompt_embeds: mx.array | None,
         latents: mx.array | np.ndarray | None,
     ) -> _Run:
@@ -561,15 +605,11 @@ class Flux2Pipeline:
         seed = secrets.randbelow(2**32) if seed is None else seed
         pictures: list[Any] = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
         if pictures and self.checkpoint.has_kv_cache:
-            raise InputError(
-                f"{self.checkpoint.name} takes reference images through its own cache, which is not supported; "
-                "use klein-9b for edits"
-            )
+            raise InputError(f"{self.checkpoint.name} {KV_REFUSED}")
         references = [reference_array(picture) for picture in pictures]
-        side = self.checkpoint.autoencoder.sample_size
-        default_height, default_width = references[0].shape[1:3] if references else (side, side)
-        height = default_height if height is None else height
-        width = default_width if width is None else width
+        sizes = [(picture.shape[1], picture.shape[2]) for picture in references]
+        models = [*([] if init_image is None else [reference_size(init_image)]), *sizes]
+        height, width = drawn_size(height, width, models, self.checkpoint.autoencoder.sample_size)
         guidance = (1.0 if distilled else 4.0) if guidance is None else guidance
         if max_sequence_length is None:
             max_sequence_length = self.tokenizer.default_length
@@ -578,13 +618,18 @@ class Flux2Pipeline:
             width=width,
             num_steps=num_steps,
             guidance=guidance,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
             seed=seed,
             num_images=num_images,
             schedule=schedule,
             sigmas=sigmas,
             noise=noise,
             max_sequence_length=max_sequence_length,
+            strength=strength,
         )
+        if references:
+            self._check_room(height, width, max_sequence_length, sizes)
         tokens = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
 
         if sigmas is not None:
@@ -592,15 +637,27 @@ class Flux2Pipeline:
         else:
             num_steps = (4 if distilled else 50) if num_steps is None else num_steps
             levels = schedule_sigmas(schedule, num_steps, tokens)
-        if distilled and guidance > 1:
+        if distilled and guidance > 1 and not force_guidance:
             warnings.warn(
-                f"{self.checkpoint.name} is distilled and draws without guidance; guidance {guidance:g} is ignored",
+                f"{self.checkpoint.name} is distilled and draws without guidance; guidance {guidance:g} is ignored "
+                "(force_guidance, --force-guidance apply it)",
                 stacklevel=3,
             )
             guidance = 1.0
 
         total = len(prompts) * num_images
-        besides = {"image": image, "prompt_embeds": prompt_embeds, "latents": latents}
+        start = 0
+        if init_image is not None:
+            strength = min(STRENGTH, most_kept(len(levels) - 1)) if strength is None else float(strength)
+            start = first_step(strength, len(levels) - 1)
+        elif strength is not None:
+            raise InputError("strength belongs to init_image, and none is given")
+        if guidance > 1 and guidance_interval is not None:
+            low, high = guidance_interval
+            if not any(low <= sigma <= high for sigma in levels[start:-1]):
+                told = ", ".join(f"{sigma:.3g}" for sigma in levels[start:-1][:8])
+                warnings.warn(f"no noise level is in guidance_interval: {told}; there is no guidance", stacklevel=3)
+        given_inputs = {"image": image, "init_image": init_image, "prompt_embeds": prompt_embeds, "latents": latents}
         settings = [
             Settings(
                 prompt=prompts[k // num_images],
@@ -617,7 +674,11 @@ class Flux2Pipeline:
                 negative_prompt=negative_prompt,
                 sigmas=None if sigmas is None else tuple(float(s) for s in sigmas),
                 revision=self.checkpoint.revision,
-                inputs=tuple(name for name, value in besides.items() if value is not None),
+                strength=strength,
+                guidance_interval=None if guidance_interval is None else tuple(map(float, guidance_interval)),
+                guidance_rescale=float(guidance_rescale),
+                force_guidance=bool(force_guidance),
+                inputs=tuple(name for name, value in given_inputs.items() if value is not None),
                 **self.checkpoint.options,
                 **options_of(self.quantize),
             )
@@ -629,7 +690,23 @@ class Flux2Pipeline:
         embeds = None
         if prompt_embeds is not None:
             embeds = [prompt_embeds[k // num_images][None] for k in range(total)]
-        return _Run(settings, levels, embeds, given, references, uses_guidance=guidance > 1)
+        init = None if init_image is None else init_array(init_image, (height, width))
+        return _Run(settings, levels, embeds, given, references, init, start, uses_guidance=guidance > 1)
+
+    def _check_room(self, height: int, width: int, length: int, references: Sequence[tuple[int, int]]) -> None:
+        """Refuse more references than there is memory for. A picture that is itself too large is warned of later.
+
+        Raises:
+            InputError: with the number that fits.
+        """
+        plans = [self.plan(height, width, length, references[:count]) for count in range(len(references) + 1)]
+        fitting = [plan.peak <= self.memory_limit for plan in plans]
+        if fitting[0] and not fitting[-1]:
+            raise InputError(
+                f"{len(references)} references and a picture of {width} x {height} need about "
+                f"{plans[-1].peak / 1e9:.2f} GB of memory, and there are {self.memory_limit / 1e9:.2f}; the first "
+                f"{fitting.index(False) - 1} fit"
+            )
 
     def _drawn(self, run: _Run) -> Iterator[Step]:
         with wired(self.memory_limit):
@@ -642,7 +719,9 @@ class Flux2Pipeline:
         prompts = [] if run.prompt_embeds else [settings.prompt for settings in run.pictures]
         negative = [first.negative_prompt] if run.uses_guidance else []
         encoded = self._encode([*prompts, *negative], first.max_sequence_length, stats)
-        references = self._encode_references(run.references, stats)
+        given = [*run.references, *([] if run.init is None else [run.init])]
+        references = self._encode_pictures(given, stats)
+        init = None if run.init is None else references.pop()
         reference_tokens = sum(tokens.shape[1] for tokens in references)
 
         image_tokens = (first.height // PIXELS_PER_TOKEN) * (first.width // PIXELS_PER_TOKEN)
@@ -660,25 +739,39 @@ class Flux2Pipeline:
         )
 
         def velocity(x: mx.array, txt: mx.array, sigma: float) -> mx.array:
-            img = mx.concatenate([x, *references], axis=1)
-            v = self.transformer.forward_with_rope(img, txt, mx.array([sigma]), cos, sin)
+            """Of the picture's tokens, (B, S, 128), with the prompt embeddings (B, L, D) of each row."""
+            img = mx.repeat(mx.concatenate([x, *references], axis=1), len(txt), axis=0)
+            v = self.transformer.forward_with_rope(img, txt, mx.full((len(txt),), sigma), cos, sin)
             return v[:, :image_tokens].astype(mx.float32)
 
-        steps = len(run.pictures) * (len(run.sigmas) - 1)
+        together = run.uses_guidance and self._has_room_for_both(working)
+        working = 2 * working if together else working
+
+        sigmas = run.sigmas[run.start :]
+        steps = len(run.pictures) * (len(sigmas) - 1)
         self._prepare("transformer", "", working, stats)  # before the bar of the steps, for its own
         with self._bar("drawing", steps, unit="step") as bar:
             for k, settings in enumerate(run.pictures):
                 txt = run.prompt_embeds[k] if run.prompt_embeds else encoded[settings.prompt]
                 negative_txt = encoded[settings.negative_prompt] if run.uses_guidance else None
                 x = run.latents[k] if run.latents else _noise(settings, params.in_channels)
-                for i, (sigma, sigma_next) in enumerate(pairwise(run.sigmas)):
+                if init is not None:
+                    x = (1 - sigmas[0]) * init.astype(mx.float32) + sigmas[0] * x
+                for i, (sigma, sigma_next) in enumerate(pairwise(sigmas), run.start):
                     # Again, since a caller may have decoded a picture in between and so unloaded the transformer.
                     needed = self._prepare("transformer", "", working, stats)
                     with self._working("denoise", needed, stats):
-                        v = velocity(x, txt, sigma)
-                        if negative_txt is not None:
-                            away = velocity(x, negative_txt, sigma)
-                            v = away + settings.guidance * (v - away)
+                        low, high = settings.guidance_interval or (0, 1)
+                        if negative_txt is None or not low <= sigma <= high:
+                            v = velocity(x, txt, sigma)
+                        else:
+                            if together:
+                                v, away = mx.split(velocity(x, mx.concatenate([txt, negative_txt]), sigma), 2)
+                            else:
+                                v = velocity(x, txt, sigma)
+                                mx.eval(v)  # or intermediates of both passes would be in memory
+                                away = velocity(x, negative_txt, sigma)
+                            v = guide(v, away, settings.guidance, settings.guidance_rescale)
                         x = euler_step(x, v, sigma, sigma_next)
                         finite = mx.isfinite(x).all()
                         mx.eval(x, v, finite)
@@ -729,18 +822,26 @@ class Flux2Pipeline:
         tokens = np.array(ids).tobytes(), np.array(mask).tobytes()
         return source.files, (__version__, mx.default_device(), source.config, module, tokens)
 
-    def _encode_references(self, pictures: Sequence[mx.array], stats: Stats) -> list[mx.array]:
-        """Clean, normalized tokens (1, R, 128) of each reference picture (1, H, W, 3)."""
-        tokens = []
-        for pixels in pictures:
+    def _encode_pictures(self, pictures: Sequence[mx.array], stats: Stats) -> list[mx.array]:
+        """Clean, normalized tokens (1, R, 128) of each given picture (1, H, W, 3); those of the last call are not
+        computed again.
+        """
+        keys = [
+            hashlib.sha256(repr(pixels.shape).encode() + np.array(pixels).tobytes()).digest() for pixels in pictures
+        ]
+        tokens = {key: self._pictures[key] for key in keys if key in self._pictures}
+        for key, pixels in zip(keys, pictures, strict=True):
+            if key in tokens:
+                continue
             height, width = pixels.shape[1:3]
             working = encoder_bytes(self.checkpoint.autoencoder, height, width, stage_dtype("autoencoder", self.dtype))
             needed = self._prepare("autoencoder", "encoder", working, stats)
             with self._working("references", needed, stats):
-                encoded = self.autoencoder.bn.normalize(pack_latents(self.autoencoder.encoder(pixels)))
-                mx.eval(encoded)
-            tokens.append(encoded)
-        return tokens
+                tokens[key] = self.autoencoder.bn.normalize(pack_latents(self.autoencoder.encoder(pixels)))
+                mx.eval(tokens[key])
+        if pictures:
+            self._pictures = tokens
+        return [tokens[key] for key in keys]
 
     def _decode(self, latents: mx.array, settings: Settings, stats: Stats) -> mx.array:
         """Sampled tokens (1, S, 128) to a picture (1, H, W, 3) in 0..1, float32."""
@@ -811,6 +912,17 @@ class Flux2Pipeline:
         self._loaded[name].add(id(module))
         return stage.working
 
+    def _has_room_for_both(self, intermediates: int) -> bool:
+        """Whether the transformer can work with twice the intermediates, and nothing is unloaded or streamed for it."""
+        stage = stage_of("transformer", self.transformer, intermediates, self.dtype)
+        weights = stage.streamed if stage.is_streamed(self.memory, self.memory_limit) else stage.weights
+        alone = weights + stage.working
+        others = [name for name in STAGES if name != "transformer" and self._loaded[name]]
+        kept = sum(weight_bytes(getattr(self, name)) for name in others)
+        if self.memory in ("staged", "streamed") or (self.memory == "auto" and kept + alone > self.memory_limit):
+            kept = 0
+        return kept + alone + intermediates <= self.memory_limit
+
     def _module(self, name: str, part: str) -> nn.Module:
         stage: nn.Module = getattr(self, name)
         return getattr(stage, part) if part else stage
@@ -874,12 +986,15 @@ def check_options(
     width: int | None,
     num_steps: int | None,
     guidance: float | None,
+    guidance_interval: Sequence[float] | None,
+    guidance_rescale: float,
     seed: int,
     num_images: int,
     schedule: str,
     sigmas: Sequence[float] | None,
     noise: str,
     max_sequence_length: int | None,
+    strength: float | None,
 ) -> None:
     """Refuse options of Flux2Pipeline.stream that no model could draw with; None stands for the model's default.
 
@@ -895,12 +1010,41 @@ def check_options(
             raise InputError(f"num_steps is {num_steps}, but {len(sigmas)} sigmas are given")
     if guidance is not None and not (isinstance(guidance, (int, float)) and 0 <= guidance <= MAX_GUIDANCE):
         raise InputError(f"guidance must be a number from 0 to {MAX_GUIDANCE}, got {guidance!r}")
+    if guidance_interval is not None:
+        ends = list(guidance_interval) if isinstance(guidance_interval, (list, tuple)) else []
+        if not (len(ends) == 2 and all(isinstance(end, (int, float)) for end in ends) and 0 <= ends[0] <= ends[1] <= 1):
+            raise InputError(
+                f"guidance_interval must be two noise levels, 0 <= low <= high <= 1, got {guidance_interval!r}"
+            )
+    if not (isinstance(guidance_rescale, (int, float)) and 0 <= guidance_rescale <= 1):
+        raise InputError(f"guidance_rescale must be a number from 0 to 1, got {guidance_rescale!r}")
     _between("seed", seed, 0, None)
     _between("num_images", num_images, 1, MAX_IMAGES)
     if max_sequence_length is not None:
         _between("max_sequence_length", max_sequence_length, 1, MAX_POSITIONS)
+    if strength is not None and not (isinstance(strength, (int, float)) and 0 < strength <= 1):
+        raise InputError(f"strength must be a number above 0, up to 1, got {strength!r}")
     _one_of("schedule", schedule, SCHEDULES)
     _one_of("noise", noise, NOISES)
+
+
+def first_step(strength: float, steps: int) -> int:
+    """The step to begin with, of so many, where a picture is drawn anew with a strength; diffusers' rounding. The last
+    one is always done.
+    """
+    first = min(int(steps - steps * strength), steps - 1)
+    if first == 0 and strength < 1 < steps:
+        warnings.warn(
+            f"strength {strength:g} of {steps} steps is rounded to all of them and keeps next to nothing of the init "
+            f"image; {most_kept(steps):g} is the most that keeps some",
+            stacklevel=4,
+        )
+    return first
+
+
+def most_kept(steps: int) -> float:
+    """The greatest strength, in hundredths, that leaves out one of so many steps; 1 where there is one alone."""
+    return math.floor(100 * (steps - 1) / steps) / 100 if steps > 1 else 1.0
 
 
 def check_size(height: int | None, width: int | None) -> None:
@@ -924,6 +1068,32 @@ def check_size(height: int | None, width: int | None) -> None:
             f"{width} x {height} is {height * width / 2**20:.2f} megapixels; at most {MAX_PIXELS // 2**20} "
             "(2048 x 2048) can be drawn"
         )
+
+
+def drawn_size(
+    height: int | None, width: int | None, references: Sequence[tuple[int, int]], side: int
+) -> tuple[int, int]:
+    """The size (height, width) of a picture: what is given, else the first of those that it is drawn from, by its
+    aspect where one side is given, else ``side``.
+
+    Raises:
+        InputError: see check_size.
+    """
+    check_size(height, width)
+    if references:
+        tall, wide = references[0]
+        if height is None:
+            height = tall if width is None else _multiple(width * tall / wide)
+        if width is None:
+            width = _multiple(height * wide / tall)
+    height, width = height or side, width or side
+    check_size(height, width)
+    return height, width
+
+
+def _multiple(side: float) -> int:
+    """The nearest side that can be drawn."""
+    return max(MIN_SIDE, round(side / PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN)
 
 
 def check_prompt(prompt: Any) -> None:

@@ -227,7 +227,9 @@ class QuantizedLinear(nn.Module):
         return (self.dense if x.size // x.shape[-1] >= self.dense_rows else self.fused)(x, start, stop)
 
     def dense(self, x: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
-        return x @ unpack(*self._rows(start, stop), self.how).astype(x.dtype).T
+        weight, scales, biases = self._rows(start, stop)
+        weight = mx.depends(weight, x)  # or it is unpacked long before x is there
+        return x @ unpack(weight, scales, biases, self.how).astype(x.dtype).T
 
     def fused(self, x: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
         how = self.how

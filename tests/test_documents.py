@@ -72,8 +72,8 @@ def test_python_examples_run_in_order(klein, tmp_path, capsys):
 @pytest.mark.parametrize("command", commands())
 def test_command_examples_run(command, klein, tmp_path, capsys):
     (tmp_path / "prompt.txt").write_text("a red fox")
-    if "--from-image" in command:
-        assert main(["a fox", "--output", "fox.png", "--model", str(klein), "--width", "64", "--height", "64"]) == 0
+    for picture in set(re.findall(r"--(?:from-image|image|init-image) (\S+)", command)):
+        assert main(["a fox", "--output", picture, "--model", str(klein), "--width", "64", "--height", "64"]) == 0
     arguments = shlex.split(command, comments=True)
     arguments = arguments[3:] if arguments[0] == "python" else arguments[1:]
     small = ["--model", str(klein), "--width", "64", "--height", "64", "--max-sequence-length", "16"]

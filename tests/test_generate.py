@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flux2_mlx import Flux2Pipeline, Settings, __version__, read_metadata, save_image
-from flux2_mlx.generate import main, output_path, parse_arguments
+from flux2_mlx import Flux2Pipeline, InputError, Settings, __version__, read_metadata, save_image
+from flux2_mlx.generate import main, output_path, parse_arguments, start
 from tests import tiny
 from tests.prompts import LONG
 
@@ -75,7 +75,8 @@ def test_every_option_reaches_the_pipeline(run, tmp_path, base_reference):
     folder = base_reference[1]
     transformer = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     code, out, _ = run(
-        "a red fox", "--guidance", 2.5, "--seed", 3, "--num-images", 2, "--schedule", "comfy", "--noise", "mlx",
+        "a red fox", "--guidance", 2.5, "--guidance-interval", "0.1,0.9", "--guidance-rescale", 0.5,
+        "--seed", 3, "--num-images", 2, "--schedule", "comfy", "--noise", "mlx",
         "--dtype", "bfloat16", "--negative-prompt", "blur", "--output", "out-{seed}-{index}.webp", "--quiet",
         "--transformer", transformer, "--text-encoder", folder / "text_encoder", "--vae", folder / "vae",
         "--tokenizer", folder / "tokenizer", "--no-distilled", "--quantize", "8", "--quantize-text-encoder", "mxfp8",
@@ -95,12 +96,16 @@ def test_every_option_reaches_the_pipeline(run, tmp_path, base_reference):
         "quantize": 8,
         "quantize_text_encoder": "mxfp8",
         "group_size": 32,
+        "strength": None,
         "inputs": [],
         "seed": 4,
         "width": 80,
         "height": 64,
         "num_steps": 2,
         "guidance": 2.5,
+        "guidance_interval": [0.1, 0.9],
+        "guidance_rescale": 0.5,
+        "force_guidance": False,
         "schedule": "comfy",
         "sigmas": None,
         "noise": "mlx",
@@ -110,6 +115,90 @@ def test_every_option_reaches_the_pipeline(run, tmp_path, base_reference):
     }
     assert main(["--from-image", "out-3-0.webp", "--output", "again.webp", "--quiet"]) == 0
     assert (tmp_path / "again.webp").read_bytes() == (tmp_path / "out-3-0.webp").read_bytes()
+
+
+@pytest.fixture
+def fox(tmp_path):
+    """A picture file of 100 x 70 pixels, encoded as 96 x 64."""
+    levels = np.random.default_rng(0).integers(0, 256, (70, 100, 3), np.uint8)
+    Image.fromarray(levels).save(tmp_path / "fox.png")
+    return Image.fromarray(levels)
+
+
+def test_pictures_are_edited(checkpoint, pipe, tmp_path, monkeypatch, fox):
+    monkeypatch.chdir(tmp_path)
+    fox.rotate(90, expand=True).save("other.png")
+    base = ["$1 of the second image", "--model", str(checkpoint), "--max-sequence-length", "32", "--seed", "5"]
+    options = {"seed": 5, "max_sequence_length": 32}
+    for more, size in (([], {}), (["--width", "192"], {"width": 192}), (["--height", "80"], {"height": 80})):
+        assert main([*base, "--image", "fox.png", "--image", "other.png", "--output", "a.png", "--quiet", *more]) == 0
+        expected = pipe("$1 of the second image", image=[fox, fox.rotate(90, expand=True)], **options, **size)
+        with Image.open("a.png") as picture:
+            assert np.array_equal(np.asarray(picture), np.asarray(expected.images[0]))
+            assert picture.size == {"width": (192, 128), "height": (128, 80)}.get(next(iter(size), ""), (96, 64))
+        os.remove("a.png")
+
+
+def test_an_edit_is_repeated_with_its_references(run, tmp_path, fox):
+    assert run("a red fox", "--image", "fox.png", "--output", "a.png")[0] == 0
+    assert read_metadata(tmp_path / "a.png")["inputs"] == ["image"]
+    assert command("--from-image", "a.png", "--output", "b.png") == 2
+    assert command("--from-image", "a.png", "--image", "fox.png", "--output", "b.png") == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_picture_is_drawn_anew(checkpoint, pipe, tmp_path, monkeypatch, fox):
+    monkeypatch.chdir(tmp_path)
+    base = ["a blue fox", "--model", str(checkpoint), "--max-sequence-length", "32", "--seed", "5", "--quiet"]
+    assert main([*base, "--init-image", "fox.png", "--strength", "0.5", "--output", "a.png"]) == 0
+    expected = pipe("a blue fox", init_image=fox, strength=0.5, seed=5, max_sequence_length=32).images[0]
+    with Image.open("a.png") as picture:
+        assert np.array_equal(np.asarray(picture), np.asarray(expected))
+    metadata = read_metadata("a.png")
+    assert (metadata["inputs"], metadata["strength"]) == (["init_image"], 0.5)
+    assert main(["--from-image", "a.png", "--init-image", "fox.png", "--output", "b.png"]) == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_distilled_model_is_guided_where_that_is_forced(run, tmp_path):
+    options = ["--guidance", 3, "--seed", 1, "--quiet"]
+    code, _, err = run("a", *options, "--output", "plain.png")
+    assert (code, "--force-guidance" in err) == (0, True)
+    assert run("a", *options, "--force-guidance", "--output", "forced.png")[::2] == (0, "")
+    assert not np.array_equal(*(np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("plain", "forced")))
+    assert command("--from-image", "forced.png", "--output", "again.png", "--quiet") == 0
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "forced.png").read_bytes()
+
+
+def test_a_strength_without_a_picture_to_begin_from_is_refused(run):
+    refused(run("a", "--strength", 0.5, model="no/such/model"), "--strength belongs to --init-image")
+
+
+def test_references_that_cannot_be_used_are_refused_before_the_model_is_opened(run, fox):
+    fox.resize((70, 60)).save("small.png")
+    fox.resize((900, 100)).save("long.png")
+    nowhere = ["--image", "fox.png", "--image"]
+    for name, expected in {
+        "small.png": "small.png: a picture of 70 x 60 is too small: at least 64 pixels a side",
+        "long.png": "long.png: a picture of 900 x 100 is too elongated: at most 8 to 1",
+        "nowhere.png": "cannot read nowhere.png: No such file",
+    }.items():
+        refused(run("a", *nowhere, name, model="no/such/model"), expected)
+
+
+def test_what_a_reference_asks_for_is_refused_before_the_model_is_opened(run, fox):
+    fox.resize((512, 64)).save("wide.png")
+    base = ["a", "--model", "no/such/model", "--image", "wide.png", "--height", "1024"]
+    with pytest.raises(InputError, match="megapixels"):
+        start(parse_arguments(base, None))
+    refused(run("a", "--image", "fox.png", model="klein-9b-kv"), "klein-9b-kv takes reference images through its own")
+
+
+def test_references_are_planned(run, fox):
+    alone, edit = (run("--plan", *images)[1] for images in ([], ["--image", "fox.png"]))
+    assert "references" in edit
+    assert "references" not in alone
+    assert "references" in run("--plan", "--image", "fox.png", model="klein-4b")[1]
 
 
 def test_quiet_prints_the_seed_and_the_file_alone(run):
@@ -196,7 +285,8 @@ def test_from_image_keeps_a_revision_with_its_model_alone(run, tmp_path, monkeyp
         ({"sigmas": ["x"]}, "cannot be read: sigmas"),
         ({"prompt": ["a", "b"]}, "cannot be read: prompt"),
         ({"seed": None, "width": "64"}, "cannot be read: seed, width"),
-        ({"inputs": ["image", "latents"]}, "drawn from more than its file carries (image, latents)"),
+        ({"inputs": ["image", "latents"]}, "carries (image, latents), and cannot be repeated"),
+        ({"inputs": ["image"]}, "carries (image); give it again (--image)"),
         ({"width": 10**9}, "megapixels"),
         ({"schedule": "karras"}, "schedule must be one of"),
         ({"model": "../../nowhere"}, "no model '../../nowhere'"),

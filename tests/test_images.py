@@ -11,10 +11,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from diffusers.utils import load_image
 from PIL import ExifTags, Image
 
 from flux2_mlx import InputError, Settings, read_metadata, save_image
-from flux2_mlx.images import check_output, reference_array, to_pil, to_unit
+from flux2_mlx.images import check_output, open_image, reference_array, reference_size, to_pil, to_unit
 
 SETTINGS = Settings(
     prompt='a red fox 🦊, "quoted"\nsecond line',
@@ -176,3 +177,97 @@ def test_rounding_is_half_to_even_and_values_are_clipped():
 def test_bad_references(image, message):
     with pytest.raises(InputError, match=message):
         reference_array(image)
+
+
+# ------------------------------------------------------------------------------------------------ files that are read
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_stands_upright(image, tmp_path, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    upright = open_image(tmp_path / "a.png")
+    assert upright.size == ((16, 32) if orientation > 4 else (32, 16))
+    assert np.array_equal(np.asarray(upright), np.asarray(load_image(str(tmp_path / "a.png"))))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "1", "P", "YCbCr"])
+def test_every_mode_becomes_the_colours_that_it_shows(image, tmp_path, mode):
+    path = tmp_path / ("a.tiff" if mode in ("CMYK", "YCbCr") else "a.png")
+    image.convert(mode).save(path)
+    assert np.array_equal(np.asarray(open_image(path)), np.asarray(load_image(str(path))))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_becomes_white(tmp_path, mode):
+    levels = np.zeros((8, 8, 4), np.uint8)
+    levels[:, 4:, 3] = 255  # the right half black, the left one transparent black
+    picture = Image.fromarray(levels)
+    if mode == "P":
+        picture = Image.fromarray(levels[..., 3] // 255).convert("P")
+        picture.putpalette([9, 9, 9, 0, 0, 0])
+        picture.info["transparency"] = 0
+    picture.convert(mode).save(tmp_path / "a.png")
+    opened = np.asarray(open_image(tmp_path / "a.png"))
+    assert (opened[:, :4] == 255).all()
+    assert (opened[:, 4:] == 0).all()
+
+
+def test_sixteen_bits_become_eight(tmp_path):
+    levels = np.array([[0, 257, 128 * 257 + 100, 65535]], np.uint16)
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    assert np.asarray(open_image(tmp_path / "a.png"))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_a_damaged_exif_turns_nothing(image, tmp_path):
+    image.save(tmp_path / "a.png", exif=b"Exif\0\0garbage")
+    assert np.array_equal(np.asarray(open_image(tmp_path / "a.png")), np.asarray(image))
+
+
+def test_a_photo_with_a_preview_beside_it_is_a_picture(image, tmp_path):
+    image.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[image.resize((8, 4))])
+    assert open_image(tmp_path / "a.jpg").size == image.size
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".png", ".webp"])
+def test_a_film_is_refused(image, tmp_path, suffix):
+    image.save(tmp_path / f"a{suffix}", save_all=True, append_images=[image.rotate(90)])
+    with pytest.raises(InputError, match=rf"a\{suffix} has several frames"):
+        open_image(tmp_path / f"a{suffix}")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tiff"])
+def test_half_a_file_is_refused(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(InputError, match=rf"cannot read .*a\{suffix}: "):
+        open_image(path)
+
+
+def test_what_is_no_picture_is_refused(image, tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_text("not a picture")
+    (tmp_path / "b.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "c.tiff")
+    image.save(tmp_path / "d.png")
+    Image.fromarray(np.full((4, 4), 200, np.int32)).save(tmp_path / "e.tiff")
+    for name, expected in {
+        "a.png": "it is no picture of a known format$",
+        "b.heic": "HEIC; on a Mac, sips -s format png",
+        "c.tiff": "no known range",
+        "e.tiff": "no known range",
+        "nowhere.png": "No such file",
+        ".": "Is a directory",
+    }.items():
+        with pytest.raises(InputError, match=rf"cannot read .*{expected}"):
+            open_image(tmp_path / name)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
+    with pytest.raises(InputError, match=r"d\.png has more than 400 pixels; scale it down"):
+        open_image(tmp_path / "d.png")
+
+
+@pytest.mark.parametrize("size", [(64, 64), (103, 70), (1300, 1100), (4000, 501)])
+def test_a_reference_has_the_size_that_was_told(size):
+    picture = Image.new("RGB", size)
+    assert reference_array(picture).shape == (1, *reference_size(picture), 3)

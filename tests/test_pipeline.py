@@ -2,15 +2,18 @@
 
 import json
 import re
+import warnings
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from flux2_mlx import CheckpointError, Flux2Pipeline, InputError, Step
+from flux2_mlx.images import init_array
+from flux2_mlx.latents import image_ids, initial_noise, pack_latents, text_ids
 from flux2_mlx.memory import (
     decoder_bytes,
     default_dtype,
@@ -20,7 +23,10 @@ from flux2_mlx.memory import (
     weights_of,
 )
 from flux2_mlx.models.text_encoder import Qwen3TextEncoder
-from flux2_mlx.pipeline import Stats, check_size
+from flux2_mlx.models.transformer import FluxKlein
+from flux2_mlx.pipeline import STRENGTH, Stats, check_size, drawn_size, first_step, most_kept
+from flux2_mlx.plan import MODES
+from flux2_mlx.sampler import flux2_sigmas
 from tests import tiny
 
 SMALL = {"height": 64, "width": 80, "num_steps": 2, "max_sequence_length": 16}
@@ -107,6 +113,55 @@ def test_guidance_encodes_the_negative_prompt(base_reference, encodings):
 
 
 # ------------------------------------------------------------------------------------------------ defaults
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Rows of every pass through the transformer."""
+    seen = []
+    forward = FluxKlein.forward_with_rope
+
+    def counted(model, img, txt, timesteps, cos, sin):
+        seen.append(len(img))
+        return forward(model, img, txt, timesteps, cos, sin)
+
+    monkeypatch.setattr(FluxKlein, "forward_with_rope", counted)
+    return seen
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_both_passes_of_guidance_are_one_where_memory_allows(base_reference, passes, memory):
+    pipe = Flux2Pipeline.from_pretrained(base_reference[1], memory=memory, cache=False)
+    options = {"seed": 3, "guidance": 3.0, "negative_prompt": "rain", **SMALL}
+    together = pipe("a", **options).images[0]
+    assert passes == [2, 2]
+    passes.clear()
+    plan = pipe.plan(64, 80, 16)
+    text, transformer = plan.stages[:2]
+    limit = plan.needed(transformer) + (text.weights if memory in ("auto", "resident") else 0)
+    pipe = Flux2Pipeline.from_pretrained(base_reference[1], memory=memory, memory_limit=limit, cache=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of other stages' needs
+        in_turn = pipe("a", **options).images[0]
+    assert passes == [1] * 4
+    difference = np.abs(np.asarray(together, np.int16) - np.asarray(in_turn))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() <= 1e-3
+
+
+def test_guidance_keeps_to_its_interval(base_reference, passes):
+    pipe = Flux2Pipeline.from_pretrained(base_reference[1])
+    options = {"seed": 3, "guidance": 3.0, **SMALL, "num_steps": 4}
+    everywhere = pipe("a", **options).images[0]
+    levels = flux2_sigmas(4, 20)
+    passes.clear()
+    part = pipe("a", guidance_interval=(levels[2], levels[1]), **options).images[0]
+    assert passes == [1, 2, 2, 1]
+    assert not same(part, everywhere)
+    assert same(pipe("a", guidance_interval=(0, 1), **options).images[0], everywhere)
+    with pytest.warns(UserWarning, match=r"no noise level is in guidance_interval: 1, 0\.9.*; there is no guidance"):
+        pipe("a", guidance_interval=(0, 0.1), **options)
+    assert not same(pipe("a", guidance_rescale=0.7, **options).images[0], everywhere)
 
 
 def test_steps_and_guidance_default_per_model(pipe, base_reference):
@@ -256,6 +311,85 @@ def test_settings_name_what_no_file_carries(pipe):
     assert next(pipe.stream("a", image=picture, latents=latents, **options)).settings.inputs == ("image", "latents")
 
 
+def test_references_are_encoded_once(pipe, monkeypatch):
+    encoded = []
+    encode = type(pipe.autoencoder.encoder).__call__
+
+    def counted(encoder, pixels):
+        encoded.append(pixels.shape)
+        return encode(encoder, pixels)
+
+    monkeypatch.setattr(type(pipe.autoencoder.encoder), "__call__", counted)
+    first, second = (Image.new("RGB", (96, 64), colour) for colour in ("red", "blue"))
+    for pictures, count in (([first, second, first.copy()], 2), ([second, first], 0), ([first], 0), ([second], 1)):
+        encoded.clear()
+        pipe("a", image=pictures, seed=1, **SMALL)
+        assert len(encoded) == count
+
+
+def test_a_side_that_is_not_given_keeps_the_first_references_aspect():
+    references = [(512, 768), (64, 64)]
+    assert drawn_size(None, None, references, 1024) == (512, 768)
+    assert drawn_size(256, None, references, 1024) == (256, 384)
+    assert drawn_size(None, 1024, references, 1024) == (688, 1024)  # 682.67, in sixteens
+    assert drawn_size(None, 64, [(64, 512)], 1024) == (64, 64)
+    assert drawn_size(128, 64, references, 1024) == (128, 64)
+    assert drawn_size(None, 64, [], 1024) == (1024, 64)
+    with pytest.raises(InputError, match="megapixels"):
+        drawn_size(None, 2048, [(512, 64)], 1024)
+
+
+def test_a_picture_is_begun_from(pipe):
+    """The steps that are done, and what they begin from: the picture's tokens and noise, by the first noise level."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8))
+    embeds = mx.zeros((1, 16, pipe.checkpoint.transformer.txt_embed_dim))
+    options = {"prompt_embeds": embeds, "num_steps": 4, "seed": 1, "init_image": picture}
+    steps = list(pipe.stream(**options))
+    assert [(step.index, step.is_last) for step in steps] == [(2, False), (3, False), (4, True)]
+    assert steps[0].settings.strength == 0.75
+    assert len(list(pipe.stream(**options, strength=0.5))) == 2
+    with pytest.warns(UserWarning, match=r"rounded to all of them.*; 0.75 is the most that keeps some"):
+        assert len(list(pipe.stream(**options, strength=0.8))) == 4
+    tokens = pipe.autoencoder.bn.normalize(pack_latents(pipe.autoencoder.encoder(init_array(picture, (64, 80)))))
+    sigma, following = flux2_sigmas(4, 20)[1:3]
+    x = (1 - sigma) * tokens + sigma * initial_noise(1, 64, 80, 128, "torch")
+    rope = FluxKlein.compute_rope(text_ids(16), image_ids(64, 80), pipe.checkpoint.transformer.axes_dims_rope)
+    x = x + (following - sigma) * pipe.transformer.forward_with_rope(x, embeds, mx.array([sigma]), *rope)
+    assert np.array(steps[0].latents) == pytest.approx(np.array(x), abs=1e-4)
+    whole = list(pipe.stream(**options, strength=1))
+    plain = list(pipe.stream(**{**options, "init_image": None}, height=64, width=80))
+    assert mx.array_equal(whole[-1].latents, plain[-1].latents).item()
+    again = steps[-1].latents.mean().item()
+    assert list(pipe.stream(**options, image=picture))[-1].latents.mean().item() != again
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4, 7, 29, 50, 1000])
+def test_the_strength_that_is_advised_keeps_something(steps):
+    assert first_step(most_kept(steps), steps) >= 1
+    assert first_step(min(STRENGTH, most_kept(steps)), steps) >= 1
+
+
+def test_a_picture_to_begin_from_is_never_stretched(pipe):
+    """A circle in a wide picture stays one in a tall one."""
+    picture = Image.new("RGB", (256, 128), "white")
+    ImageDraw.Draw(picture).ellipse((98, 34, 158, 94), fill="black")
+    dark = np.array(init_array(picture, (192, 128)))[0, ..., 0] < 0
+    rows, columns = np.flatnonzero(dark.any(1)), np.flatnonzero(dark.any(0))
+    assert len(rows) == pytest.approx(len(columns), abs=2)
+    assert init_array(picture, (128, 256)).shape == (1, 128, 256, 3)
+
+
+def test_more_references_than_memory_are_refused_with_the_number_that_fits(checkpoint):
+    pipe = Flux2Pipeline.from_pretrained(checkpoint, memory="staged", cache=False)
+    pictures = [Image.new("RGB", (256, 256))] * 14
+    peaks = [pipe.plan(64, 80, 16, [(256, 256)] * count).peak for count in range(15)]
+    assert peaks[0] < peaks[11] < peaks[12]
+    pipe.memory_limit = peaks[11]
+    pipe.stream("a", image=pictures[:11], **SMALL)
+    with pytest.raises(InputError, match=r"14 references and a picture of 80 x 64 need .* the first 11 fit"):
+        pipe.stream("a", image=pictures, **SMALL)
+
+
 # ------------------------------------------------------------------------------------------------ memory
 
 
@@ -358,6 +492,10 @@ def test_estimates_grow_with_the_work(pipe):
         ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
         ({"guidance": -1.0}, "guidance must be a number from 0 to 100, got -1"),
         ({"guidance": "strong"}, "guidance must be a number from 0 to 100, got 'strong'"),
+        ({"guidance_interval": (0.5, 0.2)}, r"guidance_interval must be two noise levels, .* got \(0\.5, 0\.2\)"),
+        ({"guidance_interval": (0, 0.5, 1)}, "guidance_interval must be two noise levels"),
+        ({"guidance_interval": "ab"}, "guidance_interval must be two noise levels"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale must be a number from 0 to 1, got 1.5"),
         ({"guidance": float("nan")}, "guidance must be a number from 0 to 100, got nan"),
         ({"noise": "cuda"}, "noise must be one of torch, mlx, got 'cuda'"),
         ({"schedule": "karras"}, "schedule must be one of flux2, linear, comfy, got 'karras'"),
@@ -376,10 +514,18 @@ def test_estimates_grow_with_the_work(pipe):
         ({"latents": object()}, "latents must be an array, got object"),
         ({"sigmas": 5}, "sigmas must be a list of numbers, got 5"),
         ({"guidance": 10**400}, "guidance must be a number from 0 to 100"),
-        ({"image": "fox.png"}, r"a reference must be a PIL\.Image\.Image, got str"),
-        ({"image": np.zeros((64, 64, 3))}, r"a reference must be a PIL\.Image\.Image, got ndarray"),
+        ({"image": "fox.png"}, r"a picture must be a PIL\.Image\.Image, got str"),
+        ({"image": np.zeros((64, 64, 3))}, r"a picture must be a PIL\.Image\.Image, got ndarray"),
         ({"output_type": "pt"}, "output_type must be one of pil, np, latent, got 'pt'"),
         ({"image": Image.new("RGB", (20, 20))}, "too small"),
+        ({"init_image": Image.new("RGB", (20, 20))}, "too small"),
+        ({"init_image": "fox.png"}, r"a picture must be a PIL\.Image\.Image, got str"),
+        ({"strength": 0.5}, "strength belongs to init_image"),
+        (
+            {"init_image": Image.new("RGB", (64, 64)), "strength": 0},
+            "strength must be a number above 0, up to 1, got 0",
+        ),
+        ({"init_image": Image.new("RGB", (64, 64)), "strength": 1.1}, "strength must be a number above 0"),
     ],
 )
 def test_bad_arguments_name_the_value_and_the_way_out(pipe, options, message):

@@ -3,8 +3,10 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from flux2_mlx import FluxSampler, FluxSamplerConfig, InputError
 from flux2_mlx.sampler import (
@@ -13,6 +15,7 @@ from flux2_mlx.sampler import (
     custom_sigmas,
     empirical_mu,
     flux2_sigmas,
+    guide,
     linear_sigmas,
     schedule_sigmas,
 )
@@ -105,3 +108,12 @@ def test_sample_prior():
     assert x.std().item() == pytest.approx(1, abs=0.02)
     assert mx.array_equal(x, sampler.sample_prior((1, 1024, 128), key=key)).item()
     assert not mx.array_equal(sampler.sample_prior((4,)), sampler.sample_prior((4,))).item()
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7, 1.0])
+def test_guidance_equals_diffusers(rescale):
+    rng = np.random.default_rng(0)
+    v, away = (rng.standard_normal((2, 5, 8)).astype(np.float32) for _ in range(2))
+    guided = torch.tensor(away) + 4 * torch.tensor(v - away)
+    expected = rescale_noise_cfg(guided, torch.tensor(v), rescale)
+    assert np.array(guide(mx.array(v), mx.array(away), 4.0, rescale)) == pytest.approx(expected.numpy(), abs=1e-5)

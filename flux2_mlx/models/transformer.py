@@ -52,6 +52,7 @@ def gated(gate: mx.array, up: mx.array) -> mx.array:
 def swiglu(layer: nn.Module, x: mx.array, start: int, hidden: int) -> mx.array:
     """silu(gate) * up, both by a linear layer whose outputs they are from ``start`` on: (..., in) to (..., hidden)."""
     gate = outputs(layer, x, start, start + hidden)
+    x = mx.depends(x, gate)  # of a packed layer, one part is unpacked at a time
     return gated(gate, outputs(layer, x, start + hidden, start + 2 * hidden))
 
 

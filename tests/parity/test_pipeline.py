@@ -1,12 +1,16 @@
 """Whole pictures, from prompt and seed to pixels, against diffusers.Flux2KleinPipeline on the folder it wrote."""
 
+import math
+
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from diffusers import Flux2KleinInpaintPipeline
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline
+from flux2_mlx.images import init_array, reference_size
 from tests import tiny
 from tests.parity.compare import assert_same_picture, relative_error, to_mlx
 from tests.prompts import ACCENTS, CHINESE, EMOJI, FOX, LONG, SPECIAL
@@ -85,6 +89,14 @@ def test_guidance_of_a_base_model(base_reference):
     assert_same_picture(ours.images[0], theirs.images[0])
 
 
+def test_guidance_with_a_reference(base_reference):
+    reference, folder = base_reference
+    image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (64, 96, 3), np.uint8))
+    options = {"image": image, "guidance_scale": 4.0, "num_inference_steps": 3, "max_sequence_length": 64}
+    theirs = reference(prompt=FOX, generator=generators(2), **options)
+    assert_same_picture(Flux2Pipeline.from_pretrained(folder)(FOX, seed=2, **options).images[0], theirs.images[0])
+
+
 def test_reference_pictures(reference, pipe):
     """Two references of odd sizes, one with alpha: cropped, encoded, normalized and placed as diffusers does."""
     rng = np.random.default_rng(1)
@@ -101,6 +113,41 @@ def test_reference_pictures(reference, pipe):
     ours = pipe(FOX, image=[first, second], seed=9, max_sequence_length=64)
     assert ours.images[0].size == (96, 64)
     assert_same_picture(ours.images[0], theirs.images[0])
+
+
+def test_ten_references_of_ten_sizes(reference, pipe):
+    rng = np.random.default_rng(2)
+    images = [Image.fromarray(rng.integers(0, 256, (64 + 5 * k, 110 - 4 * k, 3), np.uint8)) for k in range(10)]
+    options = {"image": images, "height": 64, "width": 80, "max_sequence_length": 16}
+    theirs = reference[0](prompt=FOX, num_inference_steps=2, guidance_scale=1.0, generator=generators(3), **options)
+    assert_same_picture(pipe(FOX, num_steps=2, seed=3, **options).images[0], theirs.images[0])
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.5, 0.75, 1.0])
+def test_a_picture_is_drawn_anew(reference, pipe, strength):
+    """diffusers draws anew what its mask shows, and always shows the picture as a reference too."""
+    image = Image.fromarray(np.random.default_rng(5).integers(0, 256, (64, 96, 3), np.uint8))
+    theirs = Flux2KleinInpaintPipeline(**reference[0].components)(
+        image=image,
+        mask_image=Image.new("L", image.size, "white"),
+        prompt=FOX,
+        strength=strength,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        generator=generators(6),
+        max_sequence_length=64,
+    )
+    ours = pipe(FOX, image=image, init_image=image, strength=strength, num_steps=4, seed=6, max_sequence_length=64)
+    assert_same_picture(ours.images[0], theirs.images[0])
+
+
+def test_a_picture_to_begin_from_is_scaled_as_in_diffusers(reference):
+    image = Image.fromarray(np.random.default_rng(4).integers(0, 256, (1100, 1300, 3), np.uint8))
+    processor = Flux2KleinInpaintPipeline(**reference[0].components).image_processor
+    size = reference_size(image)
+    scale = math.sqrt(1024 * 1024 / (1100 * 1300))
+    expected = processor.preprocess(processor.resize(image, int(1100 * scale), int(1300 * scale)), *size)
+    assert np.array_equal(np.array(init_array(image, size)), expected.permute(0, 2, 3, 1).numpy())
 
 
 def test_a_large_reference_is_scaled_down():
