@@ -134,12 +134,12 @@ def text_encoder_bytes(config: Qwen3Config, length: int, dtype: mx.Dtype) -> int
     return max(feed_forward, (heads * length**2 + rows) * dtype.size + length**2)
 
 
-def transformer_bytes(params: FluxKleinParams, tokens: int, dtype: mx.Dtype) -> int:
-    """Intermediates of one step over ``tokens`` text and image tokens: ten times the input of a single block, or on the
-    CPU, where they are more, attention's scores with eight times of it.
+def transformer_bytes(params: FluxKleinParams, tokens: int, dtype: mx.Dtype, batch: int = 1) -> tuple[int, int]:
+    """Intermediates of one step over ``tokens`` text and image tokens: ten times the input of a single block; and those
+    of attention, during which no matrix is unpacked, where its scores are written out, as on the CPU.
     """
     unit, scores = tokens * params.hidden_size, params.num_heads * tokens**2
-    return (10 * unit if on_gpu() else max(10 * unit, 8 * unit + scores)) * dtype.size
+    return 10 * batch * unit * dtype.size, 0 if on_gpu() else batch * (8 * unit + scores) * dtype.size
 
 
 def decoder_bytes(config: AutoEncoderConfig, height: int, width: int, dtype: mx.Dtype) -> int:

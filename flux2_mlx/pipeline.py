@@ -727,7 +727,6 @@ class Flux2Pipeline:
         image_tokens = (first.height // PIXELS_PER_TOKEN) * (first.width // PIXELS_PER_TOKEN)
         params = self.checkpoint.transformer
         sequence = first.max_sequence_length + image_tokens + reference_tokens
-        working = transformer_bytes(params, sequence, self.dtype)
         grids = [image_ids(first.height, first.width)]
         for k, pixels in enumerate(run.references):
             grids.append(image_ids(pixels.shape[1], pixels.shape[2], reference=k))
@@ -744,12 +743,12 @@ class Flux2Pipeline:
             v = self.transformer.forward_with_rope(img, txt, mx.full((len(txt),), sigma), cos, sin)
             return v[:, :image_tokens].astype(mx.float32)
 
-        together = run.uses_guidance and self._has_room_for_both(working)
-        working = 2 * working if together else working
+        together = run.uses_guidance and self._has_room_for_both(sequence)
+        working = transformer_bytes(params, sequence, self.dtype, batch=2 if together else 1)
 
         sigmas = run.sigmas[run.start :]
         steps = len(run.pictures) * (len(sigmas) - 1)
-        self._prepare("transformer", "", working, stats)  # before the bar of the steps, for its own
+        self._prepare("transformer", "", stats, *working)  # before the bar of the steps, for its own
         with self._bar("drawing", steps, unit="step") as bar:
             for k, settings in enumerate(run.pictures):
                 txt = run.prompt_embeds[k] if run.prompt_embeds else encoded[settings.prompt]
@@ -759,7 +758,7 @@ class Flux2Pipeline:
                     x = (1 - sigmas[0]) * init.astype(mx.float32) + sigmas[0] * x
                 for i, (sigma, sigma_next) in enumerate(pairwise(sigmas), run.start):
                     # Again, since a caller may have decoded a picture in between and so unloaded the transformer.
-                    needed = self._prepare("transformer", "", working, stats)
+                    needed = self._prepare("transformer", "", stats, *working)
                     with self._working("denoise", needed, stats):
                         low, high = settings.guidance_interval or (0, 1)
                         if negative_txt is None or not low <= sigma <= high:
@@ -804,7 +803,7 @@ class Flux2Pipeline:
                     del rows[text]
             if rows:
                 working = text_encoder_bytes(config, length, stage_dtype("text_encoder", self.dtype))
-                needed = self._prepare("text_encoder", "", working, stats)
+                needed = self._prepare("text_encoder", "", stats, working)
                 with self._reading_ahead(), self._working("text_encoder", needed, stats):
                     for text, row in rows.items():
                         kept[text] = self.text_encoder(*row)
@@ -835,7 +834,7 @@ class Flux2Pipeline:
                 continue
             height, width = pixels.shape[1:3]
             working = encoder_bytes(self.checkpoint.autoencoder, height, width, stage_dtype("autoencoder", self.dtype))
-            needed = self._prepare("autoencoder", "encoder", working, stats)
+            needed = self._prepare("autoencoder", "encoder", stats, working)
             with self._working("references", needed, stats):
                 tokens[key] = self.autoencoder.bn.normalize(pack_latents(self.autoencoder.encoder(pixels)))
                 mx.eval(tokens[key])
@@ -847,7 +846,7 @@ class Flux2Pipeline:
         """Sampled tokens (1, S, 128) to a picture (1, H, W, 3) in 0..1, float32."""
         dtype = stage_dtype("autoencoder", self.dtype)
         working = decoder_bytes(self.checkpoint.autoencoder, settings.height, settings.width, dtype)
-        needed = self._prepare("autoencoder", "decoder", working, stats)
+        needed = self._prepare("autoencoder", "decoder", stats, working)
         with self._working("decode", needed, stats):
             decoded = self.autoencoder.decoder(self._unpack(latents, settings))
             image, finite = to_unit(decoded), mx.isfinite(decoded).all()
@@ -864,7 +863,7 @@ class Flux2Pipeline:
         with within(self.memory_limit, working_bytes), stats.measure(part):
             yield
 
-    def _prepare(self, name: str, part: str, intermediates: int, stats: Stats) -> int:
+    def _prepare(self, name: str, part: str, stats: Stats, intermediates: int, attention: int = 0) -> int:
         """Bring a stage, or a part of one, into memory; other stages out of it as far as the mode and the limit say.
         What is too large even alone is streamed, if it has blocks, or loaded all the same, with a UserWarning.
 
@@ -872,7 +871,7 @@ class Flux2Pipeline:
             the intermediates' bytes, the largest unpacked matrix among them.
         """
         dtype, module = stage_dtype(name, self.dtype), self._module(name, part)
-        stage = stage_of(name.replace("_", " "), module, intermediates, dtype)
+        stage = stage_of(name.replace("_", " "), module, dtype, intermediates, attention)
         streams = stage.is_streamed(self.memory, self.memory_limit)
         if self._loaded[name] and streams != is_streamed(module):  # as for a picture of another size
             self._open(name)
@@ -912,16 +911,26 @@ class Flux2Pipeline:
         self._loaded[name].add(id(module))
         return stage.working
 
-    def _has_room_for_both(self, intermediates: int) -> bool:
-        """Whether the transformer can work with twice the intermediates, and nothing is unloaded or streamed for it."""
-        stage = stage_of("transformer", self.transformer, intermediates, self.dtype)
+    def _has_room_for_both(self, tokens: int) -> bool:
+        """Whether the transformer can do two passes over so many tokens at once, and nothing is unloaded or streamed
+        for that which would not be for one.
+        """
+        stage, both = (
+            stage_of(
+                "transformer",
+                self.transformer,
+                self.dtype,
+                *transformer_bytes(self.transformer.params, tokens, self.dtype, batch),
+            )
+            for batch in (1, 2)
+        )
         weights = stage.streamed if stage.is_streamed(self.memory, self.memory_limit) else stage.weights
         alone = weights + stage.working
         others = [name for name in STAGES if name != "transformer" and self._loaded[name]]
         kept = sum(weight_bytes(getattr(self, name)) for name in others)
         if self.memory in ("staged", "streamed") or (self.memory == "auto" and kept + alone > self.memory_limit):
             kept = 0
-        return kept + alone + intermediates <= self.memory_limit
+        return kept + weights + both.working <= self.memory_limit
 
     def _module(self, name: str, part: str) -> nn.Module:
         stage: nn.Module = getattr(self, name)

@@ -109,9 +109,11 @@ class Plan:
         return f"{line}, which is too much; a smaller picture, fewer bits (--quantize) or another --memory needs less"
 
 
-def stage_of(name: str, module: nn.Module, intermediates: int, dtype: mx.Dtype) -> Stage:
-    """What a module needs that computes in dtype, with so many bytes of intermediates; its weights are not read."""
-    working = intermediates + largest_dense_bytes(module, dtype)
+def stage_of(name: str, module: nn.Module, dtype: mx.Dtype, intermediates: int, attention: int = 0) -> Stage:
+    """What a module needs that computes in dtype, with so many bytes of intermediates beside an unpacked matrix, or so
+    many at attention, if those are more; its weights are not read.
+    """
+    working = max(intermediates + largest_dense_bytes(module, dtype), attention)
     return Stage(name, weight_bytes(module), streamed_bytes(module), working)
 
 
@@ -143,14 +145,13 @@ def make_plan(
 
     text_dtype = stage_dtype("text_encoder", dtype)
     working = text_encoder_bytes(text_encoder.config, length, text_dtype)
-    stages = [stage_of("text encoder", text_encoder, working, text_dtype)]
+    stages = [stage_of("text encoder", text_encoder, text_dtype, working)]
     if references:
         working = max(encoder_bytes(config, h, w, pictures) for h, w in references)
-        stages.append(stage_of("references", autoencoder.encoder, working, pictures))
-    working = transformer_bytes(transformer.params, tokens, dtype)
-    stages.append(stage_of("transformer", transformer, working, dtype))
+        stages.append(stage_of("references", autoencoder.encoder, pictures, working))
+    stages.append(stage_of("transformer", transformer, dtype, *transformer_bytes(transformer.params, tokens, dtype)))
     working = decoder_bytes(config, height, width, pictures)
-    stages.append(stage_of("decoder", autoencoder.decoder, working, pictures))
+    stages.append(stage_of("decoder", autoencoder.decoder, pictures, working))
     return Plan(tuple(stages), limit, memory)
 
 

@@ -240,10 +240,6 @@ def test_quantization_reaches_the_drawing_model(untrained):
 
 # ------------------------------------------------------------------------------------------------ its weights
 
-# Below what benchmarks/nano_score.py measures, by what so few pictures may differ.
-FLOORS = {"ground": 99, "colour": 95, "place": 97, "shape": 88}
-EDIT_FLOOR = 80
-
 
 @pytest.fixture(scope="module")
 def nano():
@@ -252,12 +248,12 @@ def nano():
 
 def test_nano_draws_what_training_never_saw(nano):
     figures = nano_score.rates(nano_score.draw(nano, nano_score.unseen_tasks(32)))
-    assert {part: figures[part] for part, floor in FLOORS.items() if figures[part] < floor} == {}
+    assert {part: figure for part, figure in figures.items() if figure < nano_score.BOUNDS.get(part, 0)} == {}
 
 
 def test_nano_edits(nano):
     drawn = nano_score.draw(nano, nano_score.unseen_edits(20))
-    assert nano_score.rates(drawn)["whole"] >= EDIT_FLOOR
+    assert nano_score.rates(drawn)["whole"] >= nano_score.BOUNDS["edits"]
 
 
 def test_nano_keeps_pictures(nano):
