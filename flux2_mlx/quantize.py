@@ -414,11 +414,14 @@ ONE_ROW = re.compile(r"(\w+_modulation(_\w+)?|norm_out|time_guidance_embed)\.")
 
 def largest_dense_bytes(module: nn.Module, dtype: mx.Dtype) -> int:
     """Bytes of the largest packed matrix, or part of one, that is unpacked to be multiplied with; 0 without any. The
-    CPU backend unpacks by way of 32-bit codes.
+    CPU backend unpacks by way of 32-bit codes, or of single bits where a word does not hold whole codes.
     """
-    each = dtype.size if on_gpu() else dtype.size + 4
+
+    def each(bits: int) -> int:
+        return dtype.size if on_gpu() else dtype.size + 4 if 32 % bits == 0 else 4 * bits + 4
+
     sizes = [
-        int(layer.weight.size * 32 // layer.how.bits * each * IN_PARTS.get(path.rpartition(".")[2], 1))
+        int(layer.weight.size * 32 // layer.how.bits * each(layer.how.bits) * IN_PARTS.get(path.rpartition(".")[2], 1))
         for path, layer in module.named_modules()
         if isinstance(layer, QuantizedLinear) and not ONE_ROW.match(path)
     ]

@@ -219,7 +219,8 @@ def peak_of(module, compute, working) -> int:
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("side", "length", "packed"), [(128, 128, None), (192, 512, None), (128, 640, Quantization(8))]
+    ("side", "length", "packed"),
+    [(128, 128, None), (192, 512, None), (128, 640, Quantization(8))],
 )
 def test_a_stage_needs_what_the_plan_says(side, length, packed, dtype, memory):
     """The released models' proportions at an eighth of their width."""
