@@ -118,7 +118,7 @@ def reference_array(image: Image.Image) -> mx.array:
         image = image.resize(scaled, Image.Resampling.LANCZOS)
     left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
     image = image.crop((left, top, left + width, top + height)).convert("RGB")
-    return mx.array(np.asarray(image, np.float32)[None] / 255 * 2 - 1)
+    return _levels(image)
 
 
 def init_array(image: Image.Image, size: tuple[int, int]) -> mx.array:
@@ -134,6 +134,11 @@ def init_array(image: Image.Image, size: tuple[int, int]) -> mx.array:
         image = scaled.resize((width, height), Image.Resampling.LANCZOS)
     else:
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    return _levels(image)
+
+
+def _levels(image: Image.Image) -> mx.array:
+    """8-bit RGB as (1, H, W, 3) in -1..1, float32."""
     return mx.array(np.asarray(image, np.float32)[None] / 255 * 2 - 1)
 
 

@@ -699,13 +699,18 @@ class Flux2Pipeline:
         Raises:
             InputError: with the number that fits.
         """
-        plans = [self.plan(height, width, length, references[:count]) for count in range(len(references) + 1)]
-        fitting = [plan.peak <= self.memory_limit for plan in plans]
-        if fitting[0] and not fitting[-1]:
+
+        def peak(count: int) -> int:
+            return self.plan(height, width, length, references[:count]).peak
+
+        needed = peak(len(references))
+        if needed <= self.memory_limit:
+            return
+        fitting = [count for count in range(len(references)) if peak(count) <= self.memory_limit]
+        if fitting:
             raise InputError(
-                f"{len(references)} references and a picture of {width} x {height} need about "
-                f"{plans[-1].peak / 1e9:.2f} GB of memory, and there are {self.memory_limit / 1e9:.2f}; the first "
-                f"{fitting.index(False) - 1} fit"
+                f"{len(references)} references and a picture of {width} x {height} need about {needed / 1e9:.2f} GB of "
+                f"memory, and there are {self.memory_limit / 1e9:.2f}; the first {fitting[-1]} fit"
             )
 
     def _drawn(self, run: _Run) -> Iterator[Step]:
