@@ -61,11 +61,12 @@ SAVE_EVERY = 120  # seconds
 AUTOENCODER_STEPS = 2400
 TEXT_ENCODER_STEPS = 1000
 TEXT_ENCODER_BATCH = 40
-TRANSFORMER_STEPS = 9000
+TRANSFORMER_STEPS = 10000
 BATCH_EVERY = 8  # steps
 POOL_START, POOL_SIZE = 64, 400  # batches
 COPIES = 160  # of the transformer's steps, the first ones, which learn to copy a reference
-EARLY = 0.25  # of the transformer's steps, all at home
+EARLY = 0.2  # of the transformer's steps, all at home
+AWAY = 0.65  # of the batches after those, of any size
 CHANGED = 8  # times as much as the rest of an edit's picture weighs what is changed
 OWN = 0.8  # of the transformer's steps, before those from where its own steps lead
 VOCABULARY = 640  # tokens, the special ones among them
@@ -549,7 +550,7 @@ class Encoders:
         height, width = second = HOME
         count, length = 32, TEXT_LENGTH
         if number >= EARLY * self.training.speed * TRANSFORMER_STEPS / BATCH_EVERY:
-            if rng.random() < 0.25:
+            if rng.random() < AWAY:
                 height, width = rng.choice(SIDES), rng.choice(SIDES)
             second = (height, width) if rng.random() < 0.7 else (rng.choice(SIDES), rng.choice(SIDES))
             count, length = (32, TEXT_LENGTH) if rng.random() < 0.96 else (8, LONG_TEXT)
@@ -669,11 +670,18 @@ def train_transformer(training: Training, encoders: Encoders) -> Flux2Transforme
         encoders.batch([random_task(rng, kind, unseen=True) for kind in kinds], *HOME, TEXT_LENGTH, HOME)
         for kinds in (["draw"] * 32, [kind for kind in EDITS for _ in range(6)], ["combine"] * 8)
     ]
+    sizes = (96, 96), (112, 160), (192, 144), (192, 192)
+    away = [
+        encoders.batch([random_task(rng, unseen=True) for _ in range(16)], *size, TEXT_LENGTH, size) for size in sizes
+    ]
 
     def sheet(path: Path) -> None:
         torch.manual_seed(training.seed)
         with torch.no_grad(), training.autocast():
-            drawn = [sample(model, batch, torch.randn_like(batch.latents), 4) for batch in unseen]
+            drawn, drawn_away = (
+                [sample(model, batch, torch.randn_like(batch.latents), 4) for batch in batches]
+                for batches in (unseen, away)
+            )
         pictures = torch.cat([encoders.decode(tokens, *HOME) for tokens in drawn])
         scenes = [scene for batch in unseen for scene in batch.scenes]
         verdicts = [judge(picture, scene) for picture, scene in zip(array_of(pictures), scenes, strict=True)]
@@ -684,6 +692,10 @@ def train_transformer(training: Training, encoders: Encoders) -> Flux2Transforme
         edits = [all(all(right) for right in verdict.values()) for verdict in verdicts[32:]]
         parts = [f"{kind} {sum(edits[6 * k : 6 * k + 6])}" for k, kind in enumerate(EDITS)]
         tqdm.write(f"{path.name}: {', '.join(rates)}; {sum(edits)} of {len(edits)} edits: {', '.join(parts)}, ...")
+        for tokens, batch, size in zip(drawn_away, away, sizes, strict=True):
+            found = zip(array_of(encoders.decode(tokens, *size)), batch.scenes, strict=True)
+            right = [ok for picture, scene in found for ok in judge(picture, scene)["colour"]]
+            tqdm.write(f"  {size[1]} x {size[0]}: colour {100 * sum(right) / len(right):.0f} %")
         save_sheet(path, pictures, 8)
 
     training.fit(

@@ -24,6 +24,7 @@ from ._version import __version__
 from .commands import MODEL_HELP, MODEL_OPTIONS, PART_OPTIONS, Parser, add_model_options
 from .config import MAX_SEQUENCE_LENGTH, NANO, RELEASED, AutoEncoderConfig, InputError
 from .images import FORMATS, check_output, open_image, read_metadata, reference_size, save_image
+from .inpaint import ALPHA, SIDES, repainting_of
 from .latents import NOISES
 from .memory import machine_memory
 from .pipeline import (
@@ -67,12 +68,23 @@ SETTINGS: dict[str, Any] = {
     "dtype": None,
     "max_sequence_length": None,
     "strength": None,
+    "mask_blur": 0.0,
+    "mask_padding": None,
+    "expand": None,
 }
 
 
 def numbers(text: str) -> list[float]:
     """Numbers between commas."""
     return [float(number) for number in text.split(",")]
+
+
+def sides(text: str) -> dict[str, int]:
+    """Pixels on each side: left=128,top=64."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if len({name for name, _, _ in pairs}) < len(pairs):
+        raise ValueError
+    return {name.strip(): int(pixels) for name, _, pixels in pairs}
 
 
 def gigabytes(text: str) -> int:
@@ -100,7 +112,24 @@ def build_parser() -> argparse.ArgumentParser:
         help="a picture to edit or to take things from; given again for each further one",
     )
     parser.add_argument("--init-image", metavar="FILE", help="a picture to begin from, in place of noise alone")
-    parser.add_argument("--strength", type=float, help=f"how much of it is drawn anew, 1: all of it ({STRENGTH})")
+    parser.add_argument(
+        "--strength", type=float, help=f"how much of it is drawn anew, 1: all of it ({STRENGTH}; with --mask 1)"
+    )
+    parser.add_argument(
+        "--mask",
+        metavar="FILE",
+        help=f'what of --init-image is repainted: white in this picture, or "{ALPHA}" for what is transparent in it',
+    )
+    parser.add_argument("--mask-blur", type=float, metavar="PIXELS", help="soften the mask by a blur of this radius")
+    parser.add_argument(
+        "--mask-padding", type=int, metavar="PIXELS", help="draw what the mask shows and so much around it, enlarged"
+    )
+    parser.add_argument(
+        "--expand",
+        type=sides,
+        metavar="SIDE=PIXELS,...",
+        help=f"paint --init-image on beyond its edges ({', '.join(SIDES)})",
+    )
     parser.add_argument("--model", help=f"{MODEL_HELP} ({SETTINGS['model']})")
     add_model_options(parser)
     parser.add_argument("--width", type=int, help="in pixels, a multiple of 16 (a given picture's; 1024, nano 128)")
@@ -173,7 +202,7 @@ def parse_arguments(argv: Sequence[str] | None, stdin: TextIO | None) -> argpars
     arguments = build_parser().parse_args(argv)
     defaults = dict(SETTINGS)
     if arguments.from_image is not None:
-        given = [name for name in ("image", "init_image") if getattr(arguments, name) is not None]
+        given = [name for name in ("image", "init_image", "mask") if getattr(arguments, name) is not None]
         picture = Settings.from_metadata(read_metadata(arguments.from_image), given)
         defaults = {name: getattr(picture, name) for name in SETTINGS}
         if arguments.model is not None:
@@ -193,17 +222,19 @@ def parse_arguments(argv: Sequence[str] | None, stdin: TextIO | None) -> argpars
         arguments.seed = secrets.randbelow(2**32)
     arguments.image = [open_reference(path) for path in arguments.image or ()]
     if arguments.init_image is not None:
-        arguments.init_image = open_reference(arguments.init_image)
+        arguments.init_image = open_reference(arguments.init_image, alpha=arguments.mask == ALPHA)
+    if arguments.mask not in (None, ALPHA):
+        arguments.mask = open_image(arguments.mask, alpha=True)
     return arguments
 
 
-def open_reference(path: str) -> Image.Image:
-    """A picture from a file, for the transformer to see.
+def open_reference(path: str, *, alpha: bool = False) -> Image.Image:
+    """A picture from a file, for the transformer to see, with its transparency or on white.
 
     Raises:
         InputError: naming the file.
     """
-    image = open_image(path)
+    image = open_image(path, alpha=alpha)
     try:
         reference_size(image)
     except InputError as error:
@@ -253,9 +284,11 @@ def drawing_options(arguments: argparse.Namespace) -> dict[str, Any]:
     check_options(**options)
     if arguments.strength is not None and arguments.init_image is None:
         raise InputError("--strength belongs to --init-image, and none is given")
-    if arguments.image and arguments.model in ("klein-9b-kv", RELEASED["klein-9b-kv"]) and not arguments.transformer:
+    sees_pictures = bool(arguments.image) or arguments.mask is not None or arguments.expand is not None
+    is_kv = arguments.model in ("klein-9b-kv", RELEASED["klein-9b-kv"]) and not arguments.transformer
+    if sees_pictures and is_kv:
         raise InputError(f"{arguments.model} {KV_REFUSED}")
-    if arguments.image or arguments.init_image is not None:
+    if sees_pictures or arguments.init_image is not None:
         sizes_of(arguments, AutoEncoderConfig.sample_size)  # which is not needed here
     return options
 
@@ -275,6 +308,7 @@ def start(arguments: argparse.Namespace) -> Iterator[Step]:
         negative_prompt=arguments.negative_prompt,
         image=arguments.image or None,
         init_image=arguments.init_image,
+        mask=arguments.mask,
         force_guidance=arguments.force_guidance,
         **options,
     )
@@ -299,10 +333,18 @@ def plan_of(pipe: Flux2Pipeline, arguments: argparse.Namespace) -> Plan:
 
 
 def sizes_of(arguments: argparse.Namespace, side: int) -> tuple[int, int, list[tuple[int, int]]]:
-    """Height and width of the picture to draw, where ``side`` is what the model is for, and sizes of its references."""
+    """Height and width to draw at, where ``side`` is what the model is for, and sizes of what the transformer sees."""
     references = [reference_size(image) for image in arguments.image]
-    models = references if arguments.init_image is None else [reference_size(arguments.init_image), *references]
-    return *drawn_size(arguments.height, arguments.width, models, side), references
+    begun = arguments.init_image
+    repainting = repainting_of(begun, arguments.mask, arguments.mask_blur, arguments.mask_padding, arguments.expand)
+    if repainting is not None:
+        begun = repainting.picture
+    models = references if begun is None else [reference_size(begun), *references]
+    height, width = drawn_size(arguments.height, arguments.width, models, side)
+    if repainting is not None:
+        repainting.check_aspect(height, width)
+        references = [(height, width), *references]
+    return height, width, references
 
 
 def print_plan(arguments: argparse.Namespace) -> None:

@@ -49,8 +49,11 @@ def to_pil(unit: np.ndarray) -> Image.Image:
     return Image.fromarray((unit * 255).round().astype(np.uint8))
 
 
-def open_image(path: str | os.PathLike[str]) -> Image.Image:
+def open_image(path: str | os.PathLike[str], *, alpha: bool = False) -> Image.Image:
     """A picture from a file as RGB, turned upright as its EXIF says; transparent pixels become white, 16 bits 8.
+
+    Args:
+        alpha: keep transparency, as RGBA, where the file has it.
 
     Raises:
         InputError: for a file that is no picture, is damaged, is a film, has 32-bit values, or too many pixels to be
@@ -65,7 +68,8 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
             kind = image.format
             with contextlib.suppress(SyntaxError, ValueError, TypeError):  # a damaged EXIF turns nothing
                 image = ImageOps.exif_transpose(image)
-            return _plain(image, name, kind)
+            image = _eight_bits(image, name, kind)
+            return image if alpha else flatten(image)
     except InputError:
         raise
     except Image.DecompressionBombError:
@@ -80,16 +84,22 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
         raise InputError(f"cannot read {name}: {reason}") from None
 
 
-def _plain(image: Image.Image, name: str, kind: str | None) -> Image.Image:
-    """RGB of a picture from a file of this format; 16 bits and transparency would suffer from a plain conversion."""
+def _eight_bits(image: Image.Image, name: str, kind: str | None) -> Image.Image:
+    """RGB or, with transparency, RGBA of a picture from a file of this format; 16 bits would suffer from a plain
+    conversion.
+    """
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):  # cut off at 255 otherwise
         return Image.fromarray((np.asarray(image, np.float64) / 257).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise InputError(f"cannot read {name}: its values have no known range; save it with 8 or 16 bits")
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def flatten(image: Image.Image, ground: str = "white") -> Image.Image:
+    """A picture as RGB, with a colour where it is transparent."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
     return image.convert("RGB")
 
 
@@ -118,7 +128,7 @@ def reference_array(image: Image.Image) -> mx.array:
         image = image.resize(scaled, Image.Resampling.LANCZOS)
     left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
     image = image.crop((left, top, left + width, top + height)).convert("RGB")
-    return _levels(image)
+    return picture_array(image)
 
 
 def init_array(image: Image.Image, size: tuple[int, int]) -> mx.array:
@@ -134,10 +144,10 @@ def init_array(image: Image.Image, size: tuple[int, int]) -> mx.array:
         image = scaled.resize((width, height), Image.Resampling.LANCZOS)
     else:
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-    return _levels(image)
+    return picture_array(image)
 
 
-def _levels(image: Image.Image) -> mx.array:
+def picture_array(image: Image.Image) -> mx.array:
     """8-bit RGB as (1, H, W, 3) in -1..1, float32."""
     return mx.array(np.asarray(image, np.float32)[None] / 255 * 2 - 1)
 

@@ -34,6 +34,7 @@ from ._version import __version__
 from .cache import read_prompt, write_prompt
 from .config import CheckpointError, InputError
 from .images import init_array, reference_array, reference_size, to_pil, to_unit
+from .inpaint import Repainting, check_expand, repainting_of
 from .latents import (
     NOISES,
     PIXELS_PER_TOKEN,
@@ -62,7 +63,7 @@ from .models.text_encoder import Qwen3TextEncoder
 from .models.transformer import FluxKlein
 from .plan import MODES, Plan, make_plan, stage_of
 from .quantize import Quantization, options_of, parse_options, tune
-from .sampler import SCHEDULES, check_sigmas, custom_sigmas, euler_step, guide, schedule_sigmas
+from .sampler import SCHEDULES, check_sigmas, custom_sigmas, euler_step, guide, noised, schedule_sigmas
 from .streaming import is_streamed, stream
 from .tokenizer import Qwen3Tokenizer
 from .weights import (
@@ -80,13 +81,14 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 STAGES = ("text_encoder", "transformer", "autoencoder")
 OUTPUT_TYPES = ("pil", "np", "latent")
 # What a call may be given that no file carries, and the command's option for it.
-INPUTS = {"image": "--image", "init_image": "--init-image", "prompt_embeds": "", "latents": ""}
-STRENGTH = 0.75  # unless given, or less where the steps are fewer than four
+INPUTS = {"image": "--image", "init_image": "--init-image", "mask": "--mask", "prompt_embeds": "", "latents": ""}
+STRENGTH = 0.75  # of an init image without a mask, unless given, or less where the steps are fewer than four
 KV_REFUSED = "takes reference images through its own cache, which is not supported; use klein-9b for edits"
 MIN_SIDE = 64
 MAX_PIXELS = 4 * 1024 * 1024
 MAX_STEPS = 1000  # noise levels that the models were trained on
 MAX_POSITIONS = 40960  # of Qwen3
+MAX_MARGIN = 10_000  # pixels
 MAX_IMAGES = 10_000
 MAX_GUIDANCE = 100
 
@@ -124,6 +126,9 @@ class Settings:
     guidance_interval: tuple[float, ...] | None = None
     guidance_rescale: float = 0.0
     force_guidance: bool = False
+    mask_blur: float = 0.0
+    mask_padding: int | None = None
+    expand: Mapping[str, int] | None = field(default=None, hash=False)
     inputs: tuple[str, ...] = ()
     version: str = __version__
 
@@ -146,7 +151,8 @@ class Settings:
         kinds: dict[str, Any] = {"seed": int, "width": int, "height": int, "num_steps": int, "max_sequence_length": int}
         kinds |= {"guidance": number, "sigmas": (tuple, optional), "inputs": tuple, "distilled": (bool, optional)}
         kinds |= {"strength": (*number, optional), "guidance_interval": (tuple, optional), "guidance_rescale": number}
-        kinds |= {"force_guidance": bool}
+        kinds |= {"force_guidance": bool, "mask_blur": number, "mask_padding": (int, optional)}
+        kinds |= {"expand": (Mapping, optional)}
         kinds |= dict.fromkeys(("revision", "transformer", "text_encoder", "vae", "tokenizer"), (str, optional))
         kinds |= dict.fromkeys(("quantize", "quantize_text_encoder", "group_size"), (int, str, optional))
         wrong = [name for name, value in values.items() if not isinstance(value, kinds.get(name, str))]
@@ -223,24 +229,28 @@ class Step:
     settings: Settings
     stats: Stats
     _decode: Callable[[mx.array, Settings, Stats], mx.array] = field(repr=False)
+    _repainting: Repainting | None = field(repr=False)
 
     @property
     def is_last(self) -> bool:
         return self.index == self.settings.num_steps
 
     def array(self) -> np.ndarray:
-        """The foreseen picture, decoded: (H, W, 3) float32 in 0..1.
+        """The foreseen picture, decoded: (H, W, 3) float32 in 0..1; what a mask was given with is of its own size.
 
         Decoding may unload the transformer, see ``Flux2Pipeline.memory``; the next step loads it again.
 
         Raises:
             FloatingPointError: where the decoder's output is not finite.
         """
+        if self._repainting is not None:
+            return np.asarray(self.picture(), np.float32) / 255
         return np.array(self._decode(self.denoised, self.settings, self.stats)[0])
 
     def picture(self) -> Image.Image:
         """The foreseen picture, decoded to 8-bit RGB; see ``array``."""
-        return to_pil(self.array())
+        drawn = to_pil(np.array(self._decode(self.denoised, self.settings, self.stats)[0]))
+        return drawn if self._repainting is None else self._repainting.paste(drawn)
 
 
 @dataclass(frozen=True)
@@ -274,6 +284,8 @@ class _Run:
     latents: list[mx.array] | None  # one (1, S, C) a picture
     references: list[mx.array]  # (1, H, W, 3)
     init: mx.array | None  # (1, H, W, 3)
+    repainting: Repainting | None
+    repainted: mx.array | None  # (1, S, 1), how much of each token
     start: int  # the first step that is done
     uses_guidance: bool
 
@@ -489,6 +501,10 @@ class Flux2Pipeline:
         max_sequence_length: int | None = None,
         init_image: Image.Image | None = None,
         strength: float | None = None,
+        mask: Image.Image | str | None = None,
+        mask_blur: float = 0.0,
+        mask_padding: int | None = None,
+        expand: Mapping[str, int] | None = None,
         prompt_embeds: mx.array | None = None,
         latents: mx.array | np.ndarray | None = None,
         num_inference_steps: int | None = None,
@@ -522,7 +538,16 @@ class Flux2Pipeline:
             init_image: a picture to begin from, noised, in place of noise alone. Its size comes before the first
                 reference's; to another size it is scaled and cropped, never stretched.
             strength: how much of it is drawn anew, up to 1 for all of it (0.75 unless given, less with fewer than 4
-                steps): of n steps the first n - n * strength are left out, rounded down as diffusers does.
+                steps): of n steps the first n - n * strength are left out, rounded down as diffusers does. With a
+                mask 1 unless given.
+            mask: what of the init_image is repainted: white is, black comes back as it was, grey is blended; "alpha"
+                for what is transparent in it. The transformer sees the whole init_image as the first reference, as in
+                diffusers; those of ``image`` follow. The new picture has the init_image's own size, whatever height and
+                width it is drawn at: unless given, at most a megapixel.
+            mask_blur: radius, in the init_image's pixels, of a Gaussian blur of the mask.
+            mask_padding: draw only what the mask shows and so many of the init_image's pixels around it, at the size
+                that the whole would be drawn at.
+            expand: pixels to add to the init_image at "left", "top", "right" and "bottom", and to repaint.
             prompt_embeds: (B, L, D) in place of prompts.
             latents: (B, 128, H/16, W/16) in diffusers' order, or (B, S, 128), in place of noise.
             num_inference_steps, guidance_scale, num_images_per_prompt: diffusers' names for num_steps, guidance and
@@ -557,6 +582,10 @@ class Flux2Pipeline:
             max_sequence_length=max_sequence_length,
             init_image=init_image,
             strength=strength,
+            mask=mask,
+            mask_blur=mask_blur,
+            mask_padding=mask_padding,
+            expand=expand,
             prompt_embeds=prompt_embeds,
             latents=latents,
         )
@@ -583,6 +612,10 @@ class Flux2Pipeline:
         max_sequence_length: int | None,
         init_image: Image.Image | None,
         strength: float | None,
+        mask: Image.Image | str | None,
+        mask_blur: float,
+        mask_padding: int | None,
+        expand: Mapping[str, int] | None,
         prompt_embeds: mx.array | None,
         latents: mx.array | np.ndarray | None,
     ) -> _Run:
@@ -603,16 +636,6 @@ class Flux2Pipeline:
         for text in [*prompts, negative_prompt]:
             check_prompt(text)
         seed = secrets.randbelow(2**32) if seed is None else seed
-        pictures: list[Any] = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
-        if pictures and self.checkpoint.has_kv_cache:
-            raise InputError(f"{self.checkpoint.name} {KV_REFUSED}")
-        references = [reference_array(picture) for picture in pictures]
-        sizes = [(picture.shape[1], picture.shape[2]) for picture in references]
-        models = [*([] if init_image is None else [reference_size(init_image)]), *sizes]
-        height, width = drawn_size(height, width, models, self.checkpoint.autoencoder.sample_size)
-        guidance = (1.0 if distilled else 4.0) if guidance is None else guidance
-        if max_sequence_length is None:
-            max_sequence_length = self.tokenizer.default_length
         check_options(
             height=height,
             width=width,
@@ -627,9 +650,27 @@ class Flux2Pipeline:
             noise=noise,
             max_sequence_length=max_sequence_length,
             strength=strength,
+            mask_blur=mask_blur,
+            mask_padding=mask_padding,
+            expand=expand,
         )
+        pictures: list[Any] = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
+        repainting = repainting_of(init_image, mask, mask_blur, mask_padding, expand)
+        if (pictures or repainting is not None) and self.checkpoint.has_kv_cache:
+            raise InputError(f"{self.checkpoint.name} {KV_REFUSED}")
+        references = [reference_array(picture) for picture in pictures]
+        sizes = [(picture.shape[1], picture.shape[2]) for picture in references]
+        begun = init_image if repainting is None else repainting.picture
+        models = [*([] if begun is None else [reference_size(begun)]), *sizes]
+        height, width = drawn_size(height, width, models, self.checkpoint.autoencoder.sample_size)
+        if repainting is not None:
+            repainting.check_aspect(height, width)
+            sizes = [(height, width), *sizes]
+        guidance = (1.0 if distilled else 4.0) if guidance is None else guidance
+        if max_sequence_length is None:
+            max_sequence_length = self.tokenizer.default_length
         if references:
-            self._check_room(height, width, max_sequence_length, sizes)
+            self._check_room(height, width, max_sequence_length, sizes, 0 if repainting is None else 1)
         tokens = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
 
         if sigmas is not None:
@@ -648,7 +689,8 @@ class Flux2Pipeline:
         total = len(prompts) * num_images
         start = 0
         if init_image is not None:
-            strength = min(STRENGTH, most_kept(len(levels) - 1)) if strength is None else float(strength)
+            usual = min(STRENGTH, most_kept(len(levels) - 1)) if repainting is None else 1.0
+            strength = usual if strength is None else float(strength)
             start = first_step(strength, len(levels) - 1)
         elif strength is not None:
             raise InputError("strength belongs to init_image, and none is given")
@@ -657,7 +699,8 @@ class Flux2Pipeline:
             if not any(low <= sigma <= high for sigma in levels[start:-1]):
                 told = ", ".join(f"{sigma:.3g}" for sigma in levels[start:-1][:8])
                 warnings.warn(f"no noise level is in guidance_interval: {told}; there is no guidance", stacklevel=3)
-        given_inputs = {"image": image, "init_image": init_image, "prompt_embeds": prompt_embeds, "latents": latents}
+        given_inputs: dict[str, Any] = {"image": image, "init_image": init_image, "mask": mask}
+        given_inputs |= {"prompt_embeds": prompt_embeds, "latents": latents}
         settings = [
             Settings(
                 prompt=prompts[k // num_images],
@@ -678,6 +721,9 @@ class Flux2Pipeline:
                 guidance_interval=None if guidance_interval is None else tuple(map(float, guidance_interval)),
                 guidance_rescale=float(guidance_rescale),
                 force_guidance=bool(force_guidance),
+                mask_blur=float(mask_blur),
+                mask_padding=mask_padding,
+                expand=expand,
                 inputs=tuple(name for name, value in given_inputs.items() if value is not None),
                 **self.checkpoint.options,
                 **options_of(self.quantize),
@@ -690,11 +736,29 @@ class Flux2Pipeline:
         embeds = None
         if prompt_embeds is not None:
             embeds = [prompt_embeds[k // num_images][None] for k in range(total)]
-        init = None if init_image is None else init_array(init_image, (height, width))
-        return _Run(settings, levels, embeds, given, references, init, start, uses_guidance=guidance > 1)
+        init = repainted = None
+        if repainting is not None:
+            init, repainted = repainting.array((height, width)), repainting.tokens((height, width))
+        elif init_image is not None:
+            init = init_array(init_image, (height, width))
+        return _Run(
+            settings,
+            levels,
+            embeds,
+            given,
+            references,
+            init,
+            repainting,
+            repainted,
+            start,
+            uses_guidance=guidance > 1,
+        )
 
-    def _check_room(self, height: int, width: int, length: int, references: Sequence[tuple[int, int]]) -> None:
-        """Refuse more references than there is memory for. A picture that is itself too large is warned of later.
+    def _check_room(
+        self, height: int, width: int, length: int, references: Sequence[tuple[int, int]], needed: int
+    ) -> None:
+        """Refuse more references than there is memory for. A picture that is itself too large, or with the first ones
+        that it cannot do without, is warned of later.
 
         Raises:
             InputError: with the number that fits.
@@ -703,14 +767,15 @@ class Flux2Pipeline:
         def peak(count: int) -> int:
             return self.plan(height, width, length, references[:count]).peak
 
-        needed = peak(len(references))
-        if needed <= self.memory_limit:
+        wanted = peak(len(references))
+        if wanted <= self.memory_limit:
             return
-        fitting = [count for count in range(len(references)) if peak(count) <= self.memory_limit]
+        fitting = [count for count in range(needed, len(references)) if peak(count) <= self.memory_limit]
         if fitting:
             raise InputError(
-                f"{len(references)} references and a picture of {width} x {height} need about {needed / 1e9:.2f} GB of "
-                f"memory, and there are {self.memory_limit / 1e9:.2f}; the first {fitting[-1]} fit"
+                f"{len(references) - needed} references and a picture of {width} x {height} need about "
+                f"{wanted / 1e9:.2f} GB of memory, and there are {self.memory_limit / 1e9:.2f}; the first "
+                f"{fitting[-1] - needed} fit"
             )
 
     def _drawn(self, run: _Run) -> Iterator[Step]:
@@ -726,15 +791,17 @@ class Flux2Pipeline:
         encoded = self._encode([*prompts, *negative], first.max_sequence_length, stats)
         given = [*run.references, *([] if run.init is None else [run.init])]
         references = self._encode_pictures(given, stats)
-        init = None if run.init is None else references.pop()
+        sizes = [(pixels.shape[1], pixels.shape[2]) for pixels in run.references]
+        init = None if run.init is None else references.pop().astype(mx.float32)
+        if init is not None and run.repainting is not None:
+            references, sizes = [init, *references], [(first.height, first.width), *sizes]
         reference_tokens = sum(tokens.shape[1] for tokens in references)
 
         image_tokens = (first.height // PIXELS_PER_TOKEN) * (first.width // PIXELS_PER_TOKEN)
         params = self.checkpoint.transformer
         sequence = first.max_sequence_length + image_tokens + reference_tokens
         grids = [image_ids(first.height, first.width)]
-        for k, pixels in enumerate(run.references):
-            grids.append(image_ids(pixels.shape[1], pixels.shape[2], reference=k))
+        grids += [image_ids(*size, reference=k) for k, size in enumerate(sizes)]
         cos, sin = FluxKlein.compute_rope(
             text_ids(first.max_sequence_length),
             mx.concatenate(grids, axis=1),
@@ -758,9 +825,9 @@ class Flux2Pipeline:
             for k, settings in enumerate(run.pictures):
                 txt = run.prompt_embeds[k] if run.prompt_embeds else encoded[settings.prompt]
                 negative_txt = encoded[settings.negative_prompt] if run.uses_guidance else None
-                x = run.latents[k] if run.latents else _noise(settings, params.in_channels)
+                x = noise = run.latents[k] if run.latents else _noise(settings, params.in_channels)
                 if init is not None:
-                    x = (1 - sigmas[0]) * init.astype(mx.float32) + sigmas[0] * x
+                    x = noised(init, noise, sigmas[0])
                 for i, (sigma, sigma_next) in enumerate(pairwise(sigmas), run.start):
                     # Again, since a caller may have decoded a picture in between and so unloaded the transformer.
                     needed = self._prepare("transformer", "", stats, *working)
@@ -777,12 +844,17 @@ class Flux2Pipeline:
                                 away = velocity(x, negative_txt, sigma)
                             v = guide(v, away, settings.guidance, settings.guidance_rescale)
                         x = euler_step(x, v, sigma, sigma_next)
+                        denoised = x - sigma_next * v
+                        if init is not None and run.repainted is not None:
+                            kept = 1 - run.repainted
+                            x = kept * noised(init, noise, sigma_next) + run.repainted * x
+                            denoised = kept * init + run.repainted * denoised
                         finite = mx.isfinite(x).all()
-                        mx.eval(x, v, finite)
+                        mx.eval(x, denoised, finite)
                     if not finite.item():
                         raise FloatingPointError(_not_finite(f"step {i + 1} of {settings.num_steps}", settings.dtype))
                     bar.update()
-                    yield Step(k, i + 1, sigma_next, x, x - sigma_next * v, settings, stats, self._decode)
+                    yield Step(k, i + 1, sigma_next, x, denoised, settings, stats, self._decode, run.repainting)
 
     # ------------------------------------------------------------------------------------------------ stages
 
@@ -1009,6 +1081,9 @@ def check_options(
     noise: str,
     max_sequence_length: int | None,
     strength: float | None,
+    mask_blur: float,
+    mask_padding: int | None,
+    expand: Mapping[str, int] | None,
 ) -> None:
     """Refuse options of Flux2Pipeline.stream that no model could draw with; None stands for the model's default.
 
@@ -1038,6 +1113,11 @@ def check_options(
         _between("max_sequence_length", max_sequence_length, 1, MAX_POSITIONS)
     if strength is not None and not (isinstance(strength, (int, float)) and 0 < strength <= 1):
         raise InputError(f"strength must be a number above 0, up to 1, got {strength!r}")
+    if not (isinstance(mask_blur, (int, float)) and 0 <= mask_blur <= MAX_MARGIN):
+        raise InputError(f"mask_blur must be a number of pixels from 0 to {MAX_MARGIN}, got {mask_blur!r}")
+    if mask_padding is not None:
+        _between("mask_padding", mask_padding, 0, MAX_MARGIN)
+    check_expand(expand)
     _one_of("schedule", schedule, SCHEDULES)
     _one_of("noise", noise, NOISES)
 

@@ -107,6 +107,11 @@ def guide(v: mx.array, away: mx.array, guidance: float, rescale: float = 0.0) ->
     return rescale * spread * guided + (1 - rescale) * guided
 
 
+def noised(clean: mx.array, noise: mx.array, sigma: float) -> mx.array:
+    """What a picture's tokens are at a noise level: (1 - sigma) * clean + sigma * noise."""
+    return (1 - sigma) * clean + sigma * noise
+
+
 def euler_step(x: mx.array, velocity: mx.array, sigma: float, sigma_next: float) -> mx.array:
     """x + (sigma_next - sigma) * velocity, in x's dtype or the wider of the two."""
     return x + (sigma_next - sigma) * velocity.astype(x.dtype)

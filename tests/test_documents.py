@@ -72,7 +72,7 @@ def test_python_examples_run_in_order(klein, tmp_path, capsys):
 @pytest.mark.parametrize("command", commands())
 def test_command_examples_run(command, klein, tmp_path, capsys):
     (tmp_path / "prompt.txt").write_text("a red fox")
-    for picture in set(re.findall(r"--(?:from-image|image|init-image) (\S+)", command)):
+    for picture in set(re.findall(r"--(?:from-image|image|init-image|mask) (\S+)", command)):
         assert main(["a fox", "--output", picture, "--model", str(klein), "--width", "64", "--height", "64"]) == 0
     arguments = shlex.split(command, comments=True)
     arguments = arguments[3:] if arguments[0] == "python" else arguments[1:]

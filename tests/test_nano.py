@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -254,6 +255,49 @@ def test_nano_draws_what_training_never_saw(nano):
 def test_nano_edits(nano):
     drawn = nano_score.draw(nano, nano_score.unseen_edits(20))
     assert nano_score.rates(drawn)["whole"] >= nano_score.BOUNDS["edits"]
+
+
+LEFT = Thing("circle", "blue", "medium", "left")
+RIGHT = Thing("star", "red", "medium", "right")
+LEFT_HALF = Image.fromarray(np.repeat(np.where(np.arange(128) < 64, 255, 0)[None], 128, axis=0).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "scene"),
+    [
+        ("make the circle green", {}, Scene("white", (replace(LEFT, colour="green"), RIGHT))),
+        ("make the circle green", {"mask_padding": 0}, Scene("white", (replace(LEFT, colour="green"), RIGHT))),
+        ("remove the circle", {}, Scene("white", (RIGHT,))),
+        ("make the star green", {}, Scene("white", (LEFT, RIGHT))),
+    ],
+)
+def test_nano_repaints_what_a_mask_shows(nano, prompt, options, scene):
+    before = render(Scene("white", (LEFT, RIGHT)), 128, 128)
+    after = nano(prompt, init_image=Image.fromarray(before), mask=LEFT_HALF, seed=1, **options).images[0]
+    assert all(all(right) for right in judge(np.asarray(after), scene).values())
+    assert np.array_equal(np.asarray(after)[:, 64:], before[:, 64:])
+
+
+def test_nano_paints_on_beyond_the_edge(nano):
+    before = render(Scene("white", (LEFT,)), 128, 128)[:, :80]
+    prompt = "add a red star on the right"
+    after = nano(prompt, init_image=Image.fromarray(before), expand={"right": 48}, seed=1).images[0]
+    assert all(all(right) for right in judge(np.asarray(after), Scene("white", (LEFT, RIGHT))).values())
+    assert np.array_equal(np.asarray(after)[:, :80], before)
+
+
+def test_nano_begins_from_a_picture(nano):
+    """With its words it changes the picture; with less strength it keeps more of it."""
+    before = Image.fromarray(render(Scene("white", (LEFT, RIGHT)), 128, 128))
+    after = nano("make the circle green", image=before, init_image=before, strength=0.75, seed=1).images[0]
+    changed = Scene("white", (replace(LEFT, colour="green"), RIGHT))
+    assert all(all(right) for right in judge(np.asarray(after), changed).values())
+    few, many = (
+        nano("a green circle left of a red star", init_image=before, strength=strength, seed=1).images[0]
+        for strength in (0.25, 0.75)
+    )
+    distance = [np.abs(np.asarray(image, float) - np.asarray(before, float)).mean() for image in (few, many)]
+    assert distance[0] < distance[1]
 
 
 def test_nano_keeps_pictures(nano):

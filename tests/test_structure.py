@@ -20,7 +20,7 @@ LAYERS = [
     {"latents", "sampler", "checkpoints", "tokenizer", "memory"},
     {"quantize", "gguf_files"},
     {"images", "weights", "commands"},
-    {"streaming"},
+    {"streaming", "inpaint"},
     {"plan"},
     {"pipeline"},
     {"generate", "convert"},

@@ -11,11 +11,15 @@ from PIL import Image
 
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.images import init_array, reference_size
+from flux2_mlx.inpaint import Repainting
 from tests import tiny
 from tests.parity.compare import assert_same_picture, relative_error, to_mlx
 from tests.prompts import ACCENTS, CHINESE, EMOJI, FOX, LONG, SPECIAL
 
-pytestmark = pytest.mark.filterwarnings("ignore:the prompt has")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the prompt has"),
+    pytest.mark.filterwarnings("ignore:strength 0.8 of 4 steps is rounded"),
+]
 
 
 def generators(seed, count=1):
@@ -139,6 +143,83 @@ def test_a_picture_is_drawn_anew(reference, pipe, strength):
     )
     ours = pipe(FOX, image=image, init_image=image, strength=strength, num_steps=4, seed=6, max_sequence_length=64)
     assert_same_picture(ours.images[0], theirs.images[0])
+
+
+MASK = Image.fromarray(np.pad(np.full((40, 42), 255, np.uint8), ((12, 12), (30, 24))))
+
+
+@pytest.mark.parametrize("strength", [0.5, 0.8, 1.0])
+@pytest.mark.parametrize("extra", [False, True], ids=["alone", "with a reference"])
+def test_a_part_is_repainted(reference, pipe, strength, extra):
+    """The latents whole, and of the picture what the mask shows; the rest is the picture that was given."""
+    rng = np.random.default_rng(5)
+    image, other = (Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in ((64, 96), (70, 80)))
+    inpaint = Flux2KleinInpaintPipeline(**reference[0].components)
+    options = {"prompt": FOX, "strength": strength, "num_inference_steps": 4, "max_sequence_length": 64}
+
+    def theirs(kind):
+        given = {"image": image, "mask_image": MASK, "image_reference": other if extra else None}
+        generator = generators(6)
+        return inpaint(**given, guidance_scale=1.0, generator=generator, output_type=kind, **options).images
+
+    options_of_ours = {"image": other if extra else None, "init_image": image, "mask": MASK, "seed": 6, **options}
+    ours = pipe(**options_of_ours, output_type="latent").images
+    assert relative_error(ours, theirs("latent").permute(0, 2, 3, 1)) <= 2e-5
+    assert_same_picture(pipe(**options_of_ours).images[0], Image.composite(theirs("pil")[0], image, MASK))
+
+
+def test_a_padded_part_is_repainted_at_full_size(reference, pipe):
+    """The box is as wide to its height as the picture, so diffusers has nothing to fill. It pastes the middle of what
+    it drew, where it should scale it down (its processor for FLUX.2 makes another thing of "crop"), so what is
+    compared is what it pastes from.
+    """
+    rng = np.random.default_rng(7)
+    image = Image.fromarray(rng.integers(0, 256, (128, 192, 3), np.uint8))
+    mask = Image.fromarray(np.pad(np.full((28, 36), 255, np.uint8), ((50, 50), (20, 136))))
+    options = {"prompt": FOX, "strength": 0.8, "num_inference_steps": 4, "max_sequence_length": 64}
+    inpaint = Flux2KleinInpaintPipeline(**reference[0].components)
+    repainting = Repainting.of(image, mask, padding=12)
+
+    def paste(shown, whole, drawn, box):
+        assert (shown, whole, box) == (mask, image, repainting.box) == (mask, image, (0, 38, 78, 90))
+        return repainting.paste(drawn)
+
+    inpaint.image_processor.apply_overlay = paste
+    theirs = inpaint(
+        image=image, mask_image=mask, padding_mask_crop=12, guidance_scale=1.0, generator=generators(6), **options
+    )
+    ours = pipe(init_image=image, mask=mask, mask_padding=12, seed=6, **options)
+    assert_same_picture(ours.images[0], theirs.images[0])
+
+
+def test_a_mask_is_blurred_and_shapes_the_latents_as_in_diffusers(reference, pipe):
+    """A soft mask of a size that is no multiple of 16, on a base model's number of steps."""
+    rng = np.random.default_rng(8)
+    image = Image.fromarray(rng.integers(0, 256, (75, 107, 3), np.uint8))
+    mask = Image.fromarray(rng.integers(0, 256, (75, 107), np.uint8))
+    inpaint = Flux2KleinInpaintPipeline(**reference[0].components)
+    options = {"prompt": FOX, "num_inference_steps": 6, "max_sequence_length": 64, "output_type": "latent"}
+    theirs = inpaint(
+        image=image,
+        mask_image=inpaint.mask_processor.blur(mask, 2),
+        strength=0.7,
+        guidance_scale=1.0,
+        generator=generators(4),
+        **options,
+    )
+    ours = pipe(init_image=image, mask=mask, mask_blur=2, strength=0.7, seed=4, **options)
+    assert relative_error(ours.images, theirs.images.permute(0, 2, 3, 1)) <= 2e-5
+
+
+def test_a_part_is_repainted_with_guidance(base_reference):
+    reference, folder = base_reference
+    image = Image.fromarray(np.random.default_rng(5).integers(0, 256, (64, 96, 3), np.uint8))
+    options = {"prompt": FOX, "guidance_scale": 4.0, "num_inference_steps": 3, "max_sequence_length": 64}
+    theirs = Flux2KleinInpaintPipeline(**reference.components)(
+        image=image, mask_image=MASK, strength=1.0, generator=generators(2), **options
+    )
+    ours = Flux2Pipeline.from_pretrained(folder)(init_image=image, mask=MASK, seed=2, **options)
+    assert_same_picture(ours.images[0], Image.composite(theirs.images[0], image, MASK))
 
 
 def test_a_picture_to_begin_from_is_scaled_as_in_diffusers(reference):
