@@ -9,7 +9,7 @@ from .config import InputError
 from .quantize import AFFINE_BITS, FLOAT_MODES
 
 # What belongs to the model besides its name, as Flux2Pipeline.from_pretrained takes it.
-PART_OPTIONS = ("transformer", "text_encoder", "vae", "tokenizer", "distilled")
+PART_OPTIONS = ("transformer", "text_encoder", "vae", "tokenizer", "distilled", "kv_cache")
 MODEL_OPTIONS = (*PART_OPTIONS, "quantize", "quantize_text_encoder", "group_size")
 
 MODEL_HELP = "a released name, nano, a folder, a file, a Hub id or owner/name/file"
@@ -32,6 +32,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--distilled",
         action=argparse.BooleanOptionalAction,
         help="whether the transformer draws in few steps without guidance, where its file does not say",
+    )
+    parser.add_argument(
+        "--kv-cache",
+        action=argparse.BooleanOptionalAction,
+        help="whether the transformer was trained to keep its references (klein-9b-kv), where its file does not say",
     )
     parser.add_argument(
         "--quantize",

@@ -38,6 +38,7 @@ RELEASED: dict[str, str] = {
     "klein-base-9b": "black-forest-labs/FLUX.2-klein-base-9B",
     "klein-9b-kv": "black-forest-labs/FLUX.2-klein-9b-kv",
 }
+KV = "klein-9b-kv"  # the one that was trained to keep its references
 NANO = "nano"  # a trained miniature, which is part of the package
 
 

@@ -22,14 +22,13 @@ from tqdm.auto import tqdm
 
 from ._version import __version__
 from .commands import MODEL_HELP, MODEL_OPTIONS, PART_OPTIONS, Parser, add_model_options
-from .config import MAX_SEQUENCE_LENGTH, NANO, RELEASED, AutoEncoderConfig, InputError
+from .config import KV, MAX_SEQUENCE_LENGTH, NANO, RELEASED, AutoEncoderConfig, InputError
 from .images import FORMATS, check_output, open_image, read_metadata, reference_size, save_image
 from .inpaint import ALPHA, SIDES, repainting_of
 from .latents import NOISES
 from .memory import machine_memory
 from .pipeline import (
     DTYPES,
-    KV_REFUSED,
     STRENGTH,
     Flux2Pipeline,
     Settings,
@@ -285,9 +284,6 @@ def drawing_options(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.strength is not None and arguments.init_image is None:
         raise InputError("--strength belongs to --init-image, and none is given")
     sees_pictures = bool(arguments.image) or arguments.mask is not None or arguments.expand is not None
-    is_kv = arguments.model in ("klein-9b-kv", RELEASED["klein-9b-kv"]) and not arguments.transformer
-    if sees_pictures and is_kv:
-        raise InputError(f"{arguments.model} {KV_REFUSED}")
     if sees_pictures or arguments.init_image is not None:
         sizes_of(arguments, AutoEncoderConfig.sample_size)  # which is not needed here
     return options
@@ -351,7 +347,7 @@ def print_plan(arguments: argparse.Namespace) -> None:
     """Print what drawing needs: of a released model from its known shapes, else from the files."""
     drawing_options(arguments)
     name = next((name for name, repo in RELEASED.items() if arguments.model in (name, repo)), None)
-    others = [getattr(arguments, part) for part in PART_OPTIONS if part != "distilled"]
+    others = [getattr(arguments, part) for part in PART_OPTIONS if part not in ("distilled", "kv_cache")]
     if name is None or any(others) or Path(arguments.model).exists():
         print(plan_of(open_pipeline(arguments), arguments))
         return
@@ -364,6 +360,7 @@ def print_plan(arguments: argparse.Namespace) -> None:
         height=height,
         width=width,
         references=references,
+        keeps_references=name == KV,
         length=arguments.max_sequence_length or MAX_SEQUENCE_LENGTH,
         limit=arguments.memory_limit or machine_memory(),
         memory=arguments.memory,

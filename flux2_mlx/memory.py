@@ -134,12 +134,23 @@ def text_encoder_bytes(config: Qwen3Config, length: int, dtype: mx.Dtype) -> int
     return max(feed_forward, (heads * length**2 + rows) * dtype.size + length**2)
 
 
-def transformer_bytes(params: FluxKleinParams, tokens: int, dtype: mx.Dtype, batch: int = 1) -> tuple[int, int]:
-    """Intermediates of one step over ``tokens`` text and image tokens: ten times the input of a single block; and those
-    of attention, during which no matrix is unpacked, where its scores are written out, as on the CPU.
+def transformer_bytes(
+    params: FluxKleinParams, tokens: int, dtype: mx.Dtype, batch: int = 1, kept: int = 0
+) -> tuple[int, int]:
+    """Intermediates of one step over ``tokens`` text and image tokens: ten times the input of a single block, and keys
+    and values together with those of ``kept`` reference tokens; and those of attention, during which no matrix is
+    unpacked, where its scores are written out, as on the CPU.
     """
-    unit, scores = tokens * params.hidden_size, params.num_heads * tokens**2
-    return 10 * batch * unit * dtype.size, 0 if on_gpu() else batch * (8 * unit + scores) * dtype.size
+    unit, scores = tokens * params.hidden_size, params.num_heads * tokens * (tokens + kept)
+    joined = 2 * (tokens + kept) * params.hidden_size if kept else 0
+    return batch * (10 * unit + joined) * dtype.size, (
+        0 if on_gpu() else batch * (8 * unit + joined + scores) * dtype.size
+    )
+
+
+def kept_bytes(params: FluxKleinParams, tokens: int, dtype: mx.Dtype) -> int:
+    """Keys and values of so many reference tokens in every block."""
+    return 2 * (params.depth + params.depth_single) * tokens * params.hidden_size * dtype.size
 
 
 def decoder_bytes(config: AutoEncoderConfig, height: int, width: int, dtype: mx.Dtype) -> int:

@@ -49,6 +49,7 @@ from .memory import (
     decoder_bytes,
     default_dtype,
     encoder_bytes,
+    kept_bytes,
     machine_memory,
     stage_dtype,
     text_encoder_bytes,
@@ -60,7 +61,7 @@ from .memory import (
 )
 from .models.autoencoder import AutoEncoder
 from .models.text_encoder import Qwen3TextEncoder
-from .models.transformer import FluxKlein
+from .models.transformer import FluxKlein, Kept
 from .plan import MODES, Plan, make_plan, stage_of
 from .quantize import Quantization, options_of, parse_options, tune
 from .sampler import SCHEDULES, check_sigmas, custom_sigmas, euler_step, guide, noised, schedule_sigmas
@@ -83,7 +84,6 @@ OUTPUT_TYPES = ("pil", "np", "latent")
 # What a call may be given that no file carries, and the command's option for it.
 INPUTS = {"image": "--image", "init_image": "--init-image", "mask": "--mask", "prompt_embeds": "", "latents": ""}
 STRENGTH = 0.75  # of an init image without a mask, unless given, or less where the steps are fewer than four
-KV_REFUSED = "takes reference images through its own cache, which is not supported; use klein-9b for edits"
 MIN_SIDE = 64
 MAX_PIXELS = 4 * 1024 * 1024
 MAX_STEPS = 1000  # noise levels that the models were trained on
@@ -119,6 +119,7 @@ class Settings:
     vae: str | None = None
     tokenizer: str | None = None
     distilled: bool | None = None
+    kv_cache: bool | None = None
     quantize: int | str | None = None
     quantize_text_encoder: int | str | None = None
     group_size: int | None = None
@@ -150,6 +151,7 @@ class Settings:
         number, optional = (int, float), type(None)
         kinds: dict[str, Any] = {"seed": int, "width": int, "height": int, "num_steps": int, "max_sequence_length": int}
         kinds |= {"guidance": number, "sigmas": (tuple, optional), "inputs": tuple, "distilled": (bool, optional)}
+        kinds |= {"kv_cache": (bool, optional)}
         kinds |= {"strength": (*number, optional), "guidance_interval": (tuple, optional), "guidance_rescale": number}
         kinds |= {"force_guidance": bool, "mask_blur": number, "mask_padding": (int, optional)}
         kinds |= {"expand": (Mapping, optional)}
@@ -334,6 +336,7 @@ class Flux2Pipeline:
         self._loaded: dict[str, set[int]] = {}  # of each stage, id of the modules that are in memory
         self._embeddings: dict[tuple[str, int], mx.array] = {}
         self._pictures: dict[bytes, mx.array] = {}  # tokens of those given to the last call, by content
+        self._kept: tuple[list[bytes], list[Kept]] = [], []  # of the last call's references: contents, keys and values
         for stage in STAGES:
             self._open(stage)
 
@@ -348,6 +351,7 @@ class Flux2Pipeline:
         vae: str | os.PathLike[str] | None = None,
         tokenizer: str | os.PathLike[str] | None = None,
         distilled: bool | None = None,
+        kv_cache: bool | None = None,
         dtype: str | mx.Dtype | None = None,
         quantize: int | str | None = None,
         quantize_text_encoder: int | str | None = None,
@@ -368,6 +372,8 @@ class Flux2Pipeline:
                 "owner/name/file".
             tokenizer: a folder with tokenizer.json.
             distilled: whether the transformer draws in few steps without guidance, where the model does not say it.
+            kv_cache: whether the transformer was trained to keep its references, as klein-9b-kv was, where the model
+                does not say it.
             dtype: "bfloat16", "float16" or "float32"; None takes what suits the machine.
             quantize: pack the matrices of the transformer and the text encoder, as they are loaded, into so many bits
                 (2, 3, 4, 5, 6, 8) or a format ("mxfp4", "mxfp8", "nvfp4"). With fewer than 8 bits the transformer's
@@ -398,6 +404,7 @@ class Flux2Pipeline:
             vae=vae,
             tokenizer=tokenizer,
             distilled=distilled,
+            kv_cache=kv_cache,
         )
         return cls(
             checkpoint,
@@ -437,6 +444,7 @@ class Flux2Pipeline:
             width=width,
             length=max_sequence_length or self.tokenizer.default_length,
             references=references,
+            keeps_references=self.checkpoint.has_kv_cache,
             limit=self.memory_limit,
             memory=self.memory,
         )
@@ -656,8 +664,6 @@ class Flux2Pipeline:
         )
         pictures: list[Any] = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
         repainting = repainting_of(init_image, mask, mask_blur, mask_padding, expand)
-        if (pictures or repainting is not None) and self.checkpoint.has_kv_cache:
-            raise InputError(f"{self.checkpoint.name} {KV_REFUSED}")
         references = [reference_array(picture) for picture in pictures]
         sizes = [(picture.shape[1], picture.shape[2]) for picture in references]
         begun = init_image if repainting is None else repainting.picture
@@ -795,32 +801,33 @@ class Flux2Pipeline:
         init = None if run.init is None else references.pop().astype(mx.float32)
         if init is not None and run.repainting is not None:
             references, sizes = [init, *references], [(first.height, first.width), *sizes]
-        reference_tokens = sum(tokens.shape[1] for tokens in references)
-
-        image_tokens = (first.height // PIXELS_PER_TOKEN) * (first.width // PIXELS_PER_TOKEN)
         params = self.checkpoint.transformer
-        sequence = first.max_sequence_length + image_tokens + reference_tokens
-        grids = [image_ids(first.height, first.width)]
-        grids += [image_ids(*size, reference=k) for k, size in enumerate(sizes)]
-        cos, sin = FluxKlein.compute_rope(
-            text_ids(first.max_sequence_length),
-            mx.concatenate(grids, axis=1),
-            params.axes_dims_rope,
-            params.rope_theta,
-        )
+        reference_tokens = sum(tokens.shape[1] for tokens in references)
+        image_tokens = (first.height // PIXELS_PER_TOKEN) * (first.width // PIXELS_PER_TOKEN)
+        live = first.max_sequence_length + image_tokens  # tokens of a step
+        grids = [image_ids(*size, reference=k) for k, size in enumerate(sizes)]
+        kept, kept_tokens, seen = None, 0, [image_ids(first.height, first.width)]
+        if self.checkpoint.has_kv_cache and references:
+            kept, kept_tokens = self._keep(references, grids, stats), reference_tokens
+            references = []
+        else:
+            live += reference_tokens
+            seen += grids
+        cos, sin = self._rope(first.max_sequence_length, seen)
+        held = kept_bytes(params, kept_tokens, self.dtype)
 
         def velocity(x: mx.array, txt: mx.array, sigma: float) -> mx.array:
             """Of the picture's tokens, (B, S, 128), with the prompt embeddings (B, L, D) of each row."""
             img = mx.repeat(mx.concatenate([x, *references], axis=1), len(txt), axis=0)
-            v = self.transformer.forward_with_rope(img, txt, mx.full((len(txt),), sigma), cos, sin)
+            v = self.transformer.forward_with_rope(img, txt, mx.full((len(txt),), sigma), cos, sin, kept)
             return v[:, :image_tokens].astype(mx.float32)
 
-        together = run.uses_guidance and self._has_room_for_both(sequence)
-        working = transformer_bytes(params, sequence, self.dtype, batch=2 if together else 1)
+        together = run.uses_guidance and self._has_room_for_both(live, kept_tokens)
+        working = transformer_bytes(params, live, self.dtype, 2 if together else 1, kept_tokens)
 
         sigmas = run.sigmas[run.start :]
         steps = len(run.pictures) * (len(sigmas) - 1)
-        self._prepare("transformer", "", stats, *working)  # before the bar of the steps, for its own
+        self._prepare("transformer", "", stats, *working, held=held)  # before the bar of the steps, for its own
         with self._bar("drawing", steps, unit="step") as bar:
             for k, settings in enumerate(run.pictures):
                 txt = run.prompt_embeds[k] if run.prompt_embeds else encoded[settings.prompt]
@@ -830,7 +837,7 @@ class Flux2Pipeline:
                     x = noised(init, noise, sigmas[0])
                 for i, (sigma, sigma_next) in enumerate(pairwise(sigmas), run.start):
                     # Again, since a caller may have decoded a picture in between and so unloaded the transformer.
-                    needed = self._prepare("transformer", "", stats, *working)
+                    needed = self._prepare("transformer", "", stats, *working, held=held)
                     with self._working("denoise", needed, stats):
                         low, high = settings.guidance_interval or (0, 1)
                         if negative_txt is None or not low <= sigma <= high:
@@ -846,9 +853,8 @@ class Flux2Pipeline:
                         x = euler_step(x, v, sigma, sigma_next)
                         denoised = x - sigma_next * v
                         if init is not None and run.repainted is not None:
-                            kept = 1 - run.repainted
-                            x = kept * noised(init, noise, sigma_next) + run.repainted * x
-                            denoised = kept * init + run.repainted * denoised
+                            x = _masked(x, noised(init, noise, sigma_next), run.repainted)
+                            denoised = _masked(denoised, init, run.repainted)
                         finite = mx.isfinite(x).all()
                         mx.eval(x, denoised, finite)
                     if not finite.item():
@@ -919,6 +925,33 @@ class Flux2Pipeline:
             self._pictures = tokens
         return [tokens[key] for key in keys]
 
+    def _keep(self, references: Sequence[mx.array], grids: Sequence[mx.array], stats: Stats) -> list[Kept]:
+        """Keys and values of references, (1, R, 128) tokens at (1, R, 4) positions, in every block of the transformer;
+        those of the last call are not computed again.
+        """
+        contents = [
+            hashlib.sha256(np.array(part).tobytes()).digest()
+            for part in (*(tokens.astype(mx.float32) for tokens in references), *grids)
+        ]
+        known, kept = self._kept
+        if known == contents:
+            return kept
+        del kept
+        self._kept = [], []
+        tokens = mx.concatenate(list(references), axis=1)
+        params, count = self.checkpoint.transformer, tokens.shape[1]
+        needed = self._prepare("transformer", "", stats, *transformer_bytes(params, count, self.dtype))
+        with self._working("references", needed, stats):
+            kept = self.transformer.keep_references(tokens, *self._rope(0, grids))
+            mx.eval(kept)
+        self._kept = contents, kept
+        return kept
+
+    def _rope(self, length: int, grids: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
+        """Tables for so many text tokens and for image tokens at these positions."""
+        params, positions = self.checkpoint.transformer, mx.concatenate(list(grids), axis=1)
+        return FluxKlein.compute_rope(text_ids(length), positions, params.axes_dims_rope, params.rope_theta)
+
     def _decode(self, latents: mx.array, settings: Settings, stats: Stats) -> mx.array:
         """Sampled tokens (1, S, 128) to a picture (1, H, W, 3) in 0..1, float32."""
         dtype = stage_dtype("autoencoder", self.dtype)
@@ -940,24 +973,30 @@ class Flux2Pipeline:
         with within(self.memory_limit, working_bytes), stats.measure(part):
             yield
 
-    def _prepare(self, name: str, part: str, stats: Stats, intermediates: int, attention: int = 0) -> int:
+    def _prepare(
+        self, name: str, part: str, stats: Stats, intermediates: int, attention: int = 0, *, held: int = 0
+    ) -> int:
         """Bring a stage, or a part of one, into memory; other stages out of it as far as the mode and the limit say.
         What is too large even alone is streamed, if it has blocks, or loaded all the same, with a UserWarning.
+
+        Args:
+            intermediates, attention: see plan.stage_of.
+            held: bytes of what is in memory already and stays there.
 
         Returns:
             the intermediates' bytes, the largest unpacked matrix among them.
         """
         dtype, module = stage_dtype(name, self.dtype), self._module(name, part)
         stage = stage_of(name.replace("_", " "), module, dtype, intermediates, attention)
-        streams = stage.is_streamed(self.memory, self.memory_limit)
+        streams = stage.is_streamed(self.memory, self.memory_limit - held)
         if self._loaded[name] and streams != is_streamed(module):  # as for a picture of another size
             self._open(name)
             module = self._module(name, part)
         weights, is_loaded = stage.streamed if streams else stage.weights, id(module) in self._loaded[name]
-        self._make_room(name, stage.working + (weights if streams or not is_loaded else 0))
+        self._make_room(name, stage.working + (weights if streams or not is_loaded else 0), held)
         if is_loaded:
             return stage.working
-        needed = weights + stage.working + (mx.get_active_memory() if self.memory == "resident" else 0)
+        needed = weights + stage.working + (mx.get_active_memory() if self.memory == "resident" else held)
         if needed > self.memory_limit:
             warnings.warn(
                 f"the {stage.name} needs about {needed / 1e9:.1f} GB and this machine gives "
@@ -988,39 +1027,45 @@ class Flux2Pipeline:
         self._loaded[name].add(id(module))
         return stage.working
 
-    def _has_room_for_both(self, tokens: int) -> bool:
-        """Whether the transformer can do two passes over so many tokens at once, and nothing is unloaded or streamed
-        for that which would not be for one.
+    def _has_room_for_both(self, tokens: int, kept: int) -> bool:
+        """Whether the transformer can do two passes over so many tokens at once, beside the keys and values of ``kept``
+        references, and nothing is unloaded or streamed for that which would not be for one.
         """
+        limit = self.memory_limit - kept_bytes(self.checkpoint.transformer, kept, self.dtype)
         stage, both = (
             stage_of(
                 "transformer",
                 self.transformer,
                 self.dtype,
-                *transformer_bytes(self.transformer.params, tokens, self.dtype, batch),
+                *transformer_bytes(self.transformer.params, tokens, self.dtype, batch, kept),
             )
             for batch in (1, 2)
         )
-        weights = stage.streamed if stage.is_streamed(self.memory, self.memory_limit) else stage.weights
+        weights = stage.streamed if stage.is_streamed(self.memory, limit) else stage.weights
         alone = weights + stage.working
         others = [name for name in STAGES if name != "transformer" and self._loaded[name]]
-        kept = sum(weight_bytes(getattr(self, name)) for name in others)
-        if self.memory in ("staged", "streamed") or (self.memory == "auto" and kept + alone > self.memory_limit):
-            kept = 0
-        return kept + weights + both.working <= self.memory_limit
+        others_bytes = sum(weight_bytes(getattr(self, name)) for name in others)
+        if self.memory in ("staged", "streamed") or (self.memory == "auto" and others_bytes + alone > limit):
+            others_bytes = 0
+        return others_bytes + weights + both.working <= limit
 
     def _module(self, name: str, part: str) -> nn.Module:
         stage: nn.Module = getattr(self, name)
         return getattr(stage, part) if part else stage
 
-    def _make_room(self, name: str, wanted: int) -> None:
-        """Unload other stages: none, all, or as far as it takes to have so many bytes."""
+    def _make_room(self, name: str, wanted: int, held: int) -> None:
+        """Unload other stages: none, all, or as far as it takes to have so many bytes; then forget the references that
+        are kept, unless they are held.
+        """
         room = {"resident": math.inf, "auto": self.memory_limit}.get(self.memory, 0)
         for other in STAGES:
             if mx.get_active_memory() + wanted <= room:
                 break
             if other != name and self._loaded[other]:
-                self.unload(other)
+                self._open(other)
+                mx.clear_cache()
+        if not held and mx.get_active_memory() + wanted > self.memory_limit:
+            self._kept = [], []
 
     @contextmanager
     def _reading_ahead(self) -> Iterator[None]:
@@ -1049,6 +1094,8 @@ class Flux2Pipeline:
             _one_of("stage", stage, STAGES)
         for name in STAGES if stage is None else (stage,):
             self._open(name)
+            if name == "transformer":
+                self._kept = [], []
         mx.clear_cache()
 
     def _open(self, stage: str) -> None:
@@ -1241,6 +1288,11 @@ def _either(name: str, value: Any, other_name: str, other: Any) -> Any:
     if value is not None and other is not None and value != other:
         raise InputError(f"{name} ({value}) and {other_name} ({other}) are the same setting; give one of them")
     return other if value is None else value
+
+
+def _masked(x: mx.array, kept: mx.array, repainted: mx.array) -> mx.array:
+    """x where it is repainted, else what is kept: all (1, S, C) but repainted, (1, S, 1) in 0..1."""
+    return repainted * x + (1 - repainted) * kept
 
 
 def _noise(settings: Settings, channels: int) -> mx.array:

@@ -12,7 +12,15 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
-from .memory import decoder_bytes, encoder_bytes, stage_dtype, text_encoder_bytes, transformer_bytes, weight_bytes
+from .memory import (
+    decoder_bytes,
+    encoder_bytes,
+    kept_bytes,
+    stage_dtype,
+    text_encoder_bytes,
+    transformer_bytes,
+    weight_bytes,
+)
 from .models.autoencoder import AutoEncoder
 from .models.text_encoder import Qwen3TextEncoder
 from .models.transformer import FluxKlein
@@ -127,6 +135,7 @@ def make_plan(
     width: int,
     length: int,
     references: Sequence[tuple[int, int]] = (),
+    keeps_references: bool = False,
     limit: int,
     memory: str = "auto",
 ) -> Plan:
@@ -137,10 +146,11 @@ def make_plan(
         height, width: in pixels.
         length: tokens of the prompt.
         references: (height, width) of each reference picture, as it is encoded.
+        keeps_references: whether their keys and values are kept in place of their tokens (klein-9b-kv).
         limit: bytes that there are.
         memory: of MODES.
     """
-    tokens = length + sum(h * w for h, w in [(height, width), *references]) // 256
+    tokens, seen = length + height * width // 256, sum(h * w for h, w in references) // 256
     pictures, config = stage_dtype("autoencoder", dtype), autoencoder.config
 
     text_dtype = stage_dtype("text_encoder", dtype)
@@ -149,8 +159,15 @@ def make_plan(
     if references:
         working = max(encoder_bytes(config, h, w, pictures) for h, w in references)
         stages.append(stage_of("references", autoencoder.encoder, pictures, working))
-    stages.append(stage_of("transformer", transformer, dtype, *transformer_bytes(transformer.params, tokens, dtype)))
-    working = decoder_bytes(config, height, width, pictures)
+    params = transformer.params
+    held = kept_bytes(params, seen, dtype) if keeps_references else 0
+    if keeps_references:
+        passes = [transformer_bytes(params, tokens, dtype, kept=seen), transformer_bytes(params, seen, dtype)]
+    else:
+        passes = [transformer_bytes(params, tokens + seen, dtype)]
+    intermediates, attention = (max(parts) + held for parts in zip(*passes, strict=True))
+    stages.append(stage_of("transformer", transformer, dtype, intermediates, attention))
+    working = decoder_bytes(config, height, width, pictures) + held
     stages.append(stage_of("decoder", autoencoder.decoder, pictures, working))
     return Plan(tuple(stages), limit, memory)
 

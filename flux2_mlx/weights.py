@@ -46,6 +46,7 @@ from .checkpoints import (
     sanitize_vae_weights,
 )
 from .config import (
+    KV,
     NANO,
     RELEASED,
     AutoEncoderConfig,
@@ -603,6 +604,7 @@ def open_checkpoint(
     vae: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     distilled: bool | None = None,
+    kv_cache: bool | None = None,
 ) -> Checkpoint:
     """Find a checkpoint and check it: configs, pairing of the parts, presence of the files.
 
@@ -618,6 +620,7 @@ def open_checkpoint(
             id of such a folder, or "owner/name/file". A vae may be a decoder alone.
         tokenizer: a folder with tokenizer.json.
         distilled: whether the transformer draws in few steps without guidance, where the model does not say it.
+        kv_cache: whether the transformer was trained to keep its references, where the model does not say it.
 
     Raises:
         CheckpointError: for whatever is wrong, with the way out.
@@ -628,6 +631,9 @@ def open_checkpoint(
     parts = {part: _find_part(part, where) for part in _STEMS if (where := given[part]) is not None}
     if transformer is not None and distilled is None:
         raise _unsaid(given["transformer"])
+    released = RELEASED.get(name, name)
+    if kv_cache and transformer is None and released in RELEASED.values() and released != RELEASED[KV]:
+        raise _keeps_nothing(name)
     needed = [part for part in _STEMS if part not in parts or (part == "vae" and not _is_whole(parts[part]))]
     found = _find_model(name, revision, needed, tokenizer is None, distilled)
     sources = dict(found.sources)
@@ -637,6 +643,9 @@ def open_checkpoint(
     is_distilled = found.is_distilled if distilled is None else distilled
     if is_distilled is None:
         raise _unsaid(name)
+    keeps = found.has_kv_cache if transformer is None else None
+    if kv_cache and keeps is False:
+        raise _keeps_nothing(name)
     folder = found.folder / "tokenizer" if tokenizer is None else Path(tokenizer).expanduser()
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(f"{folder} has no tokenizer.json")
@@ -647,13 +656,20 @@ def open_checkpoint(
         revision,
         found.folder,
         is_distilled,
-        found.has_kv_cache and transformer is None,
+        bool(keeps) if kv_cache is None else kv_cache,
         shapes["transformer"],
         shapes["text_encoder"],
         shapes["vae"],
         sources,
         folder,
-        {**given, "distilled": distilled},
+        {**given, "distilled": distilled, "kv_cache": kv_cache},
+    )
+
+
+def _keeps_nothing(name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{name} was not trained to keep its references, which then see neither the prompt nor the picture: its edits "
+        f"would come out wrong; {KV} was (or leave out kv_cache, --kv-cache)"
     )
 
 
@@ -666,11 +682,13 @@ def _unsaid(name: str | None) -> CheckpointError:
 
 @dataclass(frozen=True)
 class _Found:
-    """A model's parts, and what it says of itself; ``is_distilled`` is None where it says nothing."""
+    """A model's parts, and what it says of itself; ``is_distilled`` and ``has_kv_cache`` are None where it says
+    nothing.
+    """
 
     folder: Path
     is_distilled: bool | None
-    has_kv_cache: bool
+    has_kv_cache: bool | None
     sources: Mapping[str, Source]
 
 
@@ -729,7 +747,7 @@ def _open_folder(folder: Path, parts: Sequence[str], with_tokenizer: bool) -> _F
             f"{folder} is no FLUX.2 [klein] checkpoint in the diffusers layout: no model_index.json, and no folder "
             f"transformer, text_encoder or vae{hint}"
         )
-    is_distilled, has_kv_cache = None, False
+    is_distilled = has_kv_cache = None
     if index.is_file():
         is_distilled, has_kv_cache = _read_model_index(folder, parts, with_tokenizer)
     sources = {}
@@ -775,7 +793,7 @@ def _open_file(path: Path, parts: Sequence[str], with_tokenizer: bool, distilled
     sources = {part: Source(part, str(path), (path,)) for part in parts if part in inside}
     rest = [part for part in parts if part not in sources]
     if not rest and not with_tokenizer:
-        return _Found(path.parent, None, False, sources)
+        return _Found(path.parent, None, None, sources)
     params = Source("transformer", str(path), (path,)).shape()
     base = next((name for name, size in _TEXT_SIZES.items() if size == params.txt_embed_dim), None)
     if base is not None and distilled is None:
@@ -787,7 +805,7 @@ def _open_file(path: Path, parts: Sequence[str], with_tokenizer: bool, distilled
         )
     folder = _download(base, RELEASED[base], None, rest, with_tokenizer)
     found = _open_folder(folder, rest, with_tokenizer)
-    return _Found(folder, None, False, {**found.sources, **sources})
+    return _Found(folder, None, None, {**found.sources, **sources})
 
 
 _CALLED = {"transformer": "transformer", "text_encoder": "text encoder", "vae": "autoencoder"}

@@ -73,10 +73,12 @@ def test_python_examples_run_in_order(klein, tmp_path, capsys):
 def test_command_examples_run(command, klein, tmp_path, capsys):
     (tmp_path / "prompt.txt").write_text("a red fox")
     for picture in set(re.findall(r"--(?:from-image|image|init-image|mask) (\S+)", command)):
-        assert main(["a fox", "--output", picture, "--model", str(klein), "--width", "64", "--height", "64"]) == 0
+        assert main(["a fox", "--output", picture, "--model", str(klein), "--width", "128", "--height", "128"]) == 0
     arguments = shlex.split(command, comments=True)
     arguments = arguments[3:] if arguments[0] == "python" else arguments[1:]
-    small = ["--model", str(klein), "--width", "64", "--height", "64", "--max-sequence-length", "16"]
+    small = ["--model", str(klein), "--height", "64", "--max-sequence-length", "16"]
+    if "--expand" not in command:
+        small += ["--width", "64"]
     assert main([*arguments, *small]) == 0
     assert ("memory: " if "--plan" in command else "seed ") in capsys.readouterr().out
 

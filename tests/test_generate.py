@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from flux2_mlx import Flux2Pipeline, InputError, Settings, __version__, read_metadata, save_image
 from flux2_mlx.generate import main, output_path, parse_arguments, start
@@ -93,10 +93,14 @@ def test_every_option_reaches_the_pipeline(run, tmp_path, base_reference):
         "vae": str(folder / "vae"),
         "tokenizer": str(folder / "tokenizer"),
         "distilled": False,
+        "kv_cache": None,
         "quantize": 8,
         "quantize_text_encoder": "mxfp8",
         "group_size": 32,
         "strength": None,
+        "mask_blur": 0.0,
+        "mask_padding": None,
+        "expand": None,
         "inputs": [],
         "seed": 4,
         "width": 80,
@@ -160,6 +164,60 @@ def test_a_picture_is_drawn_anew(checkpoint, pipe, tmp_path, monkeypatch, fox):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+def test_a_part_of_a_picture_is_repainted(checkpoint, pipe, tmp_path, monkeypatch, fox):
+    """What is white in a file, or transparent in the picture itself; the rest comes back as it was."""
+    monkeypatch.chdir(tmp_path)
+    mask = Image.new("L", fox.size)
+    mask.paste(255, (20, 10, 80, 60))
+    mask.save("mask.png")
+    cut_out = fox.copy()
+    cut_out.putalpha(ImageOps.invert(mask))
+    cut_out.save("cut-out.png")
+    base = ["a hat", "--model", str(checkpoint), "--max-sequence-length", "32", "--seed", "5", "--quiet"]
+    ways = {
+        "white": (["--init-image", "fox.png", "--mask", "mask.png", "--mask-blur", "2", "--mask-padding", "8"],
+                  {"init_image": fox, "mask": mask, "mask_blur": 2, "mask_padding": 8}),
+        "alpha": (["--init-image", "cut-out.png", "--mask", "alpha", "--strength", "0.5"],
+                  {"init_image": cut_out, "mask": "alpha", "strength": 0.5}),
+        "expand": (["--init-image", "fox.png", "--expand", "left=20,top=4", "--image", "fox.png"],
+                   {"init_image": fox, "expand": {"left": 20, "top": 4}, "image": fox}),
+    }  # fmt: skip
+    for name, (arguments, options) in ways.items():
+        assert main([*base, *arguments, "--output", f"{name}.png"]) == 0
+        expected = pipe("a hat", seed=5, max_sequence_length=32, **options).images[0]
+        assert np.array_equal(pixels(f"{name}.png"), np.asarray(expected))
+        again = arguments[: 4 if name != "expand" else 2] + (["--image", "fox.png"] if name == "expand" else [])
+        assert command("--from-image", f"{name}.png", *again, "--output", "again.png") == 0
+        assert (tmp_path / f"{name}.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+        os.remove("again.png")
+    assert np.array_equal(pixels("expand.png")[4:, 20:], np.asarray(fox))
+    assert read_metadata("expand.png")["expand"] == {"left": 20, "top": 4}
+
+
+def test_masks_that_cannot_be_used_are_refused_before_the_model_is_opened(run, fox):
+    Image.new("L", (64, 64), 255).save("square.png")
+    Image.new("L", fox.size).save("black.png")
+    fox.save("fox.png")
+    begin = ["--init-image", "fox.png"]
+    for options, expected in (
+        (["--mask", "square.png"], "mask belongs to init_image"),
+        ([*begin, "--mask", "nowhere.png"], "cannot read nowhere.png"),
+        ([*begin, "--mask", "square.png"], "the mask is 64 x 64 and the picture 100 x 70"),
+        ([*begin, "--mask", "black.png"], "the mask is black everywhere"),
+        ([*begin, "--mask", "alpha"], "has no transparency"),
+        ([*begin, "--mask-padding", 8], "mask_blur and mask_padding belong to mask"),
+        ([*begin, "--expand", "up=8"], "expand must give pixels to add on some of left, top, right, bottom"),
+        ([*begin, "--expand", "left=8,left=9"], "argument --expand"),
+        ([*begin, "--expand", "left"], "argument --expand"),
+    ):
+        refused(run("a", *options, model="no/such/model"), expected)
+
+
+def test_what_is_repainted_is_planned(run, fox):
+    plans = [run("--plan", "--init-image", "fox.png", *more)[1] for more in ([], ["--expand", "left=16"])]
+    assert ["references" in plan for plan in plans] == [False, True]
+
+
 def test_a_distilled_model_is_guided_where_that_is_forced(run, tmp_path):
     options = ["--guidance", 3, "--seed", 1, "--quiet"]
     code, _, err = run("a", *options, "--output", "plain.png")
@@ -191,7 +249,7 @@ def test_what_a_reference_asks_for_is_refused_before_the_model_is_opened(run, fo
     base = ["a", "--model", "no/such/model", "--image", "wide.png", "--height", "1024"]
     with pytest.raises(InputError, match="megapixels"):
         start(parse_arguments(base, None))
-    refused(run("a", "--image", "fox.png", model="klein-9b-kv"), "klein-9b-kv takes reference images through its own")
+    refused(run("a", "--image", "fox.png", "--kv-cache", model="klein-9b"), "klein-9b was not trained to keep its")
 
 
 def test_references_are_planned(run, fox):
@@ -319,7 +377,8 @@ def test_version_and_help(run):
     assert code == 0
     flags = (
         "model width height steps guidance seed num-images schedule noise dtype prompt-file max-sequence-length output "
-        "stats quiet revision version from-image negative-prompt sigmas memory memory-limit plan"
+        "stats quiet revision version from-image negative-prompt sigmas memory memory-limit plan image init-image "
+        "strength mask mask-blur mask-padding expand"
     )
     assert not [flag for flag in flags.split() if f"--{flag}" not in out]
 

@@ -17,6 +17,7 @@ from flux2_mlx.latents import image_ids, initial_noise, pack_latents, text_ids
 from flux2_mlx.memory import (
     decoder_bytes,
     default_dtype,
+    kept_bytes,
     machine_memory,
     transformer_bytes,
     weight_bytes,
@@ -121,9 +122,9 @@ def passes(monkeypatch):
     seen = []
     forward = FluxKlein.forward_with_rope
 
-    def counted(model, img, txt, timesteps, cos, sin):
+    def counted(model, img, *given):
         seen.append(len(img))
-        return forward(model, img, txt, timesteps, cos, sin)
+        return forward(model, img, *given)
 
     monkeypatch.setattr(FluxKlein, "forward_with_rope", counted)
     return seen
@@ -562,12 +563,91 @@ def test_an_unknown_dtype(checkpoint, dtype):
         Flux2Pipeline.from_pretrained(checkpoint, dtype=dtype)
 
 
-def test_references_on_a_kv_checkpoint_are_refused(damaged):
-    import json
+def kept_by(folder, **options) -> Flux2Pipeline:
+    """A pipeline whose transformer is said to keep its references."""
+    index = json.loads((folder / "model_index.json").read_text())
+    tiny.rewrite(folder / "model_index.json", json.dumps({**index, "_class_name": "Flux2KleinKVPipeline"}))
+    return Flux2Pipeline.from_pretrained(folder, **options)
 
-    index = json.loads((damaged / "model_index.json").read_text())
-    tiny.rewrite(damaged / "model_index.json", json.dumps({**index, "_class_name": "Flux2KleinKVPipeline"}))
-    pipe = Flux2Pipeline.from_pretrained(damaged)
-    with pytest.raises(InputError, match="takes reference images through its own cache"):
-        pipe("a", image=Image.new("RGB", (64, 64)))
-    assert pipe("a", **SMALL).settings[0].num_steps == 2
+
+def count_keeping(monkeypatch) -> list[int]:
+    """Tokens of each pass over references alone, as they are made."""
+    counted: list[int] = []
+    keep = FluxKlein.keep_references
+    monkeypatch.setattr(FluxKlein, "keep_references", lambda *given: counted.append(given[1].shape[1]) or keep(*given))
+    return counted
+
+
+def test_references_are_kept_across_prompts_seeds_and_sizes(damaged, monkeypatch):
+    pipe = kept_by(damaged)
+    counted = count_keeping(monkeypatch)
+    rng = np.random.default_rng(0)
+    first, second = (Image.fromarray(rng.integers(0, 256, (64, 80, 3), np.uint8)) for _ in range(2))
+    red = {"prompt": "a red fox", "seed": 1, "num_steps": 2, "max_sequence_length": 24}
+    blue = {**red, "prompt": "a blue fox", "seed": 2, "height": 96, "width": 64}
+    a = pipe(image=[first, second], **red)
+    b = pipe(image=[first, second], **blue)
+    pipe(**blue)
+    assert same(pipe(image=[first, second], **red).images[0], a.images[0])
+    assert counted == [40]
+    pipe(image=[second, first], **red)
+    assert counted == [40] * 2
+    pipe.unload("transformer")
+    pipe(image=[second, first], **red)
+    assert counted == [40] * 3
+    fresh = Flux2Pipeline.from_pretrained(damaged)(image=[first, second], **blue)
+    assert same(b.images[0], fresh.images[0])
+
+
+def test_kept_references_are_forgotten_where_memory_is_short(damaged, monkeypatch):
+    pipe = kept_by(damaged, cache=False)
+    counted = count_keeping(monkeypatch)
+    options = {"image": Image.new("RGB", (64, 80)), "num_steps": 1, "max_sequence_length": 16}
+    pipe("a", seed=1, **options)
+    pipe.memory_limit = 1000
+    with pytest.warns(UserWarning, match="needs about"):
+        pipe("another", seed=1, **options)
+    assert len(counted) == 2
+
+
+@pytest.mark.parametrize("memory", ["staged", "streamed"])
+def test_references_are_kept_in_every_mode(damaged, memory):
+    options = {"image": Image.new("RGB", (64, 80), "red"), "num_steps": 2, "max_sequence_length": 16, "seed": 1}
+    expected = kept_by(damaged)("a", **options)
+    assert same(kept_by(damaged, memory=memory)("a", **options).images[0], expected.images[0])
+
+
+def test_references_are_kept_for_both_passes_of_guidance(damaged, monkeypatch):
+    """Whether they are one or come in turn."""
+    pipe = kept_by(damaged)
+    options = {"image": Image.new("RGB", (64, 80), "red"), "num_steps": 2, "max_sequence_length": 16, "seed": 1}
+    both = pipe("a", guidance=3.0, force_guidance=True, **options)
+    monkeypatch.setattr(Flux2Pipeline, "_has_room_for_both", lambda *_: False)
+    in_turn = pipe("a", guidance=3.0, force_guidance=True, **options)
+    assert np.abs(np.asarray(both.images[0], int) - np.asarray(in_turn.images[0], int)).max() <= 1
+    assert not same(both.images[0], pipe("a", **options).images[0])
+
+
+def test_a_checkpoint_that_keeps_its_references_is_planned(damaged, checkpoint):
+    """Keys and values of the references are there beside the step and the decoder; their tokens are not in the step."""
+    own, plain = kept_by(damaged), Flux2Pipeline.from_pretrained(checkpoint)
+    params = own.checkpoint.transformer
+    kept, in_place = (
+        {stage.name: stage.working for stage in pipe.plan(64, 64, 16, [(512, 512)]).stages} for pipe in (own, plain)
+    )
+    held = kept_bytes(params, 1024, own.dtype)
+    assert held == 2 * (params.depth + params.depth_single) * 1024 * params.hidden_size * own.dtype.size
+    assert kept["decoder"] == in_place["decoder"] + held
+    assert kept["transformer"] > held
+    assert own.plan(64, 64, 16) == plain.plan(64, 64, 16)
+
+
+def test_keeping_references_is_refused_where_it_was_not_trained(checkpoint, damaged):
+    for model in (checkpoint, "klein-9b", "black-forest-labs/FLUX.2-klein-4B"):
+        with pytest.raises(CheckpointError, match=r"was not trained to keep its references.*klein-9b-kv was"):
+            Flux2Pipeline.from_pretrained(model, kv_cache=True)
+    file = checkpoint / "transformer" / "diffusion_pytorch_model.safetensors"
+    said = Flux2Pipeline.from_pretrained(checkpoint, transformer=file, distilled=True, kv_cache=True)
+    assert said.checkpoint.has_kv_cache
+    assert said("a", **SMALL).settings[0].kv_cache is True
+    assert not kept_by(damaged, kv_cache=False).checkpoint.has_kv_cache

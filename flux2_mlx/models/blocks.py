@@ -8,9 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 
-def run_block(block: nn.Module, *arguments: Any) -> Any:
-    """What the block gives for its arguments. Streaming puts its own way in the place of this one."""
-    return block(*arguments)
+def run_block(block: nn.Module, *arguments: Any, method: str = "__call__") -> Any:
+    """What the block's method gives for its arguments. Streaming puts its own way in the place of this one."""
+    return getattr(block, method)(*arguments)
 
 
 def outputs(layer: nn.Module, x: mx.array, start: int, stop: int) -> mx.array:

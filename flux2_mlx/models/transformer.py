@@ -4,7 +4,8 @@ Features, in reading order:
 - one modulation of each kind (image, text, single) a step, shared by all blocks;
 - double blocks: image and text have their own weights and attend jointly, text tokens first;
 - single blocks: one fused projection to q, k, v, gate and up; attention and feed-forward in parallel;
-- RMSNorm on q and k, rotary positions of four axes, SwiGLU, LayerNorm without weights, no biases anywhere.
+- RMSNorm on q and k, rotary positions of four axes, SwiGLU, LayerNorm without weights, no biases anywhere;
+- in klein-9b-kv references see neither text nor picture nor noise level: what is seen of them is kept.
 
 Reference: diffusers' Flux2Transformer2DModel, whose checkpoint keys are the attribute names here.
 """
@@ -12,6 +13,7 @@ Reference: diffusers' Flux2Transformer2DModel, whose checkpoint keys are the att
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import mlx.core as mx
@@ -62,12 +64,32 @@ def split_heads(x: mx.array, heads: int) -> mx.array:
     return x.reshape(batch, tokens, heads, -1).transpose(0, 2, 1, 3)
 
 
-def attend(q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """Rotate q and k, attend over all tokens, join the heads: (B, heads, N, D) to (B, N, heads * D)."""
+# Rotated keys and values (1, heads, R, D) of reference tokens in one block.
+Kept = tuple[mx.array, mx.array]
+
+
+def attend(
+    q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array, references: Kept | None = None
+) -> tuple[mx.array, Kept]:
+    """Rotate q and k, attend over all tokens and kept references, join the heads.
+
+    Args:
+        q, k, v: (B, heads, N, D).
+        cos, sin: of the N tokens.
+
+    Returns:
+        (B, N, heads * D), and the N tokens' rotated keys and values.
+    """
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    kept = k, v
+    if references is not None:
+        k, v = (
+            mx.concatenate([own, mx.broadcast_to(theirs, (len(own), *theirs.shape[1:]))], axis=2)
+            for own, theirs in zip(kept, references, strict=True)
+        )
     out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
     batch, _, tokens, _ = out.shape
-    return out.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
+    return out.transpose(0, 2, 1, 3).reshape(batch, tokens, -1), kept
 
 
 def clip_float16(x: mx.array) -> mx.array:
@@ -141,19 +163,30 @@ class DoubleAttention(nn.Module):
         self.norm_added_k = nn.RMSNorm(head_dim, eps)
         self.to_add_out = nn.Linear(dims, dims, bias=False)
 
-    def __call__(self, img: mx.array, txt: mx.array, cos: mx.array, sin: mx.array) -> tuple[mx.array, mx.array]:
+    def __call__(
+        self, img: mx.array, txt: mx.array, cos: mx.array, sin: mx.array, references: Kept | None = None
+    ) -> tuple[mx.array, mx.array]:
         heads, tokens = self.heads, txt.shape[1]
         txt_q = self.norm_added_q(split_heads(self.add_q_proj(txt), heads))
         txt_k = self.norm_added_k(split_heads(self.add_k_proj(txt), heads))
         txt_v = split_heads(self.add_v_proj(txt), heads)
-        img_q = self.norm_q(split_heads(self.to_q(img), heads))
-        img_k = self.norm_k(split_heads(self.to_k(img), heads))
-        img_v = split_heads(self.to_v(img), heads)
+        img_q, img_k, img_v = self.heads_of(img)
         q = mx.concatenate([txt_q, img_q], axis=2)  # (B, heads, L + S, head_dim), text first
         k = mx.concatenate([txt_k, img_k], axis=2)
         v = mx.concatenate([txt_v, img_v], axis=2)
-        out = attend(q, k, v, cos, sin)
+        out, _ = attend(q, k, v, cos, sin, references)
         return self.to_out[0](out[:, tokens:]), self.to_add_out(out[:, :tokens])
+
+    def alone(self, img: mx.array, cos: mx.array, sin: mx.array) -> tuple[mx.array, Kept]:
+        """The image stream without text, and its keys and values."""
+        out, kept = attend(*self.heads_of(img), cos, sin)
+        return self.to_out[0](out), kept
+
+    def heads_of(self, img: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """q, k and v of image tokens, each (B, heads, S, head_dim)."""
+        q = self.norm_q(split_heads(self.to_q(img), self.heads))
+        k = self.norm_k(split_heads(self.to_k(img), self.heads))
+        return q, k, split_heads(self.to_v(img), self.heads)
 
 
 class DoubleBlock(nn.Module):
@@ -174,12 +207,17 @@ class DoubleBlock(nn.Module):
         txt_mod: list[mx.array],
         cos: mx.array,
         sin: mx.array,
+        references: Kept | None = None,
     ) -> tuple[mx.array, mx.array]:
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod
         eps = self.eps
         img_attn, txt_attn = self.attn(
-            modulate(img, img_shift1, img_scale1, eps), modulate(txt, txt_shift1, txt_scale1, eps), cos, sin
+            modulate(img, img_shift1, img_scale1, eps),
+            modulate(txt, txt_shift1, txt_scale1, eps),
+            cos,
+            sin,
+            references,
         )
         img = img + img_gate1 * img_attn
         txt = txt + txt_gate1 * txt_attn
@@ -187,9 +225,18 @@ class DoubleBlock(nn.Module):
         txt = txt + txt_gate2 * self.ff_context(modulate(txt, txt_shift2, txt_scale2, eps))
         return img, clip_float16(txt)
 
+    def alone(self, img: mx.array, mod: list[mx.array], cos: mx.array, sin: mx.array) -> tuple[mx.array, Kept]:
+        """The image stream without text, and its keys and values."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = mod
+        attn, kept = self.attn.alone(modulate(img, shift1, scale1, self.eps), cos, sin)
+        img = img + gate1 * attn
+        return img + gate2 * self.ff(modulate(img, shift2, scale2, self.eps)), kept
+
 
 class SingleAttention(nn.Module):
-    """Attention and feed-forward side by side, from one projection in and one out: (B, N, D) to (B, N, D)."""
+    """Attention and feed-forward side by side, from one projection in and one out: (B, N, D) to (B, N, D), and the
+    keys and values on the way.
+    """
 
     def __init__(self, params: FluxKleinParams):
         super().__init__()
@@ -200,14 +247,16 @@ class SingleAttention(nn.Module):
         self.norm_k = nn.RMSNorm(params.head_dim, params.eps)
         self.to_out = nn.Linear(dims + hidden, dims, bias=False)
 
-    def __call__(self, x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    def __call__(
+        self, x: mx.array, cos: mx.array, sin: mx.array, references: Kept | None = None
+    ) -> tuple[mx.array, Kept]:
         dims, proj = self.dims, self.to_qkv_mlp_proj
         q, k, v = mx.split(outputs(proj, x, 0, 3 * dims), 3, axis=-1)
         q = self.norm_q(split_heads(q, self.heads))
         k = self.norm_k(split_heads(k, self.heads))
-        out = attend(q, k, split_heads(v, self.heads), cos, sin)
+        out, kept = attend(q, k, split_heads(v, self.heads), cos, sin, references)
         x = mx.depends(x, out)  # or gate and up are made before attention has done with q, k and v
-        return self.to_out(mx.concatenate([out, swiglu(proj, x, 3 * dims, self.hidden)], axis=-1))
+        return self.to_out(mx.concatenate([out, swiglu(proj, x, 3 * dims, self.hidden)], axis=-1)), kept
 
 
 class SingleBlock(nn.Module):
@@ -218,9 +267,18 @@ class SingleBlock(nn.Module):
         self.eps = params.eps
         self.attn = SingleAttention(params)
 
-    def __call__(self, x: mx.array, mod: list[mx.array], cos: mx.array, sin: mx.array) -> mx.array:
+    def __call__(
+        self, x: mx.array, mod: list[mx.array], cos: mx.array, sin: mx.array, references: Kept | None = None
+    ) -> mx.array:
+        return self.alone(x, mod, cos, sin, references)[0]
+
+    def alone(
+        self, x: mx.array, mod: list[mx.array], cos: mx.array, sin: mx.array, references: Kept | None = None
+    ) -> tuple[mx.array, Kept]:
+        """The same, and the tokens' keys and values."""
         shift, scale, gate = mod
-        return clip_float16(x + gate * self.attn(modulate(x, shift, scale, self.eps), cos, sin))
+        attn, kept = self.attn(modulate(x, shift, scale, self.eps), cos, sin, references)
+        return clip_float16(x + gate * attn), kept
 
 
 class FinalNorm(nn.Module):
@@ -302,18 +360,25 @@ class FluxKlein(nn.Module):
         return self.forward_with_rope(img, txt, timesteps, cos, sin)
 
     def forward_with_rope(
-        self, img: mx.array, txt: mx.array, timesteps: mx.array, rope_cos: mx.array, rope_sin: mx.array
+        self,
+        img: mx.array,
+        txt: mx.array,
+        timesteps: mx.array,
+        rope_cos: mx.array,
+        rope_sin: mx.array,
+        references: Sequence[Kept] | None = None,
     ) -> mx.array:
         """The same with tables that were made once for the picture.
 
         Args:
             img, txt, timesteps: as above.
             rope_cos, rope_sin: (B or 1, L + S, head_dim / 2) from compute_rope.
+            references: from keep_references, of tokens that are then not in img.
 
         Returns:
             (B, S, in_channels), in the weights' dtype.
         """
-        dtype = self.single_transformer_blocks[0].attn.norm_q.weight.dtype  # never packed, as matrices may be
+        dtype = self._dtype
         temb = self.time_guidance_embed(timesteps, dtype)
         img_mod = self.double_stream_modulation_img(temb)
         txt_mod = self.double_stream_modulation_txt(temb)
@@ -321,9 +386,41 @@ class FluxKlein(nn.Module):
 
         x = self.x_embedder(img.astype(dtype))
         c = self.context_embedder(txt.astype(dtype))
-        for double in self.transformer_blocks:
-            x, c = self._run(double, x, c, img_mod, txt_mod, rope_cos, rope_sin)
+        blocks = len(self.transformer_blocks)
+        kept = [None] * (blocks + len(self.single_transformer_blocks)) if references is None else references
+        for double, seen in zip(self.transformer_blocks, kept[:blocks], strict=True):
+            x, c = self._run(double, x, c, img_mod, txt_mod, rope_cos, rope_sin, seen)
         z = mx.concatenate([c, x], axis=1)
-        for single in self.single_transformer_blocks:
-            z = self._run(single, z, single_mod, rope_cos, rope_sin)
+        for single, seen in zip(self.single_transformer_blocks, kept[blocks:], strict=True):
+            z = self._run(single, z, single_mod, rope_cos, rope_sin, seen)
         return self.proj_out(self.norm_out(z[:, txt.shape[1] :], temb))
+
+    def keep_references(self, references: mx.array, rope_cos: mx.array, rope_sin: mx.array) -> list[Kept]:
+        """What text and picture see of reference tokens that see neither of them nor the noise level, as klein-9b-kv is
+        trained for: it serves every prompt, step and size.
+
+        Reference: diffusers' Flux2KleinKVPipeline, which gets the same in its first step.
+
+        Args:
+            references: (1, R, in_channels) clean tokens.
+            rope_cos, rope_sin: (1, R, head_dim / 2) from compute_rope, with no text.
+
+        Returns:
+            of every block the rotated keys and the values, each (1, heads, R, head_dim).
+        """
+        dtype = self._dtype
+        temb = self.time_guidance_embed(mx.zeros((1,)), dtype)
+        img_mod, single_mod = self.double_stream_modulation_img(temb), self.single_stream_modulation(temb)
+        x = self.x_embedder(references.astype(dtype))
+        kept = []
+        blocks = [(block, img_mod) for block in self.transformer_blocks]
+        for block, mod in [*blocks, *((block, single_mod) for block in self.single_transformer_blocks)]:
+            x, seen = self._run(block, x, mod, rope_cos, rope_sin, method="alone")
+            kept.append(seen)
+        return kept
+
+    @property
+    def _dtype(self) -> mx.Dtype:
+        """Of the activations: that of the norms, which are never packed, as matrices may be."""
+        dtype: mx.Dtype = self.single_transformer_blocks[0].attn.norm_q.weight.dtype
+        return dtype

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from diffusers import Flux2KleinInpaintPipeline
+from diffusers import Flux2KleinInpaintPipeline, Flux2KleinKVPipeline
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline
@@ -220,6 +220,22 @@ def test_a_part_is_repainted_with_guidance(base_reference):
     )
     ours = Flux2Pipeline.from_pretrained(folder)(init_image=image, mask=MASK, seed=2, **options)
     assert_same_picture(ours.images[0], Image.composite(theirs.images[0], image, MASK))
+
+
+@pytest.mark.parametrize("layout", tiny.LAYOUTS)
+def test_kept_references(tmp_path, layout):
+    """One and two references, then another prompt and size, which here compute nothing of them again."""
+    own = tiny.pipeline(**tiny.LAYOUTS[layout], seed=8)
+    reference = Flux2KleinKVPipeline(**own.components)
+    reference.save_pretrained(tmp_path / layout)
+    pipe = Flux2Pipeline.from_pretrained(tmp_path / layout)
+    rng = np.random.default_rng(1)
+    images = [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in ((70, 103), (90, 65))]
+    other = {"height": 80, "width": 64}
+    for prompt, given, size in ((FOX, images[:1], {}), (FOX, images, {}), (CHINESE, images, other)):
+        options = {"image": given, "num_inference_steps": 4, "max_sequence_length": 64, **size}
+        theirs = reference(prompt=prompt, generator=generators(9), **options)
+        assert_same_picture(pipe(prompt, seed=9, **options).images[0], theirs.images[0])
 
 
 def test_a_picture_to_begin_from_is_scaled_as_in_diffusers(reference):
