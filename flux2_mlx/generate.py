@@ -1,8 +1,9 @@
-"""python -m flux2_mlx.generate: a prompt to a picture file."""
+"""python -m flux2_mlx.generate: a prompt, or a file of jobs, to picture files."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import logging
@@ -12,11 +13,14 @@ import secrets
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, TextIO
 
+import mlx.core as mx
+import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -25,6 +29,7 @@ from .commands import MODEL_HELP, MODEL_OPTIONS, PART_OPTIONS, Parser, add_model
 from .config import KV, MAX_SEQUENCE_LENGTH, NANO, RELEASED, AutoEncoderConfig, InputError
 from .images import FORMATS, check_output, open_image, read_metadata, reference_size, save_image
 from .inpaint import ALPHA, SIDES, repainting_of
+from .jobs import Job, missing_runs, read_jobs
 from .latents import NOISES
 from .memory import machine_memory
 from .pipeline import (
@@ -44,6 +49,13 @@ from .sampler import SCHEDULES
 
 DEFAULT_OUTPUT = "flux2-{seed}.png"
 OUTPUT_TEMPLATE = re.compile(r"(?:[^{}]|\{(?:seed|index)(?::\d{1,2})?\})+")
+ENCODED_AHEAD = 16  # jobs whose prompts are encoded together
+JOB_FAULTS = (
+    InputError,
+    FloatingPointError,
+    OSError,
+    RuntimeError,
+)  # the last is what MLX raises, as for want of memory
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 # What --from-image takes from the picture, and what stands where neither it nor the command line says anything.
@@ -97,6 +109,7 @@ def gigabytes(text: str) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="flux2-generate",
+        allow_abbrev=False,
         description="Draw a prompt with FLUX.2 [klein].",
         epilog=f"Released models: {', '.join(RELEASED)}. {NANO} comes with this package: it draws flat scenes, such as "
         '"a large red circle on the left, white background".',
@@ -133,7 +146,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_options(parser)
     parser.add_argument("--width", type=int, help="in pixels, a multiple of 16 (a given picture's; 1024, nano 128)")
     parser.add_argument("--height", type=int, help="in pixels, a multiple of 16 (a given picture's; 1024, nano 128)")
-    parser.add_argument("--steps", type=int, dest="num_steps", help="4 for distilled models, 50 for base models")
+    parser.add_argument(
+        "--steps", "--num-steps", type=int, dest="num_steps", help="4 for distilled models, 50 for base models"
+    )
     parser.add_argument("--guidance", type=float, help="1.0 for distilled models, 4.0 for base models")
     parser.add_argument(
         "--guidance-interval", type=numbers, metavar="LOW,HIGH", help="guide between these noise levels alone (0,1)"
@@ -148,6 +163,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--seed", type=int, help="of the first picture, the next have seed + 1, ...; random unless given"
     )
     parser.add_argument("--num-images", type=int, default=1, help="how many pictures (%(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="the most pictures in one pass (several of small ones)"
+    )
     levels = parser.add_mutually_exclusive_group()
     levels.add_argument("--schedule", choices=SCHEDULES, help=f"noise levels ({SETTINGS['schedule']})")
     levels.add_argument(
@@ -166,6 +184,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--from-image", type=Path, metavar="FILE", help="repeat a picture with the settings in its file"
     )
+    parser.add_argument(
+        "--jobs",
+        type=Path,
+        metavar="FILE",
+        help="draw a file of jobs: one JSON object a line, with any of these options; what is given here is for all",
+    )
+    parser.add_argument("--resume", action="store_true", help="draw only those pictures of --jobs that do not exist")
     parser.add_argument(
         "--no-cache", action="store_false", dest="cache", help="neither use nor keep prompt embeddings on disk"
     )
@@ -189,16 +214,32 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_arguments(argv: Sequence[str] | None, stdin: TextIO | None) -> argparse.Namespace:
-    """Parse the command line, read prompt and pictures, and fill in what is not given: from --from-image, else the
-    defaults.
+def random_seed() -> int:
+    return secrets.randbelow(2**32)
 
-    What is given wins over the picture: its revision goes with its model, its custom noise levels with its steps.
+
+def parse_arguments(argv: Sequence[str] | None, stdin: TextIO | None) -> argparse.Namespace:
+    """The command line of one drawing, completed.
 
     Raises:
         InputError: for what cannot be used.
     """
-    arguments = build_parser().parse_args(argv)
+    return complete(build_parser().parse_args(argv), stdin)
+
+
+def complete(
+    arguments: argparse.Namespace, stdin: TextIO | None, seed: Callable[[], int] = random_seed
+) -> argparse.Namespace:
+    """Read prompt and pictures, and fill in what is not given: from --from-image, else the defaults.
+
+    What is given wins over the picture: its revision goes with its model, its custom noise levels with its steps.
+
+    Args:
+        seed: gives one where none is said.
+
+    Raises:
+        InputError: for what cannot be used.
+    """
     defaults = dict(SETTINGS)
     if arguments.from_image is not None:
         given = [name for name in ("image", "init_image", "mask") if getattr(arguments, name) is not None]
@@ -218,7 +259,7 @@ def parse_arguments(argv: Sequence[str] | None, stdin: TextIO | None) -> argpars
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     if arguments.seed is None:
-        arguments.seed = secrets.randbelow(2**32)
+        arguments.seed = seed()
     arguments.image = [open_reference(path) for path in arguments.image or ()]
     if arguments.init_image is not None:
         arguments.init_image = open_reference(arguments.init_image, alpha=arguments.mask == ALPHA)
@@ -289,14 +330,25 @@ def drawing_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def start(arguments: argparse.Namespace) -> Iterator[Step]:
-    """Open the model and get the steps to draw; what can be refused without the model is refused before."""
-    options = drawing_options(arguments)
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse what can be refused without the model.
+
+    Raises:
+        InputError: naming the value.
+    """
+    drawing_options(arguments)
     for prompt in (arguments.prompt, arguments.negative_prompt):
         check_prompt(prompt)
-    for index in range(arguments.num_images):
-        check_output(output_path(arguments.output, arguments.seed + index, index))
-    pipe = open_pipeline(arguments)
+    for path in outputs_of(arguments):
+        check_output(path)
+
+
+def outputs_of(arguments: argparse.Namespace) -> list[Path]:
+    return [output_path(arguments.output, arguments.seed + k, k) for k in range(arguments.num_images)]
+
+
+def start(arguments: argparse.Namespace, pipe: Flux2Pipeline) -> Iterator[Step]:
+    """The steps to draw."""
     if not arguments.quiet:
         print(plan_of(pipe, arguments).summary(), file=sys.stderr)
     return pipe.stream(
@@ -306,11 +358,11 @@ def start(arguments: argparse.Namespace) -> Iterator[Step]:
         init_image=arguments.init_image,
         mask=arguments.mask,
         force_guidance=arguments.force_guidance,
-        **options,
+        **drawing_options(arguments),
     )
 
 
-def open_pipeline(arguments: argparse.Namespace) -> Flux2Pipeline:
+def open_pipeline(arguments: argparse.Namespace, group: mx.distributed.Group | None = None) -> Flux2Pipeline:
     return Flux2Pipeline.from_pretrained(
         arguments.model,
         revision=arguments.revision,
@@ -318,6 +370,7 @@ def open_pipeline(arguments: argparse.Namespace) -> Flux2Pipeline:
         cache=arguments.cache,
         memory=arguments.memory,
         memory_limit=arguments.memory_limit,
+        group=group,
         progress=not arguments.quiet,
         **{name: getattr(arguments, name) for name in MODEL_OPTIONS},
     )
@@ -368,12 +421,20 @@ def print_plan(arguments: argparse.Namespace) -> None:
     print(f"{plan}\ndownload: up to {download_bytes(name) / 1e9:.1f} GB")
 
 
-def draw(steps: Iterator[Step], arguments: argparse.Namespace, started: float) -> None:
-    """Draw, save each picture when it is done, and report."""
+def draw(
+    steps: Iterator[Step], arguments: argparse.Namespace, started: float, *, first: int = 0, saves: bool = True
+) -> None:
+    """Draw, save each picture when it is done, and report.
+
+    Args:
+        started: time.perf_counter() when the work began.
+        first: index of the first picture.
+        saves: whether it is this process that saves them.
+    """
     for step in steps:
-        if step.is_last:
+        if step.is_last and saves:
             picture, settings = step.picture(), step.settings
-            path = output_path(arguments.output, settings.seed, step.image)
+            path = output_path(arguments.output, settings.seed, first + step.image)
             written = save_image(picture, path, settings.metadata(), settings.parameters())
             tqdm.write(f"seed {settings.seed}  {written}")  # past the bars
             sys.stdout.flush()
@@ -383,14 +444,144 @@ def draw(steps: Iterator[Step], arguments: argparse.Namespace, started: float) -
         total, peak = time.perf_counter() - started, max(stats.peak_bytes.values())
         print(f"{total:.1f} s in all ({seconds}), peak memory {peak / 1e9:.2f} GB", file=sys.stderr)
     if arguments.stats:
-        print(json.dumps({"model": settings.model, "seconds": stats.seconds, "peak_bytes": stats.peak_bytes}))
+        print(json.dumps({"model": step.settings.model, "seconds": stats.seconds, "peak_bytes": stats.peak_bytes}))
+
+
+# ---------------------------------------------------------------------------------------------------- jobs
+
+
+def launched() -> mx.distributed.Group | None:
+    """The processes that mlx.launch, or mpirun, started this one with, if there are several."""
+    if not any(name in os.environ for name in ("MLX_RANK", "OMPI_COMM_WORLD_RANK")):
+        return None
+    group = mx.distributed.init()
+    return group if group.size() > 1 else None
+
+
+class Jobs:
+    """A file of jobs, drawn line by line.
+
+    Attributes:
+        failed: numbers of the lines that could not be drawn.
+        drawn, skipped: numbers of pictures.
+    """
+
+    def __init__(self, given: argparse.Namespace):
+        self.given = given
+        self.parser = build_parser()
+        self.failed: list[int] = []
+        self.drawn = self.skipped = 0
+        self.claimed: dict[Path, int] = {}  # outputs, and the lines that write them
+        self.pipe: Flux2Pipeline | None = None
+        self.opened: Any = None  # what decides a pipeline, of the one that is open
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        for k in range(0, len(jobs), ENCODED_AHEAD):
+            self._encode(jobs[k : k + ENCODED_AHEAD])
+            for job in jobs[k : k + ENCODED_AHEAD]:
+                try:
+                    self._draw(job)
+                except JOB_FAULTS as error:
+                    self.failed.append(job.number)
+                    print(f"error: line {job.number}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+
+    def _encode(self, jobs: Sequence[Job]) -> None:
+        """Encode the prompts of the jobs that use the same model as the first, in one go. A fault is told when the job
+        itself is drawn.
+        """
+        prompts: dict[str, None] = {}
+        wanted = None
+        for job in jobs:
+            with contextlib.suppress(*JOB_FAULTS):
+                arguments = self._arguments(job)
+                check(arguments)
+                if self.given.resume and not missing_runs(outputs_of(arguments)):
+                    continue
+                own = (_pipeline_options(arguments), arguments.max_sequence_length)
+                wanted = wanted or own
+                if own == wanted:
+                    pipe = self._open(arguments)
+                    prompts[arguments.prompt] = None
+                    if arguments.force_guidance or not pipe.checkpoint.is_distilled:
+                        prompts[arguments.negative_prompt] = None
+        with contextlib.suppress(*JOB_FAULTS):
+            if wanted is not None and self.pipe is not None:
+                self.pipe.encode(list(prompts), wanted[1])
+
+    def _draw(self, job: Job) -> None:
+        arguments = self._arguments(job)
+        check(arguments)
+        outputs = outputs_of(arguments)
+        for output in outputs if self.given.resume else ():
+            writer = self.claimed.setdefault(output.resolve(), job.number)
+            if writer != job.number:
+                raise InputError(f"line {writer} writes {output} too; with --resume each job needs files of its own")
+        runs = missing_runs(outputs) if self.given.resume else [range(arguments.num_images)]
+        self.skipped += arguments.num_images - sum(map(len, runs))
+        seed = arguments.seed
+        for run in runs:
+            arguments.seed, arguments.num_images = seed + run.start, len(run)
+            started = time.perf_counter()
+            draw(start(arguments, self._open(arguments)), arguments, started, first=run.start)
+            self.drawn += len(run)
+
+    def _arguments(self, job: Job) -> argparse.Namespace:
+        return complete(job.arguments(self.parser, self.given), None, lambda: job.seed)
+
+    def _open(self, arguments: argparse.Namespace) -> Flux2Pipeline:
+        options = _pipeline_options(arguments)
+        if self.pipe is None or self.opened != options:
+            self.pipe = None  # give its memory back first
+            self.pipe, self.opened = open_pipeline(arguments), options
+        return self.pipe
+
+    def report(self) -> str:
+        parts = [f"{self.drawn} pictures drawn"]
+        if self.skipped:
+            parts.append(f"{self.skipped} skipped, which exist")
+        if self.failed:
+            parts.append(f"{len(self.failed)} lines failed: {', '.join(map(str, self.failed))}")
+        return f"jobs: {', '.join(parts)}"
+
+
+def _pipeline_options(arguments: argparse.Namespace) -> tuple[Any, ...]:
+    """What decides which pipeline is open."""
+    names = ("model", "revision", *MODEL_OPTIONS, "dtype", "cache", "memory", "memory_limit")
+    return tuple(getattr(arguments, name) for name in names)
+
+
+def draw_jobs(given: argparse.Namespace) -> int:
+    """Draw the lines of --jobs, of several processes each its share, and report.
+
+    Returns:
+        The exit code: 0, 1 where a line failed, 130 after Ctrl-C.
+    """
+    if given.plan or given.prompt_file is not None:
+        raise InputError("--jobs goes neither with --plan nor with --prompt-file")
+    lines, group = read_jobs(given.jobs), launched()
+    jobs = Jobs(given)
+    try:
+        jobs.run(lines if group is None else lines[group.rank() :: group.size()])
+    except KeyboardInterrupt:
+        print("interrupted; --resume draws what is missing", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        print(jobs.report(), file=sys.stderr)
+    return 1 if jobs.failed else 0
+
+
+def shared_seed(group: mx.distributed.Group) -> int:
+    """The first process's random seed."""
+    seeds = mx.distributed.all_gather(mx.array([random_seed()], mx.uint32), group=group)
+    return int(np.array(seeds)[0])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit code: 0, 2 for input that cannot be used (one line on standard error), 130 after Ctrl-C.
+        The exit code: 0, 1 where some of --jobs failed, 2 for input that cannot be used (one line on standard error),
+        130 after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -403,15 +594,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = show_warning  # type: ignore[assignment]  # takes whatever comes after the message
         try:
-            arguments = parse_arguments(argv, sys.stdin)
+            arguments = build_parser().parse_args(argv)
             if arguments.quiet:
                 _silence_downloads()
+            if arguments.jobs is not None:
+                return draw_jobs(arguments)
+            if arguments.resume:
+                raise InputError("--resume belongs to --jobs, and none is given")
+            group = launched()
+            if group is not None:
+                arguments.quiet = arguments.quiet or group.rank() > 0
+            complete(arguments, sys.stdin, random_seed if group is None else partial(shared_seed, group))
             if arguments.plan:
                 print_plan(arguments)
                 return 0
-            steps = start(arguments)
+            check(arguments)
+            steps = start(arguments, open_pipeline(arguments, group))
             seed = f" (seed {arguments.seed})"
-            draw(steps, arguments, started)
+            draw(steps, arguments, started, saves=group is None or group.rank() == 0)
         except (InputError, FloatingPointError, OSError) as error:
             print(f"error: {' '.join(str(error).splitlines())}{seed}", file=sys.stderr)
             return 2

@@ -62,7 +62,7 @@ from .memory import (
 from .models.autoencoder import AutoEncoder
 from .models.text_encoder import Qwen3TextEncoder
 from .models.transformer import FluxKlein, Kept
-from .plan import MODES, Plan, make_plan, stage_of
+from .plan import MODES, Plan, Stage, make_plan, stage_of
 from .quantize import Quantization, options_of, parse_options, tune
 from .sampler import SCHEDULES, check_sigmas, custom_sigmas, euler_step, guide, noised, schedule_sigmas
 from .streaming import is_streamed, stream
@@ -90,6 +90,7 @@ MAX_STEPS = 1000  # noise levels that the models were trained on
 MAX_POSITIONS = 40960  # of Qwen3
 MAX_MARGIN = 10_000  # pixels
 MAX_IMAGES = 10_000
+BATCH_TOKENS = 4608  # that a pass takes together, text and references among them, unless blocks are streamed
 MAX_GUIDANCE = 100
 
 
@@ -290,6 +291,7 @@ class _Run:
     repainted: mx.array | None  # (1, S, 1), how much of each token
     start: int  # the first step that is done
     uses_guidance: bool
+    batch_size: int | None
 
 
 class Flux2Pipeline:
@@ -307,6 +309,7 @@ class Flux2Pipeline:
             Stages that are unloaded or streamed go back to the checkpoint's files.
         memory_limit: bytes that loaded stages and their intermediates may take together. MLX computes ahead, and keeps
             freed buffers, as far as it allows.
+        group: the two processes that share the two passes of guidance, if any.
         progress: whether loading and drawing show bars on standard error.
     """
 
@@ -319,14 +322,18 @@ class Flux2Pipeline:
         cache: bool = True,
         memory: str = "auto",
         memory_limit: int | None = None,
+        group: mx.distributed.Group | None = None,
         progress: bool = False,
     ):
         _check_memory(memory, memory_limit)
+        if group is not None and group.size() != 2:
+            raise InputError(f"guidance has two passes to share, and the group has {group.size()} processes")
         self.checkpoint = checkpoint
         self.dtype = dtype_of(dtype)
         self.quantize = dict(quantize or {})
         self.cache = cache
         self.memory = memory
+        self.group = group
         self.progress = progress
         self.memory_limit = machine_memory() if memory_limit is None else int(memory_limit)
         self.tokenizer = Qwen3Tokenizer(checkpoint.tokenizer)
@@ -334,7 +341,8 @@ class Flux2Pipeline:
         self.transformer: FluxKlein
         self.autoencoder: AutoEncoder
         self._loaded: dict[str, set[int]] = {}  # of each stage, id of the modules that are in memory
-        self._embeddings: dict[tuple[str, int], mx.array] = {}
+        self._embeddings: dict[tuple[str, int], mx.array] = {}  # of the last call
+        self._ahead: dict[tuple[str, int], mx.array] = {}  # of the last encode
         self._pictures: dict[bytes, mx.array] = {}  # tokens of those given to the last call, by content
         self._kept: tuple[list[bytes], list[Kept]] = [], []  # of the last call's references: contents, keys and values
         for stage in STAGES:
@@ -359,6 +367,7 @@ class Flux2Pipeline:
         cache: bool = True,
         memory: str = "auto",
         memory_limit: int | None = None,
+        group: mx.distributed.Group | None = None,
         progress: bool = False,
     ) -> Flux2Pipeline:
         """Open a checkpoint. Configs, file headers, names and shapes are checked now; weights are read when needed.
@@ -387,11 +396,13 @@ class Flux2Pipeline:
                 takes what fits.
             memory_limit: bytes that loaded stages and their intermediates may take together; None takes what the
                 machine has now.
+            group: two processes, from mx.distributed.init, that are asked for the same pictures and share the two
+                passes of guidance.
             progress: show bars on standard error while weights are read and steps are drawn.
 
         Raises:
             CheckpointError: for a checkpoint that cannot be used, with the way out.
-            InputError: for an unknown dtype or memory, or a limit that is none.
+            InputError: for an unknown dtype or memory, a limit that is none, or a group of other than two.
         """
         dtype_of(dtype)  # refused before anything is downloaded
         _check_memory(memory, memory_limit)
@@ -413,6 +424,7 @@ class Flux2Pipeline:
             cache=cache,
             memory=memory,
             memory_limit=memory_limit,
+            group=group,
             progress=progress,
         )
 
@@ -448,6 +460,23 @@ class Flux2Pipeline:
             limit=self.memory_limit,
             memory=self.memory,
         )
+
+    def encode(self, prompts: Sequence[str], max_sequence_length: int | None = None) -> None:
+        """Encode prompts of calls to come, which then need no text encoder; kept until the next call of this.
+
+        Args:
+            prompts: negative ones too.
+            max_sequence_length: as ``stream`` takes it.
+
+        Raises:
+            InputError: for what is no prompt, or a length that cannot be.
+        """
+        length = self.tokenizer.default_length if max_sequence_length is None else max_sequence_length
+        _between("max_sequence_length", length, 1, MAX_POSITIONS)
+        for prompt in prompts:
+            check_prompt(prompt)
+        encoded = self._encode(prompts, length, Stats())
+        self._ahead = {(text, length): embeds for text, embeds in encoded.items()}
 
     # ------------------------------------------------------------------------------------------------ drawing
 
@@ -503,6 +532,7 @@ class Flux2Pipeline:
         force_guidance: bool = False,
         seed: int | None = None,
         num_images: int | None = None,
+        batch_size: int | None = None,
         schedule: str = "flux2",
         sigmas: Sequence[float] | None = None,
         noise: str = "torch",
@@ -519,7 +549,8 @@ class Flux2Pipeline:
         guidance_scale: float | None = None,
         num_images_per_prompt: int | None = None,
     ) -> Iterator[Step]:
-        """Draw pictures one after another, and yield every step, so that a caller can preview, stop, save or time.
+        """Draw pictures, and yield every step, so that a caller can preview, stop, save or time. Pictures that share a
+        pass through the transformer are yielded in turn, step by step.
 
         Arguments are checked at once; the work begins with the first step asked for.
 
@@ -538,6 +569,8 @@ class Flux2Pipeline:
             force_guidance: guide a distilled model all the same.
             seed: of the first picture, the k-th has seed + k; random unless given.
             num_images: pictures of each prompt.
+            batch_size: the most pictures in one pass through the transformer, where memory allows; None takes several
+                where they are small, or where the transformer is streamed.
             schedule: "flux2" (the official one), "linear" or "comfy".
             sigmas: custom noise levels instead, shifted as diffusers does.
             noise: "torch" equals torch's CPU generator; "mlx" draws from mx.random.
@@ -584,6 +617,7 @@ class Flux2Pipeline:
             force_guidance=force_guidance,
             seed=seed,
             num_images=1 if num_images is None else num_images,
+            batch_size=batch_size,
             schedule=schedule,
             sigmas=sigmas,
             noise=noise,
@@ -614,6 +648,7 @@ class Flux2Pipeline:
         force_guidance: bool,
         seed: int | None,
         num_images: int,
+        batch_size: int | None,
         schedule: str,
         sigmas: Sequence[float] | None,
         noise: str,
@@ -653,6 +688,7 @@ class Flux2Pipeline:
             guidance_rescale=guidance_rescale,
             seed=seed,
             num_images=num_images,
+            batch_size=batch_size,
             schedule=schedule,
             sigmas=sigmas,
             noise=noise,
@@ -691,6 +727,11 @@ class Flux2Pipeline:
                 stacklevel=3,
             )
             guidance = 1.0
+
+        if self.group is not None and guidance <= 1:
+            raise InputError(
+                "two processes share the passes of guidance, and there is none; they can share pictures: --jobs FILE"
+            )
 
         total = len(prompts) * num_images
         start = 0
@@ -758,6 +799,7 @@ class Flux2Pipeline:
             repainted,
             start,
             uses_guidance=guidance > 1,
+            batch_size=batch_size,
         )
 
     def _check_room(
@@ -817,39 +859,51 @@ class Flux2Pipeline:
         held = kept_bytes(params, kept_tokens, self.dtype)
 
         def velocity(x: mx.array, txt: mx.array, sigma: float) -> mx.array:
-            """Of the picture's tokens, (B, S, 128), with the prompt embeddings (B, L, D) of each row."""
-            img = mx.repeat(mx.concatenate([x, *references], axis=1), len(txt), axis=0)
-            v = self.transformer.forward_with_rope(img, txt, mx.full((len(txt),), sigma), cos, sin, kept)
+            """Of pictures' tokens, (B, S, 128), with a prompt's embeddings (B, L, D) for each."""
+            seen = [mx.broadcast_to(tokens, (len(x), *tokens.shape[1:])) for tokens in references]
+            img = mx.concatenate([x, *seen], axis=1)
+            v = self.transformer.forward_with_rope(img, txt, mx.full((len(x),), sigma), cos, sin, kept)
             return v[:, :image_tokens].astype(mx.float32)
 
-        together = run.uses_guidance and self._has_room_for_both(live, kept_tokens)
-        working = transformer_bytes(params, live, self.dtype, 2 if together else 1, kept_tokens)
+        both = run.uses_guidance and self.group is None and self._has_room(live, kept_tokens, 2)
+        rows = 2 if both else 1  # of a picture in a pass
+        count = self._pictures_in_a_pass(run, live, kept_tokens, rows)
+        working = transformer_bytes(params, live, self.dtype, count * rows, kept_tokens)
+
+        def guided(x: mx.array, txt: mx.array, away: mx.array, sigma: float) -> mx.array:
+            """The velocity with guidance: both passes in one, on two machines, or in turn."""
+            if both:
+                v, v_away = mx.split(velocity(mx.concatenate([x, x]), mx.concatenate([txt, away]), sigma), 2)
+            elif self.group is not None:
+                own = velocity(x, (txt, away)[self.group.rank()], sigma)
+                v, v_away = mx.split(mx.distributed.all_gather(own, group=self.group), 2)
+            else:
+                v = velocity(x, txt, sigma)
+                mx.eval(v)  # or intermediates of both passes would be in memory
+                v_away = velocity(x, away, sigma)
+            return guide(v, v_away, first.guidance, first.guidance_rescale)
 
         sigmas = run.sigmas[run.start :]
-        steps = len(run.pictures) * (len(sigmas) - 1)
+        low, high = first.guidance_interval or (0, 1)
         self._prepare("transformer", "", stats, *working, held=held)  # before the bar of the steps, for its own
-        with self._bar("drawing", steps, unit="step") as bar:
-            for k, settings in enumerate(run.pictures):
-                txt = run.prompt_embeds[k] if run.prompt_embeds else encoded[settings.prompt]
-                negative_txt = encoded[settings.negative_prompt] if run.uses_guidance else None
-                x = noise = run.latents[k] if run.latents else _noise(settings, params.in_channels)
+        with self._bar("drawing", len(run.pictures) * (len(sigmas) - 1), unit="step") as bar:
+            for start in range(0, len(run.pictures), count):
+                pictures = list(enumerate(run.pictures))[start : start + count]
+                txt = mx.concatenate(
+                    [run.prompt_embeds[k] if run.prompt_embeds else encoded[drawn.prompt] for k, drawn in pictures]
+                )
+                away = mx.broadcast_to(encoded[first.negative_prompt], txt.shape) if run.uses_guidance else txt
+                x = noise = mx.concatenate(
+                    [run.latents[k] if run.latents else _noise(drawn, params.in_channels) for k, drawn in pictures]
+                )
                 if init is not None:
                     x = noised(init, noise, sigmas[0])
-                for i, (sigma, sigma_next) in enumerate(pairwise(sigmas), run.start):
+                for i, (sigma, sigma_next) in enumerate(pairwise(sigmas), run.start + 1):
                     # Again, since a caller may have decoded a picture in between and so unloaded the transformer.
                     needed = self._prepare("transformer", "", stats, *working, held=held)
                     with self._working("denoise", needed, stats):
-                        low, high = settings.guidance_interval or (0, 1)
-                        if negative_txt is None or not low <= sigma <= high:
-                            v = velocity(x, txt, sigma)
-                        else:
-                            if together:
-                                v, away = mx.split(velocity(x, mx.concatenate([txt, negative_txt]), sigma), 2)
-                            else:
-                                v = velocity(x, txt, sigma)
-                                mx.eval(v)  # or intermediates of both passes would be in memory
-                                away = velocity(x, negative_txt, sigma)
-                            v = guide(v, away, settings.guidance, settings.guidance_rescale)
+                        is_guided = run.uses_guidance and low <= sigma <= high
+                        v = guided(x, txt, away, sigma) if is_guided else velocity(x, txt, sigma)
                         x = euler_step(x, v, sigma, sigma_next)
                         denoised = x - sigma_next * v
                         if init is not None and run.repainted is not None:
@@ -858,15 +912,31 @@ class Flux2Pipeline:
                         finite = mx.isfinite(x).all()
                         mx.eval(x, denoised, finite)
                     if not finite.item():
-                        raise FloatingPointError(_not_finite(f"step {i + 1} of {settings.num_steps}", settings.dtype))
-                    bar.update()
-                    yield Step(k, i + 1, sigma_next, x, denoised, settings, stats, self._decode, run.repainting)
+                        raise FloatingPointError(_not_finite(f"step {i} of {first.num_steps}", first.dtype))
+                    for row, (k, drawn) in enumerate(pictures):
+                        part = slice(row, row + 1)
+                        bar.update()
+                        yield Step(
+                            k, i, sigma_next, x[part], denoised[part], drawn, stats, self._decode, run.repainting
+                        )
+
+    def _pictures_in_a_pass(self, run: _Run, tokens: int, kept: int, rows: int) -> int:
+        """How many pictures are drawn at a time, each with so many rows of tokens."""
+        most = run.batch_size
+        if most is None:
+            streams = self._transformer_stage(tokens, kept, rows).is_streamed(self.memory, self.memory_limit)
+            most = len(run.pictures) if streams else BATCH_TOKENS // (rows * tokens)
+        most = min(most, len(run.pictures))
+        return next((count for count in range(most, 1, -1) if self._has_room(tokens, kept, count * rows)), 1)
 
     # ------------------------------------------------------------------------------------------------ stages
 
     def _encode(self, prompts: Sequence[str], length: int, stats: Stats) -> dict[str, mx.array]:
-        """Prompt embeddings (1, L, D) of each distinct prompt; those of the last call are not computed again."""
-        kept = {text: self._embeddings[text, length] for text in prompts if (text, length) in self._embeddings}
+        """Prompt embeddings (1, L, D) of each distinct prompt; those of the last call, and of the last encode, are not
+        computed again.
+        """
+        known = self._embeddings | self._ahead
+        kept = {text: known[text, length] for text in prompts if (text, length) in known}
         new = [text for text in dict.fromkeys(prompts) if text not in kept]
         if new:
             config = self.checkpoint.text_encoder
@@ -1027,27 +1097,23 @@ class Flux2Pipeline:
         self._loaded[name].add(id(module))
         return stage.working
 
-    def _has_room_for_both(self, tokens: int, kept: int) -> bool:
-        """Whether the transformer can do two passes over so many tokens at once, beside the keys and values of ``kept``
+    def _has_room(self, tokens: int, kept: int, batch: int) -> bool:
+        """Whether the transformer can take so many rows of tokens in one pass, beside the keys and values of ``kept``
         references, and nothing is unloaded or streamed for that which would not be for one.
         """
         limit = self.memory_limit - kept_bytes(self.checkpoint.transformer, kept, self.dtype)
-        stage, both = (
-            stage_of(
-                "transformer",
-                self.transformer,
-                self.dtype,
-                *transformer_bytes(self.transformer.params, tokens, self.dtype, batch, kept),
-            )
-            for batch in (1, 2)
-        )
+        stage, all_rows = (self._transformer_stage(tokens, kept, rows) for rows in (1, batch))
         weights = stage.streamed if stage.is_streamed(self.memory, limit) else stage.weights
         alone = weights + stage.working
         others = [name for name in STAGES if name != "transformer" and self._loaded[name]]
         others_bytes = sum(weight_bytes(getattr(self, name)) for name in others)
         if self.memory in ("staged", "streamed") or (self.memory == "auto" and others_bytes + alone > limit):
             others_bytes = 0
-        return others_bytes + weights + both.working <= limit
+        return others_bytes + weights + all_rows.working <= limit
+
+    def _transformer_stage(self, tokens: int, kept: int, batch: int) -> Stage:
+        working = transformer_bytes(self.checkpoint.transformer, tokens, self.dtype, batch, kept)
+        return stage_of("transformer", self.transformer, self.dtype, *working)
 
     def _module(self, name: str, part: str) -> nn.Module:
         stage: nn.Module = getattr(self, name)
@@ -1123,6 +1189,7 @@ def check_options(
     guidance_rescale: float,
     seed: int,
     num_images: int,
+    batch_size: int | None,
     schedule: str,
     sigmas: Sequence[float] | None,
     noise: str,
@@ -1156,6 +1223,8 @@ def check_options(
         raise InputError(f"guidance_rescale must be a number from 0 to 1, got {guidance_rescale!r}")
     _between("seed", seed, 0, None)
     _between("num_images", num_images, 1, MAX_IMAGES)
+    if batch_size is not None:
+        _between("batch_size", batch_size, 1, MAX_IMAGES)
     if max_sequence_length is not None:
         _between("max_sequence_length", max_sequence_length, 1, MAX_POSITIONS)
     if strength is not None and not (isinstance(strength, (int, float)) and 0 < strength <= 1):

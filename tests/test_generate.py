@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from flux2_mlx import Flux2Pipeline, InputError, Settings, __version__, read_metadata, save_image
-from flux2_mlx.generate import main, output_path, parse_arguments, start
+from flux2_mlx.generate import check, main, output_path, parse_arguments
 from tests import tiny
 from tests.prompts import LONG
 
@@ -248,7 +248,7 @@ def test_what_a_reference_asks_for_is_refused_before_the_model_is_opened(run, fo
     fox.resize((512, 64)).save("wide.png")
     base = ["a", "--model", "no/such/model", "--image", "wide.png", "--height", "1024"]
     with pytest.raises(InputError, match="megapixels"):
-        start(parse_arguments(base, None))
+        check(parse_arguments(base, None))
     refused(run("a", "--image", "fox.png", "--kv-cache", model="klein-9b"), "klein-9b was not trained to keep its")
 
 

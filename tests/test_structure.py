@@ -19,7 +19,7 @@ LAYERS = [
     {"models.transformer", "models.text_encoder", "models.autoencoder"},
     {"latents", "sampler", "checkpoints", "tokenizer", "memory"},
     {"quantize", "gguf_files"},
-    {"images", "weights", "commands"},
+    {"images", "weights", "commands", "jobs"},
     {"streaming", "inpaint"},
     {"plan"},
     {"pipeline"},
