@@ -60,12 +60,15 @@ def write_table(name: str, table: dict[str, Any]) -> None:
         _write(cache_folder() / f"{name}.json", lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def _prompt_file(files: Iterable[Path], key: object) -> Path:
-    """Where embeddings are kept: another key, other files, or the same files changed, and it is another place."""
+def digest_of(files: Iterable[Path], key: object) -> str:
+    """A name for what is made from files: another key, other files, or the same files changed, and it is another."""
     stats = [(path.resolve(), path.stat()) for path in files]
     identity = [(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
-    digest = hashlib.sha256(repr((identity, key)).encode()).hexdigest()
-    return cache_folder() / PROMPTS / f"{digest[:40]}.safetensors"
+    return hashlib.sha256(repr((identity, key)).encode()).hexdigest()[:40]
+
+
+def _prompt_file(files: Iterable[Path], key: object) -> Path:
+    return cache_folder() / PROMPTS / f"{digest_of(files, key)}.safetensors"
 
 
 def read_prompt(files: Iterable[Path], key: object) -> mx.array | None:

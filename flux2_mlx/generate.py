@@ -27,7 +27,16 @@ from tqdm.auto import tqdm
 from ._version import __version__
 from .commands import MODEL_HELP, MODEL_OPTIONS, PART_OPTIONS, Parser, add_model_options
 from .config import KV, MAX_SEQUENCE_LENGTH, NANO, RELEASED, AutoEncoderConfig, InputError
-from .images import FORMATS, check_output, open_image, read_metadata, reference_size, save_image
+from .images import (
+    FORMATS,
+    check_output,
+    check_preview,
+    open_image,
+    read_metadata,
+    reference_size,
+    save_image,
+    save_preview,
+)
 from .inpaint import ALPHA, SIDES, repainting_of
 from .jobs import Job, missing_runs, read_jobs
 from .latents import NOISES
@@ -46,6 +55,7 @@ from .pipeline import (
 from .plan import MODES, Plan, download_bytes, make_plan, released_modules
 from .quantize import parse_options
 from .sampler import SCHEDULES
+from .terminal import PROTOCOLS, escaped, protocol_of
 
 DEFAULT_OUTPUT = "flux2-{seed}.png"
 OUTPUT_TEMPLATE = re.compile(r"(?:[^{}]|\{(?:seed|index)(?::\d{1,2})?\})+")
@@ -208,6 +218,16 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print what drawing needs, and draw nothing; a released model is not downloaded for it",
     )
+    parser.add_argument(
+        "--preview", type=Path, metavar="FILE", help="rewrite this PNG file after each step with what is foreseen"
+    )
+    parser.add_argument(
+        "--show",
+        nargs="?",
+        const="auto",
+        choices=("auto", *PROTOCOLS),
+        help="show finished pictures in the terminal, in its own way unless one is named",
+    )
     parser.add_argument("--stats", action="store_true", help="print seconds and peak bytes of each part as JSON")
     parser.add_argument("--quiet", action="store_true", help="no bars, no summary; the seed and the file are printed")
     parser.add_argument("--version", action="version", version=f"flux2_mlx {__version__}")
@@ -341,6 +361,8 @@ def check(arguments: argparse.Namespace) -> None:
         check_prompt(prompt)
     for path in outputs_of(arguments):
         check_output(path)
+    if arguments.preview is not None:
+        check_preview(arguments.preview)
 
 
 def outputs_of(arguments: argparse.Namespace) -> list[Path]:
@@ -431,12 +453,22 @@ def draw(
         first: index of the first picture.
         saves: whether it is this process that saves them.
     """
+    protocol = protocol_of(os.environ) if arguments.show == "auto" else arguments.show
+    if arguments.show and protocol is None:
+        warnings.warn(
+            f"this terminal is not known to show pictures; --show {', --show '.join(PROTOCOLS)} try one way",
+            stacklevel=2,
+        )
     for step in steps:
+        if arguments.preview is not None and saves:
+            save_preview(step.preview(), arguments.preview)
         if step.is_last and saves:
             picture, settings = step.picture(), step.settings
             path = output_path(arguments.output, settings.seed, first + step.image)
             written = save_image(picture, path, settings.metadata(), settings.parameters())
             tqdm.write(f"seed {settings.seed}  {written}")  # past the bars
+            if protocol is not None:
+                tqdm.write(escaped(picture, protocol), end="")
             sys.stdout.flush()
     stats = step.stats
     if not arguments.quiet:

@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 METADATA_KEY = "flux2_mlx"
+PREVIEW_KEY = "flux2_mlx preview"
 JPEG_EXIF_BYTES = 65_533
 REFERENCE_MIN_SIDE = 64
 REFERENCE_MAX_ASPECT = 8
@@ -182,7 +183,58 @@ def check_output(path: Path) -> None:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; choose another --output") from None
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another file") from None
+
+
+def check_preview(path: Path) -> None:
+    """Refuse, before any work, a file for previews that could not be written, or is something else.
+
+    Raises:
+        InputError: with the way out.
+    """
+    if path.suffix.lower() != ".png":
+        raise InputError(f"a preview is a PNG file, got {path}")
+    check_output(path)
+    if os.path.lexists(path):
+        try:
+            with Image.open(path) as image:
+                is_preview = PREVIEW_KEY in image.info
+        except Exception:  # no picture, or a damaged one
+            is_preview = False
+        if not is_preview:
+            raise InputError(f"{path} exists and is no preview; previews would replace it")
+
+
+def save_preview(image: Image.Image, path: Path) -> None:
+    """Write a picture over the preview before it, never half of one."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text(PREVIEW_KEY, "")
+    with _written_beside(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+        temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _written_beside(path: Path) -> Iterator[Path]:
+    """A temporary file in the folder of one that is to be written, gone in the end unless it was renamed.
+
+    Raises:
+        InputError: for a full disk or another failure to write.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    mask = os.umask(0)
+    os.umask(mask)
+    try:
+        temporary.chmod(0o666 & ~mask)  # mkstemp made it private
+        yield temporary
+    except OSError as error:
+        fault = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise InputError(f"cannot write {path}: {fault}; choose another file") from None
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
 
 
 def save_image(image: Image.Image, path: str | os.PathLike[str], metadata: Mapping[str, Any], parameters: str) -> Path:
@@ -221,21 +273,9 @@ def save_image(image: Image.Image, path: str | os.PathLike[str], metadata: Mappi
             warnings.warn(f"{path} does not say how it was made: the prompt is too long for a JPEG", stacklevel=2)
             exif = Image.Exif()
         options = {**options, "exif": exif}
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=path.suffix)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, format=kind, **options)
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # mkstemp made it private
+    with _written_beside(path) as temporary:
+        image.save(temporary, format=kind, **options)
         return _move_to_free_name(temporary, path)
-    except OSError as error:
-        fault = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise InputError(f"cannot write {path}: {fault}; choose another --output") from None
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
 
 
 def _move_to_free_name(temporary: Path, path: Path) -> Path:

@@ -63,6 +63,7 @@ from .models.autoencoder import AutoEncoder
 from .models.text_encoder import Qwen3TextEncoder
 from .models.transformer import FluxKlein, Kept
 from .plan import MODES, Plan, Stage, make_plan, stage_of
+from .preview import preview_map, preview_of
 from .quantize import Quantization, options_of, parse_options, tune
 from .sampler import SCHEDULES, check_sigmas, custom_sigmas, euler_step, guide, noised, schedule_sigmas
 from .streaming import is_streamed, stream
@@ -232,6 +233,7 @@ class Step:
     settings: Settings
     stats: Stats
     _decode: Callable[[mx.array, Settings, Stats], mx.array] = field(repr=False)
+    _preview: Callable[[mx.array, Settings], Image.Image] = field(repr=False)
     _repainting: Repainting | None = field(repr=False)
 
     @property
@@ -252,7 +254,13 @@ class Step:
 
     def picture(self) -> Image.Image:
         """The foreseen picture, decoded to 8-bit RGB; see ``array``."""
-        drawn = to_pil(np.array(self._decode(self.denoised, self.settings, self.stats)[0]))
+        return self._pasted(to_pil(np.array(self._decode(self.denoised, self.settings, self.stats)[0])))
+
+    def preview(self) -> Image.Image:
+        """The foreseen picture seen coarsely, without the decoder: an eighth of the resolution, enlarged."""
+        return self._pasted(self._preview(self.denoised, self.settings))
+
+    def _pasted(self, drawn: Image.Image) -> Image.Image:
         return drawn if self._repainting is None else self._repainting.paste(drawn)
 
 
@@ -345,6 +353,7 @@ class Flux2Pipeline:
         self._ahead: dict[tuple[str, int], mx.array] = {}  # of the last encode
         self._pictures: dict[bytes, mx.array] = {}  # tokens of those given to the last call, by content
         self._kept: tuple[list[bytes], list[Kept]] = [], []  # of the last call's references: contents, keys and values
+        self._preview_map: np.ndarray | None = None
         for stage in STAGES:
             self._open(stage)
 
@@ -828,7 +837,11 @@ class Flux2Pipeline:
 
     def _drawn(self, run: _Run) -> Iterator[Step]:
         with wired(self.memory_limit):
-            yield from self._steps(run)
+            try:
+                yield from self._steps(run)
+            except GeneratorExit:  # the caller stops before the end: give back what the steps worked on
+                mx.clear_cache()
+                raise
 
     def _steps(self, run: _Run) -> Iterator[Step]:
         """Encode, then draw picture after picture."""
@@ -917,7 +930,16 @@ class Flux2Pipeline:
                         part = slice(row, row + 1)
                         bar.update()
                         yield Step(
-                            k, i, sigma_next, x[part], denoised[part], drawn, stats, self._decode, run.repainting
+                            k,
+                            i,
+                            sigma_next,
+                            x[part],
+                            denoised[part],
+                            drawn,
+                            stats,
+                            self._decode,
+                            self._preview,
+                            run.repainting,
                         )
 
     def _pictures_in_a_pass(self, run: _Run, tokens: int, kept: int, rows: int) -> int:
@@ -1034,6 +1056,12 @@ class Flux2Pipeline:
         if not finite.item():
             raise FloatingPointError(_not_finite("the decoder", _dtype_name(stage_dtype("autoencoder", self.dtype))))
         return image
+
+    def _preview(self, latents: mx.array, settings: Settings) -> Image.Image:
+        """Sampled tokens (1, S, 128) as a coarse picture."""
+        if self._preview_map is None:
+            self._preview_map = preview_map(self.checkpoint, self.dtype)
+        return preview_of(latents, self._preview_map, settings.height, settings.width)
 
     def _unpack(self, latents: mx.array, settings: Settings) -> mx.array:
         return unpack_latents(self.autoencoder.bn.denormalize(latents), settings.height, settings.width)

@@ -514,7 +514,7 @@ def test_an_unwritable_folder(run, tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", forbidden)
-    refused(run("a", "--output", "fox.png"), "cannot write fox.png: Permission denied; choose another --output")
+    refused(run("a", "--output", "fox.png"), "cannot write fox.png: Permission denied; choose another file")
 
 
 def test_a_truncated_file(run, damaged):

@@ -14,13 +14,13 @@ ROOT = PACKAGE.parent
 
 # Each layer imports from those before it.
 LAYERS = [
-    {"_version", "config", "cache"},
+    {"_version", "config", "cache", "terminal"},
     {"models.rope", "models.blocks"},
     {"models.transformer", "models.text_encoder", "models.autoencoder"},
     {"latents", "sampler", "checkpoints", "tokenizer", "memory"},
     {"quantize", "gguf_files"},
     {"images", "weights", "commands", "jobs"},
-    {"streaming", "inpaint"},
+    {"streaming", "inpaint", "preview"},
     {"plan"},
     {"pipeline"},
     {"generate", "convert"},
