@@ -13,7 +13,7 @@ import secrets
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -25,6 +25,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ._version import __version__
+from .cache import cache_folder
 from .commands import MODEL_HELP, MODEL_OPTIONS, PART_OPTIONS, Parser, add_model_options
 from .config import KV, MAX_SEQUENCE_LENGTH, NANO, RELEASED, AutoEncoderConfig, InputError
 from .images import (
@@ -55,6 +56,7 @@ from .pipeline import (
 from .plan import MODES, Plan, download_bytes, make_plan, released_modules
 from .quantize import parse_options
 from .sampler import SCHEDULES
+from .session import HELP, Picture, Session, completed
 from .terminal import PROTOCOLS, escaped, protocol_of
 
 DEFAULT_OUTPUT = "flux2-{seed}.png"
@@ -66,6 +68,7 @@ JOB_FAULTS = (
     OSError,
     RuntimeError,
 )  # the last is what MLX raises, as for want of memory
+HISTORY = 1000  # lines that a session keeps
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 # What --from-image takes from the picture, and what stands where neither it nor the command line says anything.
@@ -200,6 +203,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="draw a file of jobs: one JSON object a line, with any of these options; what is given here is for all",
     )
+    parser.add_argument("--interactive", action="store_true", help="draw what is typed, line by line; help tells more")
     parser.add_argument("--resume", action="store_true", help="draw only those pictures of --jobs that do not exist")
     parser.add_argument(
         "--no-cache", action="store_false", dest="cache", help="neither use nor keep prompt embeddings on disk"
@@ -444,7 +448,13 @@ def print_plan(arguments: argparse.Namespace) -> None:
 
 
 def draw(
-    steps: Iterator[Step], arguments: argparse.Namespace, started: float, *, first: int = 0, saves: bool = True
+    steps: Iterator[Step],
+    arguments: argparse.Namespace,
+    started: float,
+    *,
+    first: int = 0,
+    saves: bool = True,
+    keep: list[Picture] | None = None,
 ) -> None:
     """Draw, save each picture when it is done, and report.
 
@@ -452,6 +462,7 @@ def draw(
         started: time.perf_counter() when the work began.
         first: index of the first picture.
         saves: whether it is this process that saves them.
+        keep: takes the pictures.
     """
     protocol = protocol_of(os.environ) if arguments.show == "auto" else arguments.show
     if arguments.show and protocol is None:
@@ -466,6 +477,8 @@ def draw(
             picture, settings = step.picture(), step.settings
             path = output_path(arguments.output, settings.seed, first + step.image)
             written = save_image(picture, path, settings.metadata(), settings.parameters())
+            if keep is not None:
+                keep.append(Picture(picture, settings))
             tqdm.write(f"seed {settings.seed}  {written}")  # past the bars
             if protocol is not None:
                 tqdm.write(escaped(picture, protocol), end="")
@@ -602,6 +615,92 @@ def draw_jobs(given: argparse.Namespace) -> int:
     return 1 if jobs.failed else 0
 
 
+# ---------------------------------------------------------------------------------------------------- session
+
+
+def interact(given: argparse.Namespace) -> None:
+    """A session: a prompt that was given is drawn first, pictures of --image are its first ones."""
+    if given.plan or given.jobs is not None:
+        raise InputError("--interactive goes neither with --plan nor with --jobs")
+    references, given.image = given.image or [], None
+    first = given.prompt
+
+    def with_prompt(prompt: str) -> argparse.Namespace:
+        return argparse.Namespace(**{**vars(given), "prompt": prompt})
+
+    usual = complete(with_prompt(""), None)
+    check(usual)
+    pipe = open_pipeline(usual)
+
+    def drawn(prompt: str, images: Sequence[Image.Image], own: Mapping[str, Any]) -> list[Picture]:
+        arguments = with_prompt(prompt)
+        vars(arguments).update({name: value for name, value in own.items() if value is not None})
+        complete(arguments, None)
+        arguments.image = list(images)
+        check(arguments)
+        pictures: list[Picture] = []
+        draw(start(arguments, pipe), arguments, time.perf_counter(), keep=pictures)
+        return pictures
+
+    session = Session(drawn)
+    session.pictures += [Picture(open_reference(path), None) for path in references]
+    if not given.quiet:
+        print(HELP)
+    if first is not None:
+        print(session.handle(first))
+    converse(session)
+
+
+def converse(session: Session) -> None:
+    """Read lines until the end, and do what they say; a fault is told, and costs one line."""
+    with _line_editing():
+        while True:
+            try:
+                line = input("> ")
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print()
+                continue
+            try:
+                said = session.handle(line)
+            except JOB_FAULTS as error:
+                print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+                continue
+            except KeyboardInterrupt:
+                print("interrupted", file=sys.stderr)
+                continue
+            if said is None:
+                return
+            if said:
+                print(said)
+
+
+@contextlib.contextmanager
+def _line_editing() -> Iterator[None]:
+    """History, kept between sessions, and completion of commands and files, where Python has them."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    history = cache_folder() / "history"
+    with contextlib.suppress(OSError):
+        readline.read_history_file(history)
+    readline.set_history_length(HISTORY)
+    readline.set_completer(completed)
+    readline.set_completer_delims(" ")
+    is_libedit = "libedit" in (readline.__doc__ or "")
+    readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            history.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(history)
+
+
 def shared_seed(group: mx.distributed.Group) -> int:
     """The first process's random seed."""
     seeds = mx.distributed.all_gather(mx.array([random_seed()], mx.uint32), group=group)
@@ -629,6 +728,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = build_parser().parse_args(argv)
             if arguments.quiet:
                 _silence_downloads()
+            if arguments.interactive:
+                interact(arguments)
+                return 0
             if arguments.jobs is not None:
                 return draw_jobs(arguments)
             if arguments.resume:

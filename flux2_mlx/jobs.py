@@ -22,7 +22,7 @@ from typing import Any
 from .config import InputError
 
 # Options that concern the whole run.
-COMMAND_ALONE = ("help", "version", "prompt-file", "jobs", "resume", "plan", "stats", "quiet")
+COMMAND_ALONE = ("help", "version", "prompt-file", "jobs", "resume", "interactive", "plan", "stats", "quiet")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ LAYERS = [
     {"streaming", "inpaint", "preview"},
     {"plan"},
     {"pipeline"},
+    {"session"},
     {"generate", "convert"},
 ]
 RUNTIME = {"mlx", "numpy", "safetensors", "huggingface_hub", "tokenizers", "PIL", "tqdm", "flux2_mlx"}

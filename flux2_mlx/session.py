@@ -1,0 +1,174 @@
+"""A session at a prompt line: what is typed is drawn, the model stays loaded, pictures can be referred to.
+
+A line that reads exactly as a command is one; any other line is a prompt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .config import InputError
+from .images import FORMATS, open_image, save_image
+from .pipeline import Settings
+
+HELP = """\
+Type a prompt to draw it. $3 in a prompt is picture 3, as a reference; $$ is a dollar sign.
+  again             the last prompt once more, with another seed
+  seed N            the seed of the next pictures; seed alone: a random one for each
+  size W x H        their size; size alone: the model's, or the first reference's
+  steps N           their steps; steps alone: the model's
+  load FILE         open a picture, to refer to it
+  save [N] FILE     write a picture, the last or that of this number, under another name
+  help, quit        Ctrl-C stops a picture, Ctrl-D quits"""
+
+_SUFFIXES = "|".join(suffix[1:] for suffix in FORMATS)
+COMMANDS = {
+    "again": re.compile(r"again"),
+    "seed": re.compile(r"seed(?: +(\d+))?"),
+    "size": re.compile(r"size(?: +(\d+) *[x×] *(\d+))?"),
+    "steps": re.compile(r"steps(?: +(\d+))?"),
+    "load": re.compile(r"load +(.+\.\w+)"),
+    "save": re.compile(rf"save(?: +(\d+))? +(.+\.(?:{_SUFFIXES}))", re.IGNORECASE),
+    "help": re.compile(r"help|\?"),
+    "quit": re.compile(r"quit|exit"),
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of the session, and how it was made, unless it was loaded."""
+
+    image: Image.Image
+    settings: Settings | None
+
+
+# (prompt, its references, options of Flux2Pipeline.stream, None for those that are not set): draws, saves and gives.
+Draw = Callable[[str, Sequence[Image.Image], Mapping[str, Any]], list[Picture]]
+
+
+@dataclass
+class Session:
+    """What was drawn, and the settings of what comes next.
+
+    Attributes:
+        draw: draws a prompt, saves and gives what it draws.
+        pictures: those that were drawn or loaded, in order; picture 1 is the first.
+    """
+
+    draw: Draw
+    pictures: list[Picture] = field(default_factory=list)
+    seed: int | None = None
+    size: tuple[int, int] | None = None
+    steps: int | None = None
+    last: str = ""
+
+    def handle(self, line: str) -> str | None:
+        """Do what a line says.
+
+        Returns:
+            what there is to say, or None to quit.
+
+        Raises:
+            InputError: for what cannot be done.
+        """
+        text = line.strip()
+        if not text:
+            return ""
+        for name, pattern in COMMANDS.items():
+            found = pattern.fullmatch(text)
+            if found is not None:
+                said: str | None = getattr(self, f"_{name}")(*found.groups())
+                return said
+        return self._prompt(text)
+
+    def _prompt(self, text: str) -> str:
+        prompt, references = self.referring(text)
+        self.last = text
+        height, width = self.size or (None, None)
+        options = {"seed": self.seed, "height": height, "width": width, "num_steps": self.steps}
+        drawn = self.draw(prompt, references, options)
+        first = len(self.pictures) + 1
+        self.pictures += drawn
+        return f"picture {first}" if len(drawn) == 1 else f"pictures {first} to {len(self.pictures)}"
+
+    def referring(self, text: str) -> tuple[str, list[Image.Image]]:
+        """A prompt with $3 and the like as "image 1", "image 2", ... in the order in which they come, and the pictures
+        that these are.
+
+        Raises:
+            InputError: for a picture that does not exist.
+        """
+        numbers: list[int] = []
+
+        def name(found: re.Match[str]) -> str:
+            if found[0] == "$$":
+                return "$"
+            number = int(found[1])
+            if not 1 <= number <= len(self.pictures):
+                there = f"the last is {len(self.pictures)}" if self.pictures else "there is none yet"
+                raise InputError(f"there is no picture {number} ({there}); a dollar sign is written $$")
+            if number not in numbers:
+                numbers.append(number)
+            return f"image {numbers.index(number) + 1}"
+
+        prompt = re.sub(r"\$\$|\$(\d+)", name, text)
+        return prompt, [self.pictures[number - 1].image for number in numbers]
+
+    def _again(self) -> str:
+        if not self.last:
+            raise InputError("there is no prompt to draw again")
+        if self.seed is not None:
+            self.seed += 1
+        return self._prompt(self.last)
+
+    def _seed(self, seed: str | None) -> str:
+        self.seed = None if seed is None else int(seed)
+        return f"seed {'random' if seed is None else seed}"
+
+    def _size(self, width: str | None, height: str | None) -> str:
+        self.size = None if width is None or height is None else (int(height), int(width))
+        return "the usual size" if self.size is None else f"size {width} x {height}"
+
+    def _steps(self, steps: str | None) -> str:
+        self.steps = None if steps is None else int(steps)
+        return "the usual steps" if steps is None else f"{steps} steps"
+
+    def _load(self, path: str) -> str:
+        self.pictures.append(Picture(open_image(Path(path).expanduser()), None))
+        return f"picture {len(self.pictures)}"
+
+    def _save(self, number: str | None, path: str) -> str:
+        if not self.pictures or (number is not None and not 1 <= int(number) <= len(self.pictures)):
+            raise InputError(f"there is no picture {number or 'yet'}")
+        picture = self.pictures[-1 if number is None else int(number) - 1]
+        if picture.settings is None:
+            raise InputError("that picture was loaded, and is a file already")
+        settings = picture.settings
+        return str(save_image(picture.image, Path(path).expanduser(), settings.metadata(), settings.parameters()))
+
+    def _help(self) -> str:
+        return HELP
+
+    def _quit(self) -> None:
+        return None
+
+
+def completed(text: str, state: int) -> str | None:
+    """The state-th way to complete a word: commands, then files of this folder or the one that is named."""
+    names = [f"{name} " for name in COMMANDS if name.startswith(text)] if text else []
+    where = Path(text).expanduser()
+    folder = where if text.endswith("/") else where.parent
+    stem = "" if text.endswith("/") else where.name
+    with contextlib.suppress(OSError):
+        found = sorted(path for path in folder.iterdir() if path.name.startswith(stem))
+        kept = [path for path in found if path.is_dir() or path.suffix.lower() in FORMATS]
+        before = text[: len(text) - len(stem)]
+        names += [f"{before}{path.name}{'/' if path.is_dir() else ''}" for path in kept if stem or text.endswith("/")]
+    return names[state] if state < len(names) else None

@@ -1,0 +1,204 @@
+"""A session: what a line means, what a fault costs, and the whole of it with a small model."""
+
+import io
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flux2_mlx import Flux2Pipeline, InputError, read_metadata
+from flux2_mlx.generate import converse, main
+from flux2_mlx.session import HELP, Picture, Session, completed
+from tests.test_images import SETTINGS
+
+
+@pytest.fixture
+def session():
+    """One whose drawing notes what it is asked for; pictures are of the number of the call."""
+    asked = []
+
+    def draw(prompt, references, options):
+        asked.append((prompt, references, dict(options)))
+        return [Picture(Image.new("RGB", (64, 64), (len(asked), 0, 0)), SETTINGS)]
+
+    session = Session(draw)
+    session.asked = asked
+    return session
+
+
+NOTHING = {"seed": None, "height": None, "width": None, "num_steps": None}
+
+
+def test_a_line_is_drawn(session):
+    assert session.handle("a red fox") == "picture 1"
+    assert session.handle("  a blue fox ") == "picture 2"
+    assert session.handle("   ") == ""
+    assert session.asked == [("a red fox", [], NOTHING), ("a blue fox", [], NOTHING)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["seed packets on a table", "size matters", "steps of a temple", "again and again", "load bearing wall", "save 5",
+     "save the whales", "help me", "quit smoking", "seed -1", "size 64", "Steps 4"],
+)  # fmt: skip
+def test_what_is_not_exactly_a_command_is_a_prompt(session, text):
+    session.handle(text)
+    assert session.asked == [(text, [], NOTHING)]
+
+
+def test_settings_stay_until_they_are_taken_back(session):
+    assert [session.handle(line) for line in ("seed 7", "size 96x64", "steps 8")] == [
+        "seed 7",
+        "size 96 x 64",
+        "8 steps",
+    ]
+    session.handle("a")
+    session.handle("b")
+    expected = {"seed": 7, "height": 64, "width": 96, "num_steps": 8}
+    assert [options for _, _, options in session.asked] == [expected] * 2
+    assert [session.handle(line) for line in ("seed", "size", "steps")] == [
+        "seed random",
+        "the usual size",
+        "the usual steps",
+    ]
+    session.handle("c")
+    assert session.asked[-1] == ("c", [], NOTHING)
+
+
+def test_again_takes_another_seed(session):
+    with pytest.raises(InputError, match="there is no prompt to draw again"):
+        session.handle("again")
+    session.handle("seed 7")
+    session.handle("a")
+    assert session.handle("again") == "picture 2"
+    assert [options["seed"] for _, _, options in session.asked] == [7, 8]
+    session.handle("seed")
+    session.handle("again")
+    assert session.asked[-1] == ("a", [], NOTHING)
+
+
+def test_pictures_are_referred_to_by_their_numbers(session):
+    for prompt in "abc":
+        session.handle(prompt)
+    session.handle("the hat of $3 on the fox of $1, as in $3, for $$5")
+    prompt, references, _ = session.asked[-1]
+    assert prompt == "the hat of image 1 on the fox of image 2, as in image 1, for $5"
+    assert references == [session.pictures[2].image, session.pictures[0].image]
+    session.handle("again")
+    assert session.asked[-1][:2] == (prompt, references)
+    for text in ("$6", "$0"):
+        with pytest.raises(
+            InputError, match=r"there is no picture \d \(the last is 5\); a dollar sign is written \$\$"
+        ):
+            session.handle(text)
+    assert len(session.asked) == 5
+    with pytest.raises(InputError, match=r"there is no picture 1 \(there is none yet\)"):
+        Session(session.draw).handle("$1")
+
+
+def test_pictures_are_saved_and_loaded(session, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for line, message in (("save a.png", "no picture yet"), ("save 2 a.png", "no picture 2")):
+        with pytest.raises(InputError, match=message):
+            session.handle(line)
+    session.handle("a")
+    session.handle("b")
+    assert session.handle("save my fox.png") == "my fox.png"
+    assert session.handle("save 1 a.png") == "a.png"
+    assert session.handle("save 1 a.png") == "a-2.png"
+    assert read_metadata("a.png")["prompt"] == SETTINGS.prompt
+    with Image.open("a.png") as first, Image.open("my fox.png") as last:
+        assert (first.getpixel((0, 0)), last.getpixel((0, 0))) == ((1, 0, 0), (2, 0, 0))
+    assert session.handle("load a.png") == "picture 3"
+    assert session.pictures[2].image.getpixel((0, 0)) == (1, 0, 0)
+    with pytest.raises(InputError, match="that picture was loaded"):
+        session.handle("save 3 b.png")
+    with pytest.raises(InputError, match=r"cannot read nowhere\.png"):
+        session.handle("load nowhere.png")
+
+
+def test_help_and_quit(session):
+    assert session.handle("help") == session.handle("?") == HELP
+    assert session.handle("quit") is None
+    assert session.handle("exit") is None
+
+
+def test_faults_and_interrupts_cost_one_line(session, monkeypatch, capsys):
+    lines = iter(["$9", KeyboardInterrupt, "a", "interrupted", "b", EOFError, "never"])
+
+    def answer(prompt):
+        line = next(lines)
+        if not isinstance(line, str):
+            raise line
+        return line
+
+    draw = session.draw
+
+    def interrupted(prompt, *rest):
+        if prompt == "interrupted":
+            raise KeyboardInterrupt
+        return draw(prompt, *rest)
+
+    session.draw = interrupted
+    monkeypatch.setattr("builtins.input", answer)
+    converse(session)
+    captured = capsys.readouterr()
+    assert captured.out == "\npicture 1\npicture 2\n\n"
+    assert (
+        captured.err == "error: there is no picture 9 (there is none yet); a dollar sign is written $$\ninterrupted\n"
+    )
+
+
+def test_completion(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("fox.png", "forest.webp", "notes.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.png").touch()
+
+    def every(text):
+        return [found for k in range(9) if (found := completed(text, k)) is not None]
+
+    assert every("s") == ["seed ", "size ", "steps ", "save "]
+    assert every("fo") == ["folder/", "forest.webp", "fox.png"]
+    assert every("folder/") == ["folder/a.png"]
+    assert every(f"{tmp_path}/fox") == [f"{tmp_path}/fox.png"]
+    assert every("nowhere/") == every("") == []
+
+
+def test_a_session(checkpoint, pipe, tmp_path, monkeypatch, capsys):
+    """The model is opened once; a picture of it, and one of --image, are references of the next."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLUX2_MLX_CACHE", str(tmp_path / "cache"))
+    given = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8))
+    given.save("given.png")
+    opened = []
+    open_pipeline = Flux2Pipeline.from_pretrained.__func__
+    monkeypatch.setattr(
+        Flux2Pipeline,
+        "from_pretrained",
+        classmethod(lambda cls, model, **options: opened.append(model) or open_pipeline(cls, model, **options)),
+    )
+    monkeypatch.setattr(sys, "stdin", io.StringIO("seed 3\na fox like $1 and $2\nsize 100x64\na fox\nquit\n"))
+    command = ["a hat", "--interactive", "--model", str(checkpoint), "--image", "given.png", "--seed", "2"]
+    assert main([*command, "--steps", "2", "--max-sequence-length", "32", "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert [line for line in captured.out.replace("> ", "").splitlines() if line] == [
+        "seed 2  flux2-2.png", "picture 2", "seed 3", "seed 3  flux2-3.png", "picture 3", "size 100 x 64",
+    ]  # fmt: skip
+    assert captured.err == "error: width must be a multiple of 16, got 100; the nearest are 96 and 112\n"
+    assert opened == [str(checkpoint)]
+    options = {"num_steps": 2, "max_sequence_length": 32}
+    hat = pipe("a hat", seed=2, **options).images[0]
+    fox = pipe("a fox like image 1 and image 2", image=[given, hat], seed=3, **options).images[0]
+    for name, expected in (("flux2-2.png", hat), ("flux2-3.png", fox)):
+        with Image.open(name) as drawn:
+            assert np.array_equal(np.asarray(drawn), np.asarray(expected))
+    assert (tmp_path / "cache" / "history").exists()
+
+
+def test_options_that_a_session_does_not_go_with(capsys):
+    for option in (["--plan"], ["--jobs", "jobs.jsonl"]):
+        assert main(["--interactive", *option]) == 2
+        assert "--interactive goes neither with --plan nor with --jobs" in capsys.readouterr().err
