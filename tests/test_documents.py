@@ -122,7 +122,7 @@ def test_every_example_is_tested():
 
 # Where a benchmark's report has what it measured.
 FIGURES = {"stages": "stages", "full_size": "parts", "packed_step": "ratio", "packing": "ways", "start": "seconds"}
-FIGURES["memory_plan"] = "stages"
+FIGURES |= {"memory_plan": "stages", "passes": "passes"}
 
 
 @pytest.mark.parametrize(
@@ -133,6 +133,7 @@ FIGURES["memory_plan"] = "stages"
         ["full_size", "--tiny", "--size", "64", "--steps", "1"],
         ["packed_step", "--tiny", "--tokens", "516", "--repeats", "1"],
         ["packing", "--model", "CHECKPOINT", "--captions", "1", "--layers"],
+        ["passes", "--model", "tiny", "--size", "64", "--reference", "64", "--batch", "2", "--repeats", "1"],
         ["memory_plan", "FOLDER", "--tiny", "--size", "64", "--text-length", "16", "--memory", "streamed"],
         ["start", "--model", "CHECKPOINT", "--size", "64", "--steps", "1", "--repeats", "1"],
     ],
