@@ -494,6 +494,28 @@ def _channels_first(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
     return named | {"bn.num_batches_tracked": mx.array(0, mx.int64)}
 
 
+def sanitize_taef2_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring TAEF2's decoder to ``layers.N`` in NHWC, from taesd's names ("N", "decoder.N", "taesd_decoder.N") or
+    diffusers' ("decoder.layers.N", which does not count the first layer); an encoder beside it is left out.
+    """
+    if any(name.startswith("layers.") for name in weights):
+        return dict(weights)
+    found: dict[int, dict[str, Any]] = {}
+    for name, weight in weights.items():
+        place = _TAEF2.fullmatch(name)
+        if place is not None:
+            found.setdefault(int(place[1]), {})[place[2]] = weight
+    shift = 1 if 0 in found else 0
+    return {
+        f"layers.{number + shift}.{name}": weight.transpose(0, 2, 3, 1) if weight.ndim == 4 else weight
+        for number, layer in found.items()
+        for name, weight in layer.items()
+    }
+
+
+_TAEF2 = re.compile(r"(?:taesd_)?(?:decoder\.)?(?:layers\.)?(\d+)\.(.+)")
+
+
 def diffusers_vae(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """An autoencoder in diffusers' layout: the inverse of sanitize_vae_weights."""
     return {

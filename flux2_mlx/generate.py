@@ -226,6 +226,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--preview", type=Path, metavar="FILE", help="rewrite this PNG file after each step with what is foreseen"
     )
     parser.add_argument(
+        "--preview-decoder", metavar="FILE", help="draw --preview with TAEF2, here or on the Hub, instead of coarsely"
+    )
+    parser.add_argument(
         "--show",
         nargs="?",
         const="auto",
@@ -397,6 +400,7 @@ def open_pipeline(arguments: argparse.Namespace, group: mx.distributed.Group | N
         memory=arguments.memory,
         memory_limit=arguments.memory_limit,
         group=group,
+        preview_decoder=arguments.preview_decoder,
         progress=not arguments.quiet,
         **{name: getattr(arguments, name) for name in MODEL_OPTIONS},
     )
@@ -591,7 +595,7 @@ class Jobs:
 
 def _pipeline_options(arguments: argparse.Namespace) -> tuple[Any, ...]:
     """What decides which pipeline is open."""
-    names = ("model", "revision", *MODEL_OPTIONS, "dtype", "cache", "memory", "memory_limit")
+    names = ("model", "revision", *MODEL_OPTIONS, "dtype", "cache", "memory", "memory_limit", "preview_decoder")
     return tuple(getattr(arguments, name) for name in names)
 
 

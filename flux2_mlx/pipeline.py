@@ -60,6 +60,7 @@ from .memory import (
     within,
 )
 from .models.autoencoder import AutoEncoder
+from .models.taef2 import TinyDecoder
 from .models.text_encoder import Qwen3TextEncoder
 from .models.transformer import FluxKlein, Kept
 from .plan import MODES, Plan, Stage, make_plan, stage_of
@@ -71,6 +72,7 @@ from .tokenizer import Qwen3Tokenizer
 from .weights import (
     Checkpoint,
     load_autoencoder,
+    load_preview_decoder,
     load_text_encoder,
     load_transformer,
     materialize,
@@ -257,7 +259,7 @@ class Step:
         return self._pasted(to_pil(np.array(self._decode(self.denoised, self.settings, self.stats)[0])))
 
     def preview(self) -> Image.Image:
-        """The foreseen picture seen coarsely, without the decoder: an eighth of the resolution, enlarged."""
+        """The foreseen picture without the decoder: an eighth of the resolution, enlarged, or by preview_decoder."""
         return self._pasted(self._preview(self.denoised, self.settings))
 
     def _pasted(self, drawn: Image.Image) -> Image.Image:
@@ -318,6 +320,7 @@ class Flux2Pipeline:
         memory_limit: bytes that loaded stages and their intermediates may take together. MLX computes ahead, and keeps
             freed buffers, as far as it allows.
         group: the two processes that share the two passes of guidance, if any.
+        preview_decoder: TAEF2 for Step.preview, if its weights were given.
         progress: whether loading and drawing show bars on standard error.
     """
 
@@ -331,6 +334,7 @@ class Flux2Pipeline:
         memory: str = "auto",
         memory_limit: int | None = None,
         group: mx.distributed.Group | None = None,
+        preview_decoder: str | os.PathLike[str] | None = None,
         progress: bool = False,
     ):
         _check_memory(memory, memory_limit)
@@ -354,6 +358,9 @@ class Flux2Pipeline:
         self._pictures: dict[bytes, mx.array] = {}  # tokens of those given to the last call, by content
         self._kept: tuple[list[bytes], list[Kept]] = [], []  # of the last call's references: contents, keys and values
         self._preview_map: np.ndarray | None = None
+        self.preview_decoder: TinyDecoder | None = None
+        if preview_decoder is not None:
+            self.preview_decoder = load_preview_decoder(preview_decoder, stage_dtype("autoencoder", self.dtype))
         for stage in STAGES:
             self._open(stage)
 
@@ -377,6 +384,7 @@ class Flux2Pipeline:
         memory: str = "auto",
         memory_limit: int | None = None,
         group: mx.distributed.Group | None = None,
+        preview_decoder: str | os.PathLike[str] | None = None,
         progress: bool = False,
     ) -> Flux2Pipeline:
         """Open a checkpoint. Configs, file headers, names and shapes are checked now; weights are read when needed.
@@ -407,6 +415,7 @@ class Flux2Pipeline:
                 machine has now.
             group: two processes, from mx.distributed.init, that are asked for the same pictures and share the two
                 passes of guidance.
+            preview_decoder: TAEF2's weights for Step.preview, a safetensors file or "owner/name/file" on the Hub.
             progress: show bars on standard error while weights are read and steps are drawn.
 
         Raises:
@@ -434,6 +443,7 @@ class Flux2Pipeline:
             memory=memory,
             memory_limit=memory_limit,
             group=group,
+            preview_decoder=preview_decoder,
             progress=progress,
         )
 
@@ -1058,7 +1068,10 @@ class Flux2Pipeline:
         return image
 
     def _preview(self, latents: mx.array, settings: Settings) -> Image.Image:
-        """Sampled tokens (1, S, 128) as a coarse picture."""
+        """Sampled tokens (1, S, 128) as a coarse picture, or by the preview decoder."""
+        if self.preview_decoder is not None:
+            z = unpack_latents(latents, settings.height, settings.width)
+            return to_pil(np.array(mx.clip(self.preview_decoder(z)[0].astype(mx.float32), 0, 1)))
         if self._preview_map is None:
             self._preview_map = preview_map(self.checkpoint, self.dtype)
         return preview_of(latents, self._preview_map, settings.height, settings.width)

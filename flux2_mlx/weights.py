@@ -43,6 +43,7 @@ from .checkpoints import (
     qwen3_config,
     sanitize_flux2_klein_weights,
     sanitize_qwen3_weights,
+    sanitize_taef2_weights,
     sanitize_vae_weights,
 )
 from .config import (
@@ -59,6 +60,7 @@ from .config import (
 from .gguf_files import MAGIC, gguf_values, read_gguf
 from .memory import weights_of
 from .models.autoencoder import AutoEncoder
+from .models.taef2 import TinyDecoder
 from .models.text_encoder import Qwen3TextEncoder
 from .models.transformer import FluxKlein
 from .quantize import (
@@ -575,6 +577,21 @@ def load_autoencoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> AutoEncoder:
     """
     source = checkpoint.sources["vae"]
     return assign(AutoEncoder(checkpoint.autoencoder), source.weights(), dtype, source.where)
+
+
+def load_preview_decoder(where: str | os.PathLike[str], dtype: mx.Dtype) -> TinyDecoder:
+    """TAEF2's decoder with lazy weights, from a safetensors file here, or "owner/name/file" on the Hub.
+
+    Raises:
+        CheckpointError: for a file that is not there, or holds something else.
+    """
+    name = os.fspath(where)
+    path = _local(name)
+    if path is None and _HUB_FILE.fullmatch(name):
+        path = _download_file(name, None)
+    if path is None or not path.is_file():
+        raise CheckpointError(f"no preview decoder {name!r}: there is no such file")
+    return assign(TinyDecoder(), sanitize_taef2_weights(_load([path])), dtype, f"{path}, as TAEF2's decoder")
 
 
 def load_quantized_flux_klein(weights: Mapping[str, mx.array], params: FluxKleinParams) -> QuantizedFluxKlein:

@@ -16,7 +16,7 @@ ROOT = PACKAGE.parent
 LAYERS = [
     {"_version", "config", "cache", "terminal"},
     {"models.rope", "models.blocks"},
-    {"models.transformer", "models.text_encoder", "models.autoencoder"},
+    {"models.transformer", "models.text_encoder", "models.autoencoder", "models.taef2"},
     {"latents", "sampler", "checkpoints", "tokenizer", "memory"},
     {"quantize", "gguf_files"},
     {"images", "weights", "commands", "jobs"},
