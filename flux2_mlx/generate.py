@@ -58,6 +58,7 @@ from .quantize import parse_options
 from .sampler import SCHEDULES
 from .session import HELP, Picture, Session, completed
 from .terminal import PROTOCOLS, escaped, protocol_of
+from .weights import check_keeps
 
 DEFAULT_OUTPUT = "flux2-{seed}.png"
 OUTPUT_TEMPLATE = re.compile(r"(?:[^{}]|\{(?:seed|index)(?::\d{1,2})?\})+")
@@ -255,14 +256,20 @@ def parse_arguments(argv: Sequence[str] | None, stdin: TextIO | None) -> argpars
 
 
 def complete(
-    arguments: argparse.Namespace, stdin: TextIO | None, seed: Callable[[], int] = random_seed
+    arguments: argparse.Namespace,
+    stdin: TextIO | None,
+    seed: Callable[[], int] = random_seed,
+    inputs: Sequence[str] = (),
 ) -> argparse.Namespace:
-    """Read prompt and pictures, and fill in what is not given: from --from-image, else the defaults.
+    """Read prompt and pictures, fill in what is not given (from --from-image, else the defaults), and check it as far
+    as that can be done without the model.
 
-    What is given wins over the picture: its revision goes with its model, its custom noise levels with its steps.
+    What is given wins over the picture: its revision goes with its model, its custom noise levels with its steps, one
+    of its sides with the other.
 
     Args:
         seed: gives one where none is said.
+        inputs: what pictures besides are given otherwise, of pipeline.INPUTS.
 
     Raises:
         InputError: for what cannot be used.
@@ -270,7 +277,7 @@ def complete(
     defaults = dict(SETTINGS)
     if arguments.from_image is not None:
         given = [name for name in ("image", "init_image", "mask") if getattr(arguments, name) is not None]
-        picture = Settings.from_metadata(read_metadata(arguments.from_image), given)
+        picture = Settings.from_metadata(read_metadata(arguments.from_image), [*given, *inputs])
         defaults = {name: getattr(picture, name) for name in SETTINGS}
         if arguments.model is not None:
             defaults |= dict.fromkeys(("revision", *MODEL_OPTIONS))
@@ -278,6 +285,8 @@ def complete(
             defaults["sigmas"] = None
         if arguments.sigmas is not None or defaults["sigmas"] is not None:
             defaults["num_steps"] = None
+        if any(value is not None for value in (arguments.width, arguments.height, arguments.expand)):
+            defaults |= {"width": None, "height": None}
     if arguments.plan:
         arguments.prompt = arguments.prompt or ""
     elif arguments.prompt is not None or arguments.prompt_file is not None or defaults["prompt"] is None:
@@ -292,6 +301,12 @@ def complete(
         arguments.init_image = open_reference(arguments.init_image, alpha=arguments.mask == ALPHA)
     if arguments.mask not in (None, ALPHA):
         arguments.mask = open_image(arguments.mask, alpha=True)
+    check_options(**drawing_options(arguments))
+    if arguments.strength is not None and arguments.init_image is None:
+        raise InputError("--strength belongs to --init-image, and none is given")
+    arguments.repainting = repainting_of(
+        arguments.init_image, arguments.mask, arguments.mask_blur, arguments.mask_padding, arguments.expand
+    )
     return arguments
 
 
@@ -346,15 +361,8 @@ def output_path(template: str, seed: int, index: int) -> Path:
 
 
 def drawing_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Options of Flux2Pipeline.stream, checked as far as they can be without the model."""
-    options = {name: getattr(arguments, name) for name in signature(check_options).parameters}
-    check_options(**options)
-    if arguments.strength is not None and arguments.init_image is None:
-        raise InputError("--strength belongs to --init-image, and none is given")
-    sees_pictures = bool(arguments.image) or arguments.mask is not None or arguments.expand is not None
-    if sees_pictures or arguments.init_image is not None:
-        sizes_of(arguments, AutoEncoderConfig.sample_size)  # which is not needed here
-    return options
+    """Options of Flux2Pipeline.stream that are no texts and no pictures."""
+    return {name: getattr(arguments, name) for name in signature(check_options).parameters}
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -363,7 +371,8 @@ def check(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: naming the value.
     """
-    drawing_options(arguments)
+    if arguments.image or arguments.init_image is not None:
+        sizes_of(arguments, AutoEncoderConfig.sample_size)  # which is not needed here
     for prompt in (arguments.prompt, arguments.negative_prompt):
         check_prompt(prompt)
     for path in outputs_of(arguments):
@@ -414,10 +423,8 @@ def plan_of(pipe: Flux2Pipeline, arguments: argparse.Namespace) -> Plan:
 def sizes_of(arguments: argparse.Namespace, side: int) -> tuple[int, int, list[tuple[int, int]]]:
     """Height and width to draw at, where ``side`` is what the model is for, and sizes of what the transformer sees."""
     references = [reference_size(image) for image in arguments.image]
-    begun = arguments.init_image
-    repainting = repainting_of(begun, arguments.mask, arguments.mask_blur, arguments.mask_padding, arguments.expand)
-    if repainting is not None:
-        begun = repainting.picture
+    repainting = arguments.repainting
+    begun = arguments.init_image if repainting is None else repainting.picture
     models = references if begun is None else [reference_size(begun), *references]
     height, width = drawn_size(arguments.height, arguments.width, models, side)
     if repainting is not None:
@@ -428,12 +435,13 @@ def sizes_of(arguments: argparse.Namespace, side: int) -> tuple[int, int, list[t
 
 def print_plan(arguments: argparse.Namespace) -> None:
     """Print what drawing needs: of a released model from its known shapes, else from the files."""
-    drawing_options(arguments)
     name = next((name for name, repo in RELEASED.items() if arguments.model in (name, repo)), None)
     others = [getattr(arguments, part) for part in PART_OPTIONS if part not in ("distilled", "kv_cache")]
     if name is None or any(others) or Path(arguments.model).exists():
         print(plan_of(open_pipeline(arguments), arguments))
         return
+    if arguments.kv_cache:
+        check_keeps(name)
     packed = parse_options(arguments.quantize, arguments.quantize_text_encoder, arguments.group_size)
     dtype = dtype_of(arguments.dtype)
     height, width, references = sizes_of(arguments, AutoEncoderConfig.sample_size)
@@ -443,7 +451,7 @@ def print_plan(arguments: argparse.Namespace) -> None:
         height=height,
         width=width,
         references=references,
-        keeps_references=name == KV,
+        keeps_references=name == KV if arguments.kv_cache is None else arguments.kv_cache,
         length=arguments.max_sequence_length or MAX_SEQUENCE_LENGTH,
         limit=arguments.memory_limit or machine_memory(),
         memory=arguments.memory,
@@ -458,7 +466,7 @@ def draw(
     *,
     first: int = 0,
     saves: bool = True,
-    keep: list[Picture] | None = None,
+    saved: Callable[[Image.Image, Settings], object] | None = None,
 ) -> None:
     """Draw, save each picture when it is done, and report.
 
@@ -466,7 +474,7 @@ def draw(
         started: time.perf_counter() when the work began.
         first: index of the first picture.
         saves: whether it is this process that saves them.
-        keep: takes the pictures.
+        saved: is told of each picture once it is.
     """
     protocol = protocol_of(os.environ) if arguments.show == "auto" else arguments.show
     if arguments.show and protocol is None:
@@ -481,8 +489,8 @@ def draw(
             picture, settings = step.picture(), step.settings
             path = output_path(arguments.output, settings.seed, first + step.image)
             written = save_image(picture, path, settings.metadata(), settings.parameters())
-            if keep is not None:
-                keep.append(Picture(picture, settings))
+            if saved is not None:
+                saved(picture, settings)
             tqdm.write(f"seed {settings.seed}  {written}")  # past the bars
             if protocol is not None:
                 tqdm.write(escaped(picture, protocol), end="")
@@ -561,6 +569,10 @@ class Jobs:
         arguments = self._arguments(job)
         check(arguments)
         outputs = outputs_of(arguments)
+        if self.given.resume and len(set(outputs)) < len(outputs):
+            raise InputError(
+                f"{arguments.num_images} pictures of one name; with --resume give {{seed}} or {{index}} in it"
+            )
         for output in outputs if self.given.resume else ():
             writer = self.claimed.setdefault(output.resolve(), job.number)
             if writer != job.number:
@@ -571,8 +583,10 @@ class Jobs:
         for run in runs:
             arguments.seed, arguments.num_images = seed + run.start, len(run)
             started = time.perf_counter()
-            draw(start(arguments, self._open(arguments)), arguments, started, first=run.start)
-            self.drawn += len(run)
+            draw(start(arguments, self._open(arguments)), arguments, started, first=run.start, saved=self._count)
+
+    def _count(self, *_: object) -> None:
+        self.drawn += 1
 
     def _arguments(self, job: Job) -> argparse.Namespace:
         return complete(job.arguments(self.parser, self.given), None, lambda: job.seed)
@@ -629,56 +643,56 @@ def interact(given: argparse.Namespace) -> None:
     references, given.image = given.image or [], None
     first = given.prompt
 
-    def with_prompt(prompt: str) -> argparse.Namespace:
-        return argparse.Namespace(**{**vars(given), "prompt": prompt})
+    def completed(prompt: str) -> argparse.Namespace:
+        arguments = argparse.Namespace(**{**vars(given), "prompt": prompt})
+        return complete(arguments, None, inputs=["image"] if references else [])
 
-    usual = complete(with_prompt(""), None)
+    usual = completed("")
     check(usual)
+    is_seeded = given.seed is not None or given.from_image is not None
     pipe = open_pipeline(usual)
 
-    def drawn(prompt: str, images: Sequence[Image.Image], own: Mapping[str, Any]) -> list[Picture]:
-        arguments = with_prompt(prompt)
+    def drawn(
+        prompt: str, images: Sequence[Image.Image], own: Mapping[str, Any], add: Callable[[Picture], None]
+    ) -> None:
+        arguments = completed(prompt)
         vars(arguments).update({name: value for name, value in own.items() if value is not None})
-        complete(arguments, None)
+        arguments.seed = random_seed() if own["seed"] is None else own["seed"]
         arguments.image = list(images)
+        check_options(**drawing_options(arguments))
         check(arguments)
-        pictures: list[Picture] = []
-        draw(start(arguments, pipe), arguments, time.perf_counter(), keep=pictures)
-        return pictures
+        steps = start(arguments, pipe)
+        draw(steps, arguments, time.perf_counter(), saved=lambda image, settings: add(Picture(image, settings)))
 
-    session = Session(drawn)
+    session = Session(drawn, seed=usual.seed if is_seeded else None)
     session.pictures += [Picture(open_reference(path), None) for path in references]
     if not given.quiet:
         print(HELP)
-    if first is not None:
-        print(session.handle(first))
-    converse(session)
+    converse(session, first)
 
 
-def converse(session: Session) -> None:
-    """Read lines until the end, and do what they say; a fault is told, and costs one line."""
+def converse(session: Session, first: str | None = None) -> None:
+    """Do what lines say until the end, the first of which may be given; a fault is told, and costs one line."""
+    line: str | None = first
     with _line_editing():
         while True:
             try:
-                line = input("> ")
+                said = session.handle(input("> ") if line is None else line)
             except EOFError:
                 print()
                 return
             except KeyboardInterrupt:
-                print()
-                continue
-            try:
-                said = session.handle(line)
+                print("interrupted", file=sys.stderr)
+            except UnicodeDecodeError as error:
+                print(f"error: that is not {error.encoding} text", file=sys.stderr)
             except JOB_FAULTS as error:
                 print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-                continue
-            except KeyboardInterrupt:
-                print("interrupted", file=sys.stderr)
-                continue
-            if said is None:
-                return
-            if said:
-                print(said)
+            else:
+                if said is None:
+                    return
+                if said:
+                    print(said)
+            line = None
 
 
 @contextlib.contextmanager
@@ -689,9 +703,8 @@ def _line_editing() -> Iterator[None]:
     except ImportError:
         yield
         return
-    history = cache_folder() / "history"
-    with contextlib.suppress(OSError):
-        readline.read_history_file(history)
+    with contextlib.suppress(OSError, RuntimeError):  # no home folder
+        readline.read_history_file(cache_folder() / "history")
     readline.set_history_length(HISTORY)
     readline.set_completer(completed)
     readline.set_completer_delims(" ")
@@ -700,9 +713,9 @@ def _line_editing() -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
-            history.parent.mkdir(parents=True, exist_ok=True)
-            readline.write_history_file(history)
+        with contextlib.suppress(OSError, RuntimeError):
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(cache_folder() / "history")
 
 
 def shared_seed(group: mx.distributed.Group) -> int:

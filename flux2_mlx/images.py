@@ -174,6 +174,11 @@ def check_output(path: Path) -> None:
     Raises:
         InputError: with the way out.
     """
+    try:
+        if b"\0" in os.fsencode(path):
+            raise ValueError
+    except ValueError:  # half a character, as text that was cut has
+        raise InputError(f"cannot write {str(path)!r}: that cannot be a file's name") from None
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"cannot write {path}: the suffix must be one of {', '.join(FORMATS)}")
     try:

@@ -21,6 +21,8 @@ from .latents import PIXELS_PER_TOKEN
 
 ALPHA = "alpha"  # in place of a mask: what is transparent in the picture
 SIDES = ("left", "top", "right", "bottom")
+MAX_MARGIN = 10_000  # pixels
+MAX_PIXELS = 2**28  # of a picture that was expanded
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,9 @@ class Repainting:
         if expand is not None:
             edges = [int(expand.get(side, 0)) for side in SIDES]
             borders = ((edges[1], edges[3]), (edges[0], edges[2]))
+            width, height = picture.width + edges[0] + edges[2], picture.height + edges[1] + edges[3]
+            if width * height > MAX_PIXELS:
+                raise InputError(f"{width} x {height} is more than can be painted on; expand by less")
             picture = Image.fromarray(np.pad(np.asarray(picture), (*borders, (0, 0)), mode="edge"))
             shown = Image.fromarray(np.pad(np.asarray(shown), borders, constant_values=255))
         if blur:
@@ -162,10 +167,13 @@ def check_expand(expand: Mapping[str, int] | None) -> None:
         isinstance(expand, Mapping)
         and expand
         and set(expand) <= set(SIDES)
-        and all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in expand.values())
+        and all(isinstance(value, (int, np.integer)) and not isinstance(value, bool) for value in expand.values())
+        and all(0 <= value <= MAX_MARGIN for value in expand.values())
         and any(expand.values())
     ):
-        raise InputError(f"expand must give pixels to add on some of {', '.join(SIDES)}, got {expand!r}")
+        raise InputError(
+            f"expand must give pixels, up to {MAX_MARGIN}, to add on some of {', '.join(SIDES)}, got {expand!r}"
+        )
 
 
 def _transparency(picture: Image.Image, name: str) -> Image.Image:

@@ -63,7 +63,9 @@ class Job:
             option = name.replace("_", "-")
             if option in COMMAND_ALONE:
                 raise InputError(f"--{option} is for the command line, not for a job")
-            if option == "image":
+            if value is not None and option in ("steps", "num-steps", "schedule"):
+                arguments.sigmas = None  # as they would go before these
+            if value is not None and option == "image":
                 arguments.image = None  # else those of the command line would stay
             words += _words(option, value)
         arguments = parser.parse_args(words, arguments)

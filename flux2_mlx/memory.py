@@ -153,6 +153,13 @@ def kept_bytes(params: FluxKleinParams, tokens: int, dtype: mx.Dtype) -> int:
     return 2 * (params.depth + params.depth_single) * tokens * params.hidden_size * dtype.size
 
 
+def preview_bytes(height: int, width: int, dtype: mx.Dtype) -> int:
+    """Intermediates of TAEF2's decoder: four times its activations at the picture's size; on the CPU backend, which
+    writes out what a convolution sees, thirteen times.
+    """
+    return (4 if on_gpu() else 13) * height * width * 64 * dtype.size
+
+
 def decoder_bytes(config: AutoEncoderConfig, height: int, width: int, dtype: mx.Dtype) -> int:
     """Intermediates of decoding a picture, whose widest activation has its size and the second of the channels."""
     return _strips(height * width * config.decoder_channels[1], dtype, 46)

@@ -34,7 +34,7 @@ from ._version import __version__
 from .cache import read_prompt, write_prompt
 from .config import CheckpointError, InputError
 from .images import init_array, reference_array, reference_size, to_pil, to_unit
-from .inpaint import Repainting, check_expand, repainting_of
+from .inpaint import MAX_MARGIN, Repainting, check_expand, repainting_of
 from .latents import (
     NOISES,
     PIXELS_PER_TOKEN,
@@ -51,6 +51,7 @@ from .memory import (
     encoder_bytes,
     kept_bytes,
     machine_memory,
+    preview_bytes,
     stage_dtype,
     text_encoder_bytes,
     transformer_bytes,
@@ -91,7 +92,6 @@ MIN_SIDE = 64
 MAX_PIXELS = 4 * 1024 * 1024
 MAX_STEPS = 1000  # noise levels that the models were trained on
 MAX_POSITIONS = 40960  # of Qwen3
-MAX_MARGIN = 10_000  # pixels
 MAX_IMAGES = 10_000
 BATCH_TOKENS = 4608  # that a pass takes together, text and references among them, unless blocks are streamed
 MAX_GUIDANCE = 100
@@ -196,7 +196,8 @@ class Settings:
 class Stats:
     """Seconds, and peak bytes of MLX arrays (weights included), of each part of a run.
 
-    Parts: "load" (weights into memory), "text_encoder", "references", "denoise", "decode".
+    Parts: "load" (weights into memory), "text_encoder", "references", "denoise", "decode", and "preview", where a
+    preview decoder draws.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -235,7 +236,7 @@ class Step:
     settings: Settings
     stats: Stats
     _decode: Callable[[mx.array, Settings, Stats], mx.array] = field(repr=False)
-    _preview: Callable[[mx.array, Settings], Image.Image] = field(repr=False)
+    _preview: Callable[[mx.array, Settings, Stats], Image.Image] = field(repr=False)
     _repainting: Repainting | None = field(repr=False)
 
     @property
@@ -260,7 +261,7 @@ class Step:
 
     def preview(self) -> Image.Image:
         """The foreseen picture without the decoder: an eighth of the resolution, enlarged, or by preview_decoder."""
-        return self._pasted(self._preview(self.denoised, self.settings))
+        return self._pasted(self._preview(self.denoised, self.settings, self.stats))
 
     def _pasted(self, drawn: Image.Image) -> Image.Image:
         return drawn if self._repainting is None else self._repainting.paste(drawn)
@@ -697,6 +698,7 @@ class Flux2Pipeline:
             raise InputError("prompt must be a string or a non-empty list of strings, got an empty list")
         for text in [*prompts, negative_prompt]:
             check_prompt(text)
+        is_seeded = seed is not None
         seed = secrets.randbelow(2**32) if seed is None else seed
         check_options(
             height=height,
@@ -747,6 +749,8 @@ class Flux2Pipeline:
             )
             guidance = 1.0
 
+        if self.group is not None and not is_seeded:
+            raise InputError("two processes that share the passes of guidance need the same seed, and none is given")
         if self.group is not None and guidance <= 1:
             raise InputError(
                 "two processes share the passes of guidance, and there is none; they can share pictures: --jobs FILE"
@@ -788,8 +792,8 @@ class Flux2Pipeline:
                 guidance_rescale=float(guidance_rescale),
                 force_guidance=bool(force_guidance),
                 mask_blur=float(mask_blur),
-                mask_padding=mask_padding,
-                expand=expand,
+                mask_padding=None if mask_padding is None else int(mask_padding),
+                expand=None if expand is None else {side: int(pixels) for side, pixels in expand.items()},
                 inputs=tuple(name for name, value in given_inputs.items() if value is not None),
                 **self.checkpoint.options,
                 **options_of(self.quantize),
@@ -959,7 +963,11 @@ class Flux2Pipeline:
             streams = self._transformer_stage(tokens, kept, rows).is_streamed(self.memory, self.memory_limit)
             most = len(run.pictures) if streams else BATCH_TOKENS // (rows * tokens)
         most = min(most, len(run.pictures))
-        return next((count for count in range(most, 1, -1) if self._has_room(tokens, kept, count * rows)), 1)
+        fitting = next((count for count in range(most, 1, -1) if self._has_room(tokens, kept, count * rows)), 1)
+        if self.group is None:
+            return fitting
+        counts = mx.distributed.all_gather(mx.array([fitting]), group=self.group)  # both have to take the same
+        return int(np.array(counts).min())
 
     # ------------------------------------------------------------------------------------------------ stages
 
@@ -1042,7 +1050,9 @@ class Flux2Pipeline:
         self._kept = [], []
         tokens = mx.concatenate(list(references), axis=1)
         params, count = self.checkpoint.transformer, tokens.shape[1]
-        needed = self._prepare("transformer", "", stats, *transformer_bytes(params, count, self.dtype))
+        growing = kept_bytes(params, count, self.dtype)
+        working = [part + growing for part in transformer_bytes(params, count, self.dtype)]
+        needed = self._prepare("transformer", "", stats, *working)
         with self._working("references", needed, stats):
             kept = self.transformer.keep_references(tokens, *self._rope(0, grids))
             mx.eval(kept)
@@ -1067,11 +1077,13 @@ class Flux2Pipeline:
             raise FloatingPointError(_not_finite("the decoder", _dtype_name(stage_dtype("autoencoder", self.dtype))))
         return image
 
-    def _preview(self, latents: mx.array, settings: Settings) -> Image.Image:
+    def _preview(self, latents: mx.array, settings: Settings, stats: Stats) -> Image.Image:
         """Sampled tokens (1, S, 128) as a coarse picture, or by the preview decoder."""
         if self.preview_decoder is not None:
-            z = unpack_latents(latents, settings.height, settings.width)
-            return to_pil(np.array(mx.clip(self.preview_decoder(z)[0].astype(mx.float32), 0, 1)))
+            dtype = stage_dtype("autoencoder", self.dtype)
+            z = unpack_latents(latents, settings.height, settings.width).astype(dtype)
+            with self._working("preview", preview_bytes(settings.height, settings.width, dtype), stats):
+                return to_pil(np.array(mx.clip(self.preview_decoder(z)[0].astype(mx.float32), 0, 1)))
         if self._preview_map is None:
             self._preview_map = preview_map(self.checkpoint, self.dtype)
         return preview_of(latents, self._preview_map, settings.height, settings.width)

@@ -29,7 +29,9 @@ def preview_map(checkpoint: Checkpoint, dtype: mx.Dtype) -> np.ndarray:
     Args:
         dtype: of the transformer; see memory.stage_dtype.
     """
-    name = f"preview-{digest_of(checkpoint.sources['vae'].files, (PICTURES, SIDE, NOISE, RIDGE))}"
+    source = checkpoint.sources["vae"]
+    files = [*source.files, *([] if source.decoder is None else [source.decoder])]
+    name = f"preview-{digest_of(files, (PICTURES, SIDE, NOISE, RIDGE))}"
     try:
         kept = np.array(read_table(name).get("map"), np.float32)
     except (TypeError, ValueError):

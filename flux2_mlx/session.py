@@ -49,8 +49,9 @@ class Picture:
     settings: Settings | None
 
 
-# (prompt, its references, options of Flux2Pipeline.stream, None for those that are not set): draws, saves and gives.
-Draw = Callable[[str, Sequence[Image.Image], Mapping[str, Any]], list[Picture]]
+# (prompt, its references, options of Flux2Pipeline.stream, None for those that are not set, what is told of each
+# picture once it is saved): draws.
+Draw = Callable[[str, Sequence[Image.Image], Mapping[str, Any], Callable[[Picture], None]], None]
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Session:
     """What was drawn, and the settings of what comes next.
 
     Attributes:
-        draw: draws a prompt, saves and gives what it draws.
+        draw: draws a prompt, and saves what it draws.
         pictures: those that were drawn or loaded, in order; picture 1 is the first.
     """
 
@@ -68,6 +69,7 @@ class Session:
     size: tuple[int, int] | None = None
     steps: int | None = None
     last: str = ""
+    count: int = 1  # of pictures that the last prompt gave
 
     def handle(self, line: str) -> str | None:
         """Do what a line says.
@@ -93,10 +95,10 @@ class Session:
         self.last = text
         height, width = self.size or (None, None)
         options = {"seed": self.seed, "height": height, "width": width, "num_steps": self.steps}
-        drawn = self.draw(prompt, references, options)
         first = len(self.pictures) + 1
-        self.pictures += drawn
-        return f"picture {first}" if len(drawn) == 1 else f"pictures {first} to {len(self.pictures)}"
+        self.draw(prompt, references, options, self.pictures.append)
+        self.count = len(self.pictures) + 1 - first
+        return f"picture {first}" if self.count == 1 else f"pictures {first} to {len(self.pictures)}"
 
     def referring(self, text: str) -> tuple[str, list[Image.Image]]:
         """A prompt with $3 and the like as "image 1", "image 2", ... in the order in which they come, and the pictures
@@ -125,7 +127,7 @@ class Session:
         if not self.last:
             raise InputError("there is no prompt to draw again")
         if self.seed is not None:
-            self.seed += 1
+            self.seed += self.count
         return self._prompt(self.last)
 
     def _seed(self, seed: str | None) -> str:

@@ -648,9 +648,8 @@ def open_checkpoint(
     parts = {part: _find_part(part, where) for part in _STEMS if (where := given[part]) is not None}
     if transformer is not None and distilled is None:
         raise _unsaid(given["transformer"])
-    released = RELEASED.get(name, name)
-    if kv_cache and transformer is None and released in RELEASED.values() and released != RELEASED[KV]:
-        raise _keeps_nothing(name)
+    if kv_cache and transformer is None:
+        check_keeps(name)
     needed = [part for part in _STEMS if part not in parts or (part == "vae" and not _is_whole(parts[part]))]
     found = _find_model(name, revision, needed, tokenizer is None, distilled)
     sources = dict(found.sources)
@@ -681,6 +680,17 @@ def open_checkpoint(
         folder,
         {**given, "distilled": distilled, "kv_cache": kv_cache},
     )
+
+
+def check_keeps(name: str) -> None:
+    """Refuse a released model that was not trained to keep its references.
+
+    Raises:
+        CheckpointError: with the one that was.
+    """
+    released = RELEASED.get(name, name)
+    if released in RELEASED.values() and released != RELEASED[KV]:
+        raise _keeps_nothing(name)
 
 
 def _keeps_nothing(name: str) -> CheckpointError:

@@ -206,11 +206,28 @@ def test_masks_that_cannot_be_used_are_refused_before_the_model_is_opened(run, f
         ([*begin, "--mask", "black.png"], "the mask is black everywhere"),
         ([*begin, "--mask", "alpha"], "has no transparency"),
         ([*begin, "--mask-padding", 8], "mask_blur and mask_padding belong to mask"),
-        ([*begin, "--expand", "up=8"], "expand must give pixels to add on some of left, top, right, bottom"),
+        (["--mask-blur", 8], "mask_blur and mask_padding belong to mask"),
+        ([*begin, "--expand", "up=8"], "expand must give pixels, up to 10000, to add on some of left"),
         ([*begin, "--expand", "left=8,left=9"], "argument --expand"),
         ([*begin, "--expand", "left"], "argument --expand"),
     ):
         refused(run("a", *options, model="no/such/model"), expected)
+
+
+def test_kept_references_are_planned(run, fox):
+    """As drawing keeps them, before the model is downloaded."""
+    options = ["--plan", "--image", "fox.png", "--memory-limit", 100]
+    plans = [run(*options, *more, model="klein-9b-kv")[1] for more in ([], ["--no-kv-cache"])]
+    assert plans[0] != plans[1] == run(*options, model="klein-9b")[1]
+    refused(run(*options, "--kv-cache", model="klein-4b"), "klein-4b was not trained to keep its references")
+
+
+def test_one_side_beside_a_picture_goes_before_both_of_its_own(run, fox):
+    assert run("a", "--image", "fox.png", "--output", "a.png")[0] == 0
+    again = ["--from-image", "a.png", "--image", "fox.png", "--width", "96", "--output", "b.png"]
+    assert command(*again) == 0
+    with Image.open("b.png") as picture:
+        assert picture.size == (96, 64)
 
 
 def test_what_is_repainted_is_planned(run, fox):

@@ -168,7 +168,7 @@ PICTURE, MASK = random_picture(96, 64), mask_of(96, 64, (10, 10, 60, 50))
         ({"init_image": PICTURE, "mask": MASK, "mask_blur": -1}, "mask_blur must be a number of pixels from 0"),
         ({"init_image": PICTURE, "mask": MASK, "mask_blur": "soft"}, "mask_blur must be a number of pixels from 0"),
         ({"init_image": PICTURE, "mask": MASK, "mask_padding": -1}, "mask_padding must be a whole number"),
-        ({"init_image": PICTURE, "expand": {}}, "expand must give pixels to add on some of left, top, right, bottom"),
+        ({"init_image": PICTURE, "expand": {}}, "expand must give pixels, up to 10000, to add on some of left"),
         ({"init_image": PICTURE, "expand": {"up": 16}}, "expand must give pixels"),
         ({"init_image": PICTURE, "expand": {"left": -1}}, "expand must give pixels"),
         ({"init_image": PICTURE, "expand": {"left": 0}}, "expand must give pixels"),
@@ -184,10 +184,12 @@ def test_what_cannot_be_repainted_is_refused(pipe, options, message):
 
 def test_the_picture_that_is_repainted_counts_as_a_reference(checkpoint):
     pipe = Flux2Pipeline.from_pretrained(checkpoint, memory="staged", cache=False)
-    picture, mask = random_picture(256, 256), mask_of(256, 256, (0, 0, 128, 128))
-    peaks = [pipe.plan(256, 256, 16, references=[(256, 256)] * count).peak for count in range(15)]
-    assert peaks[11] < peaks[12]
+    picture, mask = random_picture(96, 64), mask_of(96, 64, (0, 0, 48, 64))
+    other = Image.new("RGB", (256, 256))
+    sizes = [(64, 96), *[(256, 256)] * 14]
+    peaks = [pipe.plan(64, 96, 16, references=sizes[:count]).peak for count in range(15)]
+    assert peaks[0] < peaks[11] < peaks[12]
     pipe.memory_limit = peaks[11]
-    pipe.stream("a", init_image=picture, mask=mask, image=[picture] * 10, **SMALL)
-    with pytest.raises(InputError, match=r"13 references and a picture of 256 x 256 need .*; the first 10 fit"):
-        pipe.stream("a", init_image=picture, mask=mask, image=[picture] * 13, **SMALL)
+    pipe.stream("a", init_image=picture, mask=mask, image=[other] * 10, **SMALL)
+    with pytest.raises(InputError, match=r"13 references and a picture of 96 x 64 need .*; the first 10 fit"):
+        pipe.stream("a", init_image=picture, mask=mask, image=[other] * 13, **SMALL)

@@ -73,6 +73,13 @@ def test_a_line_is_a_command_line():
     assert (arguments.mask, arguments.quantize, arguments.output) == (None, "4", "-x {seed}.png")
 
 
+def test_levels_of_a_line_win_too():
+    for line in ({"schedule": "comfy"}, {"steps": 3}, {"num_steps": 3}):
+        assert parsed(line, "a", "--sigmas", "1,0.5").sigmas is None
+    assert parsed({"steps": None, "image": None}, "a", "--sigmas", "1,0.5", "--image", "a.png").sigmas == [1, 0.5]
+    assert parsed({"image": None}, "a", "--image", "a.png").image == ["a.png"]
+
+
 def test_a_line_wins_over_the_command_line():
     given = ["a fox", "--width", "256", "--height", "128", "--image", "a.png", "--seed", "3"]
     arguments = parsed({"width": 512, "image": "b.png"}, *given)
@@ -146,13 +153,15 @@ def test_jobs_are_drawn_and_a_failed_line_costs_no_other(run, pipe):
         {"prompt": "a fox", "image": ["one.png"], "seed": 2, "output": "two.png"},
         {"prompt": "a", "output": "nowhere/a.png"},
         {"prompt": "a", "model": "nowhere"},
+        '{"prompt": "a", "output": "fox-\\ud83d.png"}',
+        {"prompt": "a", "init_image": "one.png", "expand": {"left": 10_000_000_000}},
     )
     assert code == 1
     assert out == "seed 1  one.png\nseed 5  cat-0.webp\nseed 6  cat-1.webp\nseed 2  two.png\n"
     lines = err.splitlines()
-    assert [re.match(r"error: line (\d)", line)[1] for line in lines[:-1]] == ["2", "5", "7", "8"]
+    assert [re.match(r"error: line (\d+)", line)[1] for line in lines[:-1]] == ["2", "5", "7", "8", "9", "10"]
     assert "width must be a multiple of 16, got 100" in lines[0]
-    assert lines[-1] == "jobs: 4 pictures drawn, 4 lines failed: 2, 5, 7, 8"
+    assert lines[-1] == "jobs: 4 pictures drawn, 6 lines failed: 2, 5, 7, 8, 9, 10"
     options = {"width": 80, "height": 64, "num_steps": 1, "max_sequence_length": 16}
     assert np.array_equal(pixels("one.png"), np.asarray(pipe("a fox", seed=1, **options).images[0]))
     edited = pipe("a fox", image=Image.open("one.png"), seed=2, **options).images[0]
@@ -205,6 +214,22 @@ def test_resuming_needs_files_of_their_own(run):
     assert (code, out.endswith("same.png\n")) == (1, True)
     assert "error: line 2: line 1 writes same.png too; with --resume each job needs files of its own" in err
     assert run(*lines)[0] == 0
+    several = {"prompt": "a", "num_images": 2, "output": "fox.png"}
+    assert "2 pictures of one name; with --resume give {seed} or {index} in it" in run(several, options=["--resume"])[2]
+
+
+def test_what_was_drawn_before_a_fault_is_counted(run, monkeypatch):
+    stream = Flux2Pipeline.stream
+
+    def failing(*given, **options):
+        yield from list(stream(*given, **options))[:2]
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Flux2Pipeline, "stream", failing)
+    code, _, err = run({"prompt": "a", "num_images": 3}, {"prompt": "b"})
+    assert code == 1
+    assert "error: line 1: out of memory" in err
+    assert "jobs: 3 pictures drawn, 2 lines failed: 1, 2" in err
 
 
 def test_prompts_are_encoded_once_and_models_opened_when_they_change(run, monkeypatch, checkpoint, base_reference):
@@ -296,6 +321,14 @@ class Group:
 def test_guidance_is_shared_by_two(checkpoint):
     with pytest.raises(InputError, match="guidance has two passes to share, and the group has 3 processes"):
         Flux2Pipeline.from_pretrained(checkpoint, group=Group(3))
+
+
+def test_processes_that_share_guidance_need_a_seed(base_reference):
+    pipe = Flux2Pipeline.from_pretrained(base_reference[1], group=Group(2))
+    with pytest.raises(InputError, match="need the same seed, and none is given"):
+        pipe.stream("a", guidance=3)
+    with pytest.raises(InputError, match="share the passes of guidance, and there is none"):
+        pipe.stream("a", guidance=1, seed=1)
 
 
 def test_one_process_has_a_seed_of_its_own():

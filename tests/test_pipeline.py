@@ -1,5 +1,6 @@
 """Flux2Pipeline: seeds, stages, steps and the arguments it refuses."""
 
+import gc
 import json
 import re
 import warnings
@@ -673,6 +674,22 @@ def test_references_are_kept_across_prompts_seeds_and_sizes(damaged, monkeypatch
     assert counted == [40] * 3
     fresh = Flux2Pipeline.from_pretrained(damaged)(image=[first, second], **blue)
     assert same(b.images[0], fresh.images[0])
+
+
+def test_kept_references_take_the_memory_that_is_planned(damaged):
+    """The values are no views of a single block's fused projection."""
+    pipe = kept_by(damaged, cache=False)
+    options = {"num_steps": 1, "max_sequence_length": 16, "seed": 1}
+    pipe("a", **options, image=Image.new("RGB", (64, 64)))
+    pipe._kept = [], []
+    pipe("a", **options, height=64, width=64)
+    gc.collect()
+    before = mx.get_active_memory()
+    pipe("a", **options, image=Image.new("RGB", (256, 256)), height=64, width=64)
+    gc.collect()
+    held = kept_bytes(pipe.checkpoint.transformer, 256, pipe.dtype)
+    tokens = 256 * 128 * 4
+    assert held <= mx.get_active_memory() - before <= 1.1 * held + 2 * tokens
 
 
 def test_kept_references_are_forgotten_where_memory_is_short(damaged, monkeypatch):

@@ -18,9 +18,9 @@ def session():
     """One whose drawing notes what it is asked for; pictures are of the number of the call."""
     asked = []
 
-    def draw(prompt, references, options):
+    def draw(prompt, references, options, add):
         asked.append((prompt, references, dict(options)))
-        return [Picture(Image.new("RGB", (64, 64), (len(asked), 0, 0)), SETTINGS)]
+        add(Picture(Image.new("RGB", (64, 64), (len(asked), 0, 0)), SETTINGS))
 
     session = Session(draw)
     session.asked = asked
@@ -125,7 +125,9 @@ def test_help_and_quit(session):
 
 
 def test_faults_and_interrupts_cost_one_line(session, monkeypatch, capsys):
-    lines = iter(["$9", KeyboardInterrupt, "a", "interrupted", "b", EOFError, "never"])
+    """The first line's too; pictures that were saved before an interrupt are there."""
+    undecodable = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "")
+    lines = iter([KeyboardInterrupt, "a", undecodable, "interrupted", "b", EOFError, "never"])
 
     def answer(prompt):
         line = next(lines)
@@ -136,18 +138,28 @@ def test_faults_and_interrupts_cost_one_line(session, monkeypatch, capsys):
     draw = session.draw
 
     def interrupted(prompt, *rest):
+        draw(prompt, *rest)
         if prompt == "interrupted":
             raise KeyboardInterrupt
-        return draw(prompt, *rest)
 
     session.draw = interrupted
     monkeypatch.setattr("builtins.input", answer)
-    converse(session)
+    converse(session, "$9")
     captured = capsys.readouterr()
-    assert captured.out == "\npicture 1\npicture 2\n\n"
-    assert (
-        captured.err == "error: there is no picture 9 (there is none yet); a dollar sign is written $$\ninterrupted\n"
-    )
+    assert captured.out == "picture 1\npicture 3\n\n"
+    fault = "error: there is no picture 9 (there is none yet); a dollar sign is written $$"
+    assert captured.err.splitlines() == [fault, "interrupted", "error: that is not utf-8 text", "interrupted"]
+    converse(Session(session.draw), "quit")
+    assert capsys.readouterr().out == ""
+
+
+def test_again_goes_past_the_seeds_of_several_pictures(session):
+    draw = session.draw
+    session.draw = lambda *given: [draw(*given) for _ in range(4)]
+    session.handle("seed 7")
+    assert session.handle("a") == "pictures 1 to 4"
+    session.handle("again")
+    assert [options["seed"] for _, _, options in session.asked[::4]] == [7, 11]
 
 
 def test_completion(tmp_path, monkeypatch):
@@ -173,6 +185,7 @@ def test_a_session(checkpoint, pipe, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FLUX2_MLX_CACHE", str(tmp_path / "cache"))
     given = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8))
     given.save("given.png")
+    monkeypatch.setattr("flux2_mlx.generate.random_seed", lambda: 11)
     opened = []
     open_pipeline = Flux2Pipeline.from_pretrained.__func__
     monkeypatch.setattr(
@@ -180,12 +193,15 @@ def test_a_session(checkpoint, pipe, tmp_path, monkeypatch, capsys):
         "from_pretrained",
         classmethod(lambda cls, model, **options: opened.append(model) or open_pipeline(cls, model, **options)),
     )
-    monkeypatch.setattr(sys, "stdin", io.StringIO("seed 3\na fox like $1 and $2\nsize 100x64\na fox\nquit\n"))
+    monkeypatch.setattr(
+        sys, "stdin", io.StringIO("seed 3\na fox like $1 and $2\nsize 100x64\na fox\nsize\nseed\na fox\nquit\n")
+    )
     command = ["a hat", "--interactive", "--model", str(checkpoint), "--image", "given.png", "--seed", "2"]
     assert main([*command, "--steps", "2", "--max-sequence-length", "32", "--quiet"]) == 0
     captured = capsys.readouterr()
     assert [line for line in captured.out.replace("> ", "").splitlines() if line] == [
         "seed 2  flux2-2.png", "picture 2", "seed 3", "seed 3  flux2-3.png", "picture 3", "size 100 x 64",
+        "the usual size", "seed random", "seed 11  flux2-11.png", "picture 4",
     ]  # fmt: skip
     assert captured.err == "error: width must be a multiple of 16, got 100; the nearest are 96 and 112\n"
     assert opened == [str(checkpoint)]

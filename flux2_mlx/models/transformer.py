@@ -68,6 +68,12 @@ def split_heads(x: mx.array, heads: int) -> mx.array:
 Kept = tuple[mx.array, mx.array]
 
 
+def contiguous(kept: Kept) -> Kept:
+    """The same, without what they are views of: of a fused projection that would be all of its outputs."""
+    keys, values = kept
+    return mx.contiguous(keys), mx.contiguous(values)
+
+
 def attend(
     q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array, references: Kept | None = None
 ) -> tuple[mx.array, Kept]:
@@ -230,7 +236,7 @@ class DoubleBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = mod
         attn, kept = self.attn.alone(modulate(img, shift1, scale1, self.eps), cos, sin)
         img = img + gate1 * attn
-        return img + gate2 * self.ff(modulate(img, shift2, scale2, self.eps)), kept
+        return img + gate2 * self.ff(modulate(img, shift2, scale2, self.eps)), contiguous(kept)
 
 
 class SingleAttention(nn.Module):
@@ -278,7 +284,7 @@ class SingleBlock(nn.Module):
         """The same, and the tokens' keys and values."""
         shift, scale, gate = mod
         attn, kept = self.attn(modulate(x, shift, scale, self.eps), cos, sin, references)
-        return clip_float16(x + gate * attn), kept
+        return clip_float16(x + gate * attn), contiguous(kept)
 
 
 class FinalNorm(nn.Module):
