@@ -178,7 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--num-images", type=int, default=1, help="how many pictures (%(default)s)")
     parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="the most pictures in one pass (several of small ones)"
+        "--batch-size", type=int, metavar="N", help="the most pictures in a pass (1; streamed: what fits)"
     )
     levels = parser.add_mutually_exclusive_group()
     levels.add_argument("--schedule", choices=SCHEDULES, help=f"noise levels ({SETTINGS['schedule']})")

@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 
 from .config import InputError
 from .latents import PIXELS_PER_TOKEN
@@ -67,9 +68,10 @@ def open_image(path: str | os.PathLike[str], *, alpha: bool = False) -> Image.Im
                 raise InputError(f"{name} has several frames; save the one that is meant as a picture of its own")
             image.load()
             kind = image.format
+            bits = image.tag_v2.get(BITSPERSAMPLE, (16,))[0] if isinstance(image, TiffImageFile) else 16
             with contextlib.suppress(SyntaxError, ValueError, TypeError):  # a damaged EXIF turns nothing
                 image = ImageOps.exif_transpose(image)
-            image = _eight_bits(image, name, kind)
+            image = _eight_bits(image, name, kind, bits)
             return image if alpha else flatten(image)
     except InputError:
         raise
@@ -85,12 +87,17 @@ def open_image(path: str | os.PathLike[str], *, alpha: bool = False) -> Image.Im
         raise InputError(f"cannot read {name}: {reason}") from None
 
 
-def _eight_bits(image: Image.Image, name: str, kind: str | None) -> Image.Image:
-    """RGB or, with transparency, RGBA of a picture from a file of this format; 16 bits would suffer from a plain
-    conversion.
+def _eight_bits(image: Image.Image, name: str, kind: str | None, bits: int) -> Image.Image:
+    """RGB or, with transparency, RGBA of a picture from a file of this format, with so many bits where that are more
+    than 8, which would suffer from a plain conversion.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):  # cut off at 255 otherwise
-        return Image.fromarray((np.asarray(image, np.float64) / 257).round().astype(np.uint8)).convert("RGB")
+        levels = np.asarray(image, np.float64)
+        plain = Image.fromarray((levels / (2**bits - 1) * 255).round().astype(np.uint8)).convert("RGB")
+        if "transparency" in image.info:  # one level of all
+            opaque = (levels != image.info["transparency"]).astype(np.uint8) * 255
+            plain.putalpha(Image.fromarray(opaque))
+        return plain
     if image.mode in ("I", "F"):
         raise InputError(f"cannot read {name}: its values have no known range; save it with 8 or 16 bits")
     return image.convert("RGBA" if image.has_transparency_data else "RGB")

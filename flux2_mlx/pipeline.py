@@ -93,7 +93,6 @@ MAX_PIXELS = 4 * 1024 * 1024
 MAX_STEPS = 1000  # noise levels that the models were trained on
 MAX_POSITIONS = 40960  # of Qwen3
 MAX_IMAGES = 10_000
-BATCH_TOKENS = 4608  # that a pass takes together, text and references among them, unless blocks are streamed
 MAX_GUIDANCE = 100
 
 
@@ -589,8 +588,8 @@ class Flux2Pipeline:
             force_guidance: guide a distilled model all the same.
             seed: of the first picture, the k-th has seed + k; random unless given.
             num_images: pictures of each prompt.
-            batch_size: the most pictures in one pass through the transformer, where memory allows; None takes several
-                where they are small, or where the transformer is streamed.
+            batch_size: the most pictures in one pass through the transformer, where memory allows; None takes one, and
+                as many as fit where the transformer is streamed, which is then read once for them.
             schedule: "flux2" (the official one), "linear" or "comfy".
             sigmas: custom noise levels instead, shifted as diffusers does.
             noise: "torch" equals torch's CPU generator; "mlx" draws from mx.random.
@@ -961,7 +960,7 @@ class Flux2Pipeline:
         most = run.batch_size
         if most is None:
             streams = self._transformer_stage(tokens, kept, rows).is_streamed(self.memory, self.memory_limit)
-            most = len(run.pictures) if streams else BATCH_TOKENS // (rows * tokens)
+            most = len(run.pictures) if streams else 1
         most = min(most, len(run.pictures))
         fitting = next((count for count in range(most, 1, -1) if self._has_room(tokens, kept, count * rows)), 1)
         if self.group is None:

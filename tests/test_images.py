@@ -108,7 +108,7 @@ def test_a_file_is_readable_as_the_umask_says(image, tmp_path):
 @pytest.mark.parametrize(("code", "text"), [(errno.ENOSPC, "the disk is full"), (errno.EIO, "Input/output error")])
 def test_a_failed_write_leaves_nothing(image, tmp_path, monkeypatch, code, text):
     def half(self, file, **_):
-        file.write(b"half a picture")
+        Path(file).write_bytes(b"half a picture")
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(Image.Image, "save", half)
@@ -218,6 +218,23 @@ def test_sixteen_bits_become_eight(tmp_path):
     levels = np.array([[0, 257, 128 * 257 + 100, 65535]], np.uint16)
     Image.fromarray(levels).save(tmp_path / "a.png")
     assert np.asarray(open_image(tmp_path / "a.png"))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_a_transparent_level_of_sixteen_bits_becomes_white(tmp_path):
+    levels = np.array([[0, 257, 300, 65535]], np.uint16)
+    Image.fromarray(levels).save(tmp_path / "a.png", transparency=257)
+    assert np.asarray(open_image(tmp_path / "a.png"))[0, :, 0].tolist() == [0, 255, 1, 255]
+    assert np.asarray(open_image(tmp_path / "a.png", alpha=True))[0, :, 3].tolist() == [255, 0, 255, 255]
+
+
+def test_twelve_bits_become_eight(tmp_path):
+    """A TIFF of four grey pixels, which Pillow reads and cannot write."""
+    tags = {256: 4, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 6}
+    pixels = bytes.fromhex("000 010 800 fff".replace(" ", ""))
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    directory = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+    (tmp_path / "a.tiff").write_bytes(struct.pack("<2sHI", b"II", 42, 14) + pixels + directory)
+    assert np.asarray(open_image(tmp_path / "a.tiff"))[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
 def test_a_damaged_exif_turns_nothing(image, tmp_path):

@@ -54,7 +54,7 @@ def loaded(pipe) -> set[str]:
 @pytest.mark.parametrize("noise", ["torch", "mlx"])
 def test_image_k_of_a_batch_is_the_single_image_with_seed_plus_k(pipe, noise):
     batch, in_turn = (
-        pipe("a red fox", seed=7, num_images=3, noise=noise, batch_size=size, **SMALL) for size in (None, 1)
+        pipe("a red fox", seed=7, num_images=3, noise=noise, batch_size=size, **SMALL) for size in (3, None)
     )
     assert batch.seeds == in_turn.seeds == [7, 8, 9]
     alone = pipe("a red fox", seed=9, noise=noise, **SMALL)
@@ -262,7 +262,7 @@ def test_float16_leaves_range_to_the_other_stages(checkpoint):
 
 
 def test_stream_yields_every_step_of_every_picture(pipe):
-    steps = list(pipe.stream("a", seed=4, num_images=2, batch_size=1, **SMALL))
+    steps = list(pipe.stream("a", seed=4, num_images=2, **SMALL))
     assert [(step.image, step.index, step.is_last) for step in steps] == [
         (0, 1, False),
         (0, 2, True),
@@ -276,11 +276,10 @@ def test_stream_yields_every_step_of_every_picture(pipe):
     assert same(steps[3].picture(), pipe("a", seed=5, **SMALL).images[0])
 
 
-@pytest.mark.parametrize(("tokens", "expected"), [(4608, [5]), (36 * 3, [3, 2]), (36, [1] * 5), (1, [1] * 5)])
-def test_small_pictures_share_a_pass(pipe, passes, monkeypatch, tokens, expected):
-    """As many as fit into so many tokens, here 16 of text and 20 of the picture each; yielded in turn."""
-    monkeypatch.setattr("flux2_mlx.pipeline.BATCH_TOKENS", tokens)
-    steps = list(pipe.stream("a", seed=4, num_images=5, **SMALL))
+@pytest.mark.parametrize(("size", "expected"), [(None, [1] * 5), (1, [1] * 5), (3, [3, 2]), (9, [5])])
+def test_pictures_share_a_pass(pipe, passes, size, expected):
+    """As many as are said, yielded in turn."""
+    steps = list(pipe.stream("a", seed=4, num_images=5, batch_size=size, **SMALL))
     assert passes == [rows for rows in expected for _ in range(2)]
     assert sorted((step.image, step.index) for step in steps) == [(k, i) for k in range(5) for i in (1, 2)]
     assert [step.image for step in steps[: 2 * expected[0]]] == [*range(expected[0])] * 2
@@ -316,9 +315,9 @@ def test_pictures_in_a_pass_have_their_own_prompts_noise_and_guidance(base_refer
     mask.paste(255, (20, 0, 60, 64))
     options = {"image": picture, "init_image": picture, "mask": mask, "guidance": 3.0, "num_steps": 2}
     options["max_sequence_length"] = 16
-    together = pipe(["a", "b"], num_images=2, seed=1, **options)
+    together = pipe(["a", "b"], num_images=2, batch_size=4, seed=1, **options)
     for k, prompt in ((0, "a"), (3, "b")):
-        assert close(together.images[k], pipe(prompt, seed=1 + k, batch_size=1, **options).images[0])
+        assert close(together.images[k], pipe(prompt, seed=1 + k, **options).images[0])
 
 
 def test_a_preview_changes_nothing(pipe):
