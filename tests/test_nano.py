@@ -300,6 +300,13 @@ def test_nano_begins_from_a_picture(nano):
     assert distance[0] < distance[1]
 
 
+def test_nano_is_guided(nano):
+    scene = Scene("grey", (Thing("cross", "black", "large", "centre"),))
+    options = {"seed": 1, "guidance": 1.5, "force_guidance": True}
+    after = nano("a large black cross, grey background", **options).images[0]
+    assert all(all(right) for right in judge(np.asarray(after), scene).values())
+
+
 def test_nano_keeps_pictures(nano):
     assert nano_score.autoencoder_psnr(nano, nano_score.unseen_tasks(8)) >= nano_score.BOUNDS["psnr"]
 
