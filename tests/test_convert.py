@@ -249,3 +249,14 @@ def test_upload(checkpoint, tmp_path, capsys, monkeypatch):
     error = refused(capsys, checkpoint, tmp_path / "again", "--quiet", "--upload", "me/klein")
     assert "cannot upload to me/klein: not logged in; the folder" in error
     assert (tmp_path / "again" / "model_index.json").is_file()
+
+
+def test_a_transformer_that_keeps_its_references_stays_one(checkpoint, tmp_path, capsys):
+    """Said of a file, written into the folder's index."""
+    file = checkpoint / "transformer" / "diffusion_pytorch_model.safetensors"
+    target = tmp_path / "kept"
+    words = [str(checkpoint), str(target), "--transformer", str(file), "--distilled", "--quiet"]
+    assert main([*words, "--kv-cache"]) == 0
+    assert open_checkpoint(target).has_kv_cache
+    assert main([str(checkpoint), str(tmp_path / "other"), "--kv-cache", "--quiet"]) == 2
+    assert "was not trained to keep its references" in capsys.readouterr().err
