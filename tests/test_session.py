@@ -197,7 +197,8 @@ def test_a_session(checkpoint, pipe, tmp_path, monkeypatch, capsys):
         sys, "stdin", io.StringIO("seed 3\na fox like $1 and $2\nsize 100x64\na fox\nsize\nseed\na fox\nquit\n")
     )
     command = ["a hat", "--interactive", "--model", str(checkpoint), "--image", "given.png", "--seed", "2"]
-    assert main([*command, "--steps", "2", "--max-sequence-length", "32", "--quiet"]) == 0
+    small = ["--width", "96", "--height", "64", "--steps", "2", "--max-sequence-length", "32"]
+    assert main([*command, *small, "--quiet"]) == 0
     captured = capsys.readouterr()
     assert [line for line in captured.out.replace("> ", "").splitlines() if line] == [
         "seed 2  flux2-2.png", "picture 2", "seed 3", "seed 3  flux2-3.png", "picture 3", "size 100 x 64",
@@ -205,7 +206,7 @@ def test_a_session(checkpoint, pipe, tmp_path, monkeypatch, capsys):
     ]  # fmt: skip
     assert captured.err == "error: width must be a multiple of 16, got 100; the nearest are 96 and 112\n"
     assert opened == [str(checkpoint)]
-    options = {"num_steps": 2, "max_sequence_length": 32}
+    options = {"width": 96, "height": 64, "num_steps": 2, "max_sequence_length": 32}
     hat = pipe("a hat", seed=2, **options).images[0]
     fox = pipe("a fox like image 1 and image 2", image=[given, hat], seed=3, **options).images[0]
     for name, expected in (("flux2-2.png", hat), ("flux2-3.png", fox)):
