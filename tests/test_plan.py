@@ -256,8 +256,8 @@ def test_a_stage_needs_what_the_plan_says(side, length, packed, dtype, memory):
         "decoder": (autoencoder.decoder, lambda: autoencoder.decoder(latents)),
     }
     for stage in plan.stages:
-        peak = peak_of(*work[stage.name], stage.working)
-        assert peak == pytest.approx(stage.weights + stage.working, rel=0.1), stage.name
+        share = peak_of(*work[stage.name], stage.working) / (stage.weights + stage.working)
+        assert 0.85 <= share <= 1.1, stage.name  # how early MLX frees depends on how fast its products are
 
 
 def test_references_are_planned(checkpoint):
