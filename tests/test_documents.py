@@ -74,7 +74,8 @@ def test_command_examples_run(command, klein, tmp_path, capsys):
     (tmp_path / "prompt.txt").write_text("a red fox")
     side = "128" if "--expand" in command else "64"  # or it would be too elongated
     for picture in set(re.findall(r"--(?:from-image|image|init-image|mask) (\S+)", command)):
-        assert main(["a fox", "--output", picture, "--model", str(klein), "--width", side, "--height", side]) == 0
+        drawn = ["a fox", "--output", picture, "--model", str(klein), "--width", side, "--height", side]
+        assert main([*drawn, "--max-sequence-length", "16"]) == 0
     arguments = shlex.split(command, comments=True)
     arguments = arguments[3:] if arguments[0] == "python" else arguments[1:]
     small = ["--model", str(klein), "--height", "64", "--max-sequence-length", "16"]
