@@ -66,3 +66,16 @@ def pipe(checkpoint) -> Flux2Pipeline:
 def damaged(checkpoint, tmp_path) -> Path:
     """A copy of the checkpoint to damage; see tiny.rewrite."""
     return tiny.copy(checkpoint, tmp_path / "damaged")
+
+
+@pytest.fixture
+def opened(monkeypatch) -> list[str]:
+    """Models of the pipelines that are opened from here on."""
+    models: list[str] = []
+    open_pipeline = Flux2Pipeline.from_pretrained.__func__
+    monkeypatch.setattr(
+        Flux2Pipeline,
+        "from_pretrained",
+        classmethod(lambda cls, model, **options: models.append(model) or open_pipeline(cls, model, **options)),
+    )
+    return models

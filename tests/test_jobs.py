@@ -229,16 +229,11 @@ def test_what_was_drawn_before_a_fault_is_counted(run, monkeypatch):
     assert "jobs: 3 pictures drawn, 2 lines failed: 1, 2" in err
 
 
-def test_prompts_are_encoded_once_and_models_opened_when_they_change(run, monkeypatch, checkpoint, base_reference):
+def test_prompts_are_encoded_once_and_models_opened_when_they_change(
+    run, monkeypatch, checkpoint, base_reference, opened
+):
     encode, encoded = Qwen3TextEncoder.__call__, []
     monkeypatch.setattr(Qwen3TextEncoder, "__call__", lambda *given: encoded.append(1) or encode(*given))
-    opened = []
-    open_pipeline = Flux2Pipeline.from_pretrained.__func__
-    monkeypatch.setattr(
-        Flux2Pipeline,
-        "from_pretrained",
-        classmethod(lambda cls, model, **options: opened.append(model) or open_pipeline(cls, model, **options)),
-    )
     base = str(base_reference[1])
     prompts = [{"prompt": prompt, "cache": False, "seed": 1} for prompt in "aba"]
     assert run(*prompts, {**prompts[0], "model": base, "guidance": 2})[0] == 0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flux2_mlx import Flux2Pipeline, InputError, read_metadata
+from flux2_mlx import InputError, read_metadata
 from flux2_mlx.generate import converse, main
 from flux2_mlx.session import HELP, Picture, Session, completed
 from tests.test_images import SETTINGS
@@ -179,20 +179,13 @@ def test_completion(tmp_path, monkeypatch):
     assert every("nowhere/") == every("") == []
 
 
-def test_a_session(checkpoint, pipe, tmp_path, monkeypatch, capsys):
+def test_a_session(checkpoint, pipe, tmp_path, monkeypatch, capsys, opened):
     """The model is opened once; a picture of it, and one of --image, are references of the next."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FLUX2_MLX_CACHE", str(tmp_path / "cache"))
     given = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8))
     given.save("given.png")
     monkeypatch.setattr("flux2_mlx.generate.random_seed", lambda: 11)
-    opened = []
-    open_pipeline = Flux2Pipeline.from_pretrained.__func__
-    monkeypatch.setattr(
-        Flux2Pipeline,
-        "from_pretrained",
-        classmethod(lambda cls, model, **options: opened.append(model) or open_pipeline(cls, model, **options)),
-    )
     monkeypatch.setattr(
         sys, "stdin", io.StringIO("seed 3\na fox like $1 and $2\nsize 100x64\na fox\nsize\nseed\na fox\nquit\n")
     )
