@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -335,6 +335,53 @@ def sanitize_flux2_klein_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
             part = weight if len(targets) == 1 else _rows(weight, k * third, (k + 1) * third)
             sanitized[f"{target}.{kind}"] = part
     return sanitized
+
+
+# Of a layer, its outputs from one up to another.
+Rows = tuple[str, int, int]
+
+
+def lora_layers(outputs: Mapping[str, int], hidden: int) -> dict[str, tuple[Rows, ...]]:
+    """Every name that files of LoRAs have for the transformer's linear layers, and what the outputs of a layer of that
+    name are, in their order.
+
+    The names are diffusers', BFL's, those of OneTrainer, which splits BFL's fused layers ("qkv.0", "linear1.3"), and
+    those of diffusers with q, k and v fused; "sformer_blocks" is a misspelling that is met.
+
+    Args:
+        outputs: how many each linear layer has, by its path.
+        hidden: the transformer's width.
+    """
+
+    def whole(*paths: str) -> tuple[Rows, ...]:
+        return tuple((path, 0, outputs[path]) for path in paths)
+
+    names = {path: whole(path) for path in outputs}
+    modules = [*_BFL]
+    for bfl, ours in _BLOCKS.items():
+        modules += [f"{bfl}.{k}.{name}" for k in range(_block_count(outputs, ours)) for name in _BFL_BLOCKS[bfl]]
+    for module in modules:
+        targets = _diffusers_modules(module)
+        if not all(target in outputs for target in targets):
+            continue  # a norm
+        names[module] = whole(*targets)
+        if len(targets) > 1:
+            names |= {f"{module}.{k}": whole(target) for k, target in enumerate(targets)}
+            block, _, first = targets[0].rpartition(".")
+            names[f"{block}.{'to_qkv' if first == 'to_q' else 'to_added_qkv'}"] = whole(*targets)
+        if module.endswith(".linear1"):
+            ends = [0, hidden, 2 * hidden, 3 * hidden, outputs[targets[0]]]
+            names |= {f"{module}.{k}": ((targets[0], *part),) for k, part in enumerate(pairwise(ends))}
+    size = outputs["norm_out.linear"]
+    names["final_layer.adaLN_modulation.1"] = (
+        ("norm_out.linear", size // 2, size),
+        ("norm_out.linear", 0, size // 2),
+    )
+    return names | {
+        f"sformer_blocks.{name.removeprefix('transformer_blocks.')}": rows
+        for name, rows in names.items()
+        if name.startswith("transformer_blocks.")
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- text encoder

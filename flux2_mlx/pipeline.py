@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -45,6 +45,7 @@ from .latents import (
     text_ids,
     unpack_latents,
 )
+from .lora import Lora, attach, attached, check_scale, open_lora
 from .memory import (
     decoder_bytes,
     default_dtype,
@@ -123,6 +124,9 @@ class Settings:
     tokenizer: str | None = None
     distilled: bool | None = None
     kv_cache: bool | None = None
+    lora: tuple[str, ...] = ()
+    lora_merge: bool = False
+    lora_partial: bool = False
     quantize: int | str | None = None
     quantize_text_encoder: int | str | None = None
     group_size: int | None = None
@@ -149,12 +153,12 @@ class Settings:
         """
         defaults = {field.name: None if field.default is MISSING else field.default for field in fields(cls)}
         values: dict[str, Any] = {name: metadata.get(name, default) for name, default in defaults.items()}
-        for name in ("sigmas", "guidance_interval", "inputs"):  # JSON has no tuples
+        for name in ("sigmas", "guidance_interval", "inputs", "lora"):  # JSON has no tuples
             values[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
         number, optional = (int, float), type(None)
         kinds: dict[str, Any] = {"seed": int, "width": int, "height": int, "num_steps": int, "max_sequence_length": int}
         kinds |= {"guidance": number, "sigmas": (tuple, optional), "inputs": tuple, "distilled": (bool, optional)}
-        kinds |= {"kv_cache": (bool, optional)}
+        kinds |= {"kv_cache": (bool, optional), "lora": tuple, "lora_merge": bool, "lora_partial": bool}
         kinds |= {"strength": (*number, optional), "guidance_interval": (tuple, optional), "guidance_rescale": number}
         kinds |= {"force_guidance": bool, "mask_blur": number, "mask_padding": (int, optional)}
         kinds |= {"expand": (Mapping, optional)}
@@ -320,6 +324,7 @@ class Flux2Pipeline:
         memory_limit: bytes that loaded stages and their intermediates may take together. MLX computes ahead, and keeps
             freed buffers, as far as it allows.
         group: the two processes that share the two passes of guidance, if any.
+        loras: those that are loaded, by name; see load_lora.
         preview_decoder: TAEF2 for Step.preview, if its weights were given.
         progress: whether loading and drawing show bars on standard error.
     """
@@ -357,6 +362,7 @@ class Flux2Pipeline:
         self._ahead: dict[tuple[str, int], mx.array] = {}  # of the last encode
         self._pictures: dict[bytes, mx.array] = {}  # tokens of those given to the last call, by content
         self._kept: tuple[list[bytes], list[Kept]] = [], []  # of the last call's references: contents, keys and values
+        self.loras: dict[str, Lora] = {}
         self._preview_map: np.ndarray | None = None
         self.preview_decoder: TinyDecoder | None = None
         if preview_decoder is not None:
@@ -496,6 +502,90 @@ class Flux2Pipeline:
             check_prompt(prompt)
         encoded = self._encode(prompts, length, Stats())
         self._ahead = {(text, length): embeds for text, embeds in encoded.items()}
+
+    # ------------------------------------------------------------------------------------------------ LoRAs
+
+    def load_lora(
+        self,
+        where: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        scale: float = 1.0,
+        merge: bool = False,
+        partial: bool = False,
+    ) -> Lora:
+        """Load a LoRA (LoKr, LoHa, DoRA) beside those that are loaded; pictures to come are drawn with it.
+
+        Args:
+            where: a safetensors file, a folder with one, a Hub id, or "owner/name/file".
+            name: to speak of it later; unless given, ``where``.
+            scale: how much of its change is made.
+            merge: add it to the transformer's weights, which then are read again, instead of a product of its own in
+                every layer: steps take no longer, but a change of scale does. Packed weights are left alone.
+            partial: pass over what fits no layer, instead of refusing the file.
+
+        Returns:
+            what was loaded, with a summary.
+
+        Raises:
+            CheckpointError: for a file that does not fit, with all of its keys that fit nothing; or for merging into
+                weights that the checkpoint holds packed.
+            InputError: for a name that is taken, or a scale that is none.
+        """
+        where = os.fspath(where)
+        name = where if name is None else name
+        if name in self.loras:
+            raise InputError(f"a LoRA {name!r} is loaded; set_lora changes its scale, and name= names another")
+        source = self.checkpoint.sources["transformer"]
+        lora = open_lora(
+            where, FluxKlein(self.checkpoint.transformer), source.weights, scale=scale, merge=merge, partial=partial
+        )
+        if merge:
+            lora(source.weights())  # refused now
+        self._change_loras({**self.loras, name: lora})
+        return lora
+
+    def set_lora(self, name: str, scale: float) -> None:
+        """Change how much of a LoRA's change is made.
+
+        Raises:
+            InputError: for a name that is not loaded, or a scale that is none.
+        """
+        check_scale(scale)
+        self._change_loras({**self.loras, name: replace(self._lora(name), scale=float(scale))})
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Draw without a LoRA again, or without any unless it is named; the weights are what they were.
+
+        Raises:
+            InputError: for a name that is not loaded.
+        """
+        if name is not None:
+            self._lora(name)
+        self._change_loras({} if name is None else {own: lora for own, lora in self.loras.items() if own != name})
+
+    def _lora(self, name: str) -> Lora:
+        if name not in self.loras:
+            raise InputError(f"no LoRA {name!r} is loaded, only {', '.join(self.loras) or 'none'}")
+        return self.loras[name]
+
+    def _change_loras(self, loras: dict[str, Lora]) -> None:
+        merged = tuple(lora for lora in loras.values() if lora.merge)
+        self.loras = loras
+        self._kept = [], []
+        source = self.checkpoint.sources["transformer"]
+        if merged != source.changes:
+            sources = {**self.checkpoint.sources, "transformer": replace(source, changes=merged)}
+            self.checkpoint = replace(self.checkpoint, sources=sources)
+            self._open("transformer")
+            return
+        attach(self.transformer, self._beside())
+        if self._loaded["transformer"] and not is_streamed(self.transformer):
+            mx.eval(attached(self.transformer))
+
+    def _beside(self) -> list[Lora]:
+        """The LoRAs that are not merged."""
+        return [lora for lora in self.loras.values() if not lora.merge]
 
     # ------------------------------------------------------------------------------------------------ drawing
 
@@ -794,6 +884,9 @@ class Flux2Pipeline:
                 mask_padding=None if mask_padding is None else int(mask_padding),
                 expand=None if expand is None else {side: int(pixels) for side, pixels in expand.items()},
                 inputs=tuple(name for name, value in given_inputs.items() if value is not None),
+                lora=tuple(map(str, self.loras.values())),
+                lora_merge=any(lora.merge for lora in self.loras.values()),
+                lora_partial=any(lora.partial for lora in self.loras.values()),
                 **self.checkpoint.options,
                 **options_of(self.quantize),
             )
@@ -1131,8 +1224,7 @@ class Flux2Pipeline:
                 "python -m flux2_mlx.convert does it once",
                 stacklevel=2,
             )
-        load = partial(_load, name, self.checkpoint, dtype, self.quantize.get(name))
-        loading = stream(module, load, dtype) if streams else materialize(module)
+        loading = stream(module, partial(self._built, name), dtype) if streams else materialize(module)
         with (
             self._bar(f"loading {stage.name}", weights, unit="B", unit_scale=True) as bar,
             self._working("load", 0, stats),
@@ -1218,17 +1310,19 @@ class Flux2Pipeline:
 
     def _open(self, stage: str) -> None:
         """Build a stage with lazy weights; those of an earlier build are given back."""
-        dtype = stage_dtype(stage, self.dtype)
-        setattr(self, stage, _load(stage, self.checkpoint, dtype, self.quantize.get(stage)))
+        setattr(self, stage, self._built(stage))
         self._loaded[stage] = set()
 
-
-def _load(stage: str, checkpoint: Checkpoint, dtype: mx.Dtype, how: Quantization | None) -> Any:
-    """A stage's module with lazy weights."""
-    if stage == "autoencoder":
-        return load_autoencoder(checkpoint, dtype)
-    load = load_transformer if stage == "transformer" else load_text_encoder
-    return load(checkpoint, dtype, how)
+    def _built(self, stage: str) -> Any:
+        """A stage's module with lazy weights."""
+        dtype, how = stage_dtype(stage, self.dtype), self.quantize.get(stage)
+        if stage == "autoencoder":
+            return load_autoencoder(self.checkpoint, dtype)
+        if stage == "text_encoder":
+            return load_text_encoder(self.checkpoint, dtype, how)
+        transformer = load_transformer(self.checkpoint, dtype, how)
+        attach(transformer, self._beside())
+        return transformer
 
 
 def check_options(

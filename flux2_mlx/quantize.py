@@ -23,6 +23,7 @@ from .cache import read_table, write_table
 from .checkpoints import bits_and_group
 from .config import CheckpointError, FluxKleinParams, InputError
 from .memory import on_gpu, weights_of
+from .models.blocks import Linear, added
 from .models.transformer import FluxKlein
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
@@ -213,7 +214,7 @@ class QuantizedLinear(nn.Module):
         dense_rows: of x, from which the weight is unpacked; see tune.
     """
 
-    def __init__(self, dense: nn.Linear, how: Quantization, packing: Packing = pack):
+    def __init__(self, dense: Linear, how: Quantization, packing: Packing = pack):
         super().__init__()
         self.how = how
         self.dense_rows = DENSE_ROWS
@@ -224,7 +225,8 @@ class QuantizedLinear(nn.Module):
 
     def outputs(self, x: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
         """Those from start to stop: (..., stop - start)."""
-        return (self.dense if x.size // x.shape[-1] >= self.dense_rows else self.fused)(x, start, stop)
+        multiply = self.dense if x.size // x.shape[-1] >= self.dense_rows else self.fused
+        return added(self, x, multiply(x, start, stop), start, stop)
 
     def dense(self, x: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
         weight, scales, biases = self._rows(start, stop)
@@ -255,7 +257,7 @@ class QuantizedEmbedding(nn.Module):
         return unpack(self.weight[ids], self.scales[ids], None if biases is None else biases[ids], self.how)
 
 
-PACKED_LAYERS = {nn.Linear: QuantizedLinear, nn.Embedding: QuantizedEmbedding}
+PACKED_LAYERS = {Linear: QuantizedLinear, nn.Embedding: QuantizedEmbedding}
 
 
 def _keep(layer: nn.Module, packed: tuple[mx.array, ...]) -> None:
@@ -271,7 +273,7 @@ Recipe = Callable[[str, nn.Module], "Quantization | None"]
 def dense_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, layer) of every layer that can be packed and is not yet."""
     for path, layer in module.named_modules():
-        if type(layer) in PACKED_LAYERS and "bias" not in layer:
+        if type(layer) in PACKED_LAYERS:
             yield path, layer
 
 

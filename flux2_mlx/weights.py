@@ -103,6 +103,7 @@ class Source:
         files: one, or the shards.
         config: its config.json, where there is one.
         decoder: of the vae, a file with another decoder for it.
+        changes: of its weights, made one after another; each has its name as a string.
     """
 
     part: str
@@ -110,6 +111,7 @@ class Source:
     files: tuple[Path, ...]
     config: Mapping[str, Any] | None = None
     decoder: Path | None = None
+    changes: tuple[Callable[[Mapping[str, Any]], dict[str, Any]], ...] = ()
 
     def weights(self) -> dict[str, Any]:
         """The component's weights under the modules' names, lazy.
@@ -132,6 +134,8 @@ class Source:
                     if name.startswith("decoder.")
                 }
                 weights = {name: weight for name, weight in weights.items() if not name.startswith("decoder.")} | other
+            for change in self.changes:
+                weights = change(weights)
         except CheckpointError as error:
             raise CheckpointError(f"{self.where}: {error}") from None
         return weights
@@ -326,6 +330,7 @@ def _weight_files(here: Path, part: str) -> tuple[Path, ...]:
 _FLOATS = ("F32", "F16", "BF16")
 _FP8 = "F8_E4M3"
 _READ = (*_FLOATS, _FP8, "U8", "U32")  # the last two: packed layers and marks
+_COUNTS = ("num_batches_tracked", ".alpha")  # which are integers in some files
 
 
 def load_safetensors(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> dict[str, mx.array]:
@@ -382,12 +387,10 @@ def _starts_with(file: Path, magic: bytes) -> bool:
 def _load_file(file: Path) -> dict[str, mx.array]:
     header = read_header(file)
     odd = sorted(
-        f"{name} ({dtype})"
-        for name, (dtype, _) in header.items()
-        if dtype not in _READ and not name.endswith("num_batches_tracked")
+        f"{name} ({dtype})" for name, (dtype, _) in header.items() if dtype not in _READ and not name.endswith(_COUNTS)
     )
     if odd:
-        raise CheckpointError(f"{file} has weights in formats that are not read, only {', '.join(_READ)}: {_few(odd)}")
+        raise CheckpointError(f"{file} has weights in formats that are not read, only {', '.join(_READ)}: {few(odd)}")
     loaded = mx.load(str(file), format="safetensors")
     assert isinstance(loaded, dict)
     weights = {
@@ -411,7 +414,7 @@ def _layer_formats(file: Path) -> dict[str, str]:
         raise CheckpointError(f"{file}: its header's _quantization_metadata does not say the layers' formats") from None
 
 
-def _few(names: Sequence[str], most: int = 8) -> str:
+def few(names: Sequence[str], most: int = 8) -> str:
     """The first of some names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
@@ -457,7 +460,7 @@ def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, where: str, h
         if (weights[name].dtype in INTEGERS) != (expected[name].dtype in INTEGERS)
     ]
     faults = [
-        f"{len(names)} {fault}: {_few(names)}"
+        f"{len(names)} {fault}: {few(names)}"
         for fault, names in (
             ("missing", missing),
             ("unknown", unknown),
@@ -592,6 +595,42 @@ def load_preview_decoder(where: str | os.PathLike[str], dtype: mx.Dtype) -> Tiny
     if path is None or not path.is_file():
         raise CheckpointError(f"no preview decoder {name!r}: there is no such file")
     return assign(TinyDecoder(), sanitize_taef2_weights(_load([path])), dtype, f"{path}, as TAEF2's decoder")
+
+
+def lora_file(where: str) -> Path:
+    """The safetensors file of a LoRA: of a folder, or a repository of the Hub, the only one, or the one that PEFT or
+    diffusers would write.
+
+    Raises:
+        CheckpointError: where there is none, or several that it could be.
+    """
+    path = _local(where)
+    if path is None and _HUB_FILE.fullmatch(where):
+        return _download_file(where, None)
+    if path is None and HUB_ID.fullmatch(where):
+        return _fetching(where, where, None, lambda: _download_lora(where))
+    if path is None:
+        raise CheckpointError(f"no LoRA {where!r}: there is no such file or folder")
+    if path.is_dir():
+        return path / _only_lora(where, sorted(file.name for file in path.glob("*.safetensors")))
+    return path
+
+
+def _download_lora(repo: str) -> Path:
+    found = [file for file in huggingface_hub.list_repo_files(repo) if file.endswith(".safetensors")]
+    name = _only_lora(repo, found)
+    beside = str(Path(name).with_name("adapter_config.json"))
+    return _snapshot(repo, None, [name, beside]) / name
+
+
+def _only_lora(where: str, files: Sequence[str]) -> str:
+    usual = [file for file in files if file in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")]
+    for found in (usual, files):
+        if len(found) == 1:
+            return found[0]
+    if not files:
+        raise CheckpointError(f"{where} has no safetensors file")
+    raise CheckpointError(f"{where} has several files; name one: {few([f'{where}/{file}' for file in files])}")
 
 
 def load_quantized_flux_klein(weights: Mapping[str, mx.array], params: FluxKleinParams) -> QuantizedFluxKlein:
@@ -964,7 +1003,7 @@ def _download_part(repo: str, part: str) -> Path:
 def _files_hint(repo: str) -> str:
     """The files of a repository that can be named one by one."""
     found = [file for file in huggingface_hub.list_repo_files(repo) if file.endswith((".safetensors", ".gguf"))]
-    return f"; to use a file of it, name the file: {_few([f'{repo}/{file}' for file in found])}" if found else ""
+    return f"; to use a file of it, name the file: {few([f'{repo}/{file}' for file in found])}" if found else ""
 
 
 def _download_file(name: str, revision: str | None) -> Path:

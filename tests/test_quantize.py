@@ -18,6 +18,7 @@ from flux2_mlx import (
     quantize,
 )
 from flux2_mlx.memory import weight_bytes, weights_of
+from flux2_mlx.models.blocks import Linear
 from flux2_mlx.quantize import (
     AFFINE_BITS,
     DENSE_ROWS,
@@ -323,7 +324,7 @@ def test_load_quantized_keeps_dense_layers_dense():
             parts = pack(array, Quantization(6, 32))
             written |= {f"{layer}.{k}": p for k, p in zip(("weight", "scales", "biases"), parts, strict=True)}
     loaded = load_quantized_flux_klein(written, PARAMS)
-    assert type(loaded.proj_out) is nn.Linear
+    assert type(loaded.proj_out) is Linear
     assert loaded.context_embedder.how == Quantization(6, 32)
     np.testing.assert_allclose(np.array(velocity(loaded)), np.array(velocity(dense_copy(loaded))), atol=1e-4)
     del written["proj_out.weight"]

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import Qwen3Config
-from .blocks import run_block
+from .blocks import Linear, run_block
 
 
 class Attention(nn.Module):
@@ -26,10 +26,10 @@ class Attention(nn.Module):
             config.head_dim,
         )
         dims, eps = config.hidden_size, config.rms_norm_eps
-        self.q_proj = nn.Linear(dims, self.heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(dims, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(dims, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, dims, bias=False)
+        self.q_proj = Linear(dims, self.heads * self.head_dim)
+        self.k_proj = Linear(dims, self.kv_heads * self.head_dim)
+        self.v_proj = Linear(dims, self.kv_heads * self.head_dim)
+        self.o_proj = Linear(self.heads * self.head_dim, dims)
         self.q_norm = nn.RMSNorm(self.head_dim, eps)
         self.k_norm = nn.RMSNorm(self.head_dim, eps)
         self.rope = nn.RoPE(self.head_dim, traditional=False, base=config.rope_theta)
@@ -49,9 +49,9 @@ class MLP(nn.Module):
     def __init__(self, config: Qwen3Config):
         super().__init__()
         dims, hidden = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(dims, hidden, bias=False)
-        self.up_proj = nn.Linear(dims, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, dims, bias=False)
+        self.gate_proj = Linear(dims, hidden)
+        self.up_proj = Linear(dims, hidden)
+        self.down_proj = Linear(hidden, dims)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))

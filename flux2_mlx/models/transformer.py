@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import FluxKleinParams
-from .blocks import outputs, run_block
+from .blocks import Linear, outputs, run_block
 from .rope import four_axes, rope_table, rotate
 
 FLOAT16_MAX = 65504.0
@@ -106,8 +106,8 @@ def clip_float16(x: mx.array) -> mx.array:
 class TimestepEmbedder(nn.Module):
     def __init__(self, channels: int, dims: int):
         super().__init__()
-        self.linear_1 = nn.Linear(channels, dims, bias=False)
-        self.linear_2 = nn.Linear(dims, dims, bias=False)
+        self.linear_1 = Linear(channels, dims)
+        self.linear_2 = Linear(dims, dims)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.linear_2(nn.silu(self.linear_1(x)))
@@ -129,7 +129,7 @@ class Modulation(nn.Module):
     def __init__(self, dims: int, parts: int):
         super().__init__()
         self.parts = parts
-        self.linear = nn.Linear(dims, parts * dims, bias=False)
+        self.linear = Linear(dims, parts * dims)
 
     def __call__(self, temb: mx.array) -> list[mx.array]:
         return list(mx.split(self.linear(nn.silu(temb))[:, None], self.parts, axis=-1))
@@ -139,8 +139,8 @@ class FeedForward(nn.Module):
     def __init__(self, dims: int, hidden: int):
         super().__init__()
         self.hidden = hidden
-        self.linear_in = nn.Linear(dims, 2 * hidden, bias=False)
-        self.linear_out = nn.Linear(hidden, dims, bias=False)
+        self.linear_in = Linear(dims, 2 * hidden)
+        self.linear_out = Linear(hidden, dims)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.linear_out(swiglu(self.linear_in, x, 0, self.hidden))
@@ -156,18 +156,18 @@ class DoubleAttention(nn.Module):
         super().__init__()
         dims, head_dim, eps = params.hidden_size, params.head_dim, params.eps
         self.heads = params.num_heads
-        self.to_q = nn.Linear(dims, dims, bias=False)
-        self.to_k = nn.Linear(dims, dims, bias=False)
-        self.to_v = nn.Linear(dims, dims, bias=False)
+        self.to_q = Linear(dims, dims)
+        self.to_k = Linear(dims, dims)
+        self.to_v = Linear(dims, dims)
         self.norm_q = nn.RMSNorm(head_dim, eps)
         self.norm_k = nn.RMSNorm(head_dim, eps)
-        self.to_out = [nn.Linear(dims, dims, bias=False)]
-        self.add_q_proj = nn.Linear(dims, dims, bias=False)
-        self.add_k_proj = nn.Linear(dims, dims, bias=False)
-        self.add_v_proj = nn.Linear(dims, dims, bias=False)
+        self.to_out = [Linear(dims, dims)]
+        self.add_q_proj = Linear(dims, dims)
+        self.add_k_proj = Linear(dims, dims)
+        self.add_v_proj = Linear(dims, dims)
         self.norm_added_q = nn.RMSNorm(head_dim, eps)
         self.norm_added_k = nn.RMSNorm(head_dim, eps)
-        self.to_add_out = nn.Linear(dims, dims, bias=False)
+        self.to_add_out = Linear(dims, dims)
 
     def __call__(
         self, img: mx.array, txt: mx.array, cos: mx.array, sin: mx.array, references: Kept | None = None
@@ -248,10 +248,10 @@ class SingleAttention(nn.Module):
         super().__init__()
         dims, hidden = params.hidden_size, params.mlp_hidden
         self.heads, self.dims, self.hidden = params.num_heads, dims, hidden
-        self.to_qkv_mlp_proj = nn.Linear(dims, 3 * dims + 2 * hidden, bias=False)
+        self.to_qkv_mlp_proj = Linear(dims, 3 * dims + 2 * hidden)
         self.norm_q = nn.RMSNorm(params.head_dim, params.eps)
         self.norm_k = nn.RMSNorm(params.head_dim, params.eps)
-        self.to_out = nn.Linear(dims + hidden, dims, bias=False)
+        self.to_out = Linear(dims + hidden, dims)
 
     def __call__(
         self, x: mx.array, cos: mx.array, sin: mx.array, references: Kept | None = None
@@ -293,7 +293,7 @@ class FinalNorm(nn.Module):
     def __init__(self, dims: int, eps: float):
         super().__init__()
         self.eps = eps
-        self.linear = nn.Linear(dims, 2 * dims, bias=False)
+        self.linear = Linear(dims, 2 * dims)
 
     def __call__(self, x: mx.array, temb: mx.array) -> mx.array:
         scale, shift = mx.split(self.linear(nn.silu(temb))[:, None], 2, axis=-1)
@@ -310,8 +310,8 @@ class FluxKlein(nn.Module):
         super().__init__()
         self.params = params
         dims = params.hidden_size
-        self.x_embedder = nn.Linear(params.in_channels, dims, bias=False)
-        self.context_embedder = nn.Linear(params.txt_embed_dim, dims, bias=False)
+        self.x_embedder = Linear(params.in_channels, dims)
+        self.context_embedder = Linear(params.txt_embed_dim, dims)
         self.time_guidance_embed = TimeEmbed(params.timestep_channels, dims)
         self.double_stream_modulation_img = Modulation(dims, 6)
         self.double_stream_modulation_txt = Modulation(dims, 6)
@@ -319,7 +319,7 @@ class FluxKlein(nn.Module):
         self.transformer_blocks = [DoubleBlock(params) for _ in range(params.depth)]
         self.single_transformer_blocks = [SingleBlock(params) for _ in range(params.depth_single)]
         self.norm_out = FinalNorm(dims, params.eps)
-        self.proj_out = nn.Linear(dims, params.in_channels, bias=False)
+        self.proj_out = Linear(dims, params.in_channels)
         self._run = run_block
 
     @staticmethod
