@@ -1,8 +1,9 @@
 """From a checkpoint's tensor names, layouts and storage to those of the modules. Every rename of the package is here.
 
 Names that are understood, told apart by the names themselves: diffusers and transformers (the modules' own), BFL's
-and ComfyUI's single files, llama.cpp's (text encoders in GGUF), mflux's. Storage: floats; FP8 with its scales, per
-tensor, row or block; NVFP4; integers packed by MLX (``weight``, ``scales``, ``biases``), which stay packed.
+and ComfyUI's single files, llama.cpp's (text encoders in GGUF), mflux's. Storage: floats; FP8 with its scales,
+per tensor, row or block; NVFP4; integers packed by MLX (``weight``, ``scales``, ``biases``), which stay
+packed.
 
 Each function takes and returns a dictionary of lazy arrays and changes nothing in one that it has already been
 through. No weight is read, only marks and scales.
@@ -105,9 +106,12 @@ _UNUSED = ("input_scale", "scale_input")  # of the activations, for hardware tha
 # The 16 values of E2M1: sign, two bits of exponent, one of mantissa.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
-# A mark of a layer's storage, as ComfyUI writes it beside the weight, and what stands in it for ModelOpt's NVFP4.
+# A mark of a layer's storage, as ComfyUI writes it beside the weight, and the formats that may stand in it: those of
+# ComfyUI (QUANT_ALGOS in its quant_ops.py) that are read, and one for ModelOpt's NVFP4.
 MARK = "comfy_quant"
 MODELOPT_NVFP4 = "modelopt_nvfp4"
+_NVFP4 = "nvfp4"
+_FORMATS = ("float8_e4m3fn", "float8_e5m2", MODELOPT_NVFP4, _NVFP4)
 
 
 def mark(format: str) -> mx.array:
@@ -123,7 +127,7 @@ def _format(layer: str, array: mx.array) -> str:
 
 
 def _with_scales(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Weights of FP8 and NVFP4 times their scales, as floats; everything else as it is.
+    """Weights that have scales times these, as floats; everything else as it is.
 
     Raises:
         CheckpointError: for a storage format that is not read, or scales that are not finite.
@@ -133,11 +137,10 @@ def _with_scales(weights: Mapping[str, Any]) -> dict[str, Any]:
         for name, array in weights.items()
         if name.endswith(f".{MARK}")
     }
-    read = {"float8_e4m3fn", "nvfp4", MODELOPT_NVFP4}
-    unread = sorted({format for format in formats.values() if format not in read})
+    unread = sorted({format for format in formats.values() if format not in _FORMATS})
     if unread:
         raise CheckpointError(
-            f"weights are stored as {', '.join(unread)}, which is not read, only {', '.join(sorted(read))}"
+            f"weights are stored as {', '.join(unread)}, which is not read, only {', '.join(_FORMATS)}"
         )
     result: dict[str, Any] = {}
     for name, weight in weights.items():
@@ -154,30 +157,39 @@ def _with_scales(weights: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _scaled(layer: str, weight: Any, scales: dict[str, mx.array], format: str | None) -> mx.array:
+def _scaled(layer: str, weight: Any, scales: dict[str, mx.array], format: str | None) -> Any:
     for name, scale in scales.items():
         if not isinstance(scale, mx.array):
             raise CheckpointError(f"{layer}.{name} is in GGUF, where no scales belong")
         if not mx.isfinite(scale).all().item():
             raise CheckpointError(f"{layer}.{name} is not a finite number")
     if "weight_scale_2" in scales:
-        if weight.dtype != mx.uint8 or "weight_scale" not in scales:
+        if weight.dtype != mx.uint8 or weight.ndim != 2 or "weight_scale" not in scales:
             raise CheckpointError(f"{layer}: weight_scale_2 belongs to NVFP4, but the weight is {weight.dtype}")
-        if format not in ("nvfp4", MODELOPT_NVFP4):
+        if format not in (_NVFP4, MODELOPT_NVFP4):
             raise CheckpointError(
                 f"{layer} is NVFP4, but the file does not say in which of two layouts its scales are: neither a "
                 f"{MARK} mark (ComfyUI) nor a quantization_config (ModelOpt) is there"
             )
-        return _from_nvfp4(layer, weight, scales["weight_scale"], scales["weight_scale_2"], format == "nvfp4")
+        return _from_nvfp4(layer, weight, scales["weight_scale"], scales["weight_scale_2"], format == _NVFP4)
     if len(scales) > 1:
         raise CheckpointError(f"{layer} has more than one scale: {', '.join(scales)}")
     (scale,) = scales.values()
     if weight.dtype == mx.uint8:
         raise CheckpointError(f"{layer} is packed in bytes with one scale, a format that is not read")
     scale = scale.astype(mx.float32)
-    if scale.size > 1:
-        scale = _spread(layer, scale.reshape(len(scale), -1), weight.shape)
-    return weight.astype(mx.float32) * scale
+    scale = _spread(layer, scale.reshape(len(scale), -1), weight.shape) if scale.size > 1 else scale.reshape(())
+    scale = mx.broadcast_to(scale, weight.shape)
+    return _by_rows(weight, scale, lambda rows, scale: rows.astype(mx.float32) * scale)
+
+
+def _by_rows(weight: Any, scale: mx.array, convert: Callable[[mx.array, mx.array], mx.array]) -> Any:
+    """What a weight and the scales of all its values stand for; of a deferred one, rows as they are read."""
+    if isinstance(weight, Deferred):
+        return Deferred(
+            scale.shape, mx.float32, lambda start, stop: convert(weight.read(start, stop), scale[start:stop])
+        )
+    return convert(weight, scale)
 
 
 def _spread(layer: str, scale: mx.array, shape: tuple[int, ...]) -> mx.array:
@@ -195,27 +207,37 @@ def _spread(layer: str, scale: mx.array, shape: tuple[int, ...]) -> mx.array:
     return scale
 
 
-def _from_nvfp4(layer: str, weight: mx.array, scale: mx.array, scale_2: mx.array, comfy: bool) -> mx.array:
+def _untiled(layer: str, scale: mx.array, rows: int, blocks: int) -> mx.array:
+    """Scales (rows, blocks) out of the tiles of 128 x 4 that NVIDIA's matrix units read (cuBLAS, "1D block scaling
+    factors layout"), as ComfyUI's files have them.
+    """
+    tiles = (-(-rows // 128), -(-blocks // 4))
+    if scale.size != 512 * tiles[0] * tiles[1]:
+        raise CheckpointError(f"{layer}: {scale.size} scales in tiles for {rows} x {blocks} blocks")
+    scale = scale.reshape(*tiles, 32, 4, 4).transpose(0, 3, 2, 1, 4).reshape(128 * tiles[0], 4 * tiles[1])
+    return scale[:rows, :blocks]
+
+
+def _from_nvfp4(layer: str, weight: Any, scale: mx.array, scale_2: mx.array, comfy: bool) -> Any:
     """NVFP4 to floats: two E2M1 codes a byte, an FP8 scale of every 16, and one of all.
 
-    ComfyUI's files have the first code in the upper half of the byte, and the scales in the tiles of 128 x 4 that
-    NVIDIA's matrix units read (cuBLAS, "1D block scaling factors layout"); ModelOpt's have it in the lower half, and
-    the scales row by row.
+    ComfyUI's files have the first code in the upper half of the byte, and the scales in tiles; ModelOpt's have it in
+    the lower half, and the scales row by row.
     """
     rows, columns = weight.shape[0], 2 * weight.shape[1]
     blocks = -(-columns // 16)
-    upper, lower = weight >> 4, weight & 15
-    codes = mx.stack([upper, lower] if comfy else [lower, upper], axis=-1).reshape(rows, columns)
     if comfy:
-        tiles = (-(-rows // 128), -(-blocks // 4))
-        if scale.size != 512 * tiles[0] * tiles[1]:
-            raise CheckpointError(f"{layer}: {scale.size} scales for {rows} x {columns} weights of NVFP4")
-        scale = scale.reshape(*tiles, 32, 4, 4).transpose(0, 3, 2, 1, 4).reshape(128 * tiles[0], 4 * tiles[1])
-        scale = scale[:rows, :blocks]
+        scale = _untiled(layer, scale, rows, blocks)
     elif scale.shape != (rows, blocks):
         raise CheckpointError(f"{layer}: scales {scale.shape} for {rows} x {columns} weights of NVFP4")
     scale = mx.repeat(scale.astype(mx.float32) * scale_2.astype(mx.float32), 16, axis=1)[:, :columns]
-    return mx.array(_E2M1)[codes] * scale
+
+    def convert(weight: mx.array, scale: mx.array) -> mx.array:
+        upper, lower = weight >> 4, weight & 15
+        codes = mx.stack([upper, lower] if comfy else [lower, upper], axis=-1).reshape(scale.shape)
+        return mx.array(_E2M1)[codes] * scale
+
+    return _by_rows(weight, scale, convert)
 
 
 def bits_and_group(weights: Mapping[str, Any], layer: str, columns: int) -> tuple[int, int]:
@@ -479,7 +501,7 @@ def sanitize_vae_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
     """
     weights = _with_scales(_only(weights, VAE_PREFIXES))
     if any(isinstance(weight, Deferred) for weight in weights.values()):
-        raise CheckpointError("autoencoders in GGUF are not read; it is small, so get the safetensors file")
+        raise CheckpointError("autoencoders in GGUF or F8_E5M2 are not read; it is small, so get another file")
     weights.pop("bn.num_batches_tracked", None)
     stages = [int(stage[1]) for name in weights if (stage := _UP_STAGE.match(name))]
     first = weights.get("decoder.conv_in.weight")

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import huggingface_hub
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError, safe_open
 
@@ -326,11 +327,16 @@ def _weight_files(here: Path, part: str) -> tuple[Path, ...]:
     return files
 
 
-# Dtypes of safetensors that are read, and how MLX has them. FP8 it has as bytes.
-_FLOATS = ("F32", "F16", "BF16")
-_FP8 = "F8_E4M3"
-_READ = (*_FLOATS, _FP8, "U8", "U32")  # the last two: packed layers and marks
-_COUNTS = ("num_batches_tracked", ".alpha")  # which are integers in some files
+# Dtypes of safetensors that are read, and how MLX has them: the floats of 8 bits as bytes.
+_DTYPES = {
+    "F32": mx.float32,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "F8_E4M3": mx.uint8,
+    "F8_E5M2": mx.uint8,
+    "U8": mx.uint8,  # packed layers and marks
+    "U32": mx.uint32,
+}
 
 
 def load_safetensors(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> dict[str, mx.array]:
@@ -353,9 +359,9 @@ def load_safetensors(path: str | os.PathLike[str] | Iterable[str | os.PathLike[s
             files = [path]
     else:
         files = [Path(file) for file in path]
-    if any(_starts_with(file, MAGIC) for file in files):
-        raise CheckpointError(f"{path} is GGUF, which open_checkpoint and Flux2Pipeline read")
     weights = _load(files)
+    if any(isinstance(weight, Deferred) for weight in weights.values()):
+        raise CheckpointError(f"{path} is GGUF or has F8_E5M2, which open_checkpoint and Flux2Pipeline read")
     absent = sorted(names - weights.keys())
     if absent:
         raise CheckpointError(f"{path} names weights that its shards do not have: {', '.join(absent)}")
@@ -384,21 +390,63 @@ def _starts_with(file: Path, magic: bytes) -> bool:
         return False  # which reading its header tells in full
 
 
-def _load_file(file: Path) -> dict[str, mx.array]:
+def _load_file(file: Path) -> dict[str, Any]:
     header = read_header(file)
     odd = sorted(
-        f"{name} ({dtype})" for name, (dtype, _) in header.items() if dtype not in _READ and not name.endswith(_COUNTS)
+        f"{name} ({dtype})"
+        for name, (dtype, _) in header.items()
+        if dtype not in _DTYPES and not name.endswith("num_batches_tracked")
     )
     if odd:
-        raise CheckpointError(f"{file} has weights in formats that are not read, only {', '.join(_READ)}: {few(odd)}")
-    loaded = mx.load(str(file), format="safetensors")
-    assert isinstance(loaded, dict)
-    weights = {
-        name: mx.from_fp8(array, mx.bfloat16) if header[name][0] == _FP8 else array for name, array in loaded.items()
-    }
+        raise CheckpointError(
+            f"{file} has weights in formats that are not read, only {', '.join(_DTYPES)}: {_few(odd)}"
+        )
+    try:
+        loaded = mx.load(str(file), format="safetensors")
+    except RuntimeError:  # a dtype that MLX does not know, and then none of the file: F8_E5M2
+        weights = _load_mapped(file, header)
+    else:
+        assert isinstance(loaded, dict)
+        weights = {name: _decoded(array, header[name][0]) for name, array in loaded.items()}
     for layer, format in _layer_formats(file).items():
         weights.setdefault(f"{layer}.{MARK}", mark(format))
     return weights
+
+
+def _decoded(array: mx.array, dtype: str) -> mx.array:
+    """FP8, which is there as bytes, in a dtype that has all its values; anything else as it is."""
+    if dtype == "F8_E4M3":
+        return mx.from_fp8(array, mx.bfloat16)
+    if dtype == "F8_E5M2":  # the upper half of a float16
+        return (array.astype(mx.uint16) << 8).view(mx.float16)
+    return array
+
+
+def _load_mapped(file: Path, header: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
+    """The tensors of a file that MLX does not read: a weight when its turn comes, the rest, which is small, now."""
+    content = np.memmap(file, np.uint8, "r")
+    start = 8 + int(content[:8].view("<u8")[0])
+    entries = json.loads(content[8:start].tobytes())
+    weights: dict[str, Any] = {}
+    for name, (dtype, shape) in header.items():
+        if dtype in _DTYPES:
+            first, last = entries[name]["data_offsets"]
+            make = _deferred if name.endswith(".weight") else _array
+            weights[name] = make(content[start + first : start + last], dtype, shape)
+    return weights
+
+
+def _array(raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> mx.array:
+    return _decoded(mx.array(raw).view(_DTYPES[dtype]), dtype).reshape(shape)
+
+
+def _deferred(raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> Deferred:
+    size = math.prod(shape[1:]) * _DTYPES[dtype].size  # of a row
+
+    def read(start: int, stop: int) -> mx.array:
+        return _array(raw[start * size : stop * size], dtype, (stop - start, *shape[1:]))
+
+    return Deferred(shape, _array(raw[:0], dtype, (0,)).dtype, read)
 
 
 def _layer_formats(file: Path) -> dict[str, str]:
@@ -594,7 +642,7 @@ def load_preview_decoder(where: str | os.PathLike[str], dtype: mx.Dtype) -> Tiny
         path = _download_file(name, None)
     if path is None or not path.is_file():
         raise CheckpointError(f"no preview decoder {name!r}: there is no such file")
-    return assign(TinyDecoder(), sanitize_taef2_weights(_load([path])), dtype, f"{path}, as TAEF2's decoder")
+    return assign(TinyDecoder(), sanitize_taef2_weights(load_safetensors(path)), dtype, f"{path}, as TAEF2's decoder")
 
 
 def lora_file(where: str) -> Path:

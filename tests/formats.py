@@ -89,45 +89,63 @@ def bfl_vae(tensors, prefix=""):
     return written
 
 
-def is_quantized_in_fp8(name):
+def is_quantized(name):
     return "norm" not in name and any(part in name for part in ("attn", "mlp", "linear1", "linear2"))
 
 
-def fp8(tensors, convention):
+LIMITS = {torch.float8_e4m3fn: 448, torch.float8_e5m2: 57344}
+
+
+def scaled(tensors, convention, dtype):
     """(tensors, header, what they stand for) with the block's matrices in FP8.
 
     Args:
         convention: "bfl" (weight_scale, input_scale), "old" (scale_weight, a mark of the whole file), "mark" or
-            "header" (which say the format a layer), "plain" (no scales at all), "rows" (a scale for each row).
+            "header" (which say the format a layer), "plain" (no scales at all), "rows" (a scale for each row),
+            "marked rows" (as "rows", of two dimensions, and as "mark").
     """
     written, expected, header = {}, {}, {}
+    format = str(dtype).removeprefix("torch.")
+    by_rows = convention in ("rows", "marked rows")
     if convention == "old":
-        written["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+        written["scaled_fp8"] = torch.zeros(2, dtype=dtype)
     for name, tensor in tensors.items():
-        if not is_quantized_in_fp8(name):
+        if not is_quantized(name):
             written[name] = expected[name] = tensor
             continue
         layer = name.removesuffix(".weight")
-        scale = tensor.abs().amax(dim=1 if convention == "rows" else None) / 448
-        scale = torch.ones(()) if convention == "plain" else scale
-        codes = (tensor / (scale[:, None] if convention == "rows" else scale)).to(torch.float8_e4m3fn)
+        scale = tensor.abs().amax(dim=1, keepdim=True) if by_rows else tensor.abs().amax()
+        scale = torch.ones(()) if convention == "plain" else scale / LIMITS[dtype]
+        codes = (tensor / scale).to(dtype)
         written[name] = codes
-        expected[name] = codes.float() * (scale[:, None] if convention == "rows" else scale)
+        expected[name] = codes.float() * scale
         if convention == "old":
             written[f"{layer}.scale_weight"], written[f"{layer}.scale_input"] = scale.reshape(1), torch.ones(1)
         elif convention != "plain":
-            written[f"{layer}.weight_scale"] = scale
+            written[f"{layer}.weight_scale"] = scale.flatten() if convention == "rows" else scale
         if convention == "bfl":
             written[f"{layer}.input_scale"] = torch.ones(())
-        if convention == "mark":
-            written[f"{layer}.comfy_quant"] = mark("float8_e4m3fn")
-        header[layer] = {"format": "float8_e4m3fn"}
+        if convention in ("mark", "marked rows"):
+            written[f"{layer}.comfy_quant"] = mark(format)
+        header[layer] = {"format": format}
     metadata = {"_quantization_metadata": json.dumps({"layers": header})} if convention == "header" else {}
     return written, metadata, expected
 
 
 def mark(format):
     return torch.frombuffer(bytearray(json.dumps({"format": format}).encode()), dtype=torch.uint8)
+
+
+def tiled(scales):
+    """Scales of blocks in the tiles of 128 rows x 4 blocks that NVIDIA's matrix units read."""
+    rows, blocks = scales.shape
+    padded_rows, padded_blocks = -(-rows // 128) * 128, -(-blocks // 4) * 4
+    flat = torch.zeros(padded_rows * padded_blocks, dtype=torch.uint8)
+    for row in range(rows):
+        for block in range(blocks):
+            tile = row // 128 * (padded_blocks // 4) + block // 4
+            flat[512 * tile + row % 32 * 16 + row % 128 // 32 * 4 + block % 4] = scales[row, block].view(torch.uint8)
+    return flat.reshape(padded_rows, padded_blocks)
 
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -146,14 +164,7 @@ def nvfp4(tensor, layout):
     even, odd = codes[:, ::2], codes[:, 1::2]
     if layout == "modelopt":
         return even | odd << 4, scales, scale_2, values
-    padded_rows, padded_columns = -(-rows // 128) * 128, -(-columns // 64) * 4
-    flat = torch.zeros(padded_rows * padded_columns, dtype=torch.uint8)
-    for row in range(rows):
-        for column in range(columns // 16):
-            tile = row // 128 * (padded_columns // 4) + column // 4
-            flat[512 * tile + row % 32 * 16 + row % 128 // 32 * 4 + column % 4] = scales[row, column].view(torch.uint8)
-    blocked = flat.view(torch.float8_e4m3fn).reshape(padded_rows, padded_columns)
-    return even << 4 | odd, blocked, scale_2, values
+    return even << 4 | odd, tiled(scales).view(torch.float8_e4m3fn), scale_2, values
 
 
 LLAMA = {

@@ -30,7 +30,13 @@ from flux2_mlx import weights as weights_module
 from flux2_mlx.gguf_files import read_gguf
 from flux2_mlx.memory import weights_of
 from flux2_mlx.quantize import Quantization, QuantizedEmbedding, QuantizedLinear, unpack
-from flux2_mlx.weights import load_autoencoder, load_text_encoder, load_transformer, materialize
+from flux2_mlx.weights import (
+    load_autoencoder,
+    load_preview_decoder,
+    load_text_encoder,
+    load_transformer,
+    materialize,
+)
 from tests import formats, tiny
 
 LOADERS = {"transformer": load_transformer, "text_encoder": load_text_encoder, "vae": load_autoencoder}
@@ -116,18 +122,59 @@ def test_a_single_file_tells_the_shapes(whole, tensors, tmp_path):
     assert found.autoencoder == expected.autoencoder
 
 
-@pytest.mark.parametrize("convention", ["bfl", "old", "mark", "header", "plain", "rows"])
-def test_fp8(whole, tensors, tmp_path, convention):
-    written, metadata, expected = formats.fp8(formats.bfl_transformer(tensors["transformer"]), convention)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("convention", ["bfl", "old", "mark", "header", "plain", "rows", "marked rows"])
+def test_fp8(whole, tensors, tmp_path, convention, dtype):
+    written, metadata, expected = formats.scaled(formats.bfl_transformer(tensors["transformer"]), convention, dtype)
     file = formats.save(written, tmp_path / "fp8.safetensors", metadata)
     expected = sanitize_flux2_klein_weights({name: mx.array(t.float().numpy()) for name, t in expected.items()})
     assert_equal(loaded(opened(whole[1], file), "transformer"), expected)
 
 
-def test_fp8_that_mlx_does_not_have_is_refused(tmp_path):
-    file = formats.save({"w": torch.randn(3, 5).to(torch.float8_e5m2)}, tmp_path / "w")
-    with pytest.raises(CheckpointError, match="F8_E5M2"):
-        load_safetensors(file)
+@pytest.mark.parametrize("convention", ["plain", "marked rows"])
+def test_text_encoder_in_e5m2(whole, tensors, tmp_path, convention):
+    written, _, expected = formats.scaled(tensors["text_encoder"], convention, torch.float8_e5m2)
+    file = formats.save(written, tmp_path / "qwen.safetensors")
+    expected = sanitize_qwen3_weights({name: mx.array(t.float().numpy()) for name, t in expected.items()})
+    assert_equal(loaded(opened(whole[1], text_encoder=file), "text_encoder"), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_every_code_of_fp8(tmp_path, dtype):
+    codes = torch.arange(256, dtype=torch.uint8).reshape(4, 64).view(dtype)
+    other = torch.zeros(1, dtype=torch.float8_e5m2)  # which makes MLX refuse the file
+    found = weights_module._load([formats.save({"x.weight": codes, "y": other}, tmp_path / "w")])
+    np.testing.assert_array_equal(np.array(found["x.weight"].make().astype(mx.float32)), codes.float().numpy())
+
+
+def test_every_dtype_of_a_file_with_e5m2(tmp_path):
+    """MLX reads nothing of such a file, so all of it is read here."""
+    floats = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+    written = {}
+    for dtype in (*floats, torch.uint8, torch.uint32):
+        written[f"{dtype}.weight"] = torch.arange(12).reshape(3, 4).to(dtype)
+        written[str(dtype)] = torch.tensor(3).to(dtype)
+    found = weights_module._load([formats.save(written, tmp_path / "w")])
+    for name, tensor in written.items():
+        array = found[name].make() if name.endswith(".weight") else found[name]
+        assert array.shape == tensor.shape
+        np.testing.assert_array_equal(formats.as_numpy(array), tensor.float().numpy())
+
+
+def test_a_matrix_in_e5m2_is_converted_some_rows_at_a_time(tmp_path, monkeypatch, memory):
+    """Nothing is read when the file is opened, and parts of a fused one hold no more than themselves."""
+    written, _, expected = formats.scaled(
+        {"double_blocks.0.img_attn.qkv.weight": torch.randn(3 * 128, 256)}, "marked rows", torch.float8_e5m2
+    )
+    file = formats.save(written, tmp_path / "w")
+    monkeypatch.setattr(checkpoints, "ROWS_AT_ONCE", 7)
+    before = memory()
+    parts = sanitize_flux2_klein_weights(weights_module._load([file]))
+    assert memory() - before < 4096  # the scales
+    made = {name: part.make() for name, part in parts.items()}
+    assert memory() - before < 1.1 * sum(array.nbytes for array in made.values())
+    found = np.concatenate([np.array(made[f"transformer_blocks.0.attn.to_{name}.weight"]) for name in "qkv"])
+    np.testing.assert_array_equal(found, expected["double_blocks.0.img_attn.qkv.weight"].numpy())
 
 
 @pytest.mark.parametrize("size", [(200, 320), (128, 128), (96, 72)])
@@ -153,6 +200,9 @@ def test_nvfp4(layout, size, tmp_path):
     written[f"{layer}.comfy_quant"] = formats.mark("nvfp4" if layout == "comfy" else "modelopt_nvfp4")
     found = sanitize_flux2_klein_weights(load_safetensors(formats.save(written, tmp_path / "w")))
     assert_equal(found, {f"{layer}.weight": expected}, 1e-6)
+    written["other"] = torch.zeros(1, dtype=torch.float8_e5m2)  # which makes MLX refuse the file
+    found = sanitize_flux2_klein_weights(weights_module._load([formats.save(written, tmp_path / "w")]))
+    assert_equal({"w": found[f"{layer}.weight"].make()}, {"w": expected}, 1e-6)
 
 
 def test_nvfp4_of_modelopt_is_told_by_the_config(whole, tensors, tmp_path):
@@ -427,6 +477,13 @@ def test_nvfp4_that_does_not_say_its_layout(tmp_path):
         ({"img_in.weight_scale": torch.tensor(float("nan"))}, "img_in.weight_scale is not a finite number"),
         ({"img_in.weight_scale": torch.ones(7, 3)}, "do not belong together"),
         ({"img_in.weight_scale": torch.ones(()), "img_in.scale_weight": torch.ones(())}, "more than one scale"),
+        (
+            {
+                "img_in.weight": torch.zeros(64, 128, dtype=torch.float8_e5m2),
+                "img_in.weight_scale": torch.tensor(float("inf")),
+            },
+            "img_in.weight_scale is not a finite number",
+        ),
         ({"img_in.weight": torch.zeros(64, 128, dtype=torch.int32)}, "(I32)"),
         ({"img_in.weight": torch.zeros(64, 128, dtype=torch.uint8)}, "in formats that are not read: x_embedder.weight"),
         ({"img_in.extra": torch.ones(2)}, "1 unknown: x_embedder.extra"),
@@ -486,9 +543,18 @@ def test_broken_gguf_files(tmp_path, content, says):
 
 def test_gguf_that_has_no_place(whole, tensors, tmp_path):
     formats.write_gguf(tmp_path / "vae.gguf", {name: t for name, t in tensors["vae"].items() if t.ndim}, "F32")
-    refused("autoencoders in GGUF are not read", model=whole[1], vae=tmp_path / "vae.gguf")
-    with pytest.raises(CheckpointError, match="is GGUF, which open_checkpoint and Flux2Pipeline read"):
+    refused("autoencoders in GGUF or F8_E5M2 are not read", model=whole[1], vae=tmp_path / "vae.gguf")
+    with pytest.raises(CheckpointError, match="is GGUF or has F8_E5M2, which open_checkpoint and Flux2Pipeline read"):
         load_safetensors(tmp_path / "vae.gguf")
+
+
+def test_e5m2_that_has_no_place(whole, tensors, tmp_path):
+    written = {name: t.to(torch.float8_e5m2) for name, t in formats.bfl_vae(tensors["vae"]).items()}
+    file = formats.save(written, tmp_path / "ae.safetensors")
+    refused("autoencoders in GGUF or F8_E5M2 are not read", model=whole[1], vae=file)
+    for load in (load_safetensors, lambda file: load_preview_decoder(file, mx.float32)):
+        with pytest.raises(CheckpointError, match="is GGUF or has F8_E5M2, which open_checkpoint and Flux2Pipeline"):
+            load(file)
 
 
 def test_a_gguf_matrix_is_converted_some_rows_at_a_time(tmp_path, monkeypatch, memory):
@@ -535,7 +601,8 @@ def test_a_gguf_type_without_the_package(tmp_path, monkeypatch):
 def test_no_header_crashes_or_is_believed(tmp_path, data):
     """Bytes changed, cut or made up: each is read or refused, and nothing is allocated that a header merely claims."""
     file = tmp_path / "fuzzed"
-    save_file({"img_in.weight": torch.zeros(2, 32), "b": torch.zeros(3, dtype=torch.float8_e4m3fn)}, file)
+    dtype = data.draw(st.sampled_from([torch.float8_e4m3fn, torch.float8_e5m2]))
+    save_file({"img_in.weight": torch.zeros(2, 32), "b": torch.zeros(3, dtype=dtype)}, file)
     whole = data.draw(st.sampled_from([GGUF, file.read_bytes()]))
     content = bytearray(whole)
     for _ in range(data.draw(st.integers(0, 4))):

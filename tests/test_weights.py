@@ -208,7 +208,7 @@ def test_a_file_from_the_cache_names_the_command_that_fetches_it_again(tmp_path)
 
 def test_a_format_that_is_not_read(tmp_path):
     save_file({"w": torch.zeros(4, dtype=torch.float64)}, tmp_path / "m.safetensors")
-    with pytest.raises(CheckpointError, match=r"only F32, F16, BF16, F8_E4M3, U8, U32: w \(F64\)"):
+    with pytest.raises(CheckpointError, match=r"only F32, .*, U32: w \(F64\)"):
         load_safetensors(tmp_path / "m.safetensors")
 
 
