@@ -1,9 +1,8 @@
 """From a checkpoint's tensor names, layouts and storage to those of the modules. Every rename of the package is here.
 
 Names that are understood, told apart by the names themselves: diffusers and transformers (the modules' own), BFL's
-and ComfyUI's single files, llama.cpp's (text encoders in GGUF), mflux's. Storage: floats; FP8 with its scales,
-per tensor, row or block; NVFP4; integers packed by MLX (``weight``, ``scales``, ``biases``), which stay
-packed.
+and ComfyUI's single files, llama.cpp's (text encoders in GGUF), mflux's. Storage: floats; FP8 and int8 with their
+scales, per tensor, row or block; NVFP4; integers packed by MLX (``weight``, ``scales``, ``biases``), which stay packed.
 
 Each function takes and returns a dictionary of lazy arrays and changes nothing in one that it has already been
 through. No weight is read, only marks and scales.
@@ -69,7 +68,7 @@ def cast(weight: Any, dtype: mx.Dtype) -> Any:
     return weight.astype(dtype)
 
 
-INTEGERS = (mx.uint8, mx.uint32, mx.int64)
+INTEGERS = (mx.uint8, mx.int8, mx.uint32, mx.int64)
 
 
 def _rows(weight: Any, start: int, stop: int) -> Any:
@@ -110,8 +109,8 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -
 # ComfyUI (QUANT_ALGOS in its quant_ops.py) that are read, and one for ModelOpt's NVFP4.
 MARK = "comfy_quant"
 MODELOPT_NVFP4 = "modelopt_nvfp4"
-_NVFP4 = "nvfp4"
-_FORMATS = ("float8_e4m3fn", "float8_e5m2", MODELOPT_NVFP4, _NVFP4)
+_INT8, _NVFP4 = "int8_tensorwise", "nvfp4"
+_FORMATS = ("float8_e4m3fn", "float8_e5m2", _INT8, MODELOPT_NVFP4, _NVFP4)
 
 
 def mark(format: str) -> mx.array:
@@ -119,10 +118,20 @@ def mark(format: str) -> mx.array:
     return mx.array(np.frombuffer(json.dumps({"format": format}).encode(), np.uint8))
 
 
+def format_of(settings: Any) -> str:
+    """The format that is said of a layer, with "convrot" where its weight is rotated, which ComfyUI says beside it.
+
+    Raises:
+        AttributeError, TypeError, KeyError: where none is said.
+    """
+    rotated = settings.get("convrot") or settings.get("params", {}).get("convrot")
+    return f"{settings['format']} with convrot" if rotated else str(settings["format"])
+
+
 def _format(layer: str, array: mx.array) -> str:
     try:
-        return str(json.loads(bytes(np.array(array)))["format"])
-    except (ValueError, TypeError, KeyError):
+        return format_of(json.loads(bytes(np.array(array))))
+    except (ValueError, AttributeError, TypeError, KeyError):
         raise CheckpointError(f"{layer}.{MARK} does not say a format") from None
 
 
@@ -177,6 +186,8 @@ def _scaled(layer: str, weight: Any, scales: dict[str, mx.array], format: str | 
     (scale,) = scales.values()
     if weight.dtype == mx.uint8:
         raise CheckpointError(f"{layer} is packed in bytes with one scale, a format that is not read")
+    if (weight.dtype == mx.int8) != (format == _INT8):  # int8 without a mark may be rotated
+        raise CheckpointError(f"{layer} is {weight.dtype}, marked {format or 'with no format'}, which is not read")
     scale = scale.astype(mx.float32)
     scale = _spread(layer, scale.reshape(len(scale), -1), weight.shape) if scale.size > 1 else scale.reshape(())
     scale = mx.broadcast_to(scale, weight.shape)

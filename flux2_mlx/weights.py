@@ -38,6 +38,7 @@ from .checkpoints import (
     Deferred,
     autoencoder_config,
     cast,
+    format_of,
     is_read_by_klein,
     klein_params,
     mark,
@@ -334,6 +335,7 @@ _DTYPES = {
     "BF16": mx.bfloat16,
     "F8_E4M3": mx.uint8,
     "F8_E5M2": mx.uint8,
+    "I8": mx.int8,
     "U8": mx.uint8,  # packed layers and marks
     "U32": mx.uint32,
 }
@@ -457,7 +459,7 @@ def _layer_formats(file: Path) -> dict[str, str]:
         return {}
     try:
         layers = json.loads(written)["layers"]
-        return {layer: str(entry["format"]) for layer, entry in layers.items()}
+        return {layer: format_of(entry) for layer, entry in layers.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise CheckpointError(f"{file}: its header's _quantization_metadata does not say the layers' formats") from None
 

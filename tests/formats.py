@@ -93,11 +93,11 @@ def is_quantized(name):
     return "norm" not in name and any(part in name for part in ("attn", "mlp", "linear1", "linear2"))
 
 
-LIMITS = {torch.float8_e4m3fn: 448, torch.float8_e5m2: 57344}
+LIMITS = {torch.float8_e4m3fn: 448, torch.float8_e5m2: 57344, torch.int8: 127}
 
 
 def scaled(tensors, convention, dtype):
-    """(tensors, header, what they stand for) with the block's matrices in FP8.
+    """(tensors, header, what they stand for) with the block's matrices in FP8 or int8.
 
     Args:
         convention: "bfl" (weight_scale, input_scale), "old" (scale_weight, a mark of the whole file), "mark" or
@@ -105,7 +105,7 @@ def scaled(tensors, convention, dtype):
             "marked rows" (as "rows", of two dimensions, and as "mark").
     """
     written, expected, header = {}, {}, {}
-    format = str(dtype).removeprefix("torch.")
+    format = "int8_tensorwise" if dtype == torch.int8 else str(dtype).removeprefix("torch.")
     by_rows = convention in ("rows", "marked rows")
     if convention == "old":
         written["scaled_fp8"] = torch.zeros(2, dtype=dtype)
@@ -116,7 +116,8 @@ def scaled(tensors, convention, dtype):
         layer = name.removesuffix(".weight")
         scale = tensor.abs().amax(dim=1, keepdim=True) if by_rows else tensor.abs().amax()
         scale = torch.ones(()) if convention == "plain" else scale / LIMITS[dtype]
-        codes = (tensor / scale).to(dtype)
+        codes = tensor / scale
+        codes = (codes.round() if dtype == torch.int8 else codes).to(dtype)
         written[name] = codes
         expected[name] = codes.float() * scale
         if convention == "old":
@@ -132,8 +133,8 @@ def scaled(tensors, convention, dtype):
     return written, metadata, expected
 
 
-def mark(format):
-    return torch.frombuffer(bytearray(json.dumps({"format": format}).encode()), dtype=torch.uint8)
+def mark(format, **settings):
+    return torch.frombuffer(bytearray(json.dumps({"format": format, **settings}).encode()), dtype=torch.uint8)
 
 
 def tiled(scales):

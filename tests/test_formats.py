@@ -131,6 +131,16 @@ def test_fp8(whole, tensors, tmp_path, convention, dtype):
     assert_equal(loaded(opened(whole[1], file), "transformer"), expected)
 
 
+@pytest.mark.parametrize("convention", ["mark", "header", "marked rows"])
+def test_int8(whole, tensors, tmp_path, convention):
+    written, metadata, expected = formats.scaled(
+        formats.bfl_transformer(tensors["transformer"]), convention, torch.int8
+    )
+    file = formats.save(written, tmp_path / "int8.safetensors", metadata)
+    expected = sanitize_flux2_klein_weights({name: mx.array(t.float().numpy()) for name, t in expected.items()})
+    assert_equal(loaded(opened(whole[1], file), "transformer"), expected)
+
+
 @pytest.mark.parametrize("convention", ["plain", "marked rows"])
 def test_text_encoder_in_e5m2(whole, tensors, tmp_path, convention):
     written, _, expected = formats.scaled(tensors["text_encoder"], convention, torch.float8_e5m2)
@@ -151,7 +161,7 @@ def test_every_dtype_of_a_file_with_e5m2(tmp_path):
     """MLX reads nothing of such a file, so all of it is read here."""
     floats = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
     written = {}
-    for dtype in (*floats, torch.uint8, torch.uint32):
+    for dtype in (*floats, torch.int8, torch.uint8, torch.uint32):
         written[f"{dtype}.weight"] = torch.arange(12).reshape(3, 4).to(dtype)
         written[str(dtype)] = torch.tensor(3).to(dtype)
     found = weights_module._load([formats.save(written, tmp_path / "w")])
@@ -469,14 +479,26 @@ def test_nvfp4_that_does_not_say_its_layout(tmp_path):
     refused("NVFP4", "which of two layouts", model=file, distilled=True)
 
 
+INT8 = {"img_in.weight": torch.ones(64, 128, dtype=torch.int8), "img_in.weight_scale": torch.ones(64, 1)}
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"img_in.comfy_quant": formats.mark("int8_tensorwise")}, "stored as int8_tensorwise, which is not read"),
+        ({"img_in.comfy_quant": formats.mark("hybrid_mxfp8")}, "stored as hybrid_mxfp8, which is not read, only"),
+        ({"img_in.comfy_quant": formats.mark("int8_tensorwise", convrot=True)}, "stored as int8_tensorwise with conv"),
+        ({"img_in.comfy_quant": formats.mark("nvfp4", params={"convrot": True})}, "stored as nvfp4 with convrot"),
+        ({"img_in.comfy_quant": formats.mark("nvfp4", params=3)}, "img_in.comfy_quant does not say a format"),
         ({"img_in.comfy_quant": torch.zeros(3, dtype=torch.uint8)}, "img_in.comfy_quant does not say a format"),
         ({"img_in.weight_scale": torch.tensor(float("nan"))}, "img_in.weight_scale is not a finite number"),
         ({"img_in.weight_scale": torch.ones(7, 3)}, "do not belong together"),
         ({"img_in.weight_scale": torch.ones(()), "img_in.scale_weight": torch.ones(())}, "more than one scale"),
+        (INT8, "img_in is mlx.core.int8, marked with no format, which is not read"),
+        ({"img_in.weight": INT8["img_in.weight"]}, "in formats that are not read: x_embedder.weight is mlx.core.int8"),
+        (
+            {"img_in.weight_scale": torch.ones(()), "img_in.comfy_quant": formats.mark("int8_tensorwise")},
+            "img_in is mlx.core.float32, marked int8_tensorwise, which is not read",
+        ),
         (
             {
                 "img_in.weight": torch.zeros(64, 128, dtype=torch.float8_e5m2),
@@ -500,6 +522,14 @@ def test_a_header_that_does_not_say_the_formats(whole, tensors, tmp_path):
         metadata = {"_quantization_metadata": content}
         file = formats.save(formats.bfl_transformer(tensors["transformer"]), tmp_path / "w.safetensors", metadata)
         refused("_quantization_metadata", model=whole[1], transformer=file, distilled=True)
+
+
+def test_a_header_that_says_a_rotation(whole, tensors, tmp_path):
+    layers = {"img_in": {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 256}}
+    written = formats.bfl_transformer(tensors["transformer"]) | INT8
+    metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
+    file = formats.save(written, tmp_path / "w.safetensors", metadata)
+    refused("stored as int8_tensorwise with convrot", model=whole[1], transformer=file, distilled=True)
 
 
 def test_scales_that_are_not_finite_are_told_when_loaded(whole, tensors, tmp_path):
