@@ -2,7 +2,8 @@
 
 Names that are understood, told apart by the names themselves: diffusers and transformers (the modules' own), BFL's
 and ComfyUI's single files, llama.cpp's (text encoders in GGUF), mflux's. Storage: floats; FP8 and int8 with their
-scales, per tensor, row or block; NVFP4; integers packed by MLX (``weight``, ``scales``, ``biases``), which stay packed.
+scales, per tensor, row or block; MXFP8; NVFP4; integers packed by MLX (``weight``, ``scales``, ``biases``), which stay
+packed.
 
 Each function takes and returns a dictionary of lazy arrays and changes nothing in one that it has already been
 through. No weight is read, only marks and scales.
@@ -109,8 +110,8 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -
 # ComfyUI (QUANT_ALGOS in its quant_ops.py) that are read, and one for ModelOpt's NVFP4.
 MARK = "comfy_quant"
 MODELOPT_NVFP4 = "modelopt_nvfp4"
-_INT8, _NVFP4 = "int8_tensorwise", "nvfp4"
-_FORMATS = ("float8_e4m3fn", "float8_e5m2", _INT8, MODELOPT_NVFP4, _NVFP4)
+_INT8, _MXFP8, _NVFP4 = "int8_tensorwise", "mxfp8", "nvfp4"
+_FORMATS = ("float8_e4m3fn", "float8_e5m2", _INT8, _MXFP8, MODELOPT_NVFP4, _NVFP4)
 
 
 def mark(format: str) -> mx.array:
@@ -160,7 +161,7 @@ def _with_scales(weights: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if kind == "weight":
             found = {kind: weights[f"{layer}.{kind}"] for kind in _SCALES if f"{layer}.{kind}" in weights}
-            if found:
+            if found or formats.get(layer) == _MXFP8:  # which means nothing without scales
                 weight = _scaled(layer, weight, found, formats.get(layer))
         result[name] = weight
     return result
@@ -172,6 +173,8 @@ def _scaled(layer: str, weight: Any, scales: dict[str, mx.array], format: str | 
             raise CheckpointError(f"{layer}.{name} is in GGUF, where no scales belong")
         if not mx.isfinite(scale).all().item():
             raise CheckpointError(f"{layer}.{name} is not a finite number")
+    if format == _MXFP8:
+        scales = {"weight_scale": _mxfp8_scale(layer, weight, scales)}
     if "weight_scale_2" in scales:
         if weight.dtype != mx.uint8 or weight.ndim != 2 or "weight_scale" not in scales:
             raise CheckpointError(f"{layer}: weight_scale_2 belongs to NVFP4, but the weight is {weight.dtype}")
@@ -184,6 +187,8 @@ def _scaled(layer: str, weight: Any, scales: dict[str, mx.array], format: str | 
     if len(scales) > 1:
         raise CheckpointError(f"{layer} has more than one scale: {', '.join(scales)}")
     (scale,) = scales.values()
+    if scale.dtype in INTEGERS:
+        raise CheckpointError(f"{layer} has scales in bytes (MXFP8), but no {MARK} mark that says their layout")
     if weight.dtype == mx.uint8:
         raise CheckpointError(f"{layer} is packed in bytes with one scale, a format that is not read")
     if (weight.dtype == mx.int8) != (format == _INT8):  # int8 without a mark may be rotated
@@ -227,6 +232,20 @@ def _untiled(layer: str, scale: mx.array, rows: int, blocks: int) -> mx.array:
         raise CheckpointError(f"{layer}: {scale.size} scales in tiles for {rows} x {blocks} blocks")
     scale = scale.reshape(*tiles, 32, 4, 4).transpose(0, 3, 2, 1, 4).reshape(128 * tiles[0], 4 * tiles[1])
     return scale[:rows, :blocks]
+
+
+def _mxfp8_scale(layer: str, weight: Any, scales: dict[str, mx.array]) -> mx.array:
+    """Scales (rows, blocks) of MXFP8: one for every 32 values of FP8, a power of two in E8M0 (OCP Microscaling Formats
+    1.0, 5.4.1), so an exponent as float32 has it. ComfyUI's files have them in tiles; other writers' are by rows.
+    """
+    scale = scales.get("weight_scale")
+    if scale is None or scale.dtype != mx.uint8 or len(scales) > 1 or weight.dtype in INTEGERS or weight.ndim != 2:
+        raise CheckpointError(f"{layer} is marked {_MXFP8}, but is not FP8 with one weight_scale, in bytes")
+    rows, columns = weight.shape
+    exponents = _untiled(layer, scale, rows, -(-columns // 32))
+    if (exponents == 255).any().item():
+        raise CheckpointError(f"{layer}.weight_scale is not a finite number")
+    return mx.maximum(exponents.astype(mx.uint32) << 23, 1 << 22).view(mx.float32)  # 0 is 2^-127
 
 
 def _from_nvfp4(layer: str, weight: Any, scale: mx.array, scale_2: mx.array, comfy: bool) -> Any:

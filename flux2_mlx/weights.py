@@ -335,6 +335,7 @@ _DTYPES = {
     "BF16": mx.bfloat16,
     "F8_E4M3": mx.uint8,
     "F8_E5M2": mx.uint8,
+    "F8_E8M0": mx.uint8,  # scales, which stay bytes
     "I8": mx.int8,
     "U8": mx.uint8,  # packed layers and marks
     "U32": mx.uint32,
@@ -405,7 +406,7 @@ def _load_file(file: Path) -> dict[str, Any]:
         )
     try:
         loaded = mx.load(str(file), format="safetensors")
-    except RuntimeError:  # a dtype that MLX does not know, and then none of the file: F8_E5M2
+    except RuntimeError:  # a dtype that MLX does not know, and then none of the file: F8_E5M2, before 0.32 F8_E8M0 too
         weights = _load_mapped(file, header)
     else:
         assert isinstance(loaded, dict)

@@ -149,6 +149,16 @@ def tiled(scales):
     return flat.reshape(padded_rows, padded_blocks)
 
 
+def mxfp8(tensor):
+    """(weight, weight_scale in tiles, what they stand for): FP8 and a power of two of every 32."""
+    rows, columns = tensor.shape
+    groups = tensor.reshape(rows, columns // 32, 32)
+    scales = (groups.abs().amax(-1) / 448).log2().ceil().exp2().to(torch.float8_e8m0fnu)
+    codes = (groups / scales.float()[..., None]).to(torch.float8_e4m3fn)
+    values = (codes.float() * scales.float()[..., None]).reshape(rows, columns)
+    return codes.reshape(rows, columns), tiled(scales).view(torch.float8_e8m0fnu), values
+
+
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 

@@ -187,6 +187,40 @@ def test_a_matrix_in_e5m2_is_converted_some_rows_at_a_time(tmp_path, monkeypatch
     np.testing.assert_array_equal(found, expected["double_blocks.0.img_attn.qkv.weight"].numpy())
 
 
+@pytest.mark.parametrize("stored", [torch.uint8, torch.float8_e8m0fnu], ids=str)
+def test_mxfp8(whole, tensors, tmp_path, stored):
+    written, expected = {}, {}
+    for name, tensor in formats.bfl_transformer(tensors["transformer"]).items():
+        written[name] = expected[name] = tensor
+        if formats.is_quantized(name):
+            layer = name.removesuffix(".weight")
+            written[name], scale, expected[name] = formats.mxfp8(tensor)
+            written |= {f"{layer}.weight_scale": scale.view(stored), f"{layer}.comfy_quant": formats.mark("mxfp8")}
+    file = formats.save(written, tmp_path / "mxfp8.safetensors")
+    expected = sanitize_flux2_klein_weights({name: mx.array(t.numpy()) for name, t in expected.items()})
+    assert_equal(loaded(opened(whole[1], file), "transformer"), expected)
+
+
+@pytest.mark.parametrize("size", [(64, 32), (200, 160), (384, 128)])
+def test_mxfp8_of_any_size_and_scale(size, tmp_path):
+    """Powers of two from the smallest on, in files that MLX reads and in those that it does not."""
+    torch.manual_seed(0)
+    tensor = torch.randn(size).to(torch.float8_e4m3fn)
+    scales = torch.randint(0, 240, (size[0], size[1] // 32), dtype=torch.uint8)
+    scales[0] = 0
+    written = {
+        "img_in.weight": tensor,
+        "img_in.weight_scale": formats.tiled(scales),
+        "img_in.comfy_quant": formats.mark("mxfp8"),
+    }
+    expected = tensor.float() * scales.view(torch.float8_e8m0fnu).float().repeat_interleave(32, dim=1)
+    for other in ({}, {"other": torch.zeros(1, dtype=torch.float8_e5m2)}):
+        found = sanitize_flux2_klein_weights(weights_module._load([formats.save(written | other, tmp_path / "w")]))
+        weight = found["x_embedder.weight"]
+        weight = weight.make() if other else weight
+        np.testing.assert_array_equal(np.array(weight), expected.numpy())
+
+
 @pytest.mark.parametrize("size", [(200, 320), (128, 128), (96, 72)])
 def test_fp8_in_blocks_of_128(size):
     weight = mx.random.normal(size)
@@ -488,7 +522,7 @@ INT8 = {"img_in.weight": torch.ones(64, 128, dtype=torch.int8), "img_in.weight_s
         ({"img_in.comfy_quant": formats.mark("hybrid_mxfp8")}, "stored as hybrid_mxfp8, which is not read, only"),
         ({"img_in.comfy_quant": formats.mark("int8_tensorwise", convrot=True)}, "stored as int8_tensorwise with conv"),
         ({"img_in.comfy_quant": formats.mark("nvfp4", params={"convrot": True})}, "stored as nvfp4 with convrot"),
-        ({"img_in.comfy_quant": formats.mark("nvfp4", params=3)}, "img_in.comfy_quant does not say a format"),
+        ({"img_in.comfy_quant": formats.mark("mxfp8", params=3)}, "img_in.comfy_quant does not say a format"),
         ({"img_in.comfy_quant": torch.zeros(3, dtype=torch.uint8)}, "img_in.comfy_quant does not say a format"),
         ({"img_in.weight_scale": torch.tensor(float("nan"))}, "img_in.weight_scale is not a finite number"),
         ({"img_in.weight_scale": torch.ones(7, 3)}, "do not belong together"),
@@ -498,6 +532,26 @@ INT8 = {"img_in.weight": torch.ones(64, 128, dtype=torch.int8), "img_in.weight_s
         (
             {"img_in.weight_scale": torch.ones(()), "img_in.comfy_quant": formats.mark("int8_tensorwise")},
             "img_in is mlx.core.float32, marked int8_tensorwise, which is not read",
+        ),
+        ({"img_in.weight_scale": torch.ones(128, 4, dtype=torch.uint8)}, "no comfy_quant mark that says their layout"),
+        ({"img_in.comfy_quant": formats.mark("mxfp8")}, "img_in is marked mxfp8, but is not FP8 with one weight_scale"),
+        (
+            {**INT8, "img_in.comfy_quant": formats.mark("mxfp8")},
+            "img_in is marked mxfp8, but is not FP8 with one weight_scale",
+        ),
+        (
+            {
+                "img_in.weight_scale": torch.ones(64, 4, dtype=torch.uint8),
+                "img_in.comfy_quant": formats.mark("mxfp8"),
+            },
+            "img_in: 256 scales in tiles for 64 x 4 blocks",
+        ),
+        (
+            {
+                "img_in.weight_scale": torch.full((128, 4), 255, dtype=torch.uint8),
+                "img_in.comfy_quant": formats.mark("mxfp8"),
+            },
+            "img_in.weight_scale is not a finite number",
         ),
         (
             {
