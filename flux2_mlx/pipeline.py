@@ -31,6 +31,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ._version import __version__
+from .adapters import Lora, attach, attached, check_scale, open_lora
 from .cache import read_prompt, write_prompt
 from .config import CheckpointError, InputError
 from .images import init_array, reference_array, reference_size, to_pil, to_unit
@@ -45,7 +46,6 @@ from .latents import (
     text_ids,
     unpack_latents,
 )
-from .lora import Lora, attach, attached, check_scale, open_lora
 from .memory import (
     decoder_bytes,
     default_dtype,

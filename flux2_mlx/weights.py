@@ -340,6 +340,7 @@ _DTYPES = {
     "U8": mx.uint8,  # packed layers and marks
     "U32": mx.uint32,
 }
+_COUNTS = ("num_batches_tracked", ".alpha")  # which are integers in some files
 
 
 def load_safetensors(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> dict[str, mx.array]:
@@ -398,12 +399,10 @@ def _load_file(file: Path) -> dict[str, Any]:
     odd = sorted(
         f"{name} ({dtype})"
         for name, (dtype, _) in header.items()
-        if dtype not in _DTYPES and not name.endswith("num_batches_tracked")
+        if dtype not in _DTYPES and not name.endswith(_COUNTS)
     )
     if odd:
-        raise CheckpointError(
-            f"{file} has weights in formats that are not read, only {', '.join(_DTYPES)}: {_few(odd)}"
-        )
+        raise CheckpointError(f"{file} has weights in formats that are not read, only {', '.join(_DTYPES)}: {few(odd)}")
     try:
         loaded = mx.load(str(file), format="safetensors")
     except RuntimeError:  # a dtype that MLX does not know, and then none of the file: F8_E5M2, before 0.32 F8_E8M0 too

@@ -134,7 +134,7 @@ def write(path, weights, *, names="ai-toolkit", form="LoRA", alpha=None, dora=Fa
     """
     torch.manual_seed(seed)
     tensors, changed = {}, dict(weights)
-    called, spelt = NAMES[names] if names in NAMES else (None, dict)
+    called, spelt = NAMES.get(names, (None, dict))
     for bfl in layers:
         pieces = [(called(bfl), rows_of(weights, bfl))] if called else []
         if not called:

@@ -20,7 +20,7 @@ LAYERS = [
     {"latents", "sampler", "checkpoints", "tokenizer", "memory"},
     {"quantize", "gguf_files"},
     {"images", "weights", "commands", "jobs"},
-    {"streaming", "inpaint", "preview", "lora"},
+    {"streaming", "inpaint", "preview", "adapters"},
     {"plan"},
     {"pipeline"},
     {"session"},

@@ -8,11 +8,11 @@ import torch
 from diffusers import Flux2KleinPipeline
 
 from flux2_mlx import FluxKlein, FluxKleinParams, QuantizedFluxKlein
-from flux2_mlx.lora import attach, open_lora
+from flux2_mlx.adapters import attach, open_lora
 from flux2_mlx.memory import weights_of
 from flux2_mlx.weights import assign
 from tests import loras, tiny
-from tests.parity.compare import relative_error, to_mlx, to_torch
+from tests.parity.compare import relative_error, to_torch
 from tests.parity.test_transformer import inputs, ported, theirs
 
 
@@ -172,7 +172,7 @@ def test_diffusers_header(model, weights, tmp_path, rslora):
     check(model, file, by_diffusers(file))
 
 
-def test_a_file_that_diffusers_wrote(model, weights, tmp_path):
+def test_a_file_that_diffusers_wrote(model, tmp_path):
     """Its LoRA of a transformer, in its names and with its header."""
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
