@@ -33,7 +33,7 @@ from .memory import weights_of
 from .models.blocks import Linear
 from .models.transformer import FluxKlein
 from .quantize import QuantizedLinear, packing_in, unpack
-from .weights import few, load_safetensors, lora_file
+from .weights import Checkpoint, few, load_safetensors, lora_file
 
 MAX_SCALE = 100
 ROWS_AT_ONCE = 4096  # of a weight whose rows' lengths are measured
@@ -421,6 +421,23 @@ def _factor(name: str, arrays: Mapping[str, mx.array], settings: Mapping[str, An
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
+def parse_lora(text: str) -> tuple[str, float]:
+    """(where, scale) of "where" or "where:scale", as commands take a LoRA.
+
+    Raises:
+        InputError: see check_scale.
+    """
+    where, _, number = text.rpartition(":")
+    try:
+        scale = float(number) if where and not Path(text).exists() else None
+    except ValueError:
+        scale = None
+    if scale is None:
+        return text, 1.0
+    check_scale(scale)
+    return where, scale
+
+
 def check_scale(scale: float) -> None:
     """Refuse what is no scale of a LoRA.
 
@@ -553,6 +570,23 @@ def _dense_rows(weights: Mapping[str, Any], path: str, shape: tuple[int, int]) -
         return unpack(weight[part], scales[part], None if biases is None else biases[part], how).astype(mx.float32)
 
     return rows
+
+
+def merging(checkpoint: Checkpoint, loras: Sequence[Lora]) -> Checkpoint:
+    """A checkpoint whose transformer has these merged into its weights, and no others."""
+    source = replace(checkpoint.sources["transformer"], changes=tuple(loras))
+    return replace(checkpoint, sources={**checkpoint.sources, "transformer": source})
+
+
+def fused(checkpoint: Checkpoint, given: Sequence[tuple[str, float]], partial: bool) -> Checkpoint:
+    """A checkpoint with LoRAs merged, each given as (where, scale).
+
+    Raises:
+        CheckpointError, InputError: see open_lora.
+    """
+    model, weights = FluxKlein(checkpoint.transformer), checkpoint.sources["transformer"].weights
+    loras = [open_lora(where, model, weights, scale=scale, merge=True, partial=partial) for where, scale in given]
+    return merging(checkpoint, loras)
 
 
 def _merged(weight: Any, deltas: Sequence[Delta]) -> Any:

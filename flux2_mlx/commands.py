@@ -1,12 +1,19 @@
-"""What the commands share: a parser that tells faults in one line, and the options that say which model to open."""
+"""What the commands share: a parser that tells faults in one line, the options that say which model to open, and those
+that say what to write of it.
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from .adapters import fused, parse_lora
 from .config import InputError
-from .quantize import AFFINE_BITS, FLOAT_MODES
+from .quantize import AFFINE_BITS, FLOAT_MODES, parse_options
+from .weights import open_checkpoint
+from .writing import LAYOUTS, convert
 
 # What belongs to the model besides its name, as Flux2Pipeline.from_pretrained takes it.
 PART_OPTIONS = ("transformer", "text_encoder", "vae", "tokenizer", "distilled", "kv_cache")
@@ -46,3 +53,48 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quantize-text-encoder", metavar="BITS", help="the same of the text encoder, to differ")
     parser.add_argument("--group-size", type=int, help="weights that share a scale: 32, 64, 128 (64)")
+
+
+LORA_HELP = (
+    "a LoRA, and how much of its change is made (1): a safetensors file, a folder, a Hub id or owner/name/file; given "
+    "again for each further one"
+)
+PARTIAL_HELP = "pass over what of a LoRA fits no layer, instead of refusing it"
+
+
+def add_writing_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that writes a model."""
+    add_model_options(parser)
+    parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="of the result (%(default)s)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def write_model(arguments: argparse.Namespace, loras: Sequence[str] = (), partial: bool = False) -> None:
+    """Write the model that the options name, with these LoRAs merged, as they say, to ``target``.
+
+    Raises:
+        InputError: for what cannot be used.
+    """
+    packed = parse_options(arguments.quantize, arguments.quantize_text_encoder, arguments.group_size)
+    parts = {name: getattr(arguments, name) for name in PART_OPTIONS}
+    given = [parse_lora(text) for text in loras]
+    checkpoint = fused(open_checkpoint(arguments.model, revision=arguments.revision, **parts), given, partial)
+    convert(checkpoint, arguments.target, layout=arguments.layout, quantization=packed, progress=not arguments.quiet)
+    print(arguments.target)
+
+
+def run_command(run: Callable[[], None]) -> int:
+    """Run a command that writes.
+
+    Returns:
+        The exit code: 0, 2 for input that cannot be used (one line on standard error), 130 after Ctrl-C.
+    """
+    try:
+        run()
+    except (InputError, OSError) as error:
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0

@@ -25,8 +25,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ._version import __version__
+from .adapters import parse_lora
 from .cache import cache_folder
-from .commands import MODEL_HELP, MODEL_OPTIONS, PART_OPTIONS, Parser, add_model_options
+from .commands import LORA_HELP, MODEL_HELP, MODEL_OPTIONS, PART_OPTIONS, PARTIAL_HELP, Parser, add_model_options
 from .config import KV, MAX_SEQUENCE_LENGTH, NANO, RELEASED, AutoEncoderConfig, InputError
 from .images import (
     FORMATS,
@@ -79,6 +80,9 @@ SETTINGS: dict[str, Any] = {
     "model": "klein-4b",
     "revision": None,
     **dict.fromkeys(MODEL_OPTIONS),
+    "lora": (),
+    "lora_merge": False,
+    "lora_partial": False,
     "width": None,
     "height": None,
     "num_steps": None,
@@ -158,6 +162,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", help=f"{MODEL_HELP} ({SETTINGS['model']})")
     add_model_options(parser)
+    parser.add_argument("--lora", action="append", metavar="FILE[:SCALE]", help=LORA_HELP)
+    parser.add_argument(
+        "--lora-merge",
+        action=argparse.BooleanOptionalAction,
+        help="merge LoRAs into the weights, unless these are packed: the steps of many pictures take a little less",
+    )
+    parser.add_argument("--lora-partial", action=argparse.BooleanOptionalAction, help=PARTIAL_HELP)
     parser.add_argument("--width", type=int, help="in pixels, a multiple of 16 (a given picture's; 1024, nano 128)")
     parser.add_argument("--height", type=int, help="in pixels, a multiple of 16 (a given picture's; 1024, nano 128)")
     parser.add_argument(
@@ -280,7 +291,7 @@ def complete(
         picture = Settings.from_metadata(read_metadata(arguments.from_image), [*given, *inputs])
         defaults = {name: getattr(picture, name) for name in SETTINGS}
         if arguments.model is not None:
-            defaults |= dict.fromkeys(("revision", *MODEL_OPTIONS))
+            defaults |= dict.fromkeys(("revision", *MODEL_OPTIONS)) | {"lora": ()}
         if any(value is not None for value in (arguments.num_steps, arguments.schedule, arguments.sigmas)):
             defaults["sigmas"] = None
         if arguments.sigmas is not None or defaults["sigmas"] is not None:
@@ -302,6 +313,9 @@ def complete(
     if arguments.mask not in (None, ALPHA):
         arguments.mask = open_image(arguments.mask, alpha=True)
     check_options(**drawing_options(arguments))
+    given = [parse_lora(text)[0] for text in arguments.lora]
+    if len(set(given)) < len(given):
+        raise InputError(f"a LoRA is given twice: {', '.join(given)}")
     if arguments.strength is not None and arguments.init_image is None:
         raise InputError("--strength belongs to --init-image, and none is given")
     arguments.repainting = repainting_of(
@@ -385,8 +399,25 @@ def outputs_of(arguments: argparse.Namespace) -> list[Path]:
     return [output_path(arguments.output, arguments.seed + k, k) for k in range(arguments.num_images)]
 
 
+def use_loras(pipe: Flux2Pipeline, arguments: argparse.Namespace) -> None:
+    """Load the LoRAs that are asked for and are not loaded yet, and unload the others."""
+    wanted = dict(map(parse_lora, arguments.lora))
+    how = {"merge": arguments.lora_merge, "partial": arguments.lora_partial}
+    for name, lora in list(pipe.loras.items()):
+        if name not in wanted or (lora.merge, lora.partial) != tuple(how.values()):
+            pipe.unload_lora(name)
+    for name, scale in wanted.items():
+        if name not in pipe.loras:
+            lora = pipe.load_lora(name, scale=scale, **how)
+            if not arguments.quiet:
+                print(f"{lora}: {lora.summary}", file=sys.stderr)
+        elif pipe.loras[name].scale != scale:
+            pipe.set_lora(name, scale)
+
+
 def start(arguments: argparse.Namespace, pipe: Flux2Pipeline) -> Iterator[Step]:
     """The steps to draw."""
+    use_loras(pipe, arguments)
     if not arguments.quiet:
         print(plan_of(pipe, arguments).summary(), file=sys.stderr)
     return pipe.stream(
@@ -437,8 +468,10 @@ def print_plan(arguments: argparse.Namespace) -> None:
     """Print what drawing needs: of a released model from its known shapes, else from the files."""
     name = next((name for name, repo in RELEASED.items() if arguments.model in (name, repo)), None)
     others = [getattr(arguments, part) for part in PART_OPTIONS if part not in ("distilled", "kv_cache")]
-    if name is None or any(others) or Path(arguments.model).exists():
-        print(plan_of(open_pipeline(arguments), arguments))
+    if name is None or any(others) or arguments.lora or Path(arguments.model).exists():
+        pipe = open_pipeline(arguments)
+        use_loras(pipe, arguments)
+        print(plan_of(pipe, arguments))
         return
     if arguments.kv_cache:
         check_keeps(name)
@@ -664,7 +697,7 @@ def interact(given: argparse.Namespace) -> None:
         steps = start(arguments, pipe)
         draw(steps, arguments, time.perf_counter(), saved=lambda image, settings: add(Picture(image, settings)))
 
-    session = Session(drawn, seed=usual.seed if is_seeded else None)
+    session = Session(drawn, seed=usual.seed if is_seeded else None, lora=tuple(usual.lora) or None)
     session.pictures += [Picture(open_reference(path), None) for path in references]
     if not given.quiet:
         print(HELP)

@@ -21,7 +21,8 @@ from typing import Any
 
 from .config import InputError
 
-# Options that concern the whole run.
+# Options that are given once for each file, and those that concern the whole run.
+SEVERAL = ("image", "lora")
 COMMAND_ALONE = ("help", "version", "prompt-file", "jobs", "resume", "interactive", "plan", "stats", "quiet")
 
 
@@ -65,8 +66,8 @@ class Job:
                 raise InputError(f"--{option} is for the command line, not for a job")
             if value is not None and option in ("steps", "num-steps", "schedule"):
                 arguments.sigmas = None  # as they would go before these
-            if value is not None and option == "image":
-                arguments.image = None  # else those of the command line would stay
+            if value is not None and option in SEVERAL:
+                setattr(arguments, option, None)  # else those of the command line would stay
             words += _words(option, value)
         arguments = parser.parse_args(words, arguments)
         arguments.prompt = prompt
@@ -79,8 +80,8 @@ def _words(option: str, value: Any) -> list[str]:
         return []
     if isinstance(value, bool):
         return [f"--{option}" if value else f"--no-{option}"]
-    if option == "image":  # given once for each
-        return [f"--image={path}" for path in (value if isinstance(value, list) else [value])]
+    if option in SEVERAL:
+        return [f"--{option}={path}" for path in (value if isinstance(value, list) else [value])]
     if isinstance(value, list):
         value = ",".join(map(str, value))
     elif isinstance(value, dict):

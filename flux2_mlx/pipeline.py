@@ -31,7 +31,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ._version import __version__
-from .adapters import Lora, attach, attached, check_scale, open_lora
+from .adapters import Lora, attach, attached, check_scale, merging, open_lora
 from .cache import read_prompt, write_prompt
 from .config import CheckpointError, InputError
 from .images import init_array, reference_array, reference_size, to_pil, to_unit
@@ -536,12 +536,9 @@ class Flux2Pipeline:
         name = where if name is None else name
         if name in self.loras:
             raise InputError(f"a LoRA {name!r} is loaded; set_lora changes its scale, and name= names another")
-        source = self.checkpoint.sources["transformer"]
-        lora = open_lora(
-            where, FluxKlein(self.checkpoint.transformer), source.weights, scale=scale, merge=merge, partial=partial
-        )
-        if merge:
-            lora(source.weights())  # refused now
+        weights = self.checkpoint.sources["transformer"].weights
+        model = FluxKlein(self.checkpoint.transformer)
+        lora = open_lora(where, model, weights, scale=scale, merge=merge, partial=partial)
         self._change_loras({**self.loras, name: lora})
         return lora
 
@@ -571,14 +568,14 @@ class Flux2Pipeline:
 
     def _change_loras(self, loras: dict[str, Lora]) -> None:
         merged = tuple(lora for lora in loras.values() if lora.merge)
+        if merged != self.checkpoint.sources["transformer"].changes:
+            checkpoint = merging(self.checkpoint, merged)
+            checkpoint.sources["transformer"].weights()  # or what is packed would be refused when it is too late
+            self.checkpoint, self.loras = checkpoint, loras
+            self.unload("transformer")
+            return
         self.loras = loras
         self._kept = [], []
-        source = self.checkpoint.sources["transformer"]
-        if merged != source.changes:
-            sources = {**self.checkpoint.sources, "transformer": replace(source, changes=merged)}
-            self.checkpoint = replace(self.checkpoint, sources=sources)
-            self._open("transformer")
-            return
         attach(self.transformer, self._beside())
         if self._loaded["transformer"] and not is_streamed(self.transformer):
             mx.eval(attached(self.transformer))

@@ -24,6 +24,7 @@ Type a prompt to draw it. $3 in a prompt is picture 3, as a reference; $$ is a d
   seed N            the seed of the next pictures; seed alone: a random one for each
   size W x H        their size; size alone: the model's, or the first reference's
   steps N           their steps; steps alone: the model's
+  lora FILE[:SCALE] draw with a LoRA, beside the others; lora alone: with none
   load FILE         open a picture, to refer to it
   save [N] FILE     write a picture, the last or that of this number, under another name
   help, quit        Ctrl-C stops a picture, Ctrl-D quits"""
@@ -34,6 +35,7 @@ COMMANDS = {
     "seed": re.compile(r"seed(?: +(\d+))?"),
     "size": re.compile(r"size(?: +(\d+) *[x×] *(\d+))?"),
     "steps": re.compile(r"steps(?: +(\d+))?"),
+    "lora": re.compile(r"lora(?: +((?:.+\.safetensors|[\w.-]+(?:/[\w.-]+)+)(?::-?[\d.]+)?))?"),
     "load": re.compile(r"load +(.+\.\w+)"),
     "save": re.compile(rf"save(?: +(\d+))? +(.+\.(?:{_SUFFIXES}))", re.IGNORECASE),
     "help": re.compile(r"help|\?"),
@@ -49,7 +51,7 @@ class Picture:
     settings: Settings | None
 
 
-# (prompt, its references, options of Flux2Pipeline.stream, None for those that are not set, what is told of each
+# (prompt, its references, options of the command, None for those that are not set, what is told of each
 # picture once it is saved): draws.
 Draw = Callable[[str, Sequence[Image.Image], Mapping[str, Any], Callable[[Picture], None]], None]
 
@@ -68,6 +70,7 @@ class Session:
     seed: int | None = None
     size: tuple[int, int] | None = None
     steps: int | None = None
+    lora: tuple[str, ...] | None = None
     last: str = ""
     count: int = 1  # of pictures that the last prompt gave
 
@@ -94,7 +97,7 @@ class Session:
         prompt, references = self.referring(text)
         self.last = text
         height, width = self.size or (None, None)
-        options = {"seed": self.seed, "height": height, "width": width, "num_steps": self.steps}
+        options = {"seed": self.seed, "height": height, "width": width, "num_steps": self.steps, "lora": self.lora}
         first = len(self.pictures) + 1
         self.draw(prompt, references, options, self.pictures.append)
         self.count = len(self.pictures) + 1 - first
@@ -141,6 +144,10 @@ class Session:
     def _steps(self, steps: str | None) -> str:
         self.steps = None if steps is None else int(steps)
         return "the usual steps" if steps is None else f"{steps} steps"
+
+    def _lora(self, lora: str | None) -> str:
+        self.lora = () if lora is None else (*(self.lora or ()), lora)
+        return f"LoRAs: {', '.join(self.lora) or 'none'}"
 
     def _load(self, path: str) -> str:
         self.pictures.append(Picture(open_image(Path(path).expanduser()), None))

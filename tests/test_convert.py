@@ -11,7 +11,7 @@ import pytest
 from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from safetensors.torch import load_file
 
-from flux2_mlx import Flux2Pipeline, InputError, Quantization, convert, open_checkpoint
+from flux2_mlx import Flux2Pipeline, InputError, Quantization, open_checkpoint, writing
 from flux2_mlx.checkpoints import bfl_vae, sanitize_vae_weights
 from flux2_mlx.convert import main
 from flux2_mlx.memory import weights_of
@@ -140,13 +140,13 @@ def test_little_is_held(tmp_path, memory):
     for name, quantization in (("dense", {}), ("packed", {"transformer": Quantization(4, 32)})):
         before = memory()
         mx.reset_peak_memory()
-        convert.convert(checkpoint, tmp_path / name, quantization=quantization)
+        writing.convert(checkpoint, tmp_path / name, quantization=quantization)
         assert mx.get_peak_memory() - before <= 2.5 * largest
         assert memory() == before
 
 
 def test_shards(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(writing, "SHARD_BYTES", 200_000)
     assert main([str(checkpoint), str(tmp_path / "copy"), "--quiet"]) == 0
     shards = sorted((tmp_path / "copy" / "transformer").glob("*.safetensors"))
     assert len(shards) > 2
@@ -181,12 +181,12 @@ def test_what_cannot_be_converted(checkpoint, tmp_path, capsys, monkeypatch):
     assert "GB are free in" in refused(capsys, checkpoint, tmp_path / "a", "--quiet")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
     with pytest.raises(InputError, match="layout must be one of diffusers, bfl, got 'x'"):
-        convert.convert(open_checkpoint(checkpoint), tmp_path / "a", layout="x")
+        writing.convert(open_checkpoint(checkpoint), tmp_path / "a", layout="x")
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError("disk")])
 def test_an_interrupted_conversion_leaves_nothing(checkpoint, tmp_path, capsys, monkeypatch, fault):
-    write, count = convert.write_safetensors, []
+    write, count = writing.write_safetensors, []
 
     def interrupted(*arguments):
         count.append(1)
@@ -194,7 +194,7 @@ def test_an_interrupted_conversion_leaves_nothing(checkpoint, tmp_path, capsys, 
             raise fault
         return write(*arguments)
 
-    monkeypatch.setattr(convert, "write_safetensors", interrupted)
+    monkeypatch.setattr(writing, "write_safetensors", interrupted)
     assert main([str(checkpoint), str(tmp_path / "out"), "--quiet"]) == (130 if fault is KeyboardInterrupt else 2)
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().err in ("interrupted; nothing was written\n", "error: disk\n")

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from flux2_mlx import RELEASED, CheckpointError, open_checkpoint
+from tests import loras
 from tests.hub import Hub
 from tests.test_weights import split
 from tests.tiny import rewrite
@@ -210,3 +211,25 @@ def test_a_part_that_is_a_repository(hub, damaged, tmp_path):
         run = generate(tmp_path, *arguments, "--distilled", url=hub.url)
         assert_refused(run, "name the file: someone/files/split/klein.safetensors")
     assert not any(name.endswith("klein.safetensors") for name in hub.downloads)
+
+
+def test_loras(damaged, tmp_path):
+    """The only file of a repository, with the config beside it, and a file of one that has several."""
+    weights = load_file(damaged / "transformer" / "diffusion_pytorch_model.safetensors")
+    for repo, names in (("one", ["style"]), ("more", ["style", "other"])):
+        (tmp_path / repo).mkdir()
+        for name in names:
+            loras.write(tmp_path / repo / f"{name}.safetensors", weights)
+    (tmp_path / "one" / "adapter_config.json").write_text('{"lora_alpha": 8}')
+    with Hub({f"someone/{repo}": tmp_path / repo for repo in ("one", "more")}) as hub:
+        model = ["--model", str(damaged)]
+        drawn = generate(tmp_path, *model, "--lora", "someone/one:0.5", url=hub.url)
+        assert drawn.returncode == 0, drawn.stderr
+        assert "someone/one:0.5: LoRA, 15 of 39 layers, rank 4, alpha 8" in drawn.stderr
+        drawn = generate(tmp_path, *model, "--lora", "someone/more/other.safetensors", url=hub.url)
+        assert drawn.returncode == 0, drawn.stderr
+        assert_refused(
+            generate(tmp_path, *model, "--lora", "someone/more", url=hub.url),
+            "several files; name one: someone/more/other.safetensors, someone/more/style.safetensors",
+        )
+        assert_refused(generate(tmp_path, *model, "--lora", "someone/none", url=hub.url), "no such repository")

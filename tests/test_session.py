@@ -27,7 +27,7 @@ def session():
     return session
 
 
-NOTHING = {"seed": None, "height": None, "width": None, "num_steps": None}
+NOTHING = {"seed": None, "height": None, "width": None, "num_steps": None, "lora": None}
 
 
 def test_a_line_is_drawn(session):
@@ -55,7 +55,7 @@ def test_settings_stay_until_they_are_taken_back(session):
     ]
     session.handle("a")
     session.handle("b")
-    expected = {"seed": 7, "height": 64, "width": 96, "num_steps": 8}
+    expected = NOTHING | {"seed": 7, "height": 64, "width": 96, "num_steps": 8}
     assert [options for _, _, options in session.asked] == [expected] * 2
     assert [session.handle(line) for line in ("seed", "size", "steps")] == [
         "seed random",

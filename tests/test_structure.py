@@ -19,12 +19,12 @@ LAYERS = [
     {"models.transformer", "models.text_encoder", "models.autoencoder", "models.taef2"},
     {"latents", "sampler", "checkpoints", "tokenizer", "memory"},
     {"quantize", "gguf_files"},
-    {"images", "weights", "commands", "jobs"},
+    {"images", "weights", "jobs"},
     {"streaming", "inpaint", "preview", "adapters"},
-    {"plan"},
-    {"pipeline"},
+    {"plan", "writing"},
+    {"commands", "pipeline"},
     {"session"},
-    {"generate", "convert"},
+    {"generate", "convert", "fuse"},
 ]
 RUNTIME = {"mlx", "numpy", "safetensors", "huggingface_hub", "tokenizers", "PIL", "tqdm", "flux2_mlx"}
 OPTIONAL = {"gguf_files": {"gguf"}}  # an extra, imported where it is needed

@@ -1,0 +1,438 @@
+"""Writing checkpoints: a folder in the diffusers layout, packed or not, or BFL's files; and checking what was written.
+
+Tensors are read, converted and written one at a time. The folder appears under its name only when it is whole. Of the
+text encoder it has the layers that FLUX.2 [klein] reads and no others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from tqdm.auto import tqdm
+
+from ._version import __version__
+from .checkpoints import PACKED, Deferred, bfl_transformer, bfl_vae, cast, diffusers_vae
+from .config import RELEASED, CheckpointError, InputError
+from .models.text_encoder import Qwen3TextEncoder
+from .models.transformer import FluxKlein
+from .quantize import (
+    Quantization,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    dense_layers,
+    mixed,
+    pack,
+    pack_plainly,
+    packing_in,
+    quantize,
+)
+from .weights import (
+    HUB_ID,
+    Checkpoint,
+    load_autoencoder,
+    load_text_encoder,
+    load_transformer,
+    open_checkpoint,
+    read_header,
+)
+
+LAYOUTS = ("diffusers", "bfl")
+SHARD_BYTES = 5 * 10**9
+CHECKSUMS = "SHA256SUMS"
+NUMBER_TYPES = {
+    mx.float32: "F32",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.uint32: "U32",
+    mx.uint8: "U8",
+    mx.int64: "I64",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the result, made when it is written; ``make`` is called once and keeps nothing."""
+
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    make: Callable[[], mx.array]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.size
+
+
+def dense_entry(name: str, weight: Any) -> Entry:
+    """A weight in bfloat16; integers, latent statistics and what is packed stay as they are."""
+    scale = name.endswith((".scales", ".biases"))
+    kept = weight if name.startswith("bn.") or scale else cast(weight, mx.bfloat16)
+    held = [kept]
+
+    def make() -> mx.array:
+        value = held.pop()
+        return value.make() if isinstance(value, Deferred) else value
+
+    return Entry(tuple(kept.shape), kept.dtype, make)
+
+
+def packed_entries(layer: str, weight: Any, how: Quantization) -> dict[str, Entry]:
+    """A dense weight as the packed layer's arrays; it is packed when the first of them is written."""
+    held, parts = [weight], dict[str, mx.array]()
+
+    def make(kind: str) -> mx.array:
+        if held:
+            dense = held.pop()
+            dense = dense.make() if isinstance(dense, Deferred) else dense
+            parts.update(zip(PACKED, pack(dense.astype(mx.bfloat16), how), strict=False))
+        return parts.pop(kind)
+
+    shapes = pack_plainly(mx.zeros(weight.shape, mx.bfloat16), how)
+    return {
+        f"{layer}.{kind}": Entry(tuple(array.shape), array.dtype, partial(make, kind))
+        for kind, array in zip(PACKED, shapes, strict=False)
+    }
+
+
+def entries_of(
+    module: nn.Module, weights: dict[str, Any], how: Quantization | None
+) -> tuple[dict[str, Entry], dict[str, Any]]:
+    """A component's tensors, taken out of ``weights``, with ``how`` the dense matrices packed; and what its config is
+    to say of the packing.
+
+    Raises:
+        InputError: for a layer whose inputs are no multiple of the group size.
+    """
+    quantize(module, packing_in(weights), pack_plainly)
+    recipe = mixed(module, how) if how is not None else lambda *_: None
+    ways = {path: recipe(path, layer) for path, layer in dense_layers(module)}
+    result: dict[str, Entry] = {}
+    while weights:
+        name = next(iter(weights))
+        weight = weights.pop(name)
+        layer = name.removesuffix(".weight")
+        way = ways.get(layer) if name.endswith(".weight") else None
+        if way is None:
+            result[name] = dense_entry(name, weight)
+        else:
+            way.check(layer, weight.shape[1])
+            result |= packed_entries(layer, weight, way)
+    return result, recipe_of(module, ways)
+
+
+def recipe_of(module: nn.Module, dense: Mapping[str, Quantization | None]) -> dict[str, Any]:
+    """How a component's layers are packed, for its config: the commonest way, and the layers with another or none."""
+    layers: dict[str, Any] = {path: way and asdict(way) for path, way in dense.items()}
+    for path, layer in module.named_modules():
+        if isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
+            layers[path] = asdict(layer.how)
+    ways = [way for way in layers.values() if way is not None]
+    if not ways:
+        return {}
+    commonest = max(ways, key=ways.count)
+    others = {path: way or False for path, way in layers.items() if way != commonest}
+    return {"quantization": {**commonest, **others}}
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def shards_of(entries: Mapping[str, Entry], limit: int) -> list[dict[str, Entry]]:
+    """The tensors in order, in as few files of at most ``limit`` bytes as that order allows."""
+    shards: list[dict[str, Entry]] = [{}]
+    for name, entry in entries.items():
+        filled = sum(other.nbytes for other in shards[-1].values())
+        if shards[-1] and filled + entry.nbytes > limit:
+            shards.append({})
+        shards[-1][name] = entry
+    return shards
+
+
+def write_safetensors(path: Path, entries: Mapping[str, Entry], written: Callable[[int], object]) -> str:
+    """One file, tensor by tensor; the hexadecimal SHA-256 of it.
+
+    Raises:
+        CheckpointError: for a tensor that is not finite.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx", "flux2_mlx": __version__}}
+    at = 0
+    for name, entry in entries.items():
+        header[name] = {
+            "dtype": NUMBER_TYPES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [at, at + entry.nbytes],
+        }
+        at += entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for part in (struct.pack("<Q", len(text)), text):
+            file.write(part)
+            digest.update(part)
+        for name, entry in entries.items():
+            array = entry.make()
+            if array.dtype in (mx.float32, mx.float16, mx.bfloat16) and not mx.isfinite(array).all().item():
+                raise CheckpointError(f"{name} has values that are not finite; fetch the file again")
+            raw = np.array(array.reshape(-1).view(mx.uint8))
+            del array
+            file.write(raw.data)
+            digest.update(raw.data)
+            written(entry.nbytes)
+    return digest.hexdigest()
+
+
+def convert(
+    checkpoint: Checkpoint,
+    target: Path,
+    *,
+    layout: str = "diffusers",
+    quantization: Mapping[str, Quantization] | None = None,
+    progress: bool = False,
+) -> None:
+    """Write a checkpoint as a folder that this library opens.
+
+    Args:
+        target: the folder, which must not exist; it appears when it is whole.
+        layout: "diffusers", or "bfl" for BFL's single files.
+        quantization: of "transformer" and "text_encoder", of what they hold dense; without it all is bfloat16.
+
+    Raises:
+        InputError: for a target that exists, too small a disk, or packed weights in BFL's layout.
+        CheckpointError: for weights that do not fit or are not finite.
+    """
+    if layout not in LAYOUTS:
+        raise InputError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    if target.exists():
+        raise InputError(f"{target} exists; give another name, or take it away")
+    how = dict(quantization or {})
+    parent = target.absolute().parent
+    if not parent.is_dir():
+        raise InputError(f"{parent} is no folder")
+    # The modules check names and shapes; none of their lazy weights is computed.
+    load_transformer(checkpoint, mx.bfloat16)
+    load_text_encoder(checkpoint, mx.bfloat16)
+    load_autoencoder(checkpoint, mx.bfloat16)
+    weights = {part: source.weights() for part, source in checkpoint.sources.items()}
+    files: dict[str, dict[str, Entry]] = {}
+    recipes: dict[str, dict[str, Any]] = {}
+    if layout == "bfl":
+        packed = sorted(name for part in weights.values() for name in part if name.endswith(".scales"))
+        if how or packed:
+            raise InputError("BFL's files hold no packed weights; take a checkpoint with dense ones, and no --quantize")
+        named = {
+            "transformer": bfl_transformer(weights.pop("transformer")),
+            "ae": bfl_vae(weights.pop("vae")),
+            "text_encoder": weights.pop("text_encoder"),
+        }
+        for single, tensors in named.items():
+            files[f"{single}.safetensors"] = {name: dense_entry(name, weight) for name, weight in tensors.items()}
+            tensors.clear()
+    else:
+        modules: dict[str, nn.Module] = {
+            "transformer": FluxKlein(checkpoint.transformer),
+            "text_encoder": Qwen3TextEncoder(checkpoint.text_encoder),
+        }
+        made = {part: entries_of(module, weights[part], how.get(part)) for part, module in modules.items()}
+        parts = {part: entries for part, (entries, _) in made.items()}
+        recipes = {part: recipe for part, (_, recipe) in made.items()}
+        vae = diffusers_vae(weights.pop("vae"))
+        parts["vae"] = {name: dense_entry(name, vae.pop(name)) for name in list(vae)}
+        for part, entries in parts.items():
+            stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+            shards = shards_of(entries, SHARD_BYTES)
+            for k, shard in enumerate(shards):
+                suffix = f"-{k + 1:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+                files[f"{part}/{stem}{suffix}.safetensors"] = shard
+    total = sum(entry.nbytes for entries in files.values() for entry in entries.values())
+    free = shutil.disk_usage(parent).free
+    if free < total + 2**20:
+        raise InputError(f"{target} needs {total / 1e9:.2f} GB and {free / 1e9:.2f} GB are free in {parent}")
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
+    try:
+        sums = {}
+        with tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=not progress) as bar:
+            for name in list(files):
+                (unfinished / name).parent.mkdir(exist_ok=True)
+                sums[name] = write_safetensors(unfinished / name, files.pop(name), bar.update)
+        for name, content in _texts(checkpoint, layout, recipes, list(sums), unfinished).items():
+            (unfinished / name).parent.mkdir(exist_ok=True)
+            (unfinished / name).write_text(content, encoding="utf-8")
+        tokenizer = unfinished / "tokenizer"
+        tokenizer.mkdir()
+        for file in sorted(checkpoint.tokenizer.iterdir()):
+            if file.suffix in (".json", ".jinja", ".txt") and file.is_file():
+                shutil.copyfile(file, tokenizer / file.name)
+        (unfinished / CHECKSUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+        unfinished.chmod(0o755)
+        unfinished.rename(target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _texts(
+    checkpoint: Checkpoint,
+    layout: str,
+    recipes: Mapping[str, Mapping[str, Any]],
+    written: Sequence[str],
+    folder: Path,
+) -> dict[str, str]:
+    """The files of text beside the weights, by name."""
+    configs: dict[str, Any] = {}
+    if layout == "diffusers":
+        kind = "Flux2KleinKVPipeline" if checkpoint.has_kv_cache else "Flux2KleinPipeline"
+        configs["model_index.json"] = {
+            "_class_name": kind,
+            "is_distilled": checkpoint.is_distilled,
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+            "tokenizer": ["transformers", "Qwen2TokenizerFast"],
+            "transformer": ["diffusers", "Flux2Transformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKLFlux2"],
+        }
+        configs["scheduler/scheduler_config.json"] = {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "num_train_timesteps": 1000,
+            "shift": 3.0,
+            "use_dynamic_shifting": True,
+            "time_shift_type": "exponential",
+        }
+        shapes = {
+            "transformer": checkpoint.transformer.to_config(),
+            "text_encoder": checkpoint.text_encoder.to_config(),
+            "vae": checkpoint.autoencoder.to_config(),
+        }
+        for part, config in shapes.items():
+            config |= recipes.get(part, {})
+            configs[f"{part}/config.json"] = config
+            shards = [name for name in written if name.startswith(f"{part}/")]
+            if len(shards) > 1:
+                stem = Path(shards[0]).name.split("-00001-of-")[0]
+                names = {key: Path(shard).name for shard in shards for key in read_header(folder / shard)}
+                size = sum((folder / shard).stat().st_size for shard in shards)
+                configs[f"{part}/{stem}.safetensors.index.json"] = {
+                    "metadata": {"total_size": size},
+                    "weight_map": names,
+                }
+    texts = {name: json.dumps(config, indent=2) + "\n" for name, config in configs.items()}
+    return texts | {"README.md": model_card(checkpoint, layout, recipes)}
+
+
+def model_card(checkpoint: Checkpoint, layout: str, recipes: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the folder is, where it comes from, and under which licence."""
+    source = RELEASED.get(checkpoint.name, checkpoint.name)
+    ways = {part: recipe["quantization"] for part, recipe in recipes.items() if recipe}
+    packed = "; ".join(
+        f"{part.replace('_', ' ')} mostly in {way['bits']} bits, groups of {way['group_size']} ({way['mode']})"
+        for part, way in ways.items()
+    )
+    sizes = {
+        7680: ("apache-2.0", "The 4B models of FLUX.2 [klein] are under Apache-2.0."),
+        12288: ("other", "The 9B models of FLUX.2 [klein] are under Black Forest Labs' non-commercial licence."),
+    }
+    licence, sentence = sizes.get(checkpoint.transformer.txt_embed_dim, ("other", ""))
+    merged = [Path(str(change)).name for change in checkpoint.sources["transformer"].changes]
+    is_on_hub = HUB_ID.fullmatch(source) is not None and not Path(source).exists()
+    return "\n".join(
+        [
+            "---",
+            "library_name: mlx",
+            "pipeline_tag: text-to-image",
+            *([f"base_model: {source}"] if is_on_hub else []),
+            f"license: {licence}",
+            "---",
+            "",
+            f"# {Path(source).name}, converted by flux2_mlx {__version__}",
+            "",
+            f"From {source if is_on_hub else Path(source).name}, in {layout} layout; {packed or 'bfloat16'}. The text",
+            "encoder has the layers that FLUX.2 [klein] reads and no others, so other programs need their own.",
+            "",
+            *([f"Merged into the transformer: {', '.join(merged)}.", ""] if merged else []),
+            f"{sentence} The licence of the model that this was made from applies.".strip(),
+            "",
+        ]
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- checking
+
+
+def check(folder: Path) -> Iterator[str]:
+    """Verify a folder: each weight file's header, length, values and recorded checksum, and that a model opens.
+
+    Yields:
+        a line for each file that is whole.
+
+    Raises:
+        CheckpointError: for the first fault.
+    """
+    recorded = {}
+    if (folder / CHECKSUMS).is_file():
+        for line in (folder / CHECKSUMS).read_text().splitlines():
+            digest, _, name = line.partition("  ")
+            recorded[name] = digest
+    files = sorted(folder.rglob("*.safetensors"))
+    missing = sorted(set(recorded) - {file.relative_to(folder).as_posix() for file in files})
+    if missing:
+        raise CheckpointError(f"{folder} has no {', '.join(missing)}")
+    if not files:
+        raise CheckpointError(f"{folder} has no safetensors files")
+    for file in files:
+        name = file.relative_to(folder).as_posix()
+        header = read_header(file)
+        if name in recorded:
+            digest = sha256(file)
+            if digest != recorded[name]:
+                raise CheckpointError(f"{file} is not what was written: its SHA-256 is {digest}, not {recorded[name]}")
+        arrays = mx.load(str(file), format="safetensors")
+        assert isinstance(arrays, dict)
+        for weight in sorted(arrays):
+            array = arrays.pop(weight)
+            if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+                raise CheckpointError(f"{file}: {weight} has values that are not finite")
+        yield f"{name}: {len(header)} tensors, {file.stat().st_size:,} bytes"
+    if (folder / "model_index.json").is_file():
+        checkpoint = open_checkpoint(folder)
+        load_transformer(checkpoint, mx.bfloat16)
+        load_text_encoder(checkpoint, mx.bfloat16)
+        load_autoencoder(checkpoint, mx.bfloat16)
+
+
+def sha256(file: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def upload(folder: Path, repo: str) -> str:
+    """Push a folder to the Hub as a private repository, or into one that is there; its address.
+
+    Raises:
+        InputError: where the Hub refuses, with the way out.
+    """
+    try:
+        huggingface_hub.create_repo(repo, private=True, exist_ok=True)
+        huggingface_hub.upload_folder(repo_id=repo, folder_path=folder)
+    except Exception as error:  # the Hub's client, its transfer library and its HTTP library each raise their own
+        raise InputError(
+            f"cannot upload to {repo}: {' '.join(str(error).split()) or type(error).__name__}; the folder {folder} "
+            "is whole (log in with `hf auth login` or set HF_TOKEN)"
+        ) from None
+    return f"https://huggingface.co/{repo}"
