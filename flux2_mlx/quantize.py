@@ -200,7 +200,30 @@ def _words(codes: mx.array, bits: int) -> mx.array:
 
 
 def unpack(weight: mx.array, scales: mx.array, biases: mx.array | None, how: Quantization) -> mx.array:
-    return mx.dequantize(weight, scales, biases, group_size=how.group_size, bits=how.bits, mode=how.mode)
+    """A packed weight (..., words) as (..., inputs), in the dtype of its scales."""
+    if biases is None or on_gpu():
+        return mx.dequantize(weight, scales, biases, group_size=how.group_size, bits=how.bits, mode=how.mode)
+    if 32 % how.bits:  # eight codes in so many bytes, for which there is no word
+        lead, octets = weight.shape[:-1], weight.view(mx.uint8)
+        weight = _lanes(octets.reshape(*lead, -1, how.bits))
+    return _unpacked(weight, scales, biases, how.bits, how.group_size)
+
+
+@mx.compile  # one kernel: mx.dequantize writes out what lies between on the CPU, of odd bits every single one
+def _lanes(octets: mx.array) -> mx.array:
+    """Bytes (..., n) as one number (...), the first byte lowest."""
+    parts = [octets[..., k].astype(mx.uint64) << (8 * k) for k in range(octets.shape[-1])]
+    return sum(parts[1:], parts[0])
+
+
+@mx.compile
+def _unpacked(lanes: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int) -> mx.array:
+    """Numbers (..., n) of several codes, the first one lowest, times their scales, and their biases: (..., inputs)."""
+    inputs = scales.shape[-1] * group_size
+    shifts = bits * mx.arange(inputs // lanes.shape[-1], dtype=lanes.dtype)
+    grouped = lanes.reshape(*scales.shape, -1, 1)
+    codes = ((grouped >> shifts) & (2**bits - 1)).astype(scales.dtype)
+    return (codes * scales[..., None, None] + biases[..., None, None]).reshape(*scales.shape[:-1], inputs)
 
 
 class QuantizedLinear(nn.Module):
@@ -416,14 +439,15 @@ ONE_ROW = re.compile(r"(\w+_modulation(_\w+)?|norm_out|time_guidance_embed)\.")
 
 def largest_dense_bytes(module: nn.Module, dtype: mx.Dtype) -> int:
     """Bytes of the largest packed matrix, or part of one, that is unpacked to be multiplied with; 0 without any. The
-    CPU backend unpacks by way of 32-bit codes, or of single bits where a word does not hold whole codes.
+    CPU backend unpacks bits for which there is no word by way of lanes, and other formats by way of 32-bit codes.
     """
 
-    def each(bits: int) -> int:
-        return dtype.size if on_gpu() else dtype.size + 4 if 32 % bits == 0 else 4 * bits + 4
+    def each(how: Quantization) -> int:
+        beside = 0 if on_gpu() else 4 if how.mode != "affine" else 1 if 32 % how.bits else 0
+        return dtype.size + beside
 
     sizes = [
-        int(layer.weight.size * 32 // layer.how.bits * each(layer.how.bits) * IN_PARTS.get(path.rpartition(".")[2], 1))
+        int(layer.weight.size * 32 // layer.how.bits * each(layer.how) * IN_PARTS.get(path.rpartition(".")[2], 1))
         for path, layer in module.named_modules()
         if isinstance(layer, QuantizedLinear) and not ONE_ROW.match(path)
     ]

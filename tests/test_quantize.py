@@ -63,6 +63,21 @@ def velocity(model: FluxKlein, tokens: int = 12) -> mx.array:
 # ------------------------------------------------------------------------------------------------ layers
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("bits", AFFINE_BITS)
+def test_unpacking_is_that_of_mlx(bits, group_size, dtype):
+    """In whatever way this backend does it: a matrix, rows of one by number, and a part of one."""
+    how = Quantization(bits, group_size)
+    packed = mx.quantize(mx.random.normal((24, 256), key=mx.random.key(bits)).astype(dtype), group_size, bits)
+    expected = mx.dequantize(*packed, group_size=group_size, bits=bits)
+    assert unpack(*packed, how).dtype == expected.dtype == dtype
+    assert mx.array_equal(unpack(*packed, how), expected)
+    ids = mx.array([[3, 5], [23, 3]])
+    assert mx.array_equal(unpack(*(array[ids] for array in packed), how), expected[ids])
+    assert mx.array_equal(unpack(*(array[5:17] for array in packed), how), expected[5:17])
+
+
 @pytest.mark.parametrize("how", WAYS, ids=str)
 @pytest.mark.parametrize("rows", [1, 3, DENSE_ROWS - 1, DENSE_ROWS])
 def test_a_packed_layer_multiplies_by_what_it_holds(how, rows):
