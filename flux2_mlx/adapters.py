@@ -27,7 +27,7 @@ import numpy as np
 from mlx.utils import tree_map
 from safetensors import safe_open
 
-from .checkpoints import INTEGERS, Deferred, Rows, lora_layers
+from .checkpoints import INTEGERS, Deferred, Rows, lora_layers, read_rows
 from .config import CheckpointError, InputError
 from .memory import weights_of
 from .models.blocks import Linear
@@ -218,7 +218,7 @@ class Lora:
         return deltas
 
     def __call__(self, weights: Mapping[str, Any]) -> dict[str, Any]:
-        """A transformer's weights with this merged, lazily.
+        """A transformer's weights with this merged, when their turn comes.
 
         Raises:
             CheckpointError: for packed weights, in which a small change would be lost.
@@ -321,6 +321,11 @@ def _fault(arrays: Mapping[str, mx.array], rows: Sequence[Rows], inputs: int) ->
     """Why a layer of a file cannot be used, or nothing."""
     if arrays.keys() - _OPTIONAL not in _FORMS or ("hada_t1" in arrays) != ("hada_t2" in arrays):
         return f"has {', '.join(sorted(arrays))} alone"
+    numbers = [name for name, array in arrays.items() if name != "alpha" and array.dtype in INTEGERS]
+    if numbers:
+        return f"has whole numbers in {', '.join(numbers)}"
+    if "alpha" in arrays and arrays["alpha"].size != 1:
+        return f"has {arrays['alpha'].size} alphas"
     outputs = sum(stop - start for _, start, stop in rows)
     try:
         if "down" in arrays or "hada_w1_a" in arrays:
@@ -331,14 +336,14 @@ def _fault(arrays: Mapping[str, mx.array], rows: Sequence[Rows], inputs: int) ->
             found = (left.shape[0] * right.shape[0], left.shape[1] * right.shape[1])
     except (ValueError, IndexError):  # what MLX raises for shapes that do not go together
         found = None
-    if found is None:
+    if found is None or _rank(arrays) == 0:
         return "has matrices that do not go together"
     if found != (outputs, inputs):
         wide = f", as {_WIDTHS[found[1]]}'s" if found[1] in _WIDTHS and inputs in _WIDTHS else ""
         return f"changes {found[0]} x {found[1]}, not {outputs} x {inputs}{wide}"
     magnitude = arrays.get("magnitude")
-    if magnitude is not None and magnitude.size != outputs:
-        return f"has DoRA lengths of {magnitude.size} inputs, not of {outputs} outputs, which is not read"
+    if magnitude is not None and not magnitude.shape[:1] == (magnitude.size,) == (outputs,):
+        return f"has DoRA lengths {magnitude.shape}, not one of each of its {outputs} outputs, which is not read"
     return ""
 
 
@@ -558,11 +563,9 @@ def _joined(deltas: Sequence[LowRank]) -> list[LowRank]:
 def _dense_rows(weights: Mapping[str, Any], path: str, shape: tuple[int, int]) -> Callable[[int, int], mx.array]:
     """Rows of a layer's weight in float32, from one up to another."""
     weight = weights[f"{path}.weight"]
-    if isinstance(weight, Deferred):
-        return lambda start, stop: weight.read(start, stop).astype(mx.float32)
     how = packing_in(weights)(path, Linear(shape[1], shape[0]))
     if how is None:
-        return lambda start, stop: weight[start:stop].astype(mx.float32)
+        return lambda start, stop: read_rows(weight, start, stop).astype(mx.float32)
     scales, biases = weights[f"{path}.scales"], weights.get(f"{path}.biases")
 
     def rows(start: int, stop: int) -> mx.array:
@@ -589,13 +592,11 @@ def fused(checkpoint: Checkpoint, given: Sequence[tuple[str, float]], partial: b
     return merging(checkpoint, loras)
 
 
-def _merged(weight: Any, deltas: Sequence[Delta]) -> Any:
-    """A weight with deltas in it, summed in float32."""
+def _merged(weight: Any, deltas: Sequence[Delta]) -> Deferred:
+    """A weight with deltas in it, summed in float32, some rows at a time."""
 
-    def rows(own: mx.array, start: int, stop: int) -> mx.array:
-        own = own.astype(mx.float32)
+    def read(start: int, stop: int) -> mx.array:
+        own = read_rows(weight, start, stop).astype(mx.float32)
         return sum((delta.change(own, start, stop) for delta in deltas), own).astype(weight.dtype)
 
-    if isinstance(weight, Deferred):
-        return Deferred(weight.shape, weight.dtype, lambda start, stop: rows(weight.read(start, stop), start, stop))
-    return rows(weight, 0, weight.shape[0])
+    return Deferred(weight.shape, weight.dtype, read)

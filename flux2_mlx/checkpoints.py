@@ -72,6 +72,11 @@ def cast(weight: Any, dtype: mx.Dtype) -> Any:
 INTEGERS = (mx.uint8, mx.int8, mx.uint32, mx.int64)
 
 
+def read_rows(weight: Any, start: int, stop: int) -> mx.array:
+    """Rows of a weight from one up to another, of a deferred one converted."""
+    return weight.read(start, stop) if isinstance(weight, Deferred) else weight[start:stop]
+
+
 def _rows(weight: Any, start: int, stop: int) -> Any:
     if isinstance(weight, Deferred):
         shape = (stop - start, *weight.shape[1:])
@@ -81,7 +86,7 @@ def _rows(weight: Any, start: int, stop: int) -> Any:
 
 def _joined(parts: list[Any]) -> Any:
     """The rows of some weights as one."""
-    if not isinstance(parts[0], Deferred):
+    if not any(isinstance(part, Deferred) for part in parts):
         return mx.concatenate(parts)
     ends = list(accumulate(part.shape[0] for part in parts))
 
@@ -90,7 +95,7 @@ def _joined(parts: list[Any]) -> Any:
         for part, end in zip(parts, ends, strict=True):
             first = end - part.shape[0]
             if start < end and stop > first:
-                found.append(part.read(max(start - first, 0), min(stop, end) - first))
+                found.append(read_rows(part, max(start - first, 0), min(stop, end) - first))
         return mx.concatenate(found)
 
     return Deferred((ends[-1], *parts[0].shape[1:]), parts[0].dtype, read)

@@ -14,6 +14,7 @@ from flux2_mlx.adapters import open_lora, parse_lora
 from flux2_mlx.fuse import main as fuse
 from flux2_mlx.generate import main as generate
 from flux2_mlx.memory import weights_of
+from flux2_mlx.weights import materialize
 from tests import loras
 
 SMALL = {"width": 80, "height": 64, "num_steps": 2, "max_sequence_length": 16, "seed": 3}
@@ -58,6 +59,7 @@ def styled(checkpoint, files, tmp_path_factory):
     return draw(Flux2Pipeline.from_pretrained(folder))
 
 
+@pytest.mark.filterwarnings("ignore:the .* is streamed and its weights are converted")
 @pytest.mark.parametrize("merge", [False, True], ids=["beside", "merged"])
 @pytest.mark.parametrize("memory", ["resident", "staged", "streamed"])
 def test_a_lora_is_drawn_with_until_it_is_unloaded(checkpoint, files, plain, styled, memory, merge):
@@ -180,6 +182,7 @@ def read(model, path, **options):
 
 
 KLEIN = {"diffusion_model.img_in.lora_A.weight": (4, 128), "diffusion_model.img_in.lora_B.weight": (64, 4)}
+SQUARE = {"lora_A.weight": (4, 64), "lora_B.weight": (64, 4), "dora_scale": (1, 64)}
 
 
 @pytest.mark.parametrize(
@@ -210,8 +213,15 @@ KLEIN = {"diffusion_model.img_in.lora_A.weight": (4, 128), "diffusion_model.img_
                 "txt_in.lora_B.weight": (64, 4),
                 "txt_in.dora_scale": (1, 192),
             },
-            "DoRA lengths of 192 inputs, not of 64 outputs",
+            "DoRA lengths (1, 192), not one of each of its 64 outputs",
         ),
+        (
+            {"double_blocks.0.img_attn.proj." + kind: shape for kind, shape in SQUARE.items()},
+            "DoRA lengths (1, 64), not one of each of its 64 outputs",
+        ),
+        ({"txt_in.lora_A.weight": (0, 192), "txt_in.lora_B.weight": (64, 0)}, "do not go together"),
+        ({"txt_in.lora_A.weight": (192,), "txt_in.lora_B.weight": (64, 4)}, "do not go together"),
+        ({**{name.replace("img_in", "txt_in"): s for name, s in KLEIN.items()}, "txt_in.alpha": (2,)}, "has 2 alphas"),
     ],
 )
 def test_keys_that_fit_nothing_are_named(model, tmp_path, shapes, expected):
@@ -288,6 +298,9 @@ def test_files_that_are_none(model, tmp_path):
         read(model, path)
     save_file({name: tensor.to(torch.int64) for name, tensor in tensors.items()}, path)
     with pytest.raises(CheckpointError, match="formats that are not read"):
+        read(model, path)
+    save_file({name: tensor.to(torch.uint8) for name, tensor in tensors.items()}, path)
+    with pytest.raises(CheckpointError, match=r"img_in has whole numbers in (up, down|down, up)"):
         read(model, path)
     with pytest.raises(CheckpointError, match=r"no LoRA 'nowhere.safetensors'"):
         read(model, "nowhere.safetensors")
@@ -378,8 +391,8 @@ def test_fuse_writes_a_checkpoint_with_them(checkpoint, files, tmp_path, capsys,
     assert f"Merged into the transformer: {lora.name}:0.5." in (target / "README.md").read_text()
     pipe = Flux2Pipeline.from_pretrained(checkpoint, dtype="bfloat16")
     pipe.load_lora(lora, scale=0.5, merge=True)
-    theirs = load_file(target / WEIGHTS)
-    ours = weights_of(pipe.transformer)
+    list(materialize(pipe.transformer))
+    ours, theirs = weights_of(pipe.transformer), load_file(target / WEIGHTS)
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():
         assert np.array_equal(np.array(weight.astype(mx.float32)), theirs[name].float().numpy()), name
@@ -396,6 +409,17 @@ def test_fuse_packs_what_was_merged(checkpoint, files, tmp_path, weights, styled
     dense = np.array(mx.dequantize(layer.weight, layer.scales, layer.biases, group_size=32, bits=8))
     assert np.abs(dense - merged.numpy()).max() < 0.02 * merged.abs().max()
     assert np.abs(draw(pipe) - styled).mean() < 2
+
+
+def test_fuse_into_files_of_bfl(checkpoint, tmp_path, weights, capsys):
+    """Also where a LoRA changes one of the three layers that are one there."""
+    lora, target = tmp_path / "a.safetensors", tmp_path / "fused"
+    arrays = {"lora_A.weight": torch.ones(2, 64), "lora_B.weight": torch.ones(64, 2)}
+    save_file({f"transformer.transformer_blocks.0.attn.to_k.{kind}": array for kind, array in arrays.items()}, lora)
+    assert fuse([str(checkpoint), str(target), "--lora", str(lora), "--layout", "bfl", "--quiet"]) == 0
+    fused = load_file(target / "transformer.safetensors")["double_blocks.0.img_attn.qkv.weight"]
+    q, k, v = (weights[f"transformer_blocks.0.attn.to_{name}.weight"] for name in "qkv")
+    assert torch.equal(fused, torch.cat([q, k + 2, v]).bfloat16())
 
 
 def test_fuse_refuses_in_one_line(checkpoint, files, tmp_path, capsys):

@@ -135,7 +135,7 @@ FIGURES |= {"memory_plan": "stages", "passes": "passes"}
         ["stages", "--random", "tiny", "--size", "64", "--text-length", "16", "--repeats", "1"],
         ["stages", "--model", "CHECKPOINT", "--size", "64", "--text-length", "16", "--repeats", "0"],
         ["full_size", "--tiny", "--size", "64", "--steps", "1"],
-        ["packed_step", "--tiny", "--tokens", "516", "--repeats", "1"],
+        ["packed_step", "--tiny", "--tokens", "516", "--repeats", "1", "--lora", "4"],
         ["packing", "--model", "CHECKPOINT", "--captions", "1", "--layers"],
         ["passes", "--model", "tiny", "--size", "64", "--reference", "64", "--batch", "2", "--repeats", "1"],
         ["memory_plan", "FOLDER", "--tiny", "--size", "64", "--text-length", "16", "--memory", "streamed"],

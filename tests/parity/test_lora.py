@@ -10,7 +10,7 @@ from diffusers import Flux2KleinPipeline
 from flux2_mlx import FluxKlein, FluxKleinParams, QuantizedFluxKlein
 from flux2_mlx.adapters import attach, open_lora
 from flux2_mlx.memory import weights_of
-from flux2_mlx.weights import assign
+from flux2_mlx.weights import assign, materialize
 from tests import loras, tiny
 from tests.parity.compare import relative_error, to_torch
 from tests.parity.test_transformer import inputs, ported, theirs
@@ -44,6 +44,7 @@ def ways(model, file, **options):
     attach(beside, [open_lora(str(file), beside, lambda: own, **options)])
     lora = open_lora(str(file), ported(model), lambda: own, merge=True, **options)
     merged = assign(FluxKlein(FluxKleinParams.from_config(model.config)), lora(own), mx.float32, "test")
+    list(materialize(merged))
     return {"beside": beside(*args), "merged": merged(*args)}
 
 
