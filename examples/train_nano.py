@@ -65,8 +65,8 @@ TRANSFORMER_STEPS = 9000
 BATCH_EVERY = 8  # steps
 POOL_START, POOL_SIZE = 64, 400  # batches
 COPIES = 160  # of the transformer's steps, the first ones, which learn to copy a reference
-EARLY = 0.1  # of the transformer's steps, all at home
-AWAY = 0.5  # of the batches after those, of any size
+EARLY = 0.25  # of the transformer's steps, all at home
+AWAY = 0.25  # of the batches after those, of any size
 CHANGED = 8  # times as much as the rest of an edit's picture weighs what is changed
 OWN = 0.8  # of the transformer's steps, before those from where its own steps lead
 VOCABULARY = 640  # tokens, the special ones among them
@@ -554,7 +554,6 @@ class Encoders:
                 height, width = rng.choice(SIDES), rng.choice(SIDES)
             second = (height, width) if rng.random() < 0.7 else (rng.choice(SIDES), rng.choice(SIDES))
             count, length = (32, TEXT_LENGTH) if rng.random() < 0.96 else (8, LONG_TEXT)
-            count = count * HOME[0] * HOME[1] // (height * width)
         share = rng.random()
         if share < 0.3:
             kinds = ["draw"] * count
