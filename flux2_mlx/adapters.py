@@ -27,7 +27,7 @@ import numpy as np
 from mlx.utils import tree_map
 from safetensors import safe_open
 
-from .checkpoints import INTEGERS, Deferred, Rows, lora_layers, read_rows
+from .checkpoints import INTEGERS, Deferred, Rows, bfl_lora, lora_layers, read_rows
 from .config import CheckpointError, InputError
 from .memory import weights_of
 from .models.blocks import Linear
@@ -476,7 +476,7 @@ def open_lora(
         InputError: for a scale that is none.
     """
     check_scale(scale)
-    shapes = {path: _shape(layer) for path, layer in model.named_modules() if isinstance(layer, LINEAR)}
+    shapes = {path: linear_shape(layer) for path, layer in model.named_modules() if isinstance(layer, LINEAR)}
     file = lora_file(where)
     lora = Lora(where, file, float(scale), merge, partial, shapes=shapes)
     layers, faults = _read(lora)
@@ -511,12 +511,44 @@ def _summary(layers: Sequence[_Layer], shapes: Mapping[str, Any], faults: Sequen
     return ", ".join(parts) + (f"; passed over: {'; '.join(faults)}" if faults else "")
 
 
+# ---------------------------------------------------------------------------------------------------- writing
+
+NAMES = ("diffusers", "comfyui")
+
+
+def lora_arrays(
+    layers: Mapping[str, tuple[mx.array, mx.array]], alpha: float, names: str = "diffusers"
+) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """A LoRA as a file has it: its arrays, and its header's metadata.
+
+    With diffusers' names the header says alpha, as diffusers reads it. ComfyUI reads no header, and diffusers no alpha
+    under BFL's names: there up is multiplied by alpha over rank, which every reader understands.
+
+    Args:
+        layers: of each layer, by its path, down (R, inputs) and up (outputs, R).
+        names: of NAMES.
+    """
+    if names == "comfyui":
+        scaled = {path: (down, up * (alpha / down.shape[0])) for path, (down, up) in layers.items()}
+        prefix, layers, metadata = "diffusion_model", bfl_lora(scaled), {}
+    else:
+        rank = next(iter(layers.values()))[0].shape[0]
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": sorted(layers)}
+        values = {f"transformer.{name}": value for name, value in config.items()}
+        prefix, metadata = "transformer", {"lora_adapter_metadata": json.dumps(values, sort_keys=True)}
+    arrays = {}
+    for name, (down, up) in layers.items():
+        arrays[f"{prefix}.{name}.lora_A.weight"] = down
+        arrays[f"{prefix}.{name}.lora_B.weight"] = up
+    return arrays, {"format": "pt", **metadata}
+
+
 # ---------------------------------------------------------------------------------------------------- layers
 
 LINEAR = (Linear, QuantizedLinear)
 
 
-def _shape(layer: Linear | QuantizedLinear) -> tuple[int, int]:
+def linear_shape(layer: Linear | QuantizedLinear) -> tuple[int, int]:
     """(outputs, inputs), of a packed layer too."""
     rows, columns = layer.weight.shape
     return rows, columns * 32 // layer.how.bits if isinstance(layer, QuantizedLinear) else columns

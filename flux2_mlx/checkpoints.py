@@ -589,6 +589,31 @@ def bfl_transformer(weights: Mapping[str, Any]) -> dict[str, Any]:
     return named
 
 
+def bfl_lora(layers: Mapping[str, tuple[mx.array, mx.array]]) -> dict[str, tuple[mx.array, mx.array]]:
+    """A LoRA's down (R, inputs) and up (outputs, R) of each layer, by its path, under BFL's names. Of a fused q, k, v
+    down has the ranks of all three, and up a block for each; what is not there is left out, its outputs zero.
+    """
+    modules: dict[str, tuple[str, ...]] = dict(_BFL)
+    for bfl, ours in _BLOCKS.items():
+        for number in range(_block_count(layers, ours)):
+            for inner, targets in _BFL_BLOCKS[bfl].items():
+                modules[f"{bfl}.{number}.{inner}"] = tuple(f"{ours}.{number}.{target}" for target in targets)
+    named = {}
+    for module, targets in modules.items():
+        present = [target for target in targets if target in layers]
+        if not present:
+            continue
+        down = mx.concatenate([layers[target][0] for target in present])
+        blocks = []
+        for target in targets:
+            own = layers[target][1] if target in layers else layers[present[0]][1][:, :0]
+            before = sum(layers[other][1].shape[1] for other in present if other in targets[: targets.index(target)])
+            blocks.append(mx.pad(own, [(0, 0), (before, down.shape[0] - before - own.shape[1])]))
+        up = mx.concatenate(blocks)
+        named[module] = down, _swap_halves(up) if module == "final_layer.adaLN_modulation.1" else up
+    return named
+
+
 def _channels_first(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """Convolutions (out, h, w, in) as (out, in, h, w), and the count that torch's BatchNorm has."""
     named = {

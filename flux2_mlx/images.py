@@ -221,13 +221,13 @@ def save_preview(image: Image.Image, path: Path) -> None:
     """Write a picture over the preview before it, never half of one."""
     info = PngImagePlugin.PngInfo()
     info.add_text(PREVIEW_KEY, "")
-    with _written_beside(path) as temporary:
+    with written_beside(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
         temporary.replace(path)
 
 
 @contextlib.contextmanager
-def _written_beside(path: Path) -> Iterator[Path]:
+def written_beside(path: Path) -> Iterator[Path]:
     """A temporary file in the folder of one that is to be written, gone in the end unless it was renamed.
 
     Raises:
@@ -285,7 +285,7 @@ def save_image(image: Image.Image, path: str | os.PathLike[str], metadata: Mappi
             warnings.warn(f"{path} does not say how it was made: the prompt is too long for a JPEG", stacklevel=2)
             exif = Image.Exif()
         options = {**options, "exif": exif}
-    with _written_beside(path) as temporary:
+    with written_beside(path) as temporary:
         image.save(temporary, format=kind, **options)
         return _move_to_free_name(temporary, path)
 

@@ -486,12 +486,15 @@ class Flux2Pipeline:
             memory=self.memory,
         )
 
-    def encode(self, prompts: Sequence[str], max_sequence_length: int | None = None) -> None:
+    def encode(self, prompts: Sequence[str], max_sequence_length: int | None = None) -> list[mx.array]:
         """Encode prompts of calls to come, which then need no text encoder; kept until the next call of this.
 
         Args:
             prompts: negative ones too.
             max_sequence_length: as ``stream`` takes it.
+
+        Returns:
+            the embeddings (1, L, D) of each.
 
         Raises:
             InputError: for what is no prompt, or a length that cannot be.
@@ -502,6 +505,7 @@ class Flux2Pipeline:
             check_prompt(prompt)
         encoded = self._encode(prompts, length, Stats())
         self._ahead = {(text, length): embeds for text, embeds in encoded.items()}
+        return [encoded[text] for text in prompts]
 
     # ------------------------------------------------------------------------------------------------ LoRAs
 

@@ -20,14 +20,15 @@ LAYERS = [
     {"latents", "sampler", "checkpoints", "tokenizer", "memory"},
     {"quantize", "gguf_files"},
     {"images", "weights", "jobs"},
-    {"streaming", "inpaint", "preview", "adapters"},
+    {"streaming", "inpaint", "preview", "adapters", "dataset"},
     {"plan", "writing"},
     {"commands", "pipeline"},
-    {"session"},
-    {"generate", "convert", "fuse"},
+    {"session", "training"},
+    {"generate", "convert", "fuse", "lora"},
 ]
 RUNTIME = {"mlx", "numpy", "safetensors", "huggingface_hub", "tokenizers", "PIL", "tqdm", "flux2_mlx"}
-OPTIONAL = {"gguf_files": {"gguf"}}  # an extra, imported where it is needed
+# An extra, and a module that Python has from 3.11 on, each imported where it is needed.
+OPTIONAL = {"gguf_files": {"gguf"}, "lora": {"tomllib"}}
 
 
 def module_name(path: Path) -> str:
