@@ -27,7 +27,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
@@ -300,9 +300,31 @@ def add_adapters(model: FluxKlein, options: TrainingOptions) -> dict[str, Adapte
     return adapters
 
 
-def run_again(block: nn.Module, *arguments: Any, method: str = "__call__") -> Any:
-    """As models.blocks.run_block, but in the backward pass the block is computed again, instead of kept."""
-    return nn.utils.checkpoint(block, getattr(block, method))(*arguments)
+def run_again(block: nn.Module, *arguments: Any) -> Any:
+    """As models.blocks.run_block, but the backward pass computes the block again, instead of keeping what is inside.
+
+    One block after another: its computing again waits for the gradient of its outputs, and the block before it for the
+    gradients of its weights. MLX's own checkpointing leaves the order open, and then holds the insides of several.
+    """
+    names, weights = zip(*tree_flatten(block.trainable_parameters()), strict=True)
+    places, inputs = zip(*((k, x) for k, x in tree_flatten(list(arguments)) if x is not None), strict=True)
+
+    def forward(*arrays: mx.array) -> list[mx.array]:
+        block.update(tree_unflatten(list(zip(names, arrays[: len(names)], strict=True))))
+        given = dict(zip(places, arrays[len(names) :], strict=True))
+        out = block(*tree_map_with_path(lambda place, x: given.get(place), list(arguments)))
+        return list(out) if isinstance(out, tuple) else [out]
+
+    checkpointed = mx.custom_function(forward)
+
+    @checkpointed.vjp
+    def backward(arrays: Any, cotangents: Any, _: Any) -> list[mx.array]:
+        _, gradients = mx.vjp(forward, mx.depends(list(arrays), list(cotangents)), list(cotangents))
+        own, passed_on = gradients[: len(names)], gradients[len(names) :]
+        return [*own, *mx.depends(passed_on, own)]
+
+    out = checkpointed(*weights, *inputs)
+    return tuple(out) if len(out) > 1 else out[0]
 
 
 # ---------------------------------------------------------------------------------------------------- what is cached

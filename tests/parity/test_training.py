@@ -127,14 +127,14 @@ def test_loss_and_gradients_equal_torch(plain, packed, references, again):
 
 def test_bfloat16_keeps_float32_where_it_counts(plain):
     """Activations of the base's dtype, weights and gradients of the LoRA in float32."""
-    model, layers = trained()
+    _, layers = trained()
     ours = ported(plain, mx.bfloat16)
     adapted(ours, layers)
     given, _ = batch(plain)
     loss, gradients = nn.value_and_grad(ours, lambda *values: flow_loss(ours, *values))(*given)
     assert {array.dtype for _, array in tree_flatten(gradients)} == {mx.float32} == {loss.dtype}
     assert {layer.dtype for name, layer in tree_flatten(ours.parameters()) if "deltas" not in name} == {mx.bfloat16}
-    clean, noise, t, _, txt, rope = given
+    clean, _, t, _, txt, rope = given
     assert ours.forward_with_rope(clean, txt, t, *rope).dtype == mx.bfloat16
 
 
