@@ -1,13 +1,16 @@
-"""What the commands share: a parser that tells faults in one line, the options that say which model to open, and those
-that say what to write of it.
+"""What the commands share: a parser that tells faults in one line, the options that say which model to open, those that
+say what to write of it, and the processes that were started together.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
+
+import mlx.core as mx
 
 from .adapters import fused, parse_lora
 from .config import InputError
@@ -98,3 +101,11 @@ def run_command(run: Callable[[], None]) -> int:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
     return 0
+
+
+def launched() -> mx.distributed.Group | None:
+    """The processes that mlx.launch, or mpirun, started this one with, if there are several."""
+    if not any(name in os.environ for name in ("MLX_RANK", "OMPI_COMM_WORLD_RANK")):
+        return None
+    group = mx.distributed.init()
+    return group if group.size() > 1 else None

@@ -34,7 +34,7 @@ METADATA = "metadata.jsonl"
 KEYS = ("file_name", "text", "reference")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif")
 MIN_PICTURES = 3
-MIN_SIDE, MAX_ASPECT = 64, 8  # of what is trained on
+MIN_SIDE = 64  # of what is trained on
 MAX_CAPTION_BYTES = 100_000  # far beyond what the text encoder reads
 
 Size = tuple[int, int]  # height, width in pixels
@@ -256,10 +256,10 @@ def bucket(height: int, width: int, resolution: int) -> Size:
     no more than the picture has, that of the nearest aspect. Sides are multiples of a sixteenth of the resolution, and
     of 16, so that pictures of like aspects share one.
     """
-    side = min(resolution, math.isqrt(height * width))
-    grain = max(PIXELS_PER_TOKEN, side // 256 * PIXELS_PER_TOKEN)
+    area = min(resolution**2, height * width)
+    grain = max(PIXELS_PER_TOKEN, math.isqrt(area) // 256 * PIXELS_PER_TOKEN)
     least = -(-MIN_SIDE // grain) * grain
-    sizes = [(tall, side * side // tall // grain * grain) for tall in range(least, MAX_ASPECT * side, grain)]
+    sizes = [(tall, area // tall // grain * grain) for tall in range(least, area // MIN_SIDE + 1, grain)]
     fitting = [size for size in sizes if size[1] >= MIN_SIDE]
     return min(fitting, key=lambda size: abs(math.log(size[0] / size[1] * width / height)))
 

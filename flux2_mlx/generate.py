@@ -27,7 +27,16 @@ from tqdm.auto import tqdm
 from ._version import __version__
 from .adapters import parse_lora
 from .cache import cache_folder
-from .commands import LORA_HELP, MODEL_HELP, MODEL_OPTIONS, PART_OPTIONS, PARTIAL_HELP, Parser, add_model_options
+from .commands import (
+    LORA_HELP,
+    MODEL_HELP,
+    MODEL_OPTIONS,
+    PART_OPTIONS,
+    PARTIAL_HELP,
+    Parser,
+    add_model_options,
+    launched,
+)
 from .config import KV, MAX_SEQUENCE_LENGTH, NANO, RELEASED, AutoEncoderConfig, InputError
 from .images import (
     FORMATS,
@@ -538,14 +547,6 @@ def draw(
 
 
 # ---------------------------------------------------------------------------------------------------- jobs
-
-
-def launched() -> mx.distributed.Group | None:
-    """The processes that mlx.launch, or mpirun, started this one with, if there are several."""
-    if not any(name in os.environ for name in ("MLX_RANK", "OMPI_COMM_WORLD_RANK")):
-        return None
-    group = mx.distributed.init()
-    return group if group.size() > 1 else None
 
 
 class Jobs:

@@ -31,13 +31,17 @@ from tqdm.auto import tqdm
 
 from ._version import __version__
 from .adapters import NAMES
-from .commands import MODEL_HELP, MODEL_OPTIONS, Parser, add_model_options
-from .config import InputError
+from .commands import MODEL_HELP, MODEL_OPTIONS, PART_OPTIONS, Parser, add_model_options, launched
+from .config import MAX_SEQUENCE_LENGTH, RELEASED, InputError
 from .dataset import Batches, DataError, Example, Size, bucket, fingerprint, read_dataset
 from .images import open_image, reference_size, written_beside
 from .latents import PIXELS_PER_TOKEN
-from .memory import weight_bytes, wired
-from .pipeline import Flux2Pipeline, check_prompt
+from .memory import machine_memory, weight_bytes, wired, within
+from .models.autoencoder import AutoEncoder
+from .models.text_encoder import Qwen3TextEncoder
+from .models.transformer import FluxKlein
+from .pipeline import Flux2Pipeline, check_prompt, dtype_of
+from .plan import TrainingPlan, make_training_plan, released_modules
 from .quantize import parse_options, tune
 from .training import (
     DECAYS,
@@ -47,6 +51,7 @@ from .training import (
     Progress,
     Trainer,
     TrainingOptions,
+    adapter_size,
     pictures_of,
     training_dtype,
 )
@@ -140,10 +145,7 @@ def parse(argv: Sequence[str] | None) -> tuple[TrainingOptions, argparse.Namespa
     if run.resume is not None:
         values["output"] = str(run.resume)
     for name, example in (("data", "photos"), ("output", "my-lora")):
-        if name not in values:
-            if name == "output" and run.plan:
-                values[name] = example
-                continue
+        if not values.setdefault(name, "") and not run.plan:
             raise InputError(f"no {name}: give one, as in --{name} {example}")
     return TrainingOptions(**values), run
 
@@ -191,19 +193,13 @@ def check(options: TrainingOptions, resumes: bool) -> None:
         if text:
             check_prompt(text)
     output = Path(options.output)
-    if not resumes and (output / STATE).exists():
+    if options.output and not resumes and (output / STATE).exists():
         raise InputError(f"{output} has a run: --resume {output} goes on with it; or give another --output")
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file; --output names a folder")
 
 
 # ---------------------------------------------------------------------------------------------------- a run
-
-
-def launched() -> mx.distributed.Group | None:
-    """The processes that mlx.launch started this one with, if there are several."""
-    group = mx.distributed.init()
-    return group if group.size() > 1 else None
 
 
 def train(options: TrainingOptions, run: argparse.Namespace) -> int:
@@ -223,8 +219,11 @@ def train(options: TrainingOptions, run: argparse.Namespace) -> int:
     identity = fingerprint(examples)
     _agree(identity, group)
     pipe = open_pipeline(options, run)
-    if is_first and not quiet:
-        print(summary(examples, options), file=sys.stderr)
+    modules = pipe.text_encoder, pipe.transformer, pipe.autoencoder
+    length, shapes = pipe.tokenizer.default_length, sorted({example.shape for example in examples})
+    plan = plan_of(modules, options, pipe.dtype, length, shapes, pipe.memory_limit)
+    if not quiet:
+        print(f"{summary(examples, options)}\n{plan.summary()}", file=sys.stderr)
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
     encoded = Encoded(pipe, output / "cache")
@@ -245,7 +244,8 @@ def train(options: TrainingOptions, run: argparse.Namespace) -> int:
         log.cut(trainer.step)
     if is_first:
         _write_text(output / CONFIG, json.dumps(options.metadata(), indent=2) + "\n")
-    with wired(pipe.memory_limit), _interrupts() as interrupted:
+    working = plan.stages[-1].working
+    with wired(pipe.memory_limit), within(pipe.memory_limit, working), _interrupts() as interrupted:
         is_stopped = _steps(trainer, log, identity, validation, interrupted, quiet, is_first)
     if is_stopped and is_first:
         print(f"interrupted after step {trainer.step}; --resume {output} goes on", file=sys.stderr)
@@ -323,6 +323,51 @@ def open_pipeline(options: TrainingOptions, run: argparse.Namespace) -> Flux2Pip
             "klein-base-9b) and draw with the LoRA on either; --allow-distilled trains it all the same"
         )
     return pipe
+
+
+def plan_of(
+    modules: tuple[Qwen3TextEncoder, FluxKlein, AutoEncoder],
+    options: TrainingOptions,
+    dtype: mx.Dtype,
+    length: int,
+    shapes: Sequence[Sequence[Size]],
+    limit: int,
+) -> TrainingPlan:
+    """What training needs, on pictures and references of these shapes."""
+    return make_training_plan(
+        *modules,
+        dtype=dtype,
+        shapes=shapes,
+        length=length,
+        batch=options.batch_size,
+        adapters=adapter_size(modules[1], options),
+        averages=options.ema > 0,
+        again=options.grad_checkpoint,
+        draws=options.validation_prompt is not None,
+        limit=limit,
+    )
+
+
+def print_plan(options: TrainingOptions, run: argparse.Namespace) -> None:
+    """Print what training needs: of a released model from its known shapes, else from the files; without a data set, on
+    pictures of the full resolution and no references.
+    """
+    side = options.resolution // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN
+    shapes: list[tuple[Size, ...]] = [((side, side),)]
+    if options.data:
+        examples = read_dataset(Path(options.data), options.resolution, options.trigger)
+        shapes = sorted({example.shape for example in examples})
+    name = next((name for name, repo in RELEASED.items() if options.model in (name, repo)), None)
+    others = [getattr(options, part) for part in PART_OPTIONS if part not in ("distilled", "kv_cache")]
+    if name is None or any(others) or Path(options.model).exists():
+        pipe = open_pipeline(options, run)
+        modules = pipe.text_encoder, pipe.transformer, pipe.autoencoder
+        print(plan_of(modules, options, pipe.dtype, pipe.tokenizer.default_length, shapes, pipe.memory_limit))
+        return
+    dtype = dtype_of(training_dtype(options.dtype))
+    packed = parse_options(options.quantize, options.quantize_text_encoder, options.group_size)
+    limit = machine_memory() if run.memory_limit is None else int(run.memory_limit * 1e9)
+    print(plan_of(released_modules(name, dtype, packed), options, dtype, MAX_SEQUENCE_LENGTH, shapes, limit))
 
 
 def load(pipe: Flux2Pipeline, quiet: bool) -> None:
@@ -521,6 +566,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             options, run = parse(argv)
             check(options, run.resume is not None)
+            if run.plan:
+                print_plan(options, run)
+                return 0
             return train(options, run)
         except DataError as error:
             count = len(error.faults)

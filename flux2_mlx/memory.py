@@ -148,6 +148,27 @@ def transformer_bytes(
     )
 
 
+def training_bytes(
+    params: FluxKleinParams, tokens: int, dtype: mx.Dtype, batch: int, *, again: bool, packed: bool
+) -> int:
+    """Intermediates of the loss of pictures with so many text and image tokens each, and of its gradients. Attention
+    has no fused backward pass on any backend, so that its scores are written out.
+
+    Args:
+        again: whether blocks are computed again in the backward pass; then their inputs are kept, and the insides of
+            one, else of all.
+        packed: whether matrices are; the backward pass takes them unpacked, of one block or of all.
+    """
+    unit, blocks = batch * tokens * params.hidden_size * dtype.size, params.depth + params.depth_single
+    scores = tokens * params.num_heads / params.hidden_size  # in units
+    single = (4 * params.hidden_size + 3 * params.mlp_hidden) * params.hidden_size * dtype.size if packed else 0
+    half = 8 if dtype.size < 4 else 0  # what is computed in float32 all the same
+    if again:
+        return int(unit * (blocks + max(40, 30 + 3 * scores) + half) + single)
+    doubles = 2 * params.depth + params.depth_single  # a double block has two streams' matrices
+    return int(unit * (16 + blocks * (22 + 1.3 * scores) + half) + doubles * single)
+
+
 def kept_bytes(params: FluxKleinParams, tokens: int, dtype: mx.Dtype) -> int:
     """Keys and values of so many reference tokens in every block."""
     return 2 * (params.depth + params.depth_single) * tokens * params.hidden_size * dtype.size

@@ -18,6 +18,7 @@ from .memory import (
     kept_bytes,
     stage_dtype,
     text_encoder_bytes,
+    training_bytes,
     transformer_bytes,
     weight_bytes,
 )
@@ -97,15 +98,17 @@ class Plan:
 
     def __str__(self) -> str:
         """A table, in GB of 10^9 bytes, and what will be done."""
+        return "\n".join([*self.table(), f"all together {self.resident / 1e9:.2f} GB", self.summary()])
+
+    def table(self) -> list[str]:
+        """Lines: a head, and one for each stage."""
         rows = [["stage", "weights", "work", "alone", "streamed"]]
         for stage in self.stages:
             alone, streamed = stage.weights + stage.working, stage.streamed + stage.working
             rows.append(
                 [stage.name, *(f"{size / 1e9:.2f}" for size in (stage.weights, stage.working, alone, streamed))]
             )
-        lines = [f"{row[0]:16}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows]
-        lines.append(f"all together {self.resident / 1e9:.2f} GB")
-        return "\n".join([*lines, self.summary()])
+        return [f"{row[0]:16}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows]
 
     def summary(self) -> str:
         """One line: the mode, what it needs, and what there is."""
@@ -115,6 +118,23 @@ class Plan:
         if self.peak <= self.limit:
             return line
         return f"{line}, which is too much; a smaller picture, fewer bits (--quantize) or another --memory needs less"
+
+
+class TrainingPlan(Plan):
+    """What training takes: prompts and pictures are encoded first, and nothing of that stays."""
+
+    def __str__(self) -> str:
+        return "\n".join([*self.table(), self.summary()])
+
+    @property
+    def peak(self) -> int:
+        return max(map(self.needed, self.stages))
+
+    def summary(self) -> str:
+        line = f"memory: about {self.peak / 1e9:.2f} of {self.limit / 1e9:.2f} GB"
+        if self.peak <= self.limit:
+            return line
+        return f"{line}, which is too much; fewer bits (quantize), a lower resolution or smaller batches need less"
 
 
 def stage_of(name: str, module: nn.Module, dtype: mx.Dtype, intermediates: int, attention: int = 0) -> Stage:
@@ -170,6 +190,53 @@ def make_plan(
     working = decoder_bytes(config, height, width, pictures) + held
     stages.append(stage_of("decoder", autoencoder.decoder, pictures, working))
     return Plan(tuple(stages), limit, memory)
+
+
+def make_training_plan(
+    text_encoder: Qwen3TextEncoder,
+    transformer: FluxKlein,
+    autoencoder: AutoEncoder,
+    *,
+    dtype: mx.Dtype,
+    shapes: Sequence[Sequence[tuple[int, int]]],
+    length: int,
+    batch: int,
+    adapters: int,
+    averages: bool,
+    again: bool,
+    draws: bool,
+    limit: int,
+) -> TrainingPlan:
+    """Plan the training of a LoRA; the modules' weights are not read.
+
+    Args:
+        dtype: of the transformer's activations.
+        shapes: (height, width) of each picture and of its references, as they are trained on.
+        length: tokens of a caption.
+        batch: pictures in a pass.
+        adapters: numbers in the LoRA.
+        averages: whether it has a moving average.
+        again: see memory.training_bytes.
+        draws: whether pictures are drawn in between.
+        limit: bytes that there are.
+    """
+    pictures, config, params = stage_dtype("autoencoder", dtype), autoencoder.config, transformer.params
+    text_dtype = stage_dtype("text_encoder", dtype)
+    stages = [
+        stage_of("text encoder", text_encoder, text_dtype, text_encoder_bytes(text_encoder.config, length, text_dtype))
+    ]
+    working = max(encoder_bytes(config, *size, pictures) for shape in shapes for size in shape)
+    stages.append(stage_of("pictures", autoencoder.encoder, pictures, working))
+    tokens = length + max(sum(h * w for h, w in shape) for shape in shapes) // 256
+    unpacked = largest_dense_bytes(transformer, dtype)
+    working = unpacked + training_bytes(params, tokens, dtype, batch, again=again, packed=unpacked > 0)
+    if draws:
+        height, width = max((shape[0] for shape in shapes), key=lambda size: size[0] * size[1])
+        working = max(working, weight_bytes(autoencoder.decoder) + decoder_bytes(config, height, width, pictures))
+    # In float32: the weights, their gradients twice (of a pass and of the step), the optimizer's two moments.
+    weights = weight_bytes(transformer) + (6 if averages else 5) * adapters * mx.float32.size
+    stages.append(Stage("training", weights, weights, working))
+    return TrainingPlan(tuple(stages), limit)
 
 
 def released_modules(

@@ -287,6 +287,11 @@ def targeted(model: FluxKlein, targets: Sequence[str]) -> dict[str, Any]:
     return {path: layer for path, layer in layers.items() if path in wanted}
 
 
+def adapter_size(model: FluxKlein, options: TrainingOptions) -> int:
+    """Numbers in the LoRA that add_adapters makes."""
+    return options.rank * sum(sum(linear_shape(layer)) for layer in targeted(model, options.targets).values())
+
+
 def add_adapters(model: FluxKlein, options: TrainingOptions) -> dict[str, Adapter]:
     """Let the targeted layers of a model learn a LoRA, and nothing else of it; by their paths."""
     model.freeze()
@@ -300,19 +305,19 @@ def add_adapters(model: FluxKlein, options: TrainingOptions) -> dict[str, Adapte
     return adapters
 
 
-def run_again(block: nn.Module, *arguments: Any) -> Any:
+def run_again(block: nn.Module, *arguments: Any, method: str = "__call__") -> Any:
     """As models.blocks.run_block, but the backward pass computes the block again, instead of keeping what is inside.
 
     One block after another: its computing again waits for the gradient of its outputs, and the block before it for the
     gradients of its weights. MLX's own checkpointing leaves the order open, and then holds the insides of several.
     """
-    names, weights = zip(*tree_flatten(block.trainable_parameters()), strict=True)
-    places, inputs = zip(*((k, x) for k, x in tree_flatten(list(arguments)) if x is not None), strict=True)
+    weights, inputs = _named(block.trainable_parameters()), _named(arguments)
+    count = len(weights)
 
     def forward(*arrays: mx.array) -> list[mx.array]:
-        block.update(tree_unflatten(list(zip(names, arrays[: len(names)], strict=True))))
-        given = dict(zip(places, arrays[len(names) :], strict=True))
-        out = block(*tree_map_with_path(lambda place, x: given.get(place), list(arguments)))
+        block.update(tree_unflatten(list(zip(weights, arrays[:count], strict=True))) if weights else {})
+        given = dict(zip(inputs, arrays[count:], strict=True))
+        out = getattr(block, method)(*tree_map_with_path(lambda name, _: given.get(name), arguments))
         return list(out) if isinstance(out, tuple) else [out]
 
     checkpointed = mx.custom_function(forward)
@@ -320,11 +325,16 @@ def run_again(block: nn.Module, *arguments: Any) -> Any:
     @checkpointed.vjp
     def backward(arrays: Any, cotangents: Any, _: Any) -> list[mx.array]:
         _, gradients = mx.vjp(forward, mx.depends(list(arrays), list(cotangents)), list(cotangents))
-        own, passed_on = gradients[: len(names)], gradients[len(names) :]
-        return [*own, *mx.depends(passed_on, own)]
+        own, passed_on = gradients[:count], gradients[count:]
+        return [*own, *mx.depends(passed_on, own)] if own else gradients
 
-    out = checkpointed(*weights, *inputs)
+    out: Any = checkpointed(*weights.values(), *inputs.values())
     return tuple(out) if len(out) > 1 else out[0]
+
+
+def _named(tree: Any) -> dict[str, mx.array]:
+    """The arrays of a tree by their names in it."""
+    return {name: array for name, array in cast("list[tuple[str, Any]]", tree_flatten(tree)) if array is not None}
 
 
 # ---------------------------------------------------------------------------------------------------- what is cached
@@ -497,7 +507,7 @@ class Trainer:
         # torch's AdamW corrects the bias of the first steps; MLX's does so where it is asked to.
         self.optimizer = optim.AdamW(options.learning_rate, weight_decay=options.weight_decay, bias_correction=True)
         self.optimizer.init(model.trainable_parameters())
-        self.average = dict(self._parameters()) if options.ema else {}
+        self.average = self._parameters() if options.ema else {}
         self.step = 0
         self._gradients = nn.value_and_grad(model, lambda share, *given: share * flow_loss(model, *given))
 
@@ -538,7 +548,7 @@ class Trainer:
             # Early on the average of few: TensorFlow's ExponentialMovingAverage does so too.
             decay = min(options.ema, (1 + self.step) / (10 + self.step))
             self.average = {
-                name: decay * self.average[name] + (1 - decay) * array for name, array in self._parameters()
+                name: decay * self.average[name] + (1 - decay) * array for name, array in self._parameters().items()
             }
         mx.eval(self.model.trainable_parameters(), self.optimizer.state, self.average)
         return Progress(self.step, told, rate, size, pictures)
@@ -590,7 +600,7 @@ class Trainer:
             v = self.model.forward_with_rope(mx.concatenate([x, *seen], axis=1), txt, mx.array([sigma]), *rope)
             return v[:, :tokens].astype(mx.float32)
 
-        trained = dict(self._parameters())
+        trained = self._parameters()
         self.model.eval()
         self.model.load_weights(list(self.learned().items()), strict=False)
         try:
@@ -611,7 +621,7 @@ class Trainer:
 
     def learned(self) -> dict[str, mx.array]:
         """The arrays that are the result: the moving average where there is one."""
-        return self.average or dict(self._parameters())
+        return self.average or self._parameters()
 
     def save_lora(self, path: Path) -> None:
         """Write the LoRA, in the dtype that it was computed with.
@@ -675,13 +685,12 @@ class Trainer:
         mx.eval(self.model.trainable_parameters(), self.optimizer.state, self.average)
 
     def _state(self) -> dict[str, mx.array]:
-        named = {f"parameters/{name}": array for name, array in self._parameters()}
-        state = cast("list[tuple[str, mx.array]]", tree_flatten(self.optimizer.state))
-        named |= {f"optimizer/{name}": array for name, array in state}
+        named = {f"parameters/{name}": array for name, array in self._parameters().items()}
+        named |= {f"optimizer/{name}": array for name, array in _named(self.optimizer.state).items()}
         return named | {f"average/{name}": array for name, array in self.average.items()}
 
-    def _parameters(self) -> list[tuple[str, mx.array]]:
-        return cast("list[tuple[str, mx.array]]", tree_flatten(self.model.trainable_parameters()))
+    def _parameters(self) -> dict[str, mx.array]:
+        return _named(self.model.trainable_parameters())
 
     def _rope(self, shape: Sequence[Size]) -> tuple[mx.array, mx.array]:
         params = self.model.params
