@@ -4,8 +4,8 @@
     python -m flux2_mlx.lora --config fox.json --steps 2000
     python -m flux2_mlx.lora --resume fox
 
-The folder of a run has lora.safetensors (the latest), checkpoints/ (every so many steps), samples/, log.jsonl (one line
-a step), loss.png, config.json (the options), state.safetensors (to go on with), and cache/ (latents, prompts).
+The folder of a run has lora.safetensors (the latest), checkpoints/ (LoRAs of earlier steps, and the state to go on
+with), samples/, log.jsonl (a line a step), loss.png, config.json (the options), and cache/ (latents, prompts).
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ from .training import (
 )
 from .weights import materialize
 
-CONFIG, STATE, LORA, LOG, CURVE = "config.json", "state.safetensors", "lora.safetensors", "log.jsonl", "loss.png"
+CONFIG, LORA, LOG, CURVE = "config.json", "lora.safetensors", "log.jsonl", "loss.png"
+CHECKPOINTS = "checkpoints"
+STATE = f"{CHECKPOINTS}/state.safetensors"  # beside lora.safetensors it would make the folder one of two LoRAs
 MAX_FAULTS = 20  # of a data set that are printed
 SMOOTHED = 50  # steps whose losses are averaged to be looked at
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -224,10 +226,10 @@ def train(options: TrainingOptions, run: argparse.Namespace) -> int:
     plan = plan_of(modules, options, pipe.dtype, length, shapes, pipe.memory_limit)
     if not quiet:
         print(f"{summary(examples, options)}\n{plan.summary()}", file=sys.stderr)
-    output = Path(options.output)
-    output.mkdir(parents=True, exist_ok=True)
-    encoded = Encoded(pipe, output / "cache")
     validation = Validation.of(options, pipe)
+    output = Path(options.output)
+    (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    encoded = Encoded(pipe, output / "cache")
     prompts = {"": None, **dict.fromkeys(example.caption for example in examples)}
     pictures = [sized for example in examples for sized in pictures_of(example)]
     if validation is not None:
@@ -288,8 +290,7 @@ def _steps(
             bar.update()
             is_last = trainer.step == options.steps
             if trainer.step % options.save_every == 0 and not is_last:
-                (output / "checkpoints").mkdir(exist_ok=True)
-                trainer.save_lora(output / "checkpoints" / f"step-{trainer.step:06}.safetensors")
+                trainer.save_lora(output / CHECKPOINTS / f"step-{trainer.step:06}.safetensors")
             if trainer.step % options.save_every == 0 or is_last or is_stopped:
                 save()
             if validation is not None and (trainer.step % options.validate_every == 0 or is_last):
@@ -412,7 +413,10 @@ class Validation:
         references = []
         for path in map(Path, options.validation_image):
             image = open_image(path)
-            reference_size(image)
+            try:
+                reference_size(image)
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from None
             references.append((path, bucket(image.height, image.width, options.resolution)))
         side = options.resolution // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN
         size = references[0][1] if references else (side, side)

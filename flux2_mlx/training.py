@@ -377,6 +377,7 @@ class Encoded:
             for text, embeds in zip(part, self.pipe.encode(part), strict=True):
                 _write(self._prompt_file(text), embeds)
             yield len(part)
+        self.pipe.encode(new[-1:])  # which keeps the latest alone
         self.pipe.unload("text_encoder")
         autoencoder, config = self.pipe.autoencoder, self.pipe.checkpoint.autoencoder
         for path, size in sized:

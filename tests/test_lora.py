@@ -347,7 +347,7 @@ def test_computing_blocks_again_changes_no_number(dropout):
         (["--quantize", "9"], "9"),
         (["--validation-image", "a.png"], "validation_image belongs to validation_prompt"),
         (["--config", "nowhere.json"], "cannot read nowhere.json"),
-        (["--resume", "nowhere"], "nowhere has no state.safetensors"),
+        (["--resume", "nowhere"], "nowhere has no checkpoints/state.safetensors"),
         (["--resume", "a", "--config", "b"], "--config is for a new one"),
         (["--rnak", "4"], "unrecognized arguments: --rnak"),
     ],
@@ -413,11 +413,12 @@ RANDOM = ["--dropout", 0.2, "--caption-dropout", 0.3, "--ema", 0.9, "--batch-siz
 def test_a_run_writes_what_it_says(pictures, tmp_path, capsys):
     output = tmp_path / "run"
     words = ["--steps", 4, "--save-every", 2, "--validation-prompt", "a red circle", "--validate-every", 3]
-    assert train(pictures, output, *words, "--ema", 0.5, "--learning-rate", 0.01) == 0
+    assert train(pictures, output, *words, "--ema", 0.5, "--learning-rate", 0.05, "--warmup", 0) == 0
     assert capsys.readouterr().out == f"{output / LORA}\n"
-    files = {"config.json", "log.jsonl", "lora.safetensors", "loss.png", "state.safetensors"}
+    files = {"config.json", "log.jsonl", "lora.safetensors", "loss.png"}
     assert {path.name for path in output.iterdir()} == files | {"cache", "checkpoints", "samples"}
-    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-000002.safetensors"]
+    kept = {path.name for path in (output / "checkpoints").iterdir()}
+    assert kept == {"step-000002.safetensors", "state.safetensors"}
     samples = sorted((output / "samples").iterdir())
     assert [path.name for path in samples] == [f"step-{k:06}.png" for k in (0, 3, 4)]
     lines = log(output)
@@ -441,12 +442,13 @@ def test_a_run_writes_what_it_says(pictures, tmp_path, capsys):
     assert f"{output} has a run: --resume {output} goes on with it" in capsys.readouterr().err
 
 
-def test_a_run_learns(pictures, tmp_path):
-    """On a handful of pictures the loss of fixed noise falls."""
-    assert train(pictures, tmp_path / "run", "--steps", 40, "--learning-rate", 0.003, "--warmup", 1) == 0
+def test_a_run_learns(pictures, tmp_path, monkeypatch):
+    """Of passes that come again with the same noise the loss falls."""
+    inputs = Trainer.inputs
+    monkeypatch.setattr(Trainer, "inputs", lambda trainer, number: inputs(trainer, number % 4))
+    assert train(pictures, tmp_path / "run", "--steps", 40, "--learning-rate", 0.01, "--rank", 4) == 0
     losses = [line["loss"] for line in log(tmp_path / "run")]
-    assert np.isfinite(losses).all()
-    assert state(tmp_path / "run")["parameters/transformer_blocks.0.attn.to_q.deltas.0.up"].any()
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
 
 
 def test_going_on_is_never_having_stopped(pictures, tmp_path, capsys):
