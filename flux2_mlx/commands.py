@@ -103,6 +103,14 @@ def run_command(run: Callable[[], None]) -> int:
     return 0
 
 
+def gigabytes(text: str) -> int:
+    """GB of 10^9 bytes in bytes."""
+    size = float(text) * 1e9
+    if not 1 <= size < 2**63:
+        raise ValueError
+    return int(size)
+
+
 def launched() -> mx.distributed.Group | None:
     """The processes that mlx.launch, or mpirun, started this one with, if there are several."""
     if not any(name in os.environ for name in ("MLX_RANK", "OMPI_COMM_WORLD_RANK")):

@@ -35,6 +35,7 @@ from .commands import (
     PARTIAL_HELP,
     Parser,
     add_model_options,
+    gigabytes,
     launched,
 )
 from .config import KV, MAX_SEQUENCE_LENGTH, NANO, RELEASED, AutoEncoderConfig, InputError
@@ -123,14 +124,6 @@ def sides(text: str) -> dict[str, int]:
     if len({name for name, _, _ in pairs}) < len(pairs):
         raise ValueError
     return {name.strip(): int(pixels) for name, _, pixels in pairs}
-
-
-def gigabytes(text: str) -> int:
-    """GB of 10^9 bytes in bytes."""
-    size = float(text) * 1e9
-    if not 1 <= size < 2**63:
-        raise ValueError
-    return int(size)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from ._version import __version__
 from .adapters import NAMES
-from .commands import MODEL_HELP, MODEL_OPTIONS, PART_OPTIONS, Parser, add_model_options, launched
+from .commands import MODEL_HELP, MODEL_OPTIONS, PART_OPTIONS, Parser, add_model_options, gigabytes, launched
 from .config import MAX_SEQUENCE_LENGTH, RELEASED, InputError
 from .dataset import Batches, DataError, Example, Size, bucket, fingerprint, read_dataset
 from .images import open_image, reference_size, written_beside
@@ -118,7 +118,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("validation_image", what="pictures that it is edited from", nargs="+", metavar="FILE")
     add("validate_every", int, "steps between these pictures")
     add("validation_steps", int, "that they are drawn in (25; distilled 4)")
-    parser.add_argument("--memory-limit", type=float, metavar="GB", help="memory to keep to (what the machine has now)")
+    parser.add_argument(
+        "--memory-limit", type=gigabytes, metavar="GB", help="memory to keep to (what the machine has now)"
+    )
     parser.add_argument("--plan", action="store_true", help="print what training needs, and train nothing")
     parser.add_argument("--quiet", action="store_true", help="no bars, no summary")
     parser.add_argument("--version", action="version", version=f"flux2_mlx {__version__}")
@@ -304,13 +306,12 @@ def open_pipeline(options: TrainingOptions, run: argparse.Namespace) -> Flux2Pip
     Raises:
         InputError: for one that is not to be trained.
     """
-    limit = None if run.memory_limit is None else run.memory_limit * 1e9
     pipe = Flux2Pipeline.from_pretrained(
         options.model,
         revision=options.revision,
         dtype=training_dtype(options.dtype),
         cache=False,
-        memory_limit=limit,
+        memory_limit=run.memory_limit,
         progress=not run.quiet,
         **{name: getattr(options, name) for name in MODEL_OPTIONS},
     )
@@ -367,7 +368,7 @@ def print_plan(options: TrainingOptions, run: argparse.Namespace) -> None:
         return
     dtype = dtype_of(training_dtype(options.dtype))
     packed = parse_options(options.quantize, options.quantize_text_encoder, options.group_size)
-    limit = machine_memory() if run.memory_limit is None else int(run.memory_limit * 1e9)
+    limit = run.memory_limit or machine_memory()
     print(plan_of(released_modules(name, dtype, packed), options, dtype, MAX_SEQUENCE_LENGTH, shapes, limit))
 
 

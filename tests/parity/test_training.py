@@ -8,15 +8,17 @@ import torch
 from diffusers import Flux2KleinPipeline
 from mlx.utils import tree_flatten
 from peft import LoraConfig
+from PIL import Image
 from safetensors import safe_open
 
-from flux2_mlx import FluxKlein, QuantizedFluxKlein, image_ids, text_ids
+from flux2_mlx import Flux2Pipeline, FluxKlein, QuantizedFluxKlein, image_ids, text_ids
 from flux2_mlx.adapters import NAMES, attach, lora_arrays, open_lora
+from flux2_mlx.lora import main
 from flux2_mlx.memory import weights_of
 from flux2_mlx.quantize import QuantizedLinear
 from flux2_mlx.training import TrainingOptions, add_adapters, flow_loss, run_again, save_arrays
 from tests import tiny
-from tests.parity.compare import relative_error, to_mlx, to_torch
+from tests.parity.compare import assert_same_picture, relative_error, to_mlx, to_torch
 from tests.parity.test_transformer import inputs, ported, theirs
 
 RANK, ALPHA = 4, 6.0
@@ -186,3 +188,27 @@ def test_some_of_a_fused_layer_in_names_of_bfl(plain, tmp_path):
     own = weights_of(again)
     attach(again, [open_lora(str(file), again, lambda: own)])
     assert relative_error(again(*args), to_torch(expected)) <= 1e-5
+
+
+def test_a_trained_file_draws_the_same_picture_in_diffusers(base_reference, tmp_path):
+    """Of the command, on a base model, with guidance."""
+    pipe, folder = base_reference
+    data, output = tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+    rng = np.random.default_rng(0)
+    for k in range(3):
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(data / f"{k}.png")
+        (data / f"{k}.txt").write_text(f"picture {k}")
+    small = ["--model", folder, "--resolution", 64, "--rank", 4, "--steps", 2, "--warmup", 0, "--learning-rate", 0.1]
+    assert main([str(word) for word in (*small, "--data", data, "--output", output, "--quiet")]) == 0
+    options = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 2.0}
+    plain = pipe(prompt="a red fox", generator=torch.Generator().manual_seed(3), **options).images[0]
+    pipe.load_lora_weights(output)
+    try:
+        expected = pipe(prompt="a red fox", generator=torch.Generator().manual_seed(3), **options).images[0]
+    finally:
+        pipe.unload_lora_weights()
+    ours = Flux2Pipeline.from_pretrained(folder)
+    ours.load_lora(output)
+    assert_same_picture(ours("a red fox", seed=3, **options).images[0], expected)
+    assert np.abs(np.asarray(plain, int) - np.asarray(expected)).max() > 8
