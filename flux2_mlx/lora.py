@@ -586,7 +586,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            print("interrupted; what was saved before is kept", file=sys.stderr)
             return INTERRUPTED
 
 

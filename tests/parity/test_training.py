@@ -199,9 +199,10 @@ def test_a_trained_file_draws_the_same_picture_in_diffusers(base_reference, tmp_
     for k in range(3):
         Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(data / f"{k}.png")
         (data / f"{k}.txt").write_text(f"picture {k}")
-    small = ["--model", folder, "--resolution", 64, "--rank", 4, "--steps", 2, "--warmup", 0, "--learning-rate", 0.1]
-    assert main([str(word) for word in (*small, "--data", data, "--output", output, "--quiet")]) == 0
-    options = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 2.0}
+    small = ["--model", folder, "--resolution", 64, "--rank", 4, "--steps", 4, "--warmup", 0, "--learning-rate", 0.02]
+    layers = ["--targets", "transformer_blocks", "single_transformer_blocks", "proj_out"]
+    assert main([str(word) for word in (*small, *layers, "--data", data, "--output", output, "--quiet")]) == 0
+    options = {"height": 64, "width": 64, "num_inference_steps": 6, "guidance_scale": 2.0, "max_sequence_length": 64}
     plain = pipe(prompt="a red fox", generator=torch.Generator().manual_seed(3), **options).images[0]
     pipe.load_lora_weights(output)
     try:
