@@ -245,14 +245,14 @@ def train(options: TrainingOptions, run: argparse.Namespace) -> int:
     log = Log(output / LOG)
     if run.resume is not None:
         trainer.load(output / STATE, identity)
-        log.cut(trainer.step)
     if is_first:
+        log.cut(trainer.step)
         _write_text(output / CONFIG, json.dumps(options.metadata(), indent=2) + "\n")
     working = plan.stages[-1].working
     with wired(pipe.memory_limit), within(pipe.memory_limit, working), _interrupts() as interrupted:
         is_stopped = _steps(trainer, log, identity, validation, interrupted, quiet, is_first)
     if is_stopped and is_first:
-        print(f"interrupted after step {trainer.step}; --resume {output} goes on", file=sys.stderr)
+        print(f"interrupted after step {trainer.step}; flux2-lora --resume {output} goes on", file=sys.stderr)
     elif is_first:
         print(output / LORA)
     return INTERRUPTED if is_stopped else 0
@@ -295,7 +295,7 @@ def _steps(
                 trainer.save_lora(output / CHECKPOINTS / f"step-{trainer.step:06}.safetensors")
             if trainer.step % options.save_every == 0 or is_last or is_stopped:
                 save()
-            if validation is not None and (trainer.step % options.validate_every == 0 or is_last):
+            if validation is not None and not is_stopped and (trainer.step % options.validate_every == 0 or is_last):
                 validation.draw(trainer)
     return is_stopped and trainer.step < options.steps
 
@@ -319,7 +319,7 @@ def open_pipeline(options: TrainingOptions, run: argparse.Namespace) -> Flux2Pip
         raise InputError(
             f"{options.model} keeps its references, which is not trained here; klein-base-9b can be trained"
         )
-    if pipe.checkpoint.is_distilled and not run.allow_distilled:
+    if pipe.checkpoint.is_distilled and not run.allow_distilled and run.resume is None:
         raise InputError(
             f"{options.model} is distilled, and training it undoes that: train the base model (klein-base-4b, "
             "klein-base-9b) and draw with the LoRA on either; --allow-distilled trains it all the same"
@@ -448,7 +448,7 @@ class Log:
         self.lines: list[dict[str, float]] = []
 
     def cut(self, step: int) -> None:
-        """Go on after ``step`` steps: lines of later ones, which come again, are taken out."""
+        """Go on after ``step`` steps: lines of later ones, of what was killed before it saved, are taken out."""
         with contextlib.suppress(OSError, ValueError):
             lines = [json.loads(line) for line in self.path.read_text().splitlines()]
             self.lines = [line for line in lines if line["step"] <= step]

@@ -487,7 +487,7 @@ def test_going_on_is_never_having_stopped(pictures, tmp_path, capsys):
             patch.setattr(Trainer, "take_step", killed)
             assert train(pictures, tmp_path / name, *words) == 2
         assert len(log(tmp_path / name)) == 3, "a line after the last checkpoint"
-        assert main(["--resume", str(tmp_path / name), "--allow-distilled", "--quiet"]) == 0
+        assert main(["--resume", str(tmp_path / name), "--quiet"]) == 0
     whole, parts = (state(tmp_path / name) for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     for name in whole:
@@ -509,17 +509,17 @@ def test_an_interrupt_saves(pictures, tmp_path, capsys, monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     assert train(pictures, tmp_path / "run", "--steps", 4) == 130
     assert signal.getsignal(signal.SIGINT) == before
-    assert f"interrupted after step 2; --resume {tmp_path / 'run'} goes on" in capsys.readouterr().err
+    assert f"interrupted after step 2; flux2-lora --resume {tmp_path / 'run'} goes on" in capsys.readouterr().err
     assert [line["step"] for line in log(tmp_path / "run")] == [1, 2]
     monkeypatch.setattr(Trainer, "take_step", step)
-    assert main(["--resume", str(tmp_path / "run"), "--allow-distilled", "--quiet", "--steps", "3"]) == 0
+    assert main(["--resume", str(tmp_path / "run"), "--quiet", "--steps", "3"]) == 0
     assert [line["step"] for line in log(tmp_path / "run")] == [1, 2, 3]
 
 
 def test_going_on_otherwise_is_refused(tmp_path, capsys):
     folder = write_pictures(tmp_path / "data")
     assert train(folder, tmp_path / "run", "--steps", 1) == 0
-    again = ["--resume", str(tmp_path / "run"), "--allow-distilled", "--quiet", "--steps", "2"]
+    again = ["--resume", str(tmp_path / "run"), "--quiet", "--steps", "2"]
     assert main([*again, "--rank", "4", "--seed", "1"]) == 2
     assert "was trained with other options: rank (2, now 4), seed (0, now 1)" in capsys.readouterr().err
     caption = (folder / "0.txt").read_text()
@@ -543,7 +543,7 @@ def test_what_is_encoded_is_kept_and_the_encoders_are_not(pictures, tmp_path, mo
     file = next((tmp_path / "run" / "cache").iterdir())
     file.write_bytes(file.read_bytes()[:-10])
     count = len(encoded)
-    assert main(["--resume", str(tmp_path / "run"), "--allow-distilled", "--quiet", "--steps", "2"]) == 0
+    assert main(["--resume", str(tmp_path / "run"), "--quiet", "--steps", "2"]) == 0
     assert len(encoded) <= count + 1, "what was cut short alone"
 
 
