@@ -13,6 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -71,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default="klein-4b")
     parser.add_argument("--quantize", default="4", metavar="BITS", help="uniform, as a file holds it (%(default)s)")
+    parser.add_argument(
+        "--pack", metavar="BITS", help="pack what a dense checkpoint (--quantize none) holds, on loading"
+    )
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--text-length", type=int, default=512)
     parser.add_argument("--memory", choices=MODES[1:], default="staged")
@@ -95,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif json.loads(note.read_text()) != made:
         parser.error(f"{arguments.folder} has another checkpoint: {note.read_text()}")
 
-    options = {"dtype": arguments.dtype, "memory": arguments.memory, "cache": False}
+    options = {"dtype": arguments.dtype, "memory": arguments.memory, "cache": False, "quantize": arguments.pack}
     plan = Flux2Pipeline.from_pretrained(arguments.folder, **options).plan(
         arguments.size, arguments.size, arguments.text_length
     )
@@ -141,12 +145,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(
             f"{name:16}" + "".join(f"{value:{width}.3f}" for value, width in zip(figures.values(), WIDTHS, strict=True))
         )
+    loading = step.stats.peak_bytes["load"] / plan.needed(replace(stages["transformer"], working=0))
+    print(f"loading the transformer took {loading:.3f} of what stays of it in memory")
     variant = {name: str(value) for name, value in vars(arguments).items() if name != "folder"}
     report = {
         "benchmark": "memory_plan",
         "variant": variant,
         "stages": rows,
-        "load_gb": step.stats.peak_bytes["load"] / 1e9,
+        "loading": loading,
     }
     print(json.dumps({**report, "process_peak_gb": process_peak_gb(), **machine()}))
 

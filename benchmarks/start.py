@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--text-length", type=int, default=512, help="tokens (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args(argv)
     files = [file for source in open_checkpoint(arguments.model).sources.values() for file in source.files]
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         size,
         "--steps",
         steps,
+        "--max-sequence-length",
+        str(arguments.text_length),
         "--seed",
         "1",
         "--quiet",

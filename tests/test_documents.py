@@ -139,7 +139,7 @@ FIGURES |= {"memory_plan": "stages", "passes": "passes"}
         ["packing", "--model", "CHECKPOINT", "--captions", "1", "--layers"],
         ["passes", "--model", "tiny", "--size", "64", "--reference", "64", "--batch", "2", "--repeats", "1"],
         ["memory_plan", "FOLDER", "--tiny", "--size", "64", "--text-length", "16", "--memory", "streamed"],
-        ["start", "--model", "CHECKPOINT", "--size", "64", "--steps", "1", "--repeats", "1"],
+        ["start", "--model", "CHECKPOINT", "--size", "64", "--text-length", "16", "--steps", "1", "--repeats", "1"],
     ],
     ids=lambda arguments: " ".join(arguments[:3]),
 )
