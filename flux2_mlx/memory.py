@@ -151,8 +151,8 @@ def transformer_bytes(
 def training_bytes(
     params: FluxKleinParams, tokens: int, dtype: mx.Dtype, batch: int, *, again: bool, packed: bool
 ) -> int:
-    """Intermediates of the loss of pictures with so many text and image tokens each, and of its gradients. Attention
-    has no fused backward pass on any backend, so that its scores are written out.
+    """Intermediates of the loss of pictures with so many text and image tokens each, and of its gradients, as measured
+    on the CPU backend, where attention's backward pass writes out its scores; a fused one needs less.
 
     Args:
         again: whether blocks are computed again in the backward pass; then their inputs are kept, and the insides of
