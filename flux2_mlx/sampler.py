@@ -35,8 +35,8 @@ def empirical_mu(num_tokens: int, num_steps: int) -> float:
 
 
 def shift_sigmas(sigmas: Sequence[float], mu: float) -> list[float]:
-    """e^mu / (e^mu + 1/s - 1) of each noise level: larger mu spends more steps at high noise. 0 stays 0."""
-    return [0.0 if s == 0 else math.exp(mu) / (math.exp(mu) + 1 / s - 1) for s in sigmas]
+    """e^mu / (e^mu + 1/s - 1) of each noise level: larger mu spends more steps at high noise. 0 and 1 stay exactly."""
+    return [0.0 if s == 0 else math.exp(mu) / (math.exp(mu) + (1 / s - 1)) for s in sigmas]
 
 
 def linear_sigmas(num_steps: int) -> list[float]:

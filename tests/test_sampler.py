@@ -117,3 +117,10 @@ def test_guidance_equals_diffusers(rescale):
     guided = torch.tensor(away) + 4 * torch.tensor(v - away)
     expected = rescale_noise_cfg(guided, torch.tensor(v), rescale)
     assert np.array(guide(mx.array(v), mx.array(away), 4.0, rescale)) == pytest.approx(expected.numpy(), abs=1e-5)
+
+
+def test_every_schedule_begins_at_one():
+    """Exactly: a hair above it, the first step would be outside of all levels, 0 to 1, and go without guidance."""
+    counts = range(1, 60)
+    assert all(flux2_sigmas(steps, tokens)[0] == 1.0 for steps in counts for tokens in range(16, 4097, 16))
+    assert all(comfy_sigmas(steps)[0] == 1.0 for steps in counts)
