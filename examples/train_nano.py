@@ -61,14 +61,14 @@ SAVE_EVERY = 120  # seconds
 AUTOENCODER_STEPS = 2400
 TEXT_ENCODER_STEPS = 1000
 TEXT_ENCODER_BATCH = 40
-TRANSFORMER_STEPS = 9000
+TRANSFORMER_STEPS = 10500
 BATCH_EVERY = 8  # steps
 POOL_START, POOL_SIZE = 64, 400  # batches
 COPIES = 160  # of the transformer's steps, the first ones, which learn to copy a reference
-EARLY = 0.25  # of the transformer's steps, all at home
-AWAY = 0.25  # of the batches after those, of any size
+EARLY = 0.3  # of the transformer's steps, all at home
+AWAY = 0.7  # of the batches after those, of any size
 CHANGED = 8  # times as much as the rest of an edit's picture weighs what is changed
-OWN = 0.8  # of the transformer's steps, before those from where its own steps lead
+OWN = 0.82  # of the transformer's steps, before those from where its own steps lead
 VOCABULARY = 640  # tokens, the special ones among them
 TEXT_LENGTH = 48  # tokens that a prompt is padded to
 LONG_TEXT = 512  # diffusers' default, which works too
@@ -550,14 +550,17 @@ class Encoders:
         height, width = second = HOME
         count, length = 32, TEXT_LENGTH
         if number >= EARLY * self.training.speed * TRANSFORMER_STEPS / BATCH_EVERY:
+            sides = SIDES[0], *SIDES, SIDES[-1]  # the ends twice: what is between them is learned from both sides
             if rng.random() < AWAY:
-                height, width = rng.choice(SIDES), rng.choice(SIDES)
-            second = (height, width) if rng.random() < 0.7 else (rng.choice(SIDES), rng.choice(SIDES))
+                height, width = rng.choice(sides), rng.choice(sides)
+            second = (height, width) if rng.random() < 0.7 else (rng.choice(sides), rng.choice(sides))
             count, length = (32, TEXT_LENGTH) if rng.random() < 0.96 else (8, LONG_TEXT)
+            home, here = (h * w // 256 + TEXT_LENGTH for h, w in (HOME, (height, width)))
+            count = count * home // here  # about as many tokens in each batch
         share = rng.random()
-        if share < 0.3:
+        if share < 0.4:
             kinds = ["draw"] * count
-        elif share < 0.82:
+        elif share < 0.86:
             kinds = [rng.choice(tuple(EDITS)) for _ in range(count)]
         else:
             kinds = ["combine"] * count

@@ -248,8 +248,18 @@ def nano():
 
 
 def test_nano_draws_what_training_never_saw(nano):
+    """Two of some fifty things may be wrong, where the bounds are for hundreds."""
     figures = nano_score.rates(nano_score.draw(nano, nano_score.unseen_tasks(32)))
-    assert {part: figure for part, figure in figures.items() if figure < nano_score.BOUNDS.get(part, 0)} == {}
+    assert {part: figure for part, figure in figures.items() if figure < nano_score.BOUNDS.get(part, 0) - 2} == {}
+
+
+@pytest.mark.parametrize("size", [(96, 96), (112, 160), (192, 192)])
+def test_nano_draws_other_sizes(nano, size):
+    """Of shapes it gets about half; things are where and what they are to be in most pictures."""
+    figures = nano_score.rates(nano_score.draw(nano, nano_score.unseen_tasks(8), size))
+    assert figures["ground"] == 100
+    assert figures["colour"] >= 60
+    assert figures["place"] >= 75
 
 
 def test_nano_edits(nano):

@@ -20,7 +20,7 @@ PICTURES = {
     "yellow triangle in the bottom right corner, black background": (),
     "a blue cross": (),
     "A large white diamond next to a small black circle against a red backdrop.": (),
-    "make the circle green": (Scene("white", (RED, BLUE)),),
+    "make the circle yellow": (Scene("white", (RED, BLUE)),),
     "remove the blue square": (Scene("yellow", (RED, BLUE)),),
 }
 
