@@ -982,7 +982,7 @@ class Flux2Pipeline:
             """Of pictures' tokens, (B, S, 128), with a prompt's embeddings (B, L, D) for each."""
             seen = [mx.broadcast_to(tokens, (len(x), *tokens.shape[1:])) for tokens in references]
             img = mx.concatenate([x, *seen], axis=1)
-            v = self.transformer.forward_with_rope(img, txt, mx.full((len(x),), sigma), cos, sin, kept)
+            v = self.transformer.forward_with_rope(img, txt, mx.array([sigma]), cos, sin, kept)
             return v[:, :image_tokens].astype(mx.float32)
 
         both = run.uses_guidance and self.group is None and self._has_room(live, kept_tokens, 2)

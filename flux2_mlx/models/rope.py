@@ -72,11 +72,14 @@ def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
         cos, sin: (B or 1, N, head_dim / 2) from rope_table.
     """
     pairs = x.reshape(*x.shape[:-1], -1, 2)
-    turned = _turned(pairs[..., 0], pairs[..., 1], cos[:, None], sin[:, None])
-    return mx.stack(turned, axis=-1).reshape(x.shape)
+    turned = _turned(pairs, pairs[..., ::-1], cos[:, None, :, :, None], sin[:, None, :, :, None], SIGNS)
+    return turned.reshape(x.shape)
+
+
+SIGNS = mx.array([-1.0, 1.0])
 
 
 @partial(mx.compile, shapeless=True)  # one kernel, or the float32 of every product would be written out
-def _turned(a: mx.array, b: mx.array, cos: mx.array, sin: mx.array) -> list[mx.array]:
-    c, d = a.astype(mx.float32), b.astype(mx.float32)
-    return [(c * cos - d * sin).astype(a.dtype), (d * cos + c * sin).astype(b.dtype)]
+def _turned(pairs: mx.array, swapped: mx.array, cos: mx.array, sin: mx.array, signs: mx.array) -> mx.array:
+    turned = pairs.astype(mx.float32) * cos + swapped.astype(mx.float32) * (sin * signs)
+    return turned.astype(pairs.dtype)

@@ -13,14 +13,14 @@ Reference: diffusers' Flux2Transformer2DModel, whose checkpoint keys are the att
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import FluxKleinParams
-from .blocks import Linear, outputs, run_block
+from .blocks import Linear, joint, outputs, run_block
 from .rope import four_axes, rope_table, rotate
 
 FLOAT16_MAX = 65504.0
@@ -41,12 +41,30 @@ def timestep_embedding(timesteps: mx.array, channels: int) -> mx.array:
     return mx.concatenate([mx.cos(angle), mx.sin(angle)], axis=-1)
 
 
+# Compiled functions are one kernel each, or what lies between would be written out.
+
+
+@partial(mx.compile, shapeless=True)
+def scaled_and_shifted(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
+    return ((1 + scale) * x + shift).astype(shift.dtype)
+
+
 def modulate(x: mx.array, shift: mx.array, scale: mx.array, eps: float) -> mx.array:
-    """(1 + scale) * LayerNorm(x) + shift; x (B, N, D), shift and scale (B, 1, D)."""
-    return (1 + scale) * mx.fast.layer_norm(x, None, None, eps) + shift
+    """(1 + scale) * LayerNorm(x) + shift, in the dtype of these; x (B, N, D), shift and scale (B or 1, 1, D)."""
+    if len(shift) == 1:  # the norm's own weight and bias, in one kernel
+        return mx.fast.layer_norm(x, 1 + scale[0, 0], shift[0, 0], eps).astype(shift.dtype)
+    return scaled_and_shifted(mx.fast.layer_norm(x, None, None, eps), shift, scale)
 
 
-@partial(mx.compile, shapeless=True)  # one kernel, or silu(gate) would be written out beside the two
+@partial(mx.compile, shapeless=True)
+def add_gated(x: mx.array, gate: mx.array, change: mx.array) -> mx.array:
+    """x + gate * change in the dtype of x; what overflowed float16 in the change is its largest number."""
+    if change.dtype == mx.float16:
+        change = mx.clip(change, -FLOAT16_MAX, FLOAT16_MAX)
+    return x + gate.astype(x.dtype) * change.astype(x.dtype)
+
+
+@partial(mx.compile, shapeless=True)
 def gated(gate: mx.array, up: mx.array) -> mx.array:
     return gate * mx.sigmoid(gate) * up
 
@@ -58,10 +76,10 @@ def swiglu(layer: nn.Module, x: mx.array, start: int, hidden: int) -> mx.array:
     return gated(gate, outputs(layer, x, start + hidden, start + 2 * hidden))
 
 
-def split_heads(x: mx.array, heads: int) -> mx.array:
-    """(B, N, heads * D) to (B, heads, N, D)."""
+def split_heads(x: mx.array, heads: int, norm: Callable[[mx.array], mx.array] = lambda x: x) -> mx.array:
+    """(B, N, heads * D) to (B, heads, N, D), a view, of what the norm of each head gives."""
     batch, tokens, _ = x.shape
-    return x.reshape(batch, tokens, heads, -1).transpose(0, 2, 1, 3)
+    return norm(x.reshape(batch, tokens, heads, -1)).transpose(0, 2, 1, 3)  # of a view, a norm on Metal makes a copy
 
 
 # Rotated keys and values (1, heads, R, D) of reference tokens in one block.
@@ -96,11 +114,6 @@ def attend(
     out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
     batch, _, tokens, _ = out.shape
     return out.transpose(0, 2, 1, 3).reshape(batch, tokens, -1), kept
-
-
-def clip_float16(x: mx.array) -> mx.array:
-    """Keep a float16 residual finite, as the reference does; other dtypes pass unchanged."""
-    return mx.clip(x, -FLOAT16_MAX, FLOAT16_MAX) if x.dtype == mx.float16 else x
 
 
 class TimestepEmbedder(nn.Module):
@@ -173,8 +186,8 @@ class DoubleAttention(nn.Module):
         self, img: mx.array, txt: mx.array, cos: mx.array, sin: mx.array, references: Kept | None = None
     ) -> tuple[mx.array, mx.array]:
         heads, tokens = self.heads, txt.shape[1]
-        txt_q = self.norm_added_q(split_heads(self.add_q_proj(txt), heads))
-        txt_k = self.norm_added_k(split_heads(self.add_k_proj(txt), heads))
+        txt_q = split_heads(self.add_q_proj(txt), heads, self.norm_added_q)
+        txt_k = split_heads(self.add_k_proj(txt), heads, self.norm_added_k)
         txt_v = split_heads(self.add_v_proj(txt), heads)
         img_q, img_k, img_v = self.heads_of(img)
         q = mx.concatenate([txt_q, img_q], axis=2)  # (B, heads, L + S, head_dim), text first
@@ -190,8 +203,8 @@ class DoubleAttention(nn.Module):
 
     def heads_of(self, img: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """q, k and v of image tokens, each (B, heads, S, head_dim)."""
-        q = self.norm_q(split_heads(self.to_q(img), self.heads))
-        k = self.norm_k(split_heads(self.to_k(img), self.heads))
+        q = split_heads(self.to_q(img), self.heads, self.norm_q)
+        k = split_heads(self.to_k(img), self.heads, self.norm_k)
         return q, k, split_heads(self.to_v(img), self.heads)
 
 
@@ -225,18 +238,18 @@ class DoubleBlock(nn.Module):
             sin,
             references,
         )
-        img = img + img_gate1 * img_attn
-        txt = txt + txt_gate1 * txt_attn
-        img = img + img_gate2 * self.ff(modulate(img, img_shift2, img_scale2, eps))
-        txt = txt + txt_gate2 * self.ff_context(modulate(txt, txt_shift2, txt_scale2, eps))
-        return img, clip_float16(txt)
+        img = add_gated(img, img_gate1, img_attn)
+        txt = add_gated(txt, txt_gate1, txt_attn)
+        img = add_gated(img, img_gate2, self.ff(modulate(img, img_shift2, img_scale2, eps)))
+        txt = add_gated(txt, txt_gate2, self.ff_context(modulate(txt, txt_shift2, txt_scale2, eps)))
+        return img, txt
 
     def alone(self, img: mx.array, mod: list[mx.array], cos: mx.array, sin: mx.array) -> tuple[mx.array, Kept]:
         """The image stream without text, and its keys and values."""
         shift1, scale1, gate1, shift2, scale2, gate2 = mod
         attn, kept = self.attn.alone(modulate(img, shift1, scale1, self.eps), cos, sin)
-        img = img + gate1 * attn
-        return img + gate2 * self.ff(modulate(img, shift2, scale2, self.eps)), contiguous(kept)
+        img = add_gated(img, gate1, attn)
+        return add_gated(img, gate2, self.ff(modulate(img, shift2, scale2, self.eps))), contiguous(kept)
 
 
 class SingleAttention(nn.Module):
@@ -257,12 +270,11 @@ class SingleAttention(nn.Module):
         self, x: mx.array, cos: mx.array, sin: mx.array, references: Kept | None = None
     ) -> tuple[mx.array, Kept]:
         dims, proj = self.dims, self.to_qkv_mlp_proj
-        q, k, v = mx.split(outputs(proj, x, 0, 3 * dims), 3, axis=-1)
-        q = self.norm_q(split_heads(q, self.heads))
-        k = self.norm_k(split_heads(k, self.heads))
+        q, k, v = (outputs(proj, x, part * dims, (part + 1) * dims) for part in range(3))
+        q, k = split_heads(q, self.heads, self.norm_q), split_heads(k, self.heads, self.norm_k)
         out, kept = attend(q, k, split_heads(v, self.heads), cos, sin, references)
         x = mx.depends(x, out)  # or gate and up are made before attention has done with q, k and v
-        return self.to_out(mx.concatenate([out, swiglu(proj, x, 3 * dims, self.hidden)], axis=-1)), kept
+        return joint(self.to_out, out, swiglu(proj, x, 3 * dims, self.hidden)), kept
 
 
 class SingleBlock(nn.Module):
@@ -284,7 +296,7 @@ class SingleBlock(nn.Module):
         """The same, and the tokens' keys and values."""
         shift, scale, gate = mod
         attn, kept = self.attn(modulate(x, shift, scale, self.eps), cos, sin, references)
-        return clip_float16(x + gate * attn), contiguous(kept)
+        return add_gated(x, gate, attn), contiguous(kept)
 
 
 class FinalNorm(nn.Module):
@@ -390,8 +402,8 @@ class FluxKlein(nn.Module):
         txt_mod = self.double_stream_modulation_txt(temb)
         single_mod = self.single_stream_modulation(temb)
 
-        x = self.x_embedder(img.astype(dtype))
-        c = self.context_embedder(txt.astype(dtype))
+        x = self._residual(self.x_embedder(img.astype(dtype)))
+        c = self._residual(self.context_embedder(txt.astype(dtype)))
         blocks = len(self.transformer_blocks)
         kept = [None] * (blocks + len(self.single_transformer_blocks)) if references is None else references
         for double, seen in zip(self.transformer_blocks, kept[:blocks], strict=True):
@@ -417,13 +429,18 @@ class FluxKlein(nn.Module):
         dtype = self._dtype
         temb = self.time_guidance_embed(mx.zeros((1,)), dtype)
         img_mod, single_mod = self.double_stream_modulation_img(temb), self.single_stream_modulation(temb)
-        x = self.x_embedder(references.astype(dtype))
+        x = self._residual(self.x_embedder(references.astype(dtype)))
         kept = []
         blocks = [(block, img_mod) for block in self.transformer_blocks]
         for block, mod in [*blocks, *((block, single_mod) for block in self.single_transformer_blocks)]:
             x, seen = self._run(block, x, mod, rope_cos, rope_sin, method="alone")
             kept.append(seen)
         return kept
+
+    @staticmethod
+    def _residual(x: mx.array) -> mx.array:
+        """The stream that blocks add to: of float16, whose range it leaves, in float32."""
+        return x.astype(mx.float32) if x.dtype == mx.float16 else x
 
     @property
     def _dtype(self) -> mx.Dtype:
