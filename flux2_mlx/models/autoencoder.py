@@ -15,6 +15,7 @@ and ``post_quant_conv`` inside Decoder.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -71,38 +72,58 @@ def with_neighbours(
         before = [ready[:, -1:]] * above
 
 
-class GroupNorm(nn.Module):
-    """GroupNorm over a whole picture that is in strips, computed in float32."""
+# Compiled functions are one kernel each, or what lies between would be written out in float32.
 
-    def __init__(self, config: AutoEncoderConfig, channels: int):
+
+@partial(mx.compile, shapeless=True)
+def squares(x: mx.array, mean: mx.array) -> mx.array:
+    return mx.square(x.astype(mx.float32) - mean)
+
+
+@partial(mx.compile, shapeless=True)
+def scaled(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    return (x.astype(mx.float32) * scale + shift).astype(x.dtype)
+
+
+@partial(mx.compile, shapeless=True)
+def scaled_silu(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    y = x.astype(mx.float32) * scale + shift
+    return (y * mx.sigmoid(y)).astype(x.dtype)
+
+
+class GroupNorm(nn.Module):
+    """GroupNorm over a whole picture that is in strips, computed in float32, and SiLU after it unless that is left."""
+
+    def __init__(self, config: AutoEncoderConfig, channels: int, silu: bool = True):
         super().__init__()
         self.groups, self.eps = config.norm_num_groups, config.norm_eps
         self.weight = mx.ones((channels,))
         self.bias = mx.zeros((channels,))
+        self._apply = scaled_silu if silu else scaled
 
     def over(self, strips: Sequence[mx.array]) -> Callable[[mx.array], mx.array]:
         """The norm with the statistics of these strips, as a function of a strip or of rows of one."""
-        counts, means, variances = [], [], []
+        rows = sum(strip.shape[1] for strip in strips)
+        shares, means, variances = [], [], []  # of each strip and channel
         for x in strips:
-            batch, rows, width, channels = x.shape
-            grouped = x.astype(mx.float32).reshape(batch, rows * width, self.groups, channels // self.groups)
-            counts.append(rows * width)
-            means.append(grouped.mean((1, 3), keepdims=True))
-            variances.append(grouped.var((1, 3), keepdims=True))
+            shares.append(x.shape[1] / rows)
+            means.append(x.astype(mx.float32).mean((1, 2), keepdims=True))
+            variances.append(squares(x, means[-1]).mean((1, 2), keepdims=True))
             if len(strips) > 1:  # or each would keep its strip in float32
                 mx.eval(means[-1], variances[-1])
-        shares = [count / sum(counts) for count in counts]
-        mean = sum((share * m for share, m in zip(shares, means, strict=True)), mx.array(0.0))
-        # Chan, Golub and LeVeque: within the strips, and between them.
-        parts = zip(shares, means, variances, strict=True)
-        variance = sum((share * (v + (m - mean) ** 2) for share, m, v in parts), mx.array(0.0))
-        scale = mx.rsqrt(variance + self.eps)
 
-        def norm(x: mx.array) -> mx.array:
-            grouped = x.astype(mx.float32).reshape(x.shape[0], -1, self.groups, x.shape[3] // self.groups)
-            return (((grouped - mean) * scale).reshape(x.shape) * self.weight + self.bias).astype(x.dtype)
+        def pooled(values: Sequence[mx.array]) -> mx.array:
+            """The mean over strips and the channels of a group, (B, 1, 1, C)."""
+            whole = sum((share * value for share, value in zip(shares, values, strict=True)), mx.array(0.0))
+            grouped = whole.reshape(len(whole), 1, 1, self.groups, -1)
+            return mx.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape).reshape(whole.shape)
 
-        return norm
+        mean = pooled(means)
+        # Chan, Golub and LeVeque: within strips and channels, and between them.
+        variance = pooled([v + (m - mean) ** 2 for m, v in zip(means, variances, strict=True)])
+        scale = mx.rsqrt(variance + self.eps) * self.weight
+        shift = self.bias - mean * scale
+        return lambda x: self._apply(x, scale, shift)
 
 
 def convolve(conv: nn.Conv2d, rows: mx.array) -> mx.array:
@@ -133,12 +154,11 @@ class ResnetBlock(nn.Module):
         many = len(strips) > 1
         norm1 = self.norm1.over(strips)
         inner, beside = [], []
-        for rows, x in with_neighbours(strips, lambda x: nn.silu(norm1(x))):
+        for rows, x in with_neighbours(strips, norm1):
             inner.append(computed(convolve(self.conv1, rows), many))
             beside.append(computed(self.conv_shortcut(x), many) if "conv_shortcut" in self else x)
         norm2 = self.norm2.over(inner)
-        rows_of_inner = with_neighbours(inner, lambda x: nn.silu(norm2(x)))
-        return [computed(convolve(self.conv2, rows) + beside.pop(0), many) for rows, _ in rows_of_inner]
+        return [computed(convolve(self.conv2, rows) + beside.pop(0), many) for rows, _ in with_neighbours(inner, norm2)]
 
 
 class Attention(nn.Module):
@@ -146,7 +166,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: AutoEncoderConfig, channels: int):
         super().__init__()
-        self.group_norm = GroupNorm(config, channels)
+        self.group_norm = GroupNorm(config, channels, silu=False)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -269,7 +289,7 @@ class Encoder(nn.Module):
             strips = block(strips)
         strips = self.mid_block(strips)
         norm = self.conv_norm_out.over(strips)
-        x = joined(convolved(strips, self.conv_out, lambda x: nn.silu(norm(x))))
+        x = joined(convolved(strips, self.conv_out, norm))
         mean, _log_variance = mx.split(self.quant_conv(x), 2, axis=-1)
         return mean
 
@@ -299,7 +319,7 @@ class Decoder(nn.Module):
         for block in self.up_blocks:
             strips = block(strips)
         norm = self.conv_norm_out.over(strips)
-        return joined(convolved(strips, self.conv_out, lambda x: nn.silu(norm(x))))
+        return joined(convolved(strips, self.conv_out, norm))
 
 
 class LatentStatistics(nn.Module):

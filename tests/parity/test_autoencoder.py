@@ -99,7 +99,7 @@ def test_strips_keep_to_one_activation(monkeypatch):
 
 
 def test_statistics_keep_no_strip_in_float32():
-    ours = module.GroupNorm(AutoEncoderConfig(norm_num_groups=8), 64)
+    ours = module.GroupNorm(AutoEncoderConfig(norm_num_groups=8), 64, silu=False)
     strips = [mx.full((1, 16, 64, 64), k, mx.bfloat16) for k in range(16)]
     mx.eval(ours.parameters(), strips)
     before = mx.get_active_memory()
@@ -115,7 +115,7 @@ def test_norms_of_faint_inputs(model):
     ours = ported(model).encoder.down_blocks[0].resnets[0].norm1
     theirs = model.encoder.down_blocks[0].resnets[0].norm1
     x = 1e-3 * random((1, 4, 4, 16))
-    assert relative_error(ours.over([x])(x), nhwc(theirs(nchw(x)))) <= 1e-5
+    assert relative_error(ours.over([x])(x), torch.nn.functional.silu(nhwc(theirs(nchw(x))))) <= 1e-5
 
 
 def test_latent_statistics_equal_diffusers(model):
