@@ -126,7 +126,9 @@ def test_every_example_is_tested():
 
 # Where a benchmark's report has what it measured.
 FIGURES = {"stages": "stages", "full_size": "parts", "packed_step": "ratio", "packing": "ways", "start": "seconds"}
-FIGURES |= {"memory_plan": "stages", "passes": "passes"}
+FIGURES |= {"memory_plan": "stages", "passes": "passes", "kernels": "steps"}
+# Of a step of klein-4b, 1024 x 1024: a change that needs more says so here.
+BUDGET = {"kernels": 494, "gigabytes": 34.5}
 
 
 @pytest.mark.parametrize(
@@ -138,6 +140,7 @@ FIGURES |= {"memory_plan": "stages", "passes": "passes"}
         ["packed_step", "--tiny", "--tokens", "516", "--repeats", "1", "--lora", "4"],
         ["packing", "--model", "CHECKPOINT", "--captions", "1", "--layers"],
         ["passes", "--model", "tiny", "--size", "64", "--reference", "64", "--batch", "2", "--repeats", "1"],
+        ["kernels"],
         ["memory_plan", "FOLDER", "--tiny", "--size", "64", "--text-length", "16", "--memory", "streamed"],
         ["start", "--model", "CHECKPOINT", "--size", "64", "--text-length", "16", "--steps", "1", "--repeats", "1"],
     ],
@@ -162,6 +165,8 @@ def test_benchmarks_end_with_a_json_line(arguments, checkpoint, tmp_path):
     assert figures
     if script in ("stages", "full_size"):
         assert all(part["peak_gb"] > 0 for part in figures.values())
+    if script == "kernels":
+        assert all(0.9 * most < figures["flux2_mlx"][what] <= most for what, most in BUDGET.items())
 
 
 def test_full_parity_compares_both_sides(damaged):
