@@ -1,7 +1,7 @@
-"""What packing costs in quality: python -m benchmarks.packing [--layers]
+"""What packing and 16-bit arithmetic cost in quality: python -m benchmarks.packing [--layers]
 
-Of each way to pack the transformer's matrices: bits a weight, the relative error of the weights, and the relative error
-of the velocities at the four steps of captions that training never saw. With --layers also the error that each layer
+Of each way to pack the transformer's matrices, and of all of it in 16 bits: bits a weight, the relative error of the
+weights, and the relative error of the velocities at the four steps of captions that training never saw. With --layers also the error that each layer
 alone makes at 4 bits. Ends with a line of JSON.
 """
 
@@ -107,7 +107,7 @@ class Judge:
             x = x + (following - sigma) * velocity
 
     def velocity(self, x: mx.array, sigma: float) -> mx.array:
-        velocity = self.model.forward_with_rope(x, self.text, mx.full((len(x),), sigma), *self.rope)
+        velocity = self.model.forward_with_rope(x, self.text, mx.array([sigma]), *self.rope).astype(mx.float32)
         mx.eval(velocity)
         return velocity
 
@@ -165,6 +165,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         error = relative(list(weights.values()), [judge.dense[path] for path in weights])
         report[name] = {"bits": bits, "weights": error, "velocity": judge.error(weights)}
         print(f"{name:42}{bits:6.2f}{error:9.4f}{report[name]['velocity']:9.4f}")
+    for dtype in (mx.bfloat16, mx.float16):
+        weights = {path: array.astype(dtype) for path, array in judge.dense.items()}
+        error = relative(list(weights.values()), [judge.dense[path] for path in weights])
+        name = str(dtype).removeprefix("mlx.core.")
+        report[name] = {"bits": 16.0, "weights": error, "velocity": judge.error(weights)}
+        print(f"{name:42}{16:6.2f}{error:9.4f}{report[name]['velocity']:9.4f}")
     alone = {}
     if arguments.layers:
         for path, layer in layers.items():

@@ -44,8 +44,9 @@ from .pipeline import Flux2Pipeline
 from .sampler import empirical_mu, euler_step, flux2_sigmas, guide, shift_sigmas
 from .weights import few
 
-TIMESTEPS = ("logit-normal", "uniform", "shifted")
+TIMESTEPS = ("logit-normal", "uniform", "shifted", "four")
 SHIFT_STEPS = 50  # of the base models' schedule, whose shift "shifted" takes
+FEW_STEPS = 4  # of the distilled models' schedule, whose levels "four" takes
 DECAYS = ("cosine", "constant")
 DTYPES = ("bfloat16", "float32")  # float16 has not the range for gradients
 ENCODED_AT_ONCE = 16  # captions
@@ -197,10 +198,13 @@ FREE |= {"validation_prompt", "validation_image", "validate_every", "validation_
 
 def draw_timesteps(kind: str, rng: np.random.Generator, count: int, tokens: int) -> np.ndarray:
     """Noise levels within 0..1 (count,) by one of TIMESTEPS: the logistic function of standard normal numbers (Esser et
-    al. 2024), uniform ones, or those shifted as the base models' schedule shifts its levels for so many image tokens.
+    al. 2024), uniform ones, those shifted as the base models' schedule shifts its levels for so many image tokens, or
+    the four that distilled models draw such a picture with, and know little besides.
     """
     if kind == "logit-normal":
         return 1 / (1 + np.exp(-rng.standard_normal(count)))
+    if kind == "four":
+        return rng.choice(flux2_sigmas(FEW_STEPS, tokens)[:-1], count)
     levels = rng.random(count)
     if kind == "shifted":
         return np.array(shift_sigmas(levels.tolist(), empirical_mu(tokens, SHIFT_STEPS)))

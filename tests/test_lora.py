@@ -242,12 +242,15 @@ def test_the_fingerprint_sees_every_change(tmp_path):
 def test_noise_levels():
     for kind in TIMESTEPS:
         levels = draw_timesteps(kind, np.random.default_rng(0), 20_000, 1024)
-        assert 0 < levels.min() < levels.max() < 1
+        assert 0 < levels.min() < levels.max() <= 1
         mean = {"logit-normal": 0.5, "uniform": 0.5}.get(kind)
         assert mean is None or abs(levels.mean() - mean) < 0.01
     assert abs(np.median(draw_timesteps("logit-normal", np.random.default_rng(0), 20_000, 1024)) - 0.5) < 0.01
     middle = flux2_sigmas(SHIFT_STEPS, 1024)[SHIFT_STEPS // 2]
-    assert abs(np.median(levels) - middle) < 0.01, "shifted, as the base models' schedule is"
+    assert abs(np.median(draw_timesteps("shifted", np.random.default_rng(0), 20_000, 1024)) - middle) < 0.01
+    values, counts = np.unique(draw_timesteps("four", np.random.default_rng(0), 20_000, 1024), return_counts=True)
+    assert values.tolist() == sorted(flux2_sigmas(4, 1024)[:-1])
+    assert counts.min() > 4_500
 
 
 def test_the_learning_rate_rises_and_falls():
