@@ -35,10 +35,10 @@ FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 # time. With more, what is gained is less than what a bias loses as a 16-bit number.
 FITTED_BITS = 5
 FITTED_ROUNDS, FITTED_RANGE = 4, 0.95
-FITTED_AT_ONCE = 2**21
+PACKED_AT_ONCE = 2**21
 # What reads and writes the latents is packed into so many bits, and how many bits a weight, on average, the sensitive
 # layers together may cost.
-FINE_BITS, SPARE_BITS = 8, 0.3
+FINE_BITS, SPARE_BITS = 8, 0.4
 
 # Rows of an input from which a packed layer unpacks its weight and multiplies densely, where nothing was measured.
 DENSE_ROWS = 128
@@ -145,15 +145,16 @@ def options_of(packed: Mapping[str, Quantization]) -> dict[str, Any]:
 Packing = Callable[[mx.array, Quantization], tuple[mx.array, ...]]
 
 
-def pack(weight: mx.array, how: Quantization) -> tuple[mx.array, ...]:
-    """A weight (out, in) as (weight, scales, biases) or, without offsets, (weight, scales).
+def pack(weight: mx.array, how: Quantization, dtype: mx.Dtype | None = None) -> tuple[mx.array, ...]:
+    """A weight (out, in) as (weight, scales, biases) or, without offsets, (weight, scales), as if it were in another
+    dtype, to which it is brought in parts.
 
     Formats, and more than FITTED_BITS, are mlx.core.quantize's; fewer bits are fitted to the weight.
     """
-    if how.mode != "affine" or how.bits > FITTED_BITS:
-        return pack_plainly(weight, how)
-    rows = max(1, FITTED_AT_ONCE // weight.shape[1])
-    parts = [_fitted(weight[top : top + rows], how) for top in range(0, weight.shape[0], rows)]
+    packing = _fitted if how.mode == "affine" and how.bits <= FITTED_BITS else pack_plainly
+    rows = max(1, PACKED_AT_ONCE // weight.shape[1])
+    dtype = weight.dtype if dtype is None else dtype
+    parts = [packing(weight[top : top + rows].astype(dtype), how) for top in range(0, weight.shape[0], rows)]
     return tuple(mx.concatenate(list(part)) for part in zip(*parts, strict=True))
 
 

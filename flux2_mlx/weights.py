@@ -537,8 +537,8 @@ def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, where: str, h
         for path, layer in module.named_modules():
             if path in dense and isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
                 name = f"{path}.weight"
-                make = pending.make.get(name, partial(dict, [(name, values[name])]))
-                pending.make[name] = partial(_made_packed, path, layer.how, make)
+                make = pending.make.get(name, partial(dict, [(name, weights[name])]))
+                pending.make[name] = partial(_made_packed, path, layer.how, dtype, make)
     module._pending = pending
     return module
 
@@ -547,9 +547,11 @@ def _made(name: str, weight: Deferred) -> dict[str, mx.array]:
     return {name: weight.make()}
 
 
-def _made_packed(path: str, how: Quantization, make: Callable[[], dict[str, mx.array]]) -> dict[str, mx.array]:
+def _made_packed(
+    path: str, how: Quantization, dtype: mx.Dtype, make: Callable[[], dict[str, mx.array]]
+) -> dict[str, mx.array]:
     (dense,) = make().values()
-    return {f"{path}.{name}": array for name, array in zip(PACKED, pack(dense, how), strict=False)}
+    return {f"{path}.{name}": array for name, array in zip(PACKED, pack(dense, how, dtype), strict=False)}
 
 
 def read_through(files: Sequence[Path], room: int, stop: Event) -> int:

@@ -172,7 +172,7 @@ def test_fitted_packing_is_nearer_to_the_weight(how, monkeypatch):
     plain = mx.quantize(weight, group_size=how.group_size, bits=how.bits)
     assert [(part.shape, part.dtype) for part in fitted] == [(part.shape, part.dtype) for part in plain]
     assert error(fitted) < 0.93 * error(plain)
-    monkeypatch.setattr(quantize, "FITTED_AT_ONCE", 7 * 256)  # by rows, the last few fewer
+    monkeypatch.setattr(quantize, "PACKED_AT_ONCE", 7 * 256)  # by rows, the last few fewer
     assert all(mx.array_equal(a, b).item() for a, b in zip(pack(weight, how), fitted, strict=True))
 
 
@@ -196,7 +196,7 @@ def test_the_most_sensitive_layers_keep_more_bits(params):
     model = FluxKlein(params)  # lazy: nothing of it is computed
     quantize.quantize(model, quantize.mixed(model, Quantization(4, 64)))
     average, bits = bits_of(model)
-    assert 4.75 < average <= 4.8
+    assert 4.85 < average <= 4.9
     assert bits["proj_out"] == bits["x_embedder"] == 8
     blocks = [bits[f"single_transformer_blocks.{k}.attn.to_out"] for k in range(params.depth_single)]
     assert blocks == sorted(blocks)
@@ -397,22 +397,25 @@ def test_a_gguf_file_is_packed_tensor_by_tensor(checkpoint, tmp_path):
         assert mx.array_equal(found, packed).item()
 
 
-@pytest.mark.parametrize("kind", ["diffusers", "Q5_0"])
+@pytest.mark.parametrize("kind", ["diffusers", "bfloat16", "Q5_0"])
 def test_loading_holds_the_packed_model_and_little_more(checkpoint, tmp_path, memory, kind, monkeypatch):
     """At most one more of its largest tensor, and the little that is fitted at once."""
-    monkeypatch.setattr(quantize, "FITTED_AT_ONCE", 2**8)  # a small part of a tensor, as it is of real ones
+    monkeypatch.setattr(quantize, "PACKED_AT_ONCE", 2**8)  # a small part of a tensor, as it is of real ones
     model = tiny.transformer(depth_single=24)
     tensors = {name: t.detach() for name, t in model.state_dict().items()}
-    if kind == "diffusers":
-        file = formats.save(tensors, tmp_path / "w")
+    size = 4  # bytes of a dense weight
+    if kind == "bfloat16":  # packed from what is stored, in float32 by parts
+        tensors, size = {name: t.bfloat16() for name, t in tensors.items()}, 2
+    file = tmp_path / "w"
+    if kind in ("diffusers", "bfloat16"):
+        file = formats.save(tensors, file)
     else:
-        file = tmp_path / "w"
         formats.write_gguf(file, formats.bfl_transformer(tensors), kind)
     opened = open_checkpoint(checkpoint, transformer=file, distilled=True)
     before = memory()
     packed = load_transformer(opened, mx.float32, Quantization(4, 32))
     mx.reset_peak_memory()
     total = sum(materialize(packed))
-    largest = max(4 * t.numel() for t in tensors.values())
+    largest = max(size * t.numel() for t in tensors.values())
     assert mx.get_peak_memory() - before <= total + largest + 2**16
     assert total < 0.21 * sum(4 * t.numel() for t in tensors.values())
