@@ -51,7 +51,7 @@ from .images import (
 )
 from .inpaint import ALPHA, SIDES, repainting_of
 from .jobs import Job, missing_runs, read_jobs
-from .latents import NOISES
+from .latents import NOISES, PIXELS_PER_TOKEN
 from .memory import machine_memory
 from .pipeline import (
     DTYPES,
@@ -63,9 +63,14 @@ from .pipeline import (
     check_prompt,
     drawn_size,
     dtype_of,
+    first_step,
+    noise_levels,
+    usual_guidance,
+    usual_strength,
 )
-from .plan import MODES, Plan, download_bytes, make_plan, released_modules
+from .plan import MODES, Plan, between, download_bytes, make_plan, released_modules
 from .quantize import parse_options
+from .roofline import measure
 from .sampler import SCHEDULES
 from .session import HELP, Picture, Session, completed
 from .terminal import PROTOCOLS, escaped, protocol_of
@@ -235,6 +240,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--plan",
         action="store_true",
         help="print what drawing needs, and draw nothing; a released model is not downloaded for it",
+    )
+    parser.add_argument(
+        "--measure",
+        action="store_const",
+        const="measure",
+        dest="plan",
+        help="the same, after measuring this machine's speed, in a few seconds: from then on --plan tells how long "
+        "drawing takes",
     )
     parser.add_argument(
         "--preview", type=Path, metavar="FILE", help="rewrite this PNG file after each step with what is foreseen"
@@ -470,16 +483,20 @@ def print_plan(arguments: argparse.Namespace) -> None:
     """Print what drawing needs: of a released model from its known shapes, else from the files."""
     name = next((name for name, repo in RELEASED.items() if arguments.model in (name, repo)), None)
     others = [getattr(arguments, part) for part in PART_OPTIONS if part not in ("distilled", "kv_cache")]
+    dtype = dtype_of(arguments.dtype)
+    if arguments.plan == "measure":
+        measure(dtype)
     if name is None or any(others) or arguments.lora or Path(arguments.model).exists():
         pipe = open_pipeline(arguments)
         use_loras(pipe, arguments)
-        print(plan_of(pipe, arguments))
+        plan, checkpoint = plan_of(pipe, arguments), pipe.checkpoint
+        print(f"{plan}\n{duration(plan, arguments, checkpoint.autoencoder.sample_size, checkpoint.is_distilled)}")
         return
     if arguments.kv_cache:
         check_keeps(name)
     packed = parse_options(arguments.quantize, arguments.quantize_text_encoder, arguments.group_size)
-    dtype = dtype_of(arguments.dtype)
-    height, width, references = sizes_of(arguments, AutoEncoderConfig.sample_size)
+    side = AutoEncoderConfig.sample_size
+    height, width, references = sizes_of(arguments, side)
     plan = make_plan(
         *released_modules(name, dtype, packed),
         dtype=dtype,
@@ -491,7 +508,28 @@ def print_plan(arguments: argparse.Namespace) -> None:
         limit=arguments.memory_limit or machine_memory(),
         memory=arguments.memory,
     )
-    print(f"{plan}\ndownload: up to {download_bytes(name) / 1e9:.1f} GB")
+    distilled = "base" not in name if arguments.distilled is None else arguments.distilled
+    print(f"{plan}\n{duration(plan, arguments, side, distilled)}")
+    print(f"download: up to {download_bytes(name) / 1e9:.1f} GB")
+
+
+def duration(plan: Plan, arguments: argparse.Namespace, side: int, distilled: bool) -> str:
+    """One line: how long a picture takes, where this machine was measured."""
+    height, width, _ = sizes_of(arguments, side)
+    tokens = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
+    levels = noise_levels(distilled, tokens, arguments.num_steps, arguments.schedule, arguments.sigmas)[:-1]
+    if arguments.init_image is not None:
+        usual = usual_strength(len(levels), repaints=arguments.repainting is not None)
+        strength = usual if arguments.strength is None else arguments.strength
+        levels = levels[first_step(strength, len(levels)) :]
+    guidance = usual_guidance(distilled) if arguments.guidance is None else arguments.guidance
+    guided = guidance > 1 and (not distilled or arguments.force_guidance)
+    low, high = arguments.guidance_interval or (0, 1)
+    passes = sum(2 if guided and low <= sigma <= high else 1 for sigma in levels)
+    seconds = plan.seconds(2 if guided else 1, passes)
+    if seconds is None:
+        return "time: not known; --measure measures this machine, once and in a few seconds"
+    return f"time: about {between(*seconds)} s a picture, {passes} passes of the transformer, without loading it"
 
 
 def draw(

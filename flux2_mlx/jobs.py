@@ -23,7 +23,7 @@ from .config import InputError
 
 # Options that are given once for each file, and those that concern the whole run.
 SEVERAL = ("image", "lora")
-COMMAND_ALONE = ("help", "version", "prompt-file", "jobs", "resume", "interactive", "plan", "stats", "quiet")
+COMMAND_ALONE = ("help", "version", "prompt-file", "jobs", "resume", "interactive", "plan", "measure", "stats", "quiet")
 
 
 @dataclass(frozen=True)

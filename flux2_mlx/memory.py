@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import cast
 
@@ -22,6 +23,11 @@ from .models.autoencoder import STRIP_BYTES
 def on_gpu() -> bool:
     """Whether MLX computes on a GPU (Metal or CUDA)."""
     return mx.default_device().type == mx.DeviceType.gpu
+
+
+def machine_name() -> str:
+    """What a measurement depends on: chip, device and MLX's version."""
+    return f"{mx.device_info()['device_name']}, {mx.default_device()}, MLX {version('mlx')}"
 
 
 def recommended_memory() -> int:

@@ -819,18 +819,13 @@ class Flux2Pipeline:
         if repainting is not None:
             repainting.check_aspect(height, width)
             sizes = [(height, width), *sizes]
-        guidance = (1.0 if distilled else 4.0) if guidance is None else guidance
+        guidance = usual_guidance(distilled) if guidance is None else guidance
         if max_sequence_length is None:
             max_sequence_length = self.tokenizer.default_length
         if references:
             self._check_room(height, width, max_sequence_length, sizes, 0 if repainting is None else 1)
         tokens = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
-
-        if sigmas is not None:
-            levels = custom_sigmas(sigmas, tokens)
-        else:
-            num_steps = (4 if distilled else 50) if num_steps is None else num_steps
-            levels = schedule_sigmas(schedule, num_steps, tokens)
+        levels = noise_levels(distilled, tokens, num_steps, schedule, sigmas)
         if distilled and guidance > 1 and not force_guidance:
             warnings.warn(
                 f"{self.checkpoint.name} is distilled and draws without guidance; guidance {guidance:g} is ignored "
@@ -849,7 +844,7 @@ class Flux2Pipeline:
         total = len(prompts) * num_images
         start = 0
         if init_image is not None:
-            usual = min(STRENGTH, most_kept(len(levels) - 1)) if repainting is None else 1.0
+            usual = usual_strength(len(levels) - 1, repaints=repainting is not None)
             strength = usual if strength is None else float(strength)
             start = first_step(strength, len(levels) - 1)
         elif strength is not None:
@@ -1383,6 +1378,23 @@ def check_options(
     check_expand(expand)
     _one_of("schedule", schedule, SCHEDULES)
     _one_of("noise", noise, NOISES)
+
+
+def usual_guidance(distilled: bool) -> float:
+    return 1.0 if distilled else 4.0
+
+
+def noise_levels(
+    distilled: bool, tokens: int, num_steps: int | None, schedule: str, sigmas: Sequence[float] | None
+) -> list[float]:
+    """Those of a picture with so many image tokens: the custom ones, else of so many steps, or the model's usual."""
+    if sigmas is not None:
+        return custom_sigmas(sigmas, tokens)
+    return schedule_sigmas(schedule, (4 if distilled else 50) if num_steps is None else num_steps, tokens)
+
+
+def usual_strength(steps: int, *, repaints: bool) -> float:
+    return 1.0 if repaints else min(STRENGTH, most_kept(steps))
 
 
 def first_step(strength: float, steps: int) -> int:

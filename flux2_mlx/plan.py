@@ -6,7 +6,7 @@ modules with lazy weights, size of the picture -> make_plan -> Plan -> mode, pea
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,6 +26,7 @@ from .models.autoencoder import AutoEncoder
 from .models.text_encoder import Qwen3TextEncoder
 from .models.transformer import FluxKlein
 from .quantize import Quantization, largest_dense_bytes, mixed, pack_plainly, quantize
+from .roofline import known_speeds, picture_work
 from .streaming import streamed_bytes
 
 # Parameters of Qwen3-4B and -8B as they are released, with the layers that klein does not use.
@@ -45,12 +46,14 @@ class Stage:
         weights: of all of it.
         streamed: weights in memory together when its blocks are streamed; equal where it has none.
         working: intermediates, one packed matrix unpacked among them.
+        seconds: the least and the most that it takes once, its weights loaded, on a machine whose speed was measured.
     """
 
     name: str
     weights: int
     streamed: int
     working: int
+    seconds: tuple[float, float] | None = None
 
     def is_streamed(self, memory: str, limit: int) -> bool:
         """Whether its blocks are read from disk in this mode (of MODES), where there are so many bytes."""
@@ -96,18 +99,32 @@ class Plan:
         """Bytes in memory at the most."""
         return self.resident if self.mode == "resident" else max(map(self.needed, self.stages))
 
+    def seconds(self, prompts: int = 1, passes: int = 1) -> tuple[float, float] | None:
+        """The least and the most that a picture takes with so many prompts (the negative one is another) and passes
+        through the transformer, all weights loaded; None where the machine's speed is not known.
+        """
+        times = {"text encoder": prompts, "transformer": passes}
+        least = most = 0.0
+        for stage in self.stages:
+            if stage.seconds is None:
+                return None
+            least += times.get(stage.name, 1) * stage.seconds[0]
+            most += times.get(stage.name, 1) * stage.seconds[1]
+        return least, most
+
     def __str__(self) -> str:
         """A table, in GB of 10^9 bytes, and what will be done."""
         return "\n".join([*self.table(), f"all together {self.resident / 1e9:.2f} GB", self.summary()])
 
     def table(self) -> list[str]:
-        """Lines: a head, and one for each stage."""
+        """Lines: a head, and one for each stage, with what it takes once where the machine's speed is known."""
         rows = [["stage", "weights", "work", "alone", "streamed"]]
+        if self.seconds() is not None:
+            rows[0].append("seconds")
         for stage in self.stages:
             alone, streamed = stage.weights + stage.working, stage.streamed + stage.working
-            rows.append(
-                [stage.name, *(f"{size / 1e9:.2f}" for size in (stage.weights, stage.working, alone, streamed))]
-            )
+            sizes = [f"{size / 1e9:.2f}" for size in (stage.weights, stage.working, alone, streamed)]
+            rows.append([stage.name, *sizes, *([] if stage.seconds is None else [between(*stage.seconds)])])
         return [f"{row[0]:16}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows]
 
     def summary(self) -> str:
@@ -118,6 +135,12 @@ class Plan:
         if self.peak <= self.limit:
             return line
         return f"{line}, which is too much; a smaller picture, fewer bits (--quantize) or another --memory needs less"
+
+
+def between(least: float, most: float) -> str:
+    """Two durations as one word: "2.6-2.9"."""
+    ends = [f"{value:.{0 if value >= 100 else 1 if value >= 1 else 2}f}" for value in (least, most)]
+    return "-".join(dict.fromkeys(ends))
 
 
 class TrainingPlan(Plan):
@@ -189,6 +212,21 @@ def make_plan(
     stages.append(stage_of("transformer", transformer, dtype, intermediates, attention))
     working = decoder_bytes(config, height, width, pictures) + held
     stages.append(stage_of("decoder", autoencoder.decoder, pictures, working))
+    work = picture_work(
+        text_encoder,
+        transformer,
+        autoencoder,
+        dtype=dtype,
+        height=height,
+        width=width,
+        length=length,
+        references=references,
+        keeps_references=keeps_references,
+    )
+    for k, stage in enumerate(stages):
+        speeds = known_speeds(dtype if stage.name == "transformer" else pictures)
+        if speeds is not None:
+            stages[k] = replace(stage, seconds=work[stage.name].seconds(speeds))
     return Plan(tuple(stages), limit, memory)
 
 

@@ -13,7 +13,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
@@ -22,7 +21,7 @@ import mlx.nn as nn
 from .cache import read_table, write_table
 from .checkpoints import bits_and_group
 from .config import CheckpointError, FluxKleinParams, InputError
-from .memory import on_gpu, weights_of
+from .memory import machine_name, on_gpu, weights_of
 from .models.blocks import Linear, added, joint_product
 from .models.transformer import FluxKlein
 
@@ -408,12 +407,11 @@ def tune(module: nn.Module, dtype: mx.Dtype, wanted: Callable[[str], bool] = lam
     if not layers:
         return
     table = read_table("dense_rows") | _measured
-    machine = f"{mx.device_info()['device_name']}, {mx.default_device()}, MLX {version('mlx')}"
     new = False
     for layer in layers:
         rows, how = layer.weight.shape[0], layer.how
         columns = layer.weight.shape[1] * 32 // how.bits
-        key = f"{machine}: {rows} x {columns} {dtype}, {how}"
+        key = f"{machine_name()}: {rows} x {columns} {dtype}, {how}"
         if not isinstance(table.get(key), int):
             table[key] = _measured[key] = _measured_rows(layer, columns, dtype)
             new = True
@@ -426,17 +424,17 @@ def _measured_rows(layer: QuantizedLinear, columns: int, dtype: mx.Dtype) -> int
     """The fewest of MEASURED_ROWS with which the unpacked product takes no longer than the fused one."""
     for rows in MEASURED_ROWS:
         x = mx.ones((rows, columns), dtype)
-        if _seconds(layer.dense, x) <= _seconds(layer.fused, x):
+        if shortest_seconds(layer.dense, x) <= shortest_seconds(layer.fused, x):
             return rows
     return NEVER
 
 
-def _seconds(multiply: Callable[[mx.array], mx.array], x: mx.array) -> float:
-    """Of the shorter of two products, after a first one that may compile a kernel."""
+def shortest_seconds(function: Callable[..., mx.array], *arrays: mx.array) -> float:
+    """Of the shorter of two calls, after a first one that may compile a kernel."""
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        mx.eval(multiply(x))
+        mx.eval(function(*arrays))
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:])
 
@@ -445,6 +443,15 @@ def _seconds(multiply: Callable[[mx.array], mx.array], x: mx.array) -> float:
 # part, and those that only ever see one row, and so are not unpacked.
 IN_PARTS = {"to_qkv_mlp_proj": 1 / 3, "linear_in": 1 / 2}
 ONE_ROW = re.compile(r"(\w+_modulation(_\w+)?|norm_out|time_guidance_embed)\.")
+
+
+def dense_bytes(module: nn.Module, dtype: mx.Dtype) -> int:
+    """Bytes of all packed matrices once they are unpacked, but for those that never are; 0 without any."""
+    return sum(
+        layer.weight.size * 32 // layer.how.bits * dtype.size
+        for path, layer in module.named_modules()
+        if isinstance(layer, QuantizedLinear) and not ONE_ROW.match(path)
+    )
 
 
 def largest_dense_bytes(module: nn.Module, dtype: mx.Dtype) -> int:

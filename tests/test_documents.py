@@ -126,7 +126,7 @@ def test_every_example_is_tested():
 
 # Where a benchmark's report has what it measured.
 FIGURES = {"stages": "stages", "full_size": "parts", "packed_step": "ratio", "packing": "ways", "start": "seconds"}
-FIGURES |= {"memory_plan": "stages", "passes": "passes", "kernels": "steps"}
+FIGURES |= {"memory_plan": "stages", "passes": "passes", "kernels": "steps", "roofline": "stages"}
 # Of a step of klein-4b, 1024 x 1024: a change that needs more says so here.
 BUDGET = {"kernels": 494, "gigabytes": 34.5}
 
@@ -142,6 +142,8 @@ BUDGET = {"kernels": 494, "gigabytes": 34.5}
         ["passes", "--model", "tiny", "--size", "64", "--reference", "64", "--batch", "2", "--repeats", "1"],
         ["kernels"],
         ["memory_plan", "FOLDER", "--tiny", "--size", "64", "--text-length", "16", "--memory", "streamed"],
+        ["roofline", "--size", "64", "--steps", "1"],
+        ["roofline", "--model", "klein-9b-kv", "--references", "1", "--quantize", "4", "--chip", "M4 Max"],
         ["start", "--model", "CHECKPOINT", "--size", "64", "--text-length", "16", "--steps", "1", "--repeats", "1"],
     ],
     ids=lambda arguments: " ".join(arguments[:3]),

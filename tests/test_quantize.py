@@ -222,7 +222,7 @@ def clock(monkeypatch, tmp_path):
         taken.append((multiply.__name__, *x.shape))
         return x.shape[0] if multiply.__name__ == "fused" else 10 + x.shape[0] / 10
 
-    monkeypatch.setattr(quantize, "_seconds", seconds)
+    monkeypatch.setattr(quantize, "shortest_seconds", seconds)
     monkeypatch.setattr(quantize, "_measured", {})
     monkeypatch.delenv("FLUX2_MLX_DENSE_ROWS")
     monkeypatch.setenv("FLUX2_MLX_CACHE", str(tmp_path))
@@ -269,7 +269,7 @@ def test_rows_are_measured_where_nothing_can_be_kept(clock, tmp_path, monkeypatc
 
 
 def test_a_layer_stays_fused_where_that_always_wins(clock, monkeypatch):
-    monkeypatch.setattr(quantize, "_seconds", lambda multiply, x: multiply.__name__ == "dense")
+    monkeypatch.setattr(quantize, "shortest_seconds", lambda multiply, x: multiply.__name__ == "dense")
     quantize.tune(model := packed_layers(), mx.float32)
     layer = model.layers[0]
     layer.dense = None

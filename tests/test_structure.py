@@ -19,7 +19,7 @@ LAYERS = [
     {"models.transformer", "models.text_encoder", "models.autoencoder", "models.taef2"},
     {"latents", "sampler", "checkpoints", "tokenizer", "memory"},
     {"quantize", "gguf_files"},
-    {"images", "weights", "jobs"},
+    {"images", "weights", "jobs", "roofline"},
     {"streaming", "inpaint", "preview", "adapters", "dataset"},
     {"plan", "writing"},
     {"commands", "pipeline"},

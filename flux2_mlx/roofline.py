@@ -1,0 +1,294 @@
+"""What a stage computes and moves, and how long a machine takes for it whose speed was measured.
+
+modules, size of the picture -> picture_work -> Work of each stage -> seconds at Speeds
+
+FLOP (two for each multiplication with its addition) are exact; bytes of intermediates are an estimate, of what the
+operations in models/ read and write, one after another, each operand from memory.
+Reference for the FLOP: torch's FlopCounterMode on the modules of diffusers and transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, fields
+from itertools import pairwise
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .cache import read_table, write_table
+from .config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
+from .memory import machine_name, stage_dtype, weight_bytes
+from .models.autoencoder import AutoEncoder
+from .models.text_encoder import Qwen3TextEncoder
+from .models.transformer import FluxKlein
+from .quantize import dense_bytes, shortest_seconds
+
+TABLE = "speeds"  # in the cache folder
+
+# Elements that are read or written, in units of an activation as wide as the model: by a single block (norm and
+# modulation 6, q, k and v 12, attention 6, gate and up 17, both together 8, out 10), and by a double one.
+SINGLE_BLOCK, DOUBLE_BLOCK = 59, 71
+# And by a GroupNorm with its SiLU, in float32 whatever the model has.
+GROUP_NORM = 14
+
+# A measurement is made larger, by fours, until it takes so long, or as large as it may be.
+LONG_ENOUGH = 0.1  # seconds
+SCALES = (1, 4, 16)
+WIDTH, HEADS, CHANNELS = 3072, 24, 256  # of what is measured: klein-4b's, and those of the decoder's last half
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What a machine does in a second: FLOP of three kinds, and bytes that are read or written."""
+
+    matmul: float
+    attention: float
+    convolution: float
+    copy: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done once in a stage.
+
+    Attributes:
+        matmul, attention, convolution: FLOP; those of attention are its two products.
+        weights, intermediates: bytes that are read, and read or written.
+    """
+
+    matmul: int = 0
+    attention: int = 0
+    convolution: int = 0
+    weights: int = 0
+    intermediates: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, times: int) -> Work:
+        return Work(*(times * part for part in astuple(self)))
+
+    @property
+    def flops(self) -> int:
+        return self.matmul + self.attention + self.convolution
+
+    @property
+    def bytes(self) -> int:
+        return self.weights + self.intermediates
+
+    def computing(self, speeds: Speeds) -> float:
+        """Seconds of arithmetic."""
+        return self.matmul / speeds.matmul + self.attention / speeds.attention + self.convolution / speeds.convolution
+
+    def moving(self, speeds: Speeds) -> float:
+        """Seconds of reading and writing."""
+        return self.bytes / speeds.copy
+
+    def seconds(self, speeds: Speeds) -> tuple[float, float]:
+        """The least, where all of the one is done beside the other, and the most, where none is."""
+        computing, moving = self.computing(speeds), self.moving(speeds)
+        return max(computing, moving), computing + moving
+
+
+# ---------------------------------------------------------------------------------------------------- stages
+
+
+def text_encoder_work(config: Qwen3Config, length: int, dtype: mx.Dtype) -> Work:
+    """One prompt of so many tokens, without the weights; masked scores are computed and count."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    rows = config.num_layers * length
+    return Work(
+        matmul=2 * rows * (hidden * (q + 2 * kv) + q * hidden + 3 * hidden * inner),
+        attention=4 * rows * length * q,
+        intermediates=rows * (17 * hidden + 10 * q + 8 * kv + 8 * inner) * dtype.size,
+    )
+
+
+def transformer_work(params: FluxKleinParams, text: int, image: int, dtype: mx.Dtype, kept: int = 0) -> Work:
+    """One pass over so many tokens of text and image (references among these), beside the keys and values of ``kept``
+    reference tokens, without the weights.
+    """
+    dims, tokens = params.hidden_size, text + image
+    # Of the modulations, and of the last norm, in units of a square matrix.
+    temb = params.timestep_channels * dims + (1 + 6 + 6 + 3 + 2) * dims**2
+    ends = 2 * params.in_channels * dims * image + params.txt_embed_dim * dims * text
+    return _blocks(params, tokens, tokens + kept, dtype) + Work(matmul=2 * (temb + ends))
+
+
+def keeping_work(params: FluxKleinParams, tokens: int, dtype: mx.Dtype) -> Work:
+    """The pass that keeps so many reference tokens, the last block counted whole, though its keys and values are all
+    that is made of it.
+    """
+    dims = params.hidden_size
+    temb = params.timestep_channels * dims + (1 + 6 + 3) * dims**2
+    return _blocks(params, tokens, tokens, dtype) + Work(matmul=2 * (temb + params.in_channels * dims * tokens))
+
+
+def _blocks(params: FluxKleinParams, tokens: int, seen: int, dtype: mx.Dtype) -> Work:
+    """All blocks over so many tokens, which attend to ``seen``: either kind has 4 d^2 + 3 d m weights for a token."""
+    dims, blocks = params.hidden_size, params.depth + params.depth_single
+    units = DOUBLE_BLOCK * params.depth + SINGLE_BLOCK * params.depth_single
+    return Work(
+        matmul=2 * blocks * tokens * (4 * dims**2 + 3 * dims * params.mlp_hidden),
+        attention=4 * blocks * tokens * seen * dims,
+        intermediates=units * tokens * dims * dtype.size,
+    )
+
+
+def decoder_work(config: AutoEncoderConfig, height: int, width: int, dtype: mx.Dtype) -> Work:
+    """Decoding a picture, without the weights."""
+    channels, latent = config.decoder_channels[::-1], config.latent_channels
+    pixels = height * width // 64
+    work = _conv(pixels, latent, latent, dtype, kernel=1) + _conv(pixels, latent, channels[0], dtype)
+    work += _middle(pixels, channels[0], dtype)
+    for k, (before, own) in enumerate(pairwise([channels[0], *channels])):
+        work += _resnets(pixels, before, own, config.layers_per_block + 1, dtype)
+        if k < len(channels) - 1:
+            pixels *= 4
+            work += _conv(pixels, own, own, dtype)
+    return work + _norm(pixels, channels[-1]) + _conv(pixels, channels[-1], config.out_channels, dtype)
+
+
+def encoder_work(config: AutoEncoderConfig, height: int, width: int, dtype: mx.Dtype) -> Work:
+    """Encoding a picture, without the weights."""
+    channels, moments = config.block_out_channels, 2 * config.latent_channels
+    pixels = height * width
+    work = _conv(pixels, config.in_channels, channels[0], dtype)
+    for k, (before, own) in enumerate(pairwise([channels[0], *channels])):
+        work += _resnets(pixels, before, own, config.layers_per_block, dtype)
+        if k < len(channels) - 1:
+            pixels //= 4
+            work += _conv(pixels, own, own, dtype)
+    work += _middle(pixels, channels[-1], dtype) + _norm(pixels, channels[-1])
+    return work + _conv(pixels, channels[-1], moments, dtype) + _conv(pixels, moments, moments, dtype, kernel=1)
+
+
+def _conv(pixels: int, inputs: int, outputs: int, dtype: mx.Dtype, kernel: int = 3) -> Work:
+    """A convolution with so many pixels of output: its input is put together with its neighbours, its bias added."""
+    moved = (3 * inputs + 3 * outputs) * pixels * dtype.size
+    return Work(convolution=2 * kernel**2 * inputs * outputs * pixels, intermediates=moved)
+
+
+def _norm(pixels: int, channels: int) -> Work:
+    return Work(intermediates=GROUP_NORM * pixels * channels * mx.float32.size)
+
+
+def _resnets(pixels: int, inputs: int, channels: int, count: int, dtype: mx.Dtype) -> Work:
+    work = Work()
+    for before in [inputs, *[channels] * (count - 1)]:
+        work += _norm(pixels, before) + _conv(pixels, before, channels, dtype)
+        work += _norm(pixels, channels) + _conv(pixels, channels, channels, dtype)
+        work += Work(intermediates=3 * pixels * channels * dtype.size)  # the sum of both ways
+        if before != channels:
+            work += _conv(pixels, before, channels, dtype, kernel=1)
+    return work
+
+
+def _middle(pixels: int, channels: int, dtype: mx.Dtype) -> Work:
+    attention = Work(
+        matmul=8 * pixels * channels**2,
+        attention=4 * pixels**2 * channels,
+        intermediates=17 * pixels * channels * dtype.size,
+    )
+    return _resnets(pixels, channels, channels, 2, dtype) + _norm(pixels, channels) + attention
+
+
+def picture_work(
+    text_encoder: Qwen3TextEncoder,
+    transformer: FluxKlein,
+    autoencoder: AutoEncoder,
+    *,
+    dtype: mx.Dtype,
+    height: int,
+    width: int,
+    length: int,
+    references: Sequence[tuple[int, int]] = (),
+    keeps_references: bool = False,
+) -> dict[str, Work]:
+    """What each stage of a picture does, by the plan's names: for one prompt, all references, one pass of the
+    transformer, one picture. Weights of modules are not read. Arguments as plan.make_plan has them.
+    """
+    image, seen = height * width // 256, sum(h * w for h, w in references) // 256
+    text_dtype, pictures = stage_dtype("text_encoder", dtype), stage_dtype("autoencoder", dtype)
+    params, config = transformer.params, autoencoder.config
+
+    def reading(module: nn.Module, dtype: mx.Dtype, but: int = 0) -> Work:
+        """A module's weights, of which packed ones are unpacked."""
+        return Work(weights=weight_bytes(module) - but, intermediates=2 * dense_bytes(module, dtype))
+
+    layers = reading(text_encoder, text_dtype, weight_bytes(text_encoder.model.embed_tokens))  # few rows of that
+    weights = reading(transformer, dtype)
+    work = {"text encoder": text_encoder_work(text_encoder.config, length, text_dtype) + layers}
+    if references:
+        encoder = reading(autoencoder.encoder, pictures)
+        work["references"] = sum((encoder_work(config, h, w, pictures) + encoder for h, w in references), Work())
+        if keeps_references:
+            work["references"] += keeping_work(params, seen, dtype) + weights
+    kept = seen if keeps_references else 0
+    work["transformer"] = transformer_work(params, length, image + seen - kept, dtype, kept) + weights
+    work["decoder"] = decoder_work(config, height, width, pictures) + reading(autoencoder.decoder, pictures)
+    return work
+
+
+# ---------------------------------------------------------------------------------------------------- speeds
+
+
+def known_speeds(dtype: mx.Dtype) -> Speeds | None:
+    """What was measured of this machine in a dtype, if it was."""
+    kept = read_table(TABLE).get(_key(dtype))
+    names = [field.name for field in fields(Speeds)]
+    if not isinstance(kept, dict) or not all(isinstance(kept.get(name), float) and kept[name] > 0 for name in names):
+        return None
+    return Speeds(**{name: kept[name] for name in names})
+
+
+def measure(dtype: mx.Dtype) -> dict[mx.Dtype, Speeds]:
+    """Measure this machine in the dtypes of a picture's stages, in a few seconds, and keep that in the cache folder."""
+    dtypes = {dtype, stage_dtype("autoencoder", dtype)}
+    speeds = {own: measured(own) for own in dtypes}
+    kept = {_key(own): dict(vars(found)) for own, found in speeds.items()}
+    write_table(TABLE, read_table(TABLE) | kept)
+    return speeds
+
+
+def measured(dtype: mx.Dtype) -> Speeds:
+    """This machine's speeds at shapes of the models."""
+
+    def matmul(scale: int) -> tuple[int, Callable[..., mx.array], list[mx.array]]:
+        rows = 256 * scale
+        arrays = [mx.ones((rows, WIDTH), dtype), mx.ones((WIDTH, WIDTH), dtype)]
+        return 2 * rows * WIDTH**2, lambda x, weight: x @ weight.T, arrays
+
+    def attention(scale: int) -> tuple[int, Callable[..., mx.array], list[mx.array]]:
+        rows, dims = 256 * scale, WIDTH // HEADS
+        arrays = [mx.ones((1, HEADS, rows, dims), dtype)] * 3
+        attend = mx.fast.scaled_dot_product_attention
+        return 4 * rows**2 * WIDTH, lambda q, k, v: attend(q, k, v, scale=dims**-0.5), arrays
+
+    def convolution(scale: int) -> tuple[int, Callable[..., mx.array], list[mx.array]]:
+        rows = 16 * scale
+        x, weight = mx.ones((1, rows, CHANNELS, CHANNELS), dtype), mx.ones((CHANNELS, 3, 3, CHANNELS), dtype)
+        return 18 * rows * CHANNELS**3, lambda x, weight: mx.conv2d(x, weight, padding=1), [x, weight]
+
+    def copy(scale: int) -> tuple[int, Callable[..., mx.array], list[mx.array]]:
+        x = mx.ones((2**23 * scale // dtype.size,), dtype)
+        return 2 * x.nbytes, mx.negative, [x]
+
+    return Speeds(*(_speed(kind) for kind in (matmul, attention, convolution, copy)))
+
+
+def _speed(kind: Callable[[int], tuple[int, Callable[..., mx.array], list[mx.array]]]) -> float:
+    """How much is done in a second, of an amount that depends on the scale."""
+    for scale in SCALES:
+        amount, function, arrays = kind(scale)
+        mx.eval(arrays)
+        seconds = shortest_seconds(function, *arrays)
+        if seconds >= LONG_ENOUGH:
+            break
+    return amount / seconds
+
+
+def _key(dtype: mx.Dtype) -> str:
+    return f"{machine_name()}: {dtype}"
