@@ -15,11 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import astuple
 
 from benchmarks.common import machine, process_peak_gb
 from flux2_mlx.config import RELEASED
 from flux2_mlx.memory import stage_dtype
-from flux2_mlx.pipeline import DTYPES, dtype_of
+from flux2_mlx.pipeline import DTYPES, check_size, dtype_of
 from flux2_mlx.plan import between, released_modules
 from flux2_mlx.quantize import parse_options
 from flux2_mlx.roofline import Speeds, Work, measure, picture_work
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     is_base = "base" in arguments.model
     steps, guided = arguments.steps or (50 if is_base else 4), 2 if is_base else 1
+    check_size(arguments.size, arguments.size)
+    seen = min(arguments.size, 1024)  # more than a megapixel is scaled down
     dtype = dtype_of(arguments.dtype or ("bfloat16" if arguments.chip else None))
     modules = released_modules(arguments.model, dtype, parse_options(arguments.quantize, None, None))
     work = picture_work(
@@ -67,26 +70,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         height=arguments.size,
         width=arguments.size,
         length=arguments.text_length,
-        references=[(arguments.size, arguments.size)] * arguments.references,
+        references=[(seen, seen)] * arguments.references,
         keeps_references=arguments.model == "klein-9b-kv",
     )
     if arguments.chip:
         peak, bandwidth = CHIPS[arguments.chip]
         published = Speeds(peak * 1e12, peak * 1e12, peak * 1e12, bandwidth * 1e9)
-        speeds = dict.fromkeys(DTYPES.values(), published)
+        speeds = dict.fromkeys((dtype, stage_dtype("autoencoder", dtype)), published)
     else:
         speeds = measure(dtype)
-    pictures = stage_dtype("autoencoder", dtype)
-    one = speeds[dtype]
-    print(
-        f"{arguments.chip} at published peaks, not measured" if arguments.chip else "this machine, measured", end=": "
-    )
-    print(f"TFLOP/s of products {one.matmul / 1e12:.3g}, attention {one.attention / 1e12:.3g}", end=", ")
-    print(f"convolutions {speeds[pictures].convolution / 1e12:.3g}; GB/s {one.copy / 1e9:.3g}")
+    print(f"{arguments.chip} at published peaks, not measured" if arguments.chip else "this machine, measured")
+    named = {str(kind).removeprefix("mlx.core."): found for kind, found in speeds.items()}
+    for kind, found in named.items():
+        products, attention, convolutions = (f"{flops / 1e12:.3g}" for flops in astuple(found)[:3])
+        print(f"{kind}: TFLOP/s of products {products}, attention {attention}, convolutions {convolutions}", end="")
+        print(f"; GB/s {found.copy / 1e9:.3g}")
+    at = {name: speeds[dtype if name == "transformer" else stage_dtype("autoencoder", dtype)] for name in work}
 
     times = {"text encoder": guided, "transformer": guided * steps}
     whole = {name: own * times.get(name, 1) for name, own in work.items()}
-    seconds = {name: own.seconds(speeds[dtype if name == "transformer" else pictures]) for name, own in whole.items()}
+    seconds = {name: own.seconds(at[name]) for name, own in whole.items()}
     if arguments.chip:
         seconds = {name: (least, least) for name, (least, _) in seconds.items()}
     least, most = (sum(ends) for ends in zip(*seconds.values(), strict=True))
@@ -94,8 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def row(name: str, own: Work, stage: str, parts: int = 1) -> None:
         """Of a stage, or of one of so many equal parts."""
-        at = speeds[dtype if stage == "transformer" else pictures]
-        computing, moving = own.computing(at), own.moving(at)
+        computing, moving = own.computing(at[stage]), own.moving(at[stage])
         ends = [end / parts for end in seconds[stage]]
         figures = {
             "tflop": own.flops / 1e12,
@@ -108,9 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "share": sum(ends) / (least + most),
         }
         rows[name] = figures
-        print(
-            f"{name:16}{figures['tflop']:12.3f}{figures['weights_gb']:12.2f}{figures['intermediates_gb']:12.2f}", end=""
-        )
+        print(f"{name:16}{own.flops / 1e12:12.3f}{own.weights / 1e9:12.2f}{own.intermediates / 1e9:12.2f}", end="")
         print(f"{figures['flop_per_byte']:12.0f}{figures['bound']:>12}{between(*ends):>12}{figures['share']:12.1%}")
 
     print(f"{'':16}" + "".join(f"{head:>12}" for head in HEADS))
@@ -120,16 +120,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             row(f"all {times[name]} passes", own, name)
         else:
             row(name, own, name)
-    flops = sum(own.flops for own in whole.values())
-    print(f"{'a picture':16}{flops / 1e12:12.3f}{between(least, most):>60}")
+    tflop = sum(own.flops for own in whole.values()) / 1e12
+    print(f"{'a picture':16}{tflop:12.3f}{between(least, most):>60}")
     variant = vars(arguments) | {"dtype": str(dtype).removeprefix("mlx.core."), "steps": steps}
     report = {
         "benchmark": "roofline",
         "variant": variant,
         "published": arguments.chip is not None,
-        "speeds": {str(own).removeprefix("mlx.core."): vars(at) for own, at in speeds.items()},
+        "speeds": {kind: vars(found) for kind, found in named.items()},
         "stages": rows,
-        "tflop": flops / 1e12,
+        "tflop": tflop,
         "least_s": least,
         "most_s": most,
     }
