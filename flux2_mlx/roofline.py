@@ -34,7 +34,7 @@ GROUP_NORM = 14
 
 # A measurement is made larger, by fours, until it takes so long, or as large as it may be.
 LONG_ENOUGH = 0.1  # seconds
-SCALES = (1, 4, 16)
+SCALES = (1, 4, 16, 64)
 WIDTH, HEADS, CHANNELS = 3072, 24, 256  # of what is measured: klein-4b's, and those of the decoder's last half
 
 
@@ -257,23 +257,23 @@ def measured(dtype: mx.Dtype) -> Speeds:
     """This machine's speeds at shapes of the models."""
 
     def matmul(scale: int) -> tuple[int, Callable[..., mx.array], list[mx.array]]:
-        rows = 256 * scale
+        rows = 64 * scale
         arrays = [mx.ones((rows, WIDTH), dtype), mx.ones((WIDTH, WIDTH), dtype)]
         return 2 * rows * WIDTH**2, lambda x, weight: x @ weight.T, arrays
 
     def attention(scale: int) -> tuple[int, Callable[..., mx.array], list[mx.array]]:
-        rows, dims = 256 * scale, WIDTH // HEADS
+        rows, dims = 64 * scale, WIDTH // HEADS
         arrays = [mx.ones((1, HEADS, rows, dims), dtype)] * 3
         attend = mx.fast.scaled_dot_product_attention
         return 4 * rows**2 * WIDTH, lambda q, k, v: attend(q, k, v, scale=dims**-0.5), arrays
 
     def convolution(scale: int) -> tuple[int, Callable[..., mx.array], list[mx.array]]:
-        rows = 16 * scale
+        rows = 4 * scale
         x, weight = mx.ones((1, rows, CHANNELS, CHANNELS), dtype), mx.ones((CHANNELS, 3, 3, CHANNELS), dtype)
         return 18 * rows * CHANNELS**3, lambda x, weight: mx.conv2d(x, weight, padding=1), [x, weight]
 
     def copy(scale: int) -> tuple[int, Callable[..., mx.array], list[mx.array]]:
-        x = mx.ones((2**23 * scale // dtype.size,), dtype)
+        x = mx.ones((2**21 * scale // dtype.size,), dtype)
         return 2 * x.nbytes, mx.negative, [x]
 
     return Speeds(*(_speed(kind) for kind in (matmul, attention, convolution, copy)))

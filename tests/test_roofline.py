@@ -253,7 +253,7 @@ def test_a_speed_is_an_amount_over_the_shortest_time(monkeypatch):
     assert roofline._speed(lambda scale: (1000 * scale, mx.negative, [mx.zeros((scale,))])) == 4000 / 0.2
     assert asked == [1, 4]
     monkeypatch.setattr(roofline, "shortest_seconds", lambda *_: 0.001)
-    assert roofline._speed(lambda scale: (1000 * scale, mx.negative, [mx.zeros((scale,))])) == 16000 / 0.001
+    assert roofline._speed(lambda scale: (1000 * scale, mx.negative, [mx.zeros((scale,))])) == 64000 / 0.001
 
 
 def test_what_is_measured_is_what_is_counted(monkeypatch, done):
@@ -310,7 +310,7 @@ def measured(folder, monkeypatch):
 
 
 def test_a_plan_tells_seconds_once_the_machine_is_measured(measured, checkpoint, capsys):
-    arguments = ["--model", str(checkpoint), "--height", "64", "--width", "64"]
+    arguments = ["--model", str(checkpoint), "--height", "64", "--width", "64", "--memory-limit", "5"]
 
     def told(option):
         assert main([option, *arguments]) == 0
