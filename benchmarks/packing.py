@@ -1,8 +1,8 @@
 """What packing and 16-bit arithmetic cost in quality: python -m benchmarks.packing [--layers]
 
 Of each way to pack the transformer's matrices, and of all of it in 16 bits: bits a weight, the relative error of the
-weights, and the relative error of the velocities at the four steps of captions that training never saw. With --layers also the error that each layer
-alone makes at 4 bits. Ends with a line of JSON.
+weights, and the relative error of the velocities at the four steps of captions that training never saw. With --layers
+also the error that each layer alone makes at 4 bits. Ends with a line of JSON.
 """
 
 from __future__ import annotations

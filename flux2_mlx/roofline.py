@@ -26,11 +26,10 @@ from .quantize import dense_bytes, shortest_seconds
 
 TABLE = "speeds"  # in the cache folder
 
-# Elements that are read or written, in units of an activation as wide as the model: by a single block (norm and
-# modulation 6, q, k and v 12, attention 6, gate and up 17, both together 8, out 10), and by a double one.
-SINGLE_BLOCK, DOUBLE_BLOCK = 59, 71
+# Elements that are read or written, in units of an activation as wide as the model; benchmarks/kernels.py counts them.
+SINGLE_BLOCK, DOUBLE_BLOCK = 47, 53
 # And by a GroupNorm with its SiLU, in float32 whatever the model has.
-GROUP_NORM = 14
+GROUP_NORM = 6
 
 # A measurement is made larger, by fours, until it takes so long, or as large as it may be.
 LONG_ENOUGH = 0.1  # seconds

@@ -2,7 +2,10 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,6 +36,7 @@ from flux2_mlx.roofline import (
 )
 from tests import tiny
 
+ROOT = Path(__file__).parents[1]
 TERA = 1e12
 SPEEDS = Speeds(matmul=4e12, attention=2e12, convolution=1e12, copy=1e11)
 
@@ -105,6 +109,7 @@ def done(monkeypatch) -> dict[str, int]:
     for layer in (Linear, nn.Linear):
         watch(layer, "__call__", "matmul", lambda out, layer, x: 2 * out.size * x.shape[-1])
     watch(Linear, "outputs", "matmul", lambda out, layer, x, *_: 2 * out.size * x.shape[-1])
+    watch(Linear, "joint", "matmul", lambda out, layer, *parts: 2 * out.size * sum(part.shape[-1] for part in parts))
     attention = "scaled_dot_product_attention"
     watch(mx.fast, attention, "attention", lambda out, q, k, v: 4 * q.size * k.shape[2])
     watch(mx, "conv2d", "convolution", lambda out, x, weight, *_: 2 * out.size * weight[0].size)
@@ -376,3 +381,20 @@ def test_the_passes_that_are_told_are_made(measured, base_reference, options, tm
 def test_a_plan_measures_nothing(measured, checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(roofline, "measured", None)
     assert main(["--plan", "--model", str(checkpoint)]) == 0
+
+
+@pytest.mark.parametrize(("depth", "single"), [(2, 1), (1, 2)])
+def test_intermediates_of_blocks_are_those_that_are_counted(depth, single):
+    """By the graph of a step with one block more, see benchmarks/kernels.py; in a process of its own, for it reloads."""
+    script = f"""
+from dataclasses import replace
+import mlx.core as mx
+from benchmarks.kernels import FluxKleinParams, Recorder, own_step
+params, moved = FluxKleinParams.klein_4b(), []
+for depth, single in ((1, 1), ({depth}, {single})):
+    deep = replace(params, depth=depth, depth_single=single)
+    moved.append(own_step(Recorder(), deep, mx.bfloat16, 1024, 512).kernels(fuse=False)[1])
+print((moved[1] - moved[0]) / (4608 * params.hidden_size * 2))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) == pytest.approx(roofline.DOUBLE_BLOCK if depth == 2 else roofline.SINGLE_BLOCK, rel=0.01)
