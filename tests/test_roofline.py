@@ -385,7 +385,7 @@ def test_a_plan_measures_nothing(measured, checkpoint, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("depth", "single"), [(2, 1), (1, 2)])
 def test_intermediates_of_blocks_are_those_that_are_counted(depth, single):
-    """By the graph of a step with one block more, see benchmarks/kernels.py; in a process of its own, for it reloads."""
+    """By the graph of a step with one block more, see benchmarks/kernels.py; in its own process, for it reloads."""
     script = f"""
 from dataclasses import replace
 import mlx.core as mx
