@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -33,6 +35,7 @@ def machine() -> dict[str, Any]:
     return {
         "chip": info.get("device_name") or platform.processor(),
         "cores": os.cpu_count(),
+        "gpu_cores": gpu_cores(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "device": str(mx.default_device()),
         "os": platform.platform(),
@@ -40,6 +43,15 @@ def machine() -> dict[str, Any]:
         "mlx": version("mlx"),
         "flux2_mlx": __version__,
     }
+
+
+def gpu_cores() -> int | None:
+    """Of a Mac."""
+    if sys.platform != "darwin":
+        return None
+    tree = subprocess.run(["ioreg", "-l"], capture_output=True, text=True, errors="replace").stdout
+    found = re.search(r'"gpu-core-count" = (\d+)', tree)
+    return int(found[1]) if found else None
 
 
 def randomized(module: nn.Module, dtype: mx.Dtype) -> nn.Module:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks import peers
 from flux2_mlx import RELEASED
 from flux2_mlx.generate import main
 from tests import tiny
@@ -126,7 +127,7 @@ def test_every_example_is_tested():
 
 # Where a benchmark's report has what it measured.
 FIGURES = {"stages": "stages", "full_size": "parts", "packed_step": "ratio", "packing": "ways", "start": "seconds"}
-FIGURES |= {"memory_plan": "stages", "passes": "passes", "kernels": "steps", "roofline": "stages"}
+FIGURES |= {"memory_plan": "stages", "passes": "passes", "kernels": "steps", "roofline": "stages", "peers": "ratios"}
 # Of a step of klein-4b, 1024 x 1024: a change that needs more says so here.
 BUDGET = {"kernels": 494, "gigabytes": 34.5}
 
@@ -139,6 +140,7 @@ BUDGET = {"kernels": 494, "gigabytes": 34.5}
         ["full_size", "--tiny", "--size", "64", "--steps", "1"],
         ["packed_step", "--tiny", "--tokens", "516", "--repeats", "1", "--lora", "4"],
         ["packing", "--model", "CHECKPOINT", "--captions", "1", "--layers"],
+        ["peers", "--random", "tiny", "--size", "64", "--text-length", "16", "--repeats", "1", "--against", "floor"],
         ["passes", "--model", "tiny", "--size", "64", "--reference", "64", "--batch", "2", "--repeats", "1"],
         ["kernels"],
         ["memory_plan", "FOLDER", "--tiny", "--size", "64", "--text-length", "16", "--memory", "streamed"],
@@ -181,3 +183,50 @@ def test_full_parity_compares_both_sides(damaged):
     assert report["parts"].keys() == {"diffusers", "mlx"}
     assert report["max_levels"] <= 1
     assert 0 < report["relative_error"] < 1e-4
+
+
+def test_peers_compares_with_diffusers(checkpoint, tmp_path):
+    """Stage by stage and in whole pictures, and what is written makes a page."""
+    command = [sys.executable, "-m", "benchmarks.peers", "--model", str(checkpoint), "--width", "64", "--height", "96"]
+    command += [
+        "--text-length",
+        "16",
+        "--steps",
+        "1",
+        "--repeats",
+        "1",
+        "--dtype",
+        "float32",
+        "--output",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        [*command, "--against", "torch", "--against", "floor"], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert list(report["stages"]) == ["text_encoder", "step", "decode", "loop", "cold start", "whole picture"]
+    assert report["stages"]["step"].keys() == {"flux2_mlx", "torch", "floor"}
+    assert all(stage.keys() >= {"flux2_mlx", "torch"} for stage in report["stages"].values())
+    assert all(stage["torch"]["median_s"] > 0 for stage in report["ratios"].values())
+    assert report["stages"]["cold start"]["torch"]["min_s"] > report["stages"]["whole picture"]["torch"]["min_s"]
+    assert all(0 < report["errors"][stage]["torch"] < 1e-5 for stage in ("text_encoder", "step", "decode"))
+    (written,) = tmp_path.glob("*.json")
+    assert json.loads(written.read_text()) == report
+    peers.main(["--collect", "--output", str(tmp_path)])
+    assert written.with_suffix(".md").name in (tmp_path / "README.md").read_text()
+
+
+def test_a_missing_peer_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "mflux", None)
+    with pytest.raises(SystemExit) as stopped:
+        peers.main(["--random", "tiny"])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pip install --no-deps mflux==0.24.0" in line
+
+
+def test_results_are_what_their_json_files_say():
+    assert (peers.RESULTS / "README.md").read_text() == peers.collected(peers.RESULTS)
+    for file in peers.RESULTS.glob("*.json"):
+        assert file.with_suffix(".md").read_text() == peers.page(json.loads(file.read_text()))
