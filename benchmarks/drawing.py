@@ -55,7 +55,7 @@ def with_torch(options: dict[str, Any]) -> tuple[Callable[[str], Any], Callable[
     pipe.set_progress_bar_config(disable=True)
     call = {"height": options["height"], "width": options["width"], "num_inference_steps": options["steps"]}
     return (
-        lambda prompt: pipe(prompt, **call, guidance_scale=1.0, generator=torch.Generator().manual_seed(0)),
+        lambda prompt: pipe(prompt=prompt, **call, guidance_scale=1.0, generator=torch.Generator().manual_seed(0)),
         lambda: torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     )
 
