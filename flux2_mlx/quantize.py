@@ -22,7 +22,7 @@ from .cache import read_table, write_table
 from .checkpoints import bits_and_group
 from .config import CheckpointError, FluxKleinParams, InputError
 from .memory import machine_name, on_gpu, weights_of
-from .models.blocks import Linear, added, joint_product
+from .models.blocks import Linear, added
 from .models.transformer import FluxKlein
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
@@ -251,19 +251,10 @@ class QuantizedLinear(nn.Module):
         multiply = self.dense if x.size // x.shape[-1] >= self.dense_rows else self.fused
         return added(self, x, multiply(x, start, stop), start, stop)
 
-    def joint(self, first: mx.array, second: mx.array) -> mx.array:
-        """Of inputs that are in two parts, (..., inputs of each)."""
-        if self.get("deltas") or first.size // first.shape[-1] < self.dense_rows:
-            return self(mx.concatenate([first, second], axis=-1))
-        return joint_product(first, second, self._unpacked(second))
-
     def dense(self, x: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
-        return x @ self._unpacked(x, start, stop).T
-
-    def _unpacked(self, x: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
-        """Those rows of the weight in the dtype of x, once x is there."""
         weight, scales, biases = self._rows(start, stop)
-        return unpack(mx.depends(weight, x), scales, biases, self.how).astype(x.dtype)
+        weight = mx.depends(weight, x)  # or it is unpacked long before x is there
+        return x @ unpack(weight, scales, biases, self.how).astype(x.dtype).T
 
     def fused(self, x: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
         how = self.how

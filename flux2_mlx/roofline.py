@@ -26,8 +26,9 @@ from .quantize import dense_bytes, shortest_seconds
 
 TABLE = "speeds"  # in the cache folder
 
-# Elements that are read or written, in units of an activation as wide as the model; benchmarks/kernels.py counts them.
-SINGLE_BLOCK, DOUBLE_BLOCK = 47, 53
+# Elements that a block of either kind reads and writes, in units of an activation as wide as the model, as
+# benchmarks/kernels.py counts them.
+BLOCK = 53
 # And by a GroupNorm with its SiLU, in float32 whatever the model has.
 GROUP_NORM = 6
 
@@ -128,11 +129,10 @@ def keeping_work(params: FluxKleinParams, tokens: int, dtype: mx.Dtype) -> Work:
 def _blocks(params: FluxKleinParams, tokens: int, seen: int, dtype: mx.Dtype) -> Work:
     """All blocks over so many tokens, which attend to ``seen``: either kind has 4 d^2 + 3 d m weights for a token."""
     dims, blocks = params.hidden_size, params.depth + params.depth_single
-    units = DOUBLE_BLOCK * params.depth + SINGLE_BLOCK * params.depth_single
     return Work(
         matmul=2 * blocks * tokens * (4 * dims**2 + 3 * dims * params.mlp_hidden),
         attention=4 * blocks * tokens * seen * dims,
-        intermediates=units * tokens * dims * dtype.size,
+        intermediates=BLOCK * blocks * tokens * dims * dtype.size,
     )
 
 

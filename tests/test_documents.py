@@ -129,7 +129,7 @@ def test_every_example_is_tested():
 FIGURES = {"stages": "stages", "full_size": "parts", "packed_step": "ratio", "packing": "ways", "start": "seconds"}
 FIGURES |= {"memory_plan": "stages", "passes": "passes", "kernels": "steps", "roofline": "stages", "peers": "ratios"}
 # Of a step of klein-4b, 1024 x 1024: a change that needs more says so here.
-BUDGET = {"kernels": 494, "gigabytes": 34.5}
+BUDGET = {"kernels": 514, "gigabytes": 38}
 
 
 @pytest.mark.parametrize(

@@ -30,18 +30,6 @@ class Linear(nn.Linear):
         """Those from start to stop: (..., stop - start)."""
         return added(self, x, x @ self.weight[start:stop].T, start, stop)
 
-    def joint(self, first: mx.array, second: mx.array) -> mx.array:
-        """Of inputs that are in two parts, (..., inputs of each)."""
-        if self.get("deltas"):
-            return self(mx.concatenate([first, second], axis=-1))
-        return joint_product(first, second, self.weight)
-
-
-def joint_product(first: mx.array, second: mx.array, weight: mx.array) -> mx.array:
-    """The inputs (..., a) and (..., b) times a weight (outputs, a + b), without putting them side by side in memory."""
-    cut = first.shape[-1]
-    return mx.addmm(first @ weight[:, :cut].T, second, weight[:, cut:].T)
-
 
 def added(layer: nn.Module, x: mx.array, out: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
     """What a layer with ``deltas`` gives for x, where its weight alone gives ``out``: outputs from start to stop."""
@@ -59,11 +47,3 @@ def outputs(layer: nn.Module, x: mx.array, start: int, stop: int) -> mx.array:
     """
     part = getattr(layer, "outputs", None)
     return layer(x)[..., start:stop] if part is None else part(x, start, stop)
-
-
-def joint(layer: nn.Module, first: mx.array, second: mx.array) -> mx.array:
-    """A linear layer without bias of inputs that are in two parts: (..., a) and (..., b) to (..., outputs)."""
-    own = getattr(layer, "joint", None)
-    if own is None or first.dtype == mx.float16:  # which a part of the sum may overflow
-        return layer(mx.concatenate([first, second], axis=-1))
-    return own(first, second)

@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import FluxKleinParams
-from .blocks import Linear, joint, outputs, run_block
+from .blocks import Linear, outputs, run_block
 from .rope import four_axes, rope_table, rotate
 
 FLOAT16_MAX = 65504.0
@@ -274,7 +274,7 @@ class SingleAttention(nn.Module):
         q, k = split_heads(q, self.heads, self.norm_q), split_heads(k, self.heads, self.norm_k)
         out, kept = attend(q, k, split_heads(v, self.heads), cos, sin, references)
         x = mx.depends(x, out)  # or gate and up are made before attention has done with q, k and v
-        return joint(self.to_out, out, swiglu(proj, x, 3 * dims, self.hidden)), kept
+        return self.to_out(mx.concatenate([out, swiglu(proj, x, 3 * dims, self.hidden)], axis=-1)), kept
 
 
 class SingleBlock(nn.Module):
