@@ -397,8 +397,8 @@ def test_version_and_help(run):
     assert code == 0
     flags = (
         "model width height steps guidance seed num-images schedule noise dtype prompt-file max-sequence-length output "
-        "stats quiet revision version from-image negative-prompt sigmas memory memory-limit plan image init-image "
-        "strength mask mask-blur mask-padding expand"
+        "stats quiet revision version from-image negative-prompt sigmas memory memory-limit plan measure image "
+        "init-image strength mask mask-blur mask-padding expand"
     )
     assert not [flag for flag in flags.split() if f"--{flag}" not in out]
 
