@@ -144,16 +144,25 @@ def options_of(packed: Mapping[str, Quantization]) -> dict[str, Any]:
 Packing = Callable[[mx.array, Quantization], tuple[mx.array, ...]]
 
 
-def pack(weight: mx.array, how: Quantization, dtype: mx.Dtype | None = None) -> tuple[mx.array, ...]:
+def pack(
+    weight: mx.array, how: Quantization, dtype: mx.Dtype | None = None, *, now: bool = False
+) -> tuple[mx.array, ...]:
     """A weight (out, in) as (weight, scales, biases) or, without offsets, (weight, scales), as if it were in another
     dtype, to which it is brought in parts.
 
     Formats, and more than FITTED_BITS, are mlx.core.quantize's; fewer bits are fitted to the weight.
+
+    Args:
+        now: compute each part before the next, or MLX, which computes ahead, holds what several are made of.
     """
     packing = _fitted if how.mode == "affine" and how.bits <= FITTED_BITS else pack_plainly
     rows = max(1, PACKED_AT_ONCE // weight.shape[1])
     dtype = weight.dtype if dtype is None else dtype
-    parts = [packing(weight[top : top + rows].astype(dtype), how) for top in range(0, weight.shape[0], rows)]
+    parts = []
+    for top in range(0, weight.shape[0], rows):
+        parts.append(packing(weight[top : top + rows].astype(dtype), how))
+        if now:
+            mx.eval(parts[-1])
     return tuple(mx.concatenate(list(part)) for part in zip(*parts, strict=True))
 
 

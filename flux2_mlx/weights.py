@@ -551,7 +551,7 @@ def _made_packed(
     path: str, how: Quantization, dtype: mx.Dtype, make: Callable[[], dict[str, mx.array]]
 ) -> dict[str, mx.array]:
     (dense,) = make().values()
-    return {f"{path}.{name}": array for name, array in zip(PACKED, pack(dense, how, dtype), strict=False)}
+    return {f"{path}.{name}": array for name, array in zip(PACKED, pack(dense, how, dtype, now=True), strict=False)}
 
 
 def read_through(files: Sequence[Path], room: int, stop: Event) -> int:

@@ -97,7 +97,7 @@ def packed_entries(layer: str, weight: Any, how: Quantization) -> dict[str, Entr
         if held:
             dense = held.pop()
             dense = dense.make() if isinstance(dense, Deferred) else dense
-            parts.update(zip(PACKED, pack(dense.astype(mx.bfloat16), how), strict=False))
+            parts.update(zip(PACKED, pack(dense, how, mx.bfloat16, now=True), strict=False))
         return parts.pop(kind)
 
     shapes = pack_plainly(mx.zeros(weight.shape, mx.bfloat16), how)
