@@ -105,6 +105,7 @@ SETTINGS: dict[str, Any] = {
     "guidance_interval": None,
     "guidance_rescale": 0.0,
     "force_guidance": False,
+    "step_cache": None,
     "seed": None,
     "schedule": "flux2",
     "sigmas": None,
@@ -190,6 +191,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--force-guidance", action=argparse.BooleanOptionalAction, help="guide a distilled model all the same"
+    )
+    parser.add_argument(
+        "--step-cache",
+        type=float,
+        metavar="THRESHOLD",
+        help="leave out most blocks in steps that differ less than this from one before, as 0.1; for tens of steps (0)",
     )
     parser.add_argument(
         "--seed", type=int, help="of the first picture, the next have seed + 1, ...; random unless given"
@@ -463,7 +470,7 @@ def open_pipeline(arguments: argparse.Namespace, group: mx.distributed.Group | N
 
 def plan_of(pipe: Flux2Pipeline, arguments: argparse.Namespace) -> Plan:
     height, width, references = sizes_of(arguments, pipe.checkpoint.autoencoder.sample_size)
-    return pipe.plan(height, width, arguments.max_sequence_length, references)
+    return pipe.plan(height, width, arguments.max_sequence_length, references, step_cache=arguments.step_cache)
 
 
 def sizes_of(arguments: argparse.Namespace, side: int) -> tuple[int, int, list[tuple[int, int]]]:
@@ -504,6 +511,7 @@ def print_plan(arguments: argparse.Namespace) -> None:
         width=width,
         references=references,
         keeps_references=name == KV if arguments.kv_cache is None else arguments.kv_cache,
+        caches_steps=arguments.step_cache is not None,
         length=arguments.max_sequence_length or MAX_SEQUENCE_LENGTH,
         limit=arguments.memory_limit or machine_memory(),
         memory=arguments.memory,
@@ -572,9 +580,12 @@ def draw(
     if not arguments.quiet:
         seconds = "  ".join(f"{part} {value:.1f} s" for part, value in stats.seconds.items())
         total, peak = time.perf_counter() - started, max(stats.peak_bytes.values())
-        print(f"{total:.1f} s in all ({seconds}), peak memory {peak / 1e9:.2f} GB", file=sys.stderr)
+        counted = f", {stats.steps['computed']} of {sum(stats.steps.values())} steps computed"
+        cached = "" if arguments.step_cache is None else counted
+        print(f"{total:.1f} s in all ({seconds}){cached}, peak memory {peak / 1e9:.2f} GB", file=sys.stderr)
     if arguments.stats:
-        print(json.dumps({"model": step.settings.model, "seconds": stats.seconds, "peak_bytes": stats.peak_bytes}))
+        figures = {"seconds": stats.seconds, "peak_bytes": stats.peak_bytes, "steps": stats.steps}
+        print(json.dumps({"model": step.settings.model, **figures}))
 
 
 # ---------------------------------------------------------------------------------------------------- jobs

@@ -141,16 +141,16 @@ def text_encoder_bytes(config: Qwen3Config, length: int, dtype: mx.Dtype) -> int
 
 
 def transformer_bytes(
-    params: FluxKleinParams, tokens: int, dtype: mx.Dtype, batch: int = 1, kept: int = 0
+    params: FluxKleinParams, tokens: int, dtype: mx.Dtype, batch: int = 1, kept: int = 0, cached: int = 0
 ) -> tuple[int, int]:
-    """Intermediates of one step over ``tokens`` text and image tokens: ten times the input of a single block, and keys
-    and values together with those of ``kept`` reference tokens; and those of attention, during which no matrix is
-    unpacked, where its scores are written out, as on the CPU.
+    """Intermediates of one step over ``tokens`` text and image tokens: ten times the input of a single block, keys and
+    values together with those of ``kept`` reference tokens, three changes of ``cached`` image tokens (see StepCache);
+    and those of attention, during which no matrix is unpacked, where its scores are written out, as on the CPU.
     """
     unit, scores = tokens * params.hidden_size, params.num_heads * tokens * (tokens + kept)
-    joined = 2 * (tokens + kept) * params.hidden_size if kept else 0
-    return batch * (10 * unit + joined) * dtype.size, (
-        0 if on_gpu() else batch * (8 * unit + joined + scores) * dtype.size
+    beside = (2 * (tokens + kept if kept else 0) + 3 * cached) * params.hidden_size
+    return batch * (10 * unit + beside) * dtype.size, (
+        0 if on_gpu() else batch * (8 * unit + beside + scores) * dtype.size
     )
 
 

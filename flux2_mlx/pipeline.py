@@ -62,6 +62,7 @@ from .memory import (
     within,
 )
 from .models.autoencoder import AutoEncoder
+from .models.step_cache import StepCache
 from .models.taef2 import TinyDecoder
 from .models.text_encoder import Qwen3TextEncoder
 from .models.transformer import FluxKlein, Kept
@@ -95,6 +96,11 @@ MAX_STEPS = 1000  # noise levels that the models were trained on
 MAX_POSITIONS = 40960  # of Qwen3
 MAX_IMAGES = 10_000
 MAX_GUIDANCE = 100
+TENS_OF_STEPS = 10  # from which on a step may be near enough to the one before
+
+
+# Of the passes of a step: its only one or the prompt's, and in turn with it the negative prompt's.
+Caches = tuple[StepCache | None, StepCache | None]
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,7 @@ class Settings:
     guidance_interval: tuple[float, ...] | None = None
     guidance_rescale: float = 0.0
     force_guidance: bool = False
+    step_cache: float | None = None
     mask_blur: float = 0.0
     mask_padding: int | None = None
     expand: Mapping[str, int] | None = field(default=None, hash=False)
@@ -160,7 +167,12 @@ class Settings:
         kinds |= {"guidance": number, "sigmas": (tuple, optional), "inputs": tuple, "distilled": (bool, optional)}
         kinds |= {"kv_cache": (bool, optional), "lora": tuple, "lora_merge": bool, "lora_partial": bool}
         kinds |= {"strength": (*number, optional), "guidance_interval": (tuple, optional), "guidance_rescale": number}
-        kinds |= {"force_guidance": bool, "mask_blur": number, "mask_padding": (int, optional)}
+        kinds |= {
+            "force_guidance": bool,
+            "step_cache": (*number, optional),
+            "mask_blur": number,
+            "mask_padding": (int, optional),
+        }
         kinds |= {"expand": (Mapping, optional)}
         kinds |= dict.fromkeys(("revision", "transformer", "text_encoder", "vae", "tokenizer"), (str, optional))
         kinds |= dict.fromkeys(("quantize", "quantize_text_encoder", "group_size"), (int, str, optional))
@@ -201,10 +213,14 @@ class Stats:
 
     Parts: "load" (weights into memory), "text_encoder", "references", "denoise", "decode", and "preview", where a
     preview decoder draws.
+
+    Attributes:
+        steps: numbers of the pictures' steps that were "computed", and that "reused" earlier ones; see step_cache.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=lambda: {"computed": 0, "reused": 0})
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
@@ -279,12 +295,14 @@ class Result:
             "latent".
         settings: one a picture, prompt by prompt.
         seconds, peak_bytes: of each part; see Stats.
+        steps: how many were "computed", and how many "reused" earlier ones; see Stats.
     """
 
     images: Any
     settings: list[Settings]
     seconds: dict[str, float]
     peak_bytes: dict[str, int]
+    steps: dict[str, int]
 
     @property
     def seeds(self) -> list[int]:
@@ -459,11 +477,12 @@ class Flux2Pipeline:
         width: int | None = None,
         max_sequence_length: int | None = None,
         references: Sequence[tuple[int, int]] = (),
+        step_cache: float | None = None,
     ) -> Plan:
         """What one picture needs, and what becomes of the mode "auto"; nothing is loaded.
 
         Args:
-            height, width, max_sequence_length: as stream takes them.
+            height, width, max_sequence_length, step_cache: as stream takes them.
             references: (height, width) of each reference picture, as it is encoded: at most a megapixel.
 
         Raises:
@@ -482,6 +501,7 @@ class Flux2Pipeline:
             length=max_sequence_length or self.tokenizer.default_length,
             references=references,
             keeps_references=self.checkpoint.has_kv_cache,
+            caches_steps=step_cache is not None,
             limit=self.memory_limit,
             memory=self.memory,
         )
@@ -625,7 +645,7 @@ class Flux2Pipeline:
             joined = np.stack(images)
         elif output_type == "latent":
             joined = mx.concatenate(images)
-        return Result(joined, settings, stats.seconds, stats.peak_bytes)
+        return Result(joined, settings, stats.seconds, stats.peak_bytes, stats.steps)
 
     def stream(
         self,
@@ -640,6 +660,7 @@ class Flux2Pipeline:
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float = 0.0,
         force_guidance: bool = False,
+        step_cache: float | None = None,
         seed: int | None = None,
         num_images: int | None = None,
         batch_size: int | None = None,
@@ -677,6 +698,11 @@ class Flux2Pipeline:
             guidance_interval: noise levels (low, high) between which there is guidance; unless given all.
             guidance_rescale: how far guidance is brought back to the spread of the velocity without it, 0 to 1.
             force_guidance: guide a distilled model all the same.
+            step_cache: leave out all blocks but the first in steps that differ by less than this from one before, as
+                0.1, and foresee what they would change; see models.step_cache.StepCache. The first step and the last
+                are computed, and so are those where guidance begins and ends. None and 0 compute every step. It is for
+                tens of steps: of four, each differs much from the one before. Pictures in a pass are decided on
+                together, so that a picture is not quite its single one.
             seed: of the first picture, the k-th has seed + k; random unless given.
             num_images: pictures of each prompt.
             batch_size: the most pictures in one pass through the transformer, where memory allows; None takes one, and
@@ -725,6 +751,7 @@ class Flux2Pipeline:
             guidance_interval=guidance_interval,
             guidance_rescale=guidance_rescale,
             force_guidance=force_guidance,
+            step_cache=step_cache,
             seed=seed,
             num_images=1 if num_images is None else num_images,
             batch_size=batch_size,
@@ -756,6 +783,7 @@ class Flux2Pipeline:
         guidance_interval: tuple[float, float] | None,
         guidance_rescale: float,
         force_guidance: bool,
+        step_cache: float | None,
         seed: int | None,
         num_images: int,
         batch_size: int | None,
@@ -797,6 +825,7 @@ class Flux2Pipeline:
             guidance=guidance,
             guidance_interval=guidance_interval,
             guidance_rescale=guidance_rescale,
+            step_cache=step_cache,
             seed=seed,
             num_images=num_images,
             batch_size=batch_size,
@@ -823,7 +852,8 @@ class Flux2Pipeline:
         if max_sequence_length is None:
             max_sequence_length = self.tokenizer.default_length
         if references:
-            self._check_room(height, width, max_sequence_length, sizes, 0 if repainting is None else 1)
+            needed = 0 if repainting is None else 1
+            self._check_room(height, width, max_sequence_length, sizes, needed, step_cache)
         tokens = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
         levels = noise_levels(distilled, tokens, num_steps, schedule, sigmas)
         if distilled and guidance > 1 and not force_guidance:
@@ -854,6 +884,13 @@ class Flux2Pipeline:
             if not any(low <= sigma <= high for sigma in levels[start:-1]):
                 told = ", ".join(f"{sigma:.3g}" for sigma in levels[start:-1][:8])
                 warnings.warn(f"no noise level is in guidance_interval: {told}; there is no guidance", stacklevel=3)
+        done = len(levels) - 1 - start
+        if step_cache and done < TENS_OF_STEPS:
+            warnings.warn(
+                f"step_cache is for tens of steps: of {done}, each differs much from the one before, so that few "
+                "are reused, or the picture becomes another",
+                stacklevel=3,
+            )
         given_inputs: dict[str, Any] = {"image": image, "init_image": init_image, "mask": mask}
         given_inputs |= {"prompt_embeds": prompt_embeds, "latents": latents}
         settings = [
@@ -876,6 +913,7 @@ class Flux2Pipeline:
                 guidance_interval=None if guidance_interval is None else tuple(map(float, guidance_interval)),
                 guidance_rescale=float(guidance_rescale),
                 force_guidance=bool(force_guidance),
+                step_cache=None if step_cache is None else float(step_cache),
                 mask_blur=float(mask_blur),
                 mask_padding=None if mask_padding is None else int(mask_padding),
                 expand=None if expand is None else {side: int(pixels) for side, pixels in expand.items()},
@@ -914,7 +952,13 @@ class Flux2Pipeline:
         )
 
     def _check_room(
-        self, height: int, width: int, length: int, references: Sequence[tuple[int, int]], needed: int
+        self,
+        height: int,
+        width: int,
+        length: int,
+        references: Sequence[tuple[int, int]],
+        needed: int,
+        step_cache: float | None,
     ) -> None:
         """Refuse more references than there is memory for. A picture that is itself too large, or with the first ones
         that it cannot do without, is warned of later.
@@ -924,7 +968,7 @@ class Flux2Pipeline:
         """
 
         def peak(count: int) -> int:
-            return self.plan(height, width, length, references[:count]).peak
+            return self.plan(height, width, length, references[:count], step_cache).peak
 
         wanted = peak(len(references))
         if wanted <= self.memory_limit:
@@ -973,30 +1017,41 @@ class Flux2Pipeline:
         cos, sin = self._rope(first.max_sequence_length, seen)
         held = kept_bytes(params, kept_tokens, self.dtype)
 
-        def velocity(x: mx.array, txt: mx.array, sigma: float) -> mx.array:
+        def velocity(x: mx.array, txt: mx.array, sigma: float, cache: StepCache | None) -> mx.array:
             """Of pictures' tokens, (B, S, 128), with a prompt's embeddings (B, L, D) for each."""
             seen = [mx.broadcast_to(tokens, (len(x), *tokens.shape[1:])) for tokens in references]
             img = mx.concatenate([x, *seen], axis=1)
-            v = self.transformer.forward_with_rope(img, txt, mx.array([sigma]), cos, sin, kept)
+            v = self.transformer.forward_with_rope(img, txt, mx.array([sigma]), cos, sin, kept, cache)
             return v[:, :image_tokens].astype(mx.float32)
 
-        both = run.uses_guidance and self.group is None and self._has_room(live, kept_tokens, 2)
+        cached = 0 if first.step_cache is None else image_tokens  # of each row of a pass
+        two_passes = run.uses_guidance and self.group is None
+        both = two_passes and self._has_room(live, kept_tokens, 2, cached)
         rows = 2 if both else 1  # of a picture in a pass
-        count = self._pictures_in_a_pass(run, live, kept_tokens, rows)
-        working = transformer_bytes(params, live, self.dtype, count * rows, kept_tokens)
+        cached *= 2 if two_passes and not both else 1
+        count = self._pictures_in_a_pass(run, live, kept_tokens, rows, cached)
+        working = transformer_bytes(params, live, self.dtype, count * rows, kept_tokens, cached)
 
-        def guided(x: mx.array, txt: mx.array, away: mx.array, sigma: float) -> mx.array:
+        def guided(x: mx.array, txt: mx.array, away: mx.array, sigma: float, caches: Caches) -> mx.array:
             """The velocity with guidance: both passes in one, on two machines, or in turn."""
             if both:
-                v, v_away = mx.split(velocity(mx.concatenate([x, x]), mx.concatenate([txt, away]), sigma), 2)
+                v = velocity(mx.concatenate([x, x]), mx.concatenate([txt, away]), sigma, caches[0])
+                v, v_away = mx.split(v, 2)
             elif self.group is not None:
-                own = velocity(x, (txt, away)[self.group.rank()], sigma)
+                own = velocity(x, (txt, away)[self.group.rank()], sigma, caches[0])
                 v, v_away = mx.split(mx.distributed.all_gather(own, group=self.group), 2)
             else:
-                v = velocity(x, txt, sigma)
+                v = velocity(x, txt, sigma, caches[0])
                 mx.eval(v)  # or intermediates of both passes would be in memory
-                v_away = velocity(x, away, sigma)
+                v_away = velocity(x, away, sigma, caches[1])
             return guide(v, v_away, first.guidance, first.guidance_rescale)
+
+        def fresh() -> Caches:
+            """Of the passes in turn, so that the next step is computed; none where there is no step cache."""
+            if first.step_cache is None:
+                return None, None
+            leader = StepCache(first.step_cache, image_tokens, group=self.group)
+            return leader, StepCache(first.step_cache, image_tokens, leader=leader)
 
         sigmas = run.sigmas[run.start :]
         low, high = first.guidance_interval or (0, 1)
@@ -1013,12 +1068,18 @@ class Flux2Pipeline:
                 )
                 if init is not None:
                     x = noised(init, noise, sigmas[0])
+                caches: Caches = None, None
+                was_guided = None
                 for i, (sigma, sigma_next) in enumerate(pairwise(sigmas), run.start + 1):
                     # Again, since a caller may have decoded a picture in between and so unloaded the transformer.
                     needed = self._prepare("transformer", "", stats, *working, held=held)
                     with self._working("denoise", needed, stats):
                         is_guided = run.uses_guidance and low <= sigma <= high
-                        v = guided(x, txt, away, sigma) if is_guided else velocity(x, txt, sigma)
+                        if i == first.num_steps:
+                            caches = None, None
+                        elif is_guided != was_guided:
+                            caches, was_guided = fresh(), is_guided
+                        v = guided(x, txt, away, sigma, caches) if is_guided else velocity(x, txt, sigma, caches[0])
                         x = euler_step(x, v, sigma, sigma_next)
                         denoised = x - sigma_next * v
                         if init is not None and run.repainted is not None:
@@ -1028,6 +1089,8 @@ class Flux2Pipeline:
                         mx.eval(x, denoised, finite)
                     if not finite.item():
                         raise FloatingPointError(_not_finite(f"step {i} of {first.num_steps}", first.dtype))
+                    is_reused = caches[0] is not None and caches[0].is_used
+                    stats.steps["reused" if is_reused else "computed"] += len(pictures)
                     for row, (k, drawn) in enumerate(pictures):
                         part = slice(row, row + 1)
                         bar.update()
@@ -1044,18 +1107,19 @@ class Flux2Pipeline:
                             run.repainting,
                         )
 
-    def _pictures_in_a_pass(self, run: _Run, tokens: int, kept: int, rows: int) -> int:
+    def _pictures_in_a_pass(self, run: _Run, tokens: int, kept: int, rows: int, cached: int) -> int:
         """How many pictures are drawn at a time, each with so many rows of tokens."""
         most = run.batch_size
         if most is None:
-            streams = self._transformer_stage(tokens, kept, rows).is_streamed(self.memory, self.memory_limit)
+            streams = self._transformer_stage(tokens, kept, rows, cached).is_streamed(self.memory, self.memory_limit)
             most = len(run.pictures) if streams else 1
         most = min(most, len(run.pictures))
-        fitting = next((count for count in range(most, 1, -1) if self._has_room(tokens, kept, count * rows)), 1)
+        counts = range(most, 1, -1)
+        fitting = next((count for count in counts if self._has_room(tokens, kept, count * rows, cached)), 1)
         if self.group is None:
             return fitting
-        counts = mx.distributed.all_gather(mx.array([fitting]), group=self.group)  # both have to take the same
-        return int(np.array(counts).min())
+        both = mx.distributed.all_gather(mx.array([fitting]), group=self.group)  # which have to take the same
+        return int(np.array(both).min())
 
     # ------------------------------------------------------------------------------------------------ stages
 
@@ -1237,12 +1301,13 @@ class Flux2Pipeline:
         self._loaded[name].add(id(module))
         return stage.working
 
-    def _has_room(self, tokens: int, kept: int, batch: int) -> bool:
+    def _has_room(self, tokens: int, kept: int, batch: int, cached: int) -> bool:
         """Whether the transformer can take so many rows of tokens in one pass, beside the keys and values of ``kept``
-        references, and nothing is unloaded or streamed for that which would not be for one.
+        references and what is cached of earlier steps, and nothing is unloaded or streamed for that which would not be
+        for one.
         """
         limit = self.memory_limit - kept_bytes(self.checkpoint.transformer, kept, self.dtype)
-        stage, all_rows = (self._transformer_stage(tokens, kept, rows) for rows in (1, batch))
+        stage, all_rows = (self._transformer_stage(tokens, kept, rows, cached) for rows in (1, batch))
         weights = stage.streamed if stage.is_streamed(self.memory, limit) else stage.weights
         alone = weights + stage.working
         others = [name for name in STAGES if name != "transformer" and self._loaded[name]]
@@ -1251,8 +1316,8 @@ class Flux2Pipeline:
             others_bytes = 0
         return others_bytes + weights + all_rows.working <= limit
 
-    def _transformer_stage(self, tokens: int, kept: int, batch: int) -> Stage:
-        working = transformer_bytes(self.checkpoint.transformer, tokens, self.dtype, batch, kept)
+    def _transformer_stage(self, tokens: int, kept: int, batch: int, cached: int = 0) -> Stage:
+        working = transformer_bytes(self.checkpoint.transformer, tokens, self.dtype, batch, kept, cached)
         return stage_of("transformer", self.transformer, self.dtype, *working)
 
     def _module(self, name: str, part: str) -> nn.Module:
@@ -1329,6 +1394,7 @@ def check_options(
     guidance: float | None,
     guidance_interval: Sequence[float] | None,
     guidance_rescale: float,
+    step_cache: float | None,
     seed: int,
     num_images: int,
     batch_size: int | None,
@@ -1363,6 +1429,8 @@ def check_options(
             )
     if not (isinstance(guidance_rescale, (int, float)) and 0 <= guidance_rescale <= 1):
         raise InputError(f"guidance_rescale must be a number from 0 to 1, got {guidance_rescale!r}")
+    if step_cache is not None and not (isinstance(step_cache, (int, float)) and 0 <= step_cache < math.inf):
+        raise InputError(f"step_cache must be a number of at least 0, got {step_cache!r}")
     _between("seed", seed, 0, None)
     _between("num_images", num_images, 1, MAX_IMAGES)
     if batch_size is not None:

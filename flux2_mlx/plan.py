@@ -179,6 +179,7 @@ def make_plan(
     length: int,
     references: Sequence[tuple[int, int]] = (),
     keeps_references: bool = False,
+    caches_steps: bool = False,
     limit: int,
     memory: str = "auto",
 ) -> Plan:
@@ -190,10 +191,12 @@ def make_plan(
         length: tokens of the prompt.
         references: (height, width) of each reference picture, as it is encoded.
         keeps_references: whether their keys and values are kept in place of their tokens (klein-9b-kv).
+        caches_steps: whether there is a step cache, counted for both passes of guidance.
         limit: bytes that there are.
         memory: of MODES.
     """
     tokens, seen = length + height * width // 256, sum(h * w for h, w in references) // 256
+    cached = 2 * (height * width // 256) if caches_steps else 0
     pictures, config = stage_dtype("autoencoder", dtype), autoencoder.config
 
     text_dtype = stage_dtype("text_encoder", dtype)
@@ -205,9 +208,10 @@ def make_plan(
     params = transformer.params
     held = kept_bytes(params, seen, dtype) if keeps_references else 0
     if keeps_references:
-        passes = [transformer_bytes(params, tokens, dtype, kept=seen), transformer_bytes(params, seen, dtype)]
+        own = transformer_bytes(params, tokens, dtype, kept=seen, cached=cached)
+        passes = [own, transformer_bytes(params, seen, dtype)]
     else:
-        passes = [transformer_bytes(params, tokens + seen, dtype)]
+        passes = [transformer_bytes(params, tokens + seen, dtype, cached=cached)]
     intermediates, attention = (max(parts) + held for parts in zip(*passes, strict=True))
     stages.append(stage_of("transformer", transformer, dtype, intermediates, attention))
     working = decoder_bytes(config, height, width, pictures) + held

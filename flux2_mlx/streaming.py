@@ -92,14 +92,14 @@ class _Blocks:
         self.numbers = {id(modules[path[:-1]]): k for k, path in enumerate(self.paths)}
         self.fresh: nn.Module = nn.Module()  # whose blocks are read in this pass
 
-    def __call__(self, block: nn.Module, *arguments: Any, method: str = "__call__") -> Any:
+    def __call__(self, block: nn.Module, *arguments: Any, method: str = "__call__", may_end: bool = False) -> Any:
         number = self.numbers[id(block)]
         if number == 0:
             self.fresh = self.load()
         own = self._take(self.paths[number])
         out = getattr(own, method)(*arguments)
         mx.async_eval(out)
-        for path in self.paths[number + 1 : number + 2]:
+        for path in () if may_end else self.paths[number + 1 : number + 2]:
             if not to_be_converted(self.fresh, path):
                 mx.async_eval([array for name, array in weights_of(self.fresh).items() if name.startswith(path)])
         mx.eval(out)

@@ -309,7 +309,7 @@ def add_adapters(model: FluxKlein, options: TrainingOptions) -> dict[str, Adapte
     return adapters
 
 
-def run_again(block: nn.Module, *arguments: Any, method: str = "__call__") -> Any:
+def run_again(block: nn.Module, *arguments: Any, method: str = "__call__", may_end: bool = False) -> Any:
     """As models.blocks.run_block, but the backward pass computes the block again, instead of keeping what is inside.
 
     One block after another: its computing again waits for the gradient of its outputs, and the block before it for the

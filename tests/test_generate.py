@@ -76,7 +76,7 @@ def test_every_option_reaches_the_pipeline(run, tmp_path, base_reference):
     transformer = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     code, out, _ = run(
         "a red fox", "--guidance", 2.5, "--guidance-interval", "0.1,0.9", "--guidance-rescale", 0.5,
-        "--seed", 3, "--num-images", 2, "--schedule", "comfy", "--noise", "mlx",
+        "--step-cache", 0.25, "--seed", 3, "--num-images", 2, "--schedule", "comfy", "--noise", "mlx",
         "--dtype", "bfloat16", "--negative-prompt", "blur", "--output", "out-{seed}-{index}.webp", "--quiet",
         "--transformer", transformer, "--text-encoder", folder / "text_encoder", "--vae", folder / "vae",
         "--tokenizer", folder / "tokenizer", "--no-distilled", "--quantize", "8", "--quantize-text-encoder", "mxfp8",
@@ -113,6 +113,7 @@ def test_every_option_reaches_the_pipeline(run, tmp_path, base_reference):
         "guidance_interval": [0.1, 0.9],
         "guidance_rescale": 0.5,
         "force_guidance": False,
+        "step_cache": 0.25,
         "schedule": "comfy",
         "sigmas": None,
         "noise": "mlx",
@@ -290,6 +291,30 @@ def test_stats_are_a_json_line(run):
     _, out, _ = run("a red fox", "--stats", "--quiet")
     stats = json.loads(out.splitlines()[-1])
     assert set(stats["seconds"]) == set(stats["peak_bytes"]) == {"load", "text_encoder", "denoise", "decode"}
+    assert stats["steps"] == {"computed": 2, "reused": 0}
+
+
+def test_steps_that_reuse_others_are_told(checkpoint, pipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ["--width", "80", "--height", "64", "--steps", "12", "--max-sequence-length", "16", "--seed", "5"]
+    assert main(["a", "--model", str(checkpoint), *small, "--step-cache", "1e6", "--stats", "--output", "a.png"]) == 0
+    captured = capsys.readouterr()
+    assert "s), 2 of 12 steps computed, peak memory" in captured.err
+    assert json.loads(captured.out.splitlines()[-1])["steps"] == {"computed": 2, "reused": 10}
+    options = {"width": 80, "height": 64, "num_steps": 12, "max_sequence_length": 16, "seed": 5}
+    assert np.array_equal(pixels("a.png"), np.asarray(pipe("a", step_cache=1e6, **options).images[0]))
+    assert command("--from-image", "a.png", "--output", "b.png") == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_what_is_cached_is_planned(checkpoint, capsys):
+    """Of a folder and of a released model."""
+    for model in (checkpoint, "klein-base-4b"):
+        works = []
+        for more in ([], ["--step-cache", "0.1"]):
+            assert main(["--plan", "--model", str(model), "--width", "2048", "--height", "2048", *more]) == 0
+            works.append(float(re.search(r"^transformer +\S+ +(\S+)", capsys.readouterr().out, re.MULTILINE)[1]))
+        assert works[0] < works[1]
 
 
 def test_the_prompt_from_a_file_and_from_standard_input(run, tmp_path):

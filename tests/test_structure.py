@@ -15,7 +15,7 @@ ROOT = PACKAGE.parent
 # Each layer imports from those before it.
 LAYERS = [
     {"_version", "config", "cache", "terminal"},
-    {"models.rope", "models.blocks"},
+    {"models.rope", "models.blocks", "models.step_cache"},
     {"models.transformer", "models.text_encoder", "models.autoencoder", "models.taef2"},
     {"latents", "sampler", "checkpoints", "tokenizer", "memory"},
     {"quantize", "gguf_files"},

@@ -8,8 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 
-def run_block(block: nn.Module, *arguments: Any, method: str = "__call__") -> Any:
-    """What the block's method gives for its arguments. Streaming puts its own way in the place of this one."""
+def run_block(block: nn.Module, *arguments: Any, method: str = "__call__", may_end: bool = False) -> Any:
+    """What the block's method gives for its arguments. Streaming puts its own way in the place of this one: it reads
+    the next block meanwhile, unless the pass may end with this one.
+    """
     return getattr(block, method)(*arguments)
 
 

@@ -22,6 +22,7 @@ import mlx.nn as nn
 from ..config import FluxKleinParams
 from .blocks import Linear, outputs, run_block
 from .rope import four_axes, rope_table, rotate
+from .step_cache import StepCache
 
 FLOAT16_MAX = 65504.0
 
@@ -385,6 +386,7 @@ class FluxKlein(nn.Module):
         rope_cos: mx.array,
         rope_sin: mx.array,
         references: Sequence[Kept] | None = None,
+        cache: StepCache | None = None,
     ) -> mx.array:
         """The same with tables that were made once for the picture.
 
@@ -392,6 +394,8 @@ class FluxKlein(nn.Module):
             img, txt, timesteps: as above.
             rope_cos, rope_sin: (B or 1, L + S, head_dim / 2) from compute_rope.
             references: from keep_references, of tokens that are then not in img.
+            cache: of this pass in earlier steps, by which all blocks but the first may be left out. What comes back for
+                reference tokens in img then means nothing.
 
         Returns:
             (B, S, in_channels), in the weights' dtype.
@@ -406,12 +410,20 @@ class FluxKlein(nn.Module):
         c = self._residual(self.context_embedder(txt.astype(dtype)))
         blocks = len(self.transformer_blocks)
         kept = [None] * (blocks + len(self.single_transformer_blocks)) if references is None else references
-        for double, seen in zip(self.transformer_blocks, kept[:blocks], strict=True):
-            x, c = self._run(double, x, c, img_mod, txt_mod, rope_cos, rope_sin, seen)
+        if cache is not None:
+            cache.begin(x, timesteps)
+        for k, (double, seen) in enumerate(zip(self.transformer_blocks, kept[:blocks], strict=True)):
+            decides = k == 0 and cache is not None
+            x, c = self._run(double, x, c, img_mod, txt_mod, rope_cos, rope_sin, seen, may_end=decides)
+            if cache is not None and decides and (again := cache.again(x)) is not None:
+                return self.proj_out(self.norm_out(clip_float16(again), temb))
         z = mx.concatenate([c, x], axis=1)
         for single, seen in zip(self.single_transformer_blocks, kept[blocks:], strict=True):
             z = self._run(single, z, single_mod, rope_cos, rope_sin, seen)
-        return self.proj_out(self.norm_out(z[:, txt.shape[1] :], temb))
+        x = z[:, txt.shape[1] :]
+        if cache is not None:
+            x = cache.keep(x)
+        return self.proj_out(self.norm_out(x, temb))
 
     def keep_references(self, references: mx.array, rope_cos: mx.array, rope_sin: mx.array) -> list[Kept]:
         """What text and picture see of reference tokens that see neither of them nor the noise level, as klein-9b-kv is
