@@ -139,6 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=tuple(DTYPES))
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--guidance", type=float)
+    parser.add_argument("--step-cache", type=float)
     parser.add_argument("--height", type=int, default=HOME[0])
     parser.add_argument("--width", type=int, default=HOME[1])
     parser.add_argument("--captions", type=int, default=500)
@@ -152,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = (arguments.height, arguments.width)
     pipe = open_variant(arguments)
     options = {"num_steps": arguments.steps, "guidance": arguments.guidance, "force_guidance": True}
+    options["step_cache"] = arguments.step_cache
     captions = draw(pipe, unseen_tasks(arguments.captions), size, progress=True, **options)
     edits = draw(pipe, unseen_edits(arguments.edits), size, progress=True, **options)
     figures = rates(captions)

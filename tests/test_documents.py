@@ -128,6 +128,7 @@ def test_every_example_is_tested():
 # Where a benchmark's report has what it measured.
 FIGURES = {"stages": "stages", "full_size": "parts", "packed_step": "ratio", "packing": "ways", "start": "seconds"}
 FIGURES |= {"memory_plan": "stages", "passes": "passes", "kernels": "steps", "roofline": "stages", "peers": "ratios"}
+FIGURES |= {"step_cache": "figures"}
 # Of a step of klein-4b, 1024 x 1024: a change that needs more says so here.
 BUDGET = {"kernels": 514, "gigabytes": 38}
 
@@ -146,6 +147,7 @@ BUDGET = {"kernels": 514, "gigabytes": 38}
         ["memory_plan", "FOLDER", "--tiny", "--size", "64", "--text-length", "16", "--memory", "streamed"],
         ["roofline", "--size", "64", "--steps", "1"],
         ["roofline", "--model", "klein-9b-kv", "--references", "1", "--quantize", "4", "--chip", "M4 Max"],
+        ["step_cache", "--captions", "1", "--edits", "1", "--steps", "12", "--thresholds", "0.3", "--fewer", "6"],
         ["start", "--model", "CHECKPOINT", "--size", "64", "--text-length", "16", "--steps", "1", "--repeats", "1"],
     ],
     ids=lambda arguments: " ".join(arguments[:3]),

@@ -223,6 +223,7 @@ def test_captions_fit_the_text_length(untrained):
 def test_the_score_ends_with_a_json_line_and_a_sheet(untrained, tmp_path, capsys):
     sheet, model = tmp_path / "sheet.png", str(untrained / "nano")
     variant = ["--model", model, "--quantize", "8", "--guidance", "1.5", "--steps", "2"]
+    variant += ["--step-cache", "0"]
     nano_score.main(["--captions", "2", "--edits", "2", "--sheet", str(sheet), *variant])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["benchmark"] == "nano_score"

@@ -416,7 +416,7 @@ class FluxKlein(nn.Module):
             decides = k == 0 and cache is not None
             x, c = self._run(double, x, c, img_mod, txt_mod, rope_cos, rope_sin, seen, may_end=decides)
             if cache is not None and decides and (again := cache.again(x)) is not None:
-                return self.proj_out(self.norm_out(clip_float16(again), temb))
+                return self.proj_out(self.norm_out(again, temb))
         z = mx.concatenate([c, x], axis=1)
         for single, seen in zip(self.single_transformer_blocks, kept[blocks:], strict=True):
             z = self._run(single, z, single_mod, rope_cos, rope_sin, seen)
