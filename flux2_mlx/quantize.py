@@ -262,7 +262,7 @@ class QuantizedLinear(nn.Module):
 
     def dense(self, x: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
         weight, scales, biases = self._rows(start, stop)
-        weight = mx.depends(weight, x)  # or it is unpacked long before x is there
+        weight = mx.stop_gradient(mx.depends(weight, x))  # or the wait would pass gradients to codes, which have none
         return x @ unpack(weight, scales, biases, self.how).astype(x.dtype).T
 
     def fused(self, x: mx.array, start: int = 0, stop: int | None = None) -> mx.array:

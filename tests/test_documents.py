@@ -128,7 +128,7 @@ def test_every_example_is_tested():
 # Where a benchmark's report has what it measured.
 FIGURES = {"stages": "stages", "full_size": "parts", "packed_step": "ratio", "packing": "ways", "start": "seconds"}
 FIGURES |= {"memory_plan": "stages", "passes": "passes", "kernels": "steps", "roofline": "stages", "peers": "ratios"}
-FIGURES |= {"step_cache": "figures"}
+FIGURES |= {"step_cache": "figures", "training": "whole"}
 # Of a step of klein-4b, 1024 x 1024: a change that needs more says so here.
 BUDGET = {"kernels": 514, "gigabytes": 38}
 
@@ -144,6 +144,7 @@ BUDGET = {"kernels": 514, "gigabytes": 38}
         ["peers", "--random", "tiny", "--size", "64", "--text-length", "16", "--repeats", "1", "--against", "floor"],
         ["passes", "--model", "tiny", "--size", "64", "--reference", "64", "--batch", "2", "--repeats", "1"],
         ["kernels"],
+        ["training", "--tiny", "--size", "64", "--text-length", "16", "--depth-single", "1", "2"],
         ["memory_plan", "FOLDER", "--tiny", "--size", "64", "--text-length", "16", "--memory", "streamed"],
         ["roofline", "--size", "64", "--steps", "1"],
         ["roofline", "--model", "klein-9b-kv", "--references", "1", "--quantize", "4", "--chip", "M4 Max"],

@@ -26,7 +26,7 @@ from flux2_mlx.dataset import Batches, DataError, bucket, fingerprint, read_data
 from flux2_mlx.lora import LORA, STATE, curve, main, parse
 from flux2_mlx.memory import training_bytes, weight_bytes, within
 from flux2_mlx.models.text_encoder import Qwen3TextEncoder
-from flux2_mlx.quantize import largest_dense_bytes, pack_plainly, quantize
+from flux2_mlx.quantize import QuantizedLinear, largest_dense_bytes, pack_plainly, quantize
 from flux2_mlx.sampler import flux2_sigmas
 from flux2_mlx.training import (
     SHIFT_STEPS,
@@ -311,16 +311,21 @@ def test_targets():
         targeted(model, ["to_queue"])
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_computing_blocks_again_changes_no_number(dropout):
-    """What dropout leaves out is left out again; also of blocks without a LoRA."""
-    params = FluxKleinParams(hidden_size=128, num_heads=1, txt_embed_dim=96, depth=2, depth_single=2)
+@pytest.mark.parametrize(("dropout", "bits"), [(0.0, None), (0.5, None), (0.0, 4), (0.0, 5)])
+def test_computing_blocks_again_changes_no_number(dropout, bits):
+    """What dropout leaves out is left out again; also of blocks without a LoRA, and of packed ones."""
+    params = FluxKleinParams(hidden_size=128, num_heads=1, txt_embed_dim=128, depth=2, depth_single=2)
     mx.random.seed(0)
     model = FluxKlein(params)
+    if bits is not None:
+        quantize(model, lambda *_: Quantization(bits))
+        for layer in model.modules():
+            if isinstance(layer, QuantizedLinear):
+                layer.dense_rows = 1
     targets = ["transformer_blocks.0.attn", "single_transformer_blocks.1", "double_stream_modulation_img"]
     for adapter in add_adapters(model, TrainingOptions("", "", dropout=dropout, targets=targets)).values():
         adapter.up = 0.1 * mx.random.normal(adapter.up.shape)
-    clean, noise, txt = (mx.random.normal((2, n, c)) for n, c in ((4, 128), (4, 128), (8, 96)))
+    clean, noise, txt = (mx.random.normal((2, n, c)) for n, c in ((4, 128), (4, 128), (8, 128)))
     rope = FluxKlein.compute_rope(text_ids(8), image_ids(32, 32))
     given = clean, noise, mx.array([0.2, 0.7]), None, txt, rope
     found = []
