@@ -42,7 +42,7 @@ from flux2_mlx.lora import plan_of
 from flux2_mlx.memory import machine_memory, on_gpu, training_bytes, weights_of, within
 from flux2_mlx.pipeline import DTYPES
 from flux2_mlx.plan import Stage
-from flux2_mlx.quantize import mixed, quantize, tune
+from flux2_mlx.quantize import mixed, quantize
 from flux2_mlx.training import DTYPES as TRAINED
 from flux2_mlx.training import Encoded, Trainer, TrainingOptions
 
@@ -93,9 +93,10 @@ def packed(model: FluxKlein, options: TrainingOptions) -> FluxKlein:
 
 
 def trainer_of(model: FluxKlein, options: TrainingOptions, encoded: Drawn) -> Trainer:
-    """As flux2-lora makes it, all of it in memory."""
+    """As flux2-lora makes it, all of it in memory. From how many rows a layer is unpacked is not measured: only the
+    modulations have few.
+    """
     loaded(model)
-    tune(model, DTYPES[str(options.dtype)])
     size = options.resolution, options.resolution
     examples = [Example(Path(str(k)), "a red circle", (), size, ()) for k in range(options.batch_size)]
     trainer = Trainer(model, options, examples, cast(Encoded, encoded))
