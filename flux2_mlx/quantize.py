@@ -37,7 +37,7 @@ FITTED_ROUNDS, FITTED_RANGE = 4, 0.95
 PACKED_AT_ONCE = 2**21
 # What reads and writes the latents is packed into so many bits, and how many bits a weight, on average, the sensitive
 # layers together may cost.
-FINE_BITS, SPARE_BITS = 8, 0.4
+FINE_BITS, SPARE_BITS = 8, 0.33
 
 # Rows of an input from which a packed layer unpacks its weight and multiplies densely, where nothing was measured.
 DENSE_ROWS = 128
@@ -309,15 +309,18 @@ def dense_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, layer
 
 
-# The transformer's layers that a small error harms most, per weight: what reads and writes the latents, then the single
-# blocks, the later the more. Measured on nano, see benchmarks/packing.py.
+# The transformer's layers that a small error harms most, per weight: what reads and writes the latents, what attention
+# adds to the image stream of double blocks, then the single blocks, the later the more. Measured on nano, see
+# benchmarks/packing.py.
 ENDS, SINGLE = re.compile(r"(proj_out|x_embedder)$"), re.compile(r"single_transformer_blocks\.")
+ATTENTION = re.compile(r"transformer_blocks\.\d+\.attn\.to_out")
 
 
 def mixed(module: nn.Module, how: Quantization) -> Recipe:
     """The recipe that packs a component's dense layers as ``how`` says, and the most sensitive ones of a transformer
-    finer, as long as that costs SPARE_BITS a weight or less: its ends in FINE_BITS, then single blocks, which are
-    large, one step above the rest, since the first bit more takes three quarters of the squared error.
+    finer, as long as that costs SPARE_BITS a weight or less: its ends in FINE_BITS, then what attention adds in double
+    blocks, and single blocks, which are large, one step above the rest, since the first bit more takes three quarters
+    of the squared error.
     """
     if how.mode != "affine" or how.bits >= FINE_BITS:
         return lambda *_: how
@@ -325,7 +328,7 @@ def mixed(module: nn.Module, how: Quantization) -> Recipe:
     sizes = {path: layer.weight.size for path, layer in dense_layers(module)}
     spare = SPARE_BITS * sum(sizes.values())
     finer = {}
-    for pattern, bits in ((ENDS, FINE_BITS), (SINGLE, above)):
+    for pattern, bits in ((ENDS, FINE_BITS), (ATTENTION, above), (SINGLE, above)):
         # Of the single blocks the last first, and in a block to_out before to_qkv_mlp_proj.
         for path in sorted(filter(pattern.match, sizes), key=_last_block_first):
             cost = sizes[path] * (bits - how.bits)

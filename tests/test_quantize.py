@@ -196,12 +196,14 @@ def test_the_most_sensitive_layers_keep_more_bits(params):
     model = FluxKlein(params)  # lazy: nothing of it is computed
     quantize.quantize(model, quantize.mixed(model, Quantization(4, 64)))
     average, bits = bits_of(model)
-    assert 4.85 < average <= 4.9
+    assert 4.8 < average <= 4.83
     assert bits["proj_out"] == bits["x_embedder"] == 8
     blocks = [bits[f"single_transformer_blocks.{k}.attn.to_out"] for k in range(params.depth_single)]
     assert blocks == sorted(blocks)
     assert {*blocks} == {4, 5}
-    assert {bits[path] for path in bits if path.startswith("transformer_blocks")} == {4}
+    doubles = {path: own for path, own in bits.items() if path.startswith("transformer_blocks")}
+    assert {path for path, own in doubles.items() if own == 5} == {path for path in doubles if ".to_out." in path}
+    assert {*doubles.values()} == {4, 5}
 
 
 @pytest.mark.parametrize("how", [Quantization(8, 32), Quantization(4, 32, "mxfp4")], ids=str)
