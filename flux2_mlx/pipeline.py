@@ -427,8 +427,8 @@ class Flux2Pipeline:
             dtype: "bfloat16", "float16" or "float32"; None takes what suits the machine.
             quantize: pack the matrices of the transformer and the text encoder, as they are loaded, into so many bits
                 (2, 3, 4, 5, 6, 8) or a format ("mxfp4", "mxfp8", "nvfp4"). With fewer than 8 bits the transformer's
-                most sensitive layers get more, a third of a bit a weight at most. What the checkpoint holds packed stays
-                so.
+                most sensitive layers get more, a third of a bit a weight at most. What the checkpoint holds packed
+                stays so.
             quantize_text_encoder: the same for the text encoder alone, where it is to differ; "none" leaves it.
             group_size: weights that share a scale where they are packed into bits: 32, 64 or 128; unless given 64.
             cache: keep prompt embeddings on disk (in FLUX2_MLX_CACHE, or the platform's folder for caches; the latest,
