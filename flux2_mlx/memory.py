@@ -145,12 +145,14 @@ def transformer_bytes(
 ) -> tuple[int, int]:
     """Intermediates of one step over ``tokens`` text and image tokens: ten times the input of a single block, keys and
     values together with those of ``kept`` reference tokens, three changes of ``cached`` image tokens (see StepCache);
-    and those of attention, during which no matrix is unpacked, where its scores are written out, as on the CPU.
+    and those of attention, during which no matrix is unpacked, where its scores are written out, as on the CPU. One
+    input more in float16, whose residuals are in float32.
     """
     unit, scores = tokens * params.hidden_size, params.num_heads * tokens * (tokens + kept)
+    units = 11 if dtype == mx.float16 else 10
     beside = (2 * (tokens + kept if kept else 0) + 3 * cached) * params.hidden_size
-    return batch * (10 * unit + beside) * dtype.size, (
-        0 if on_gpu() else batch * (8 * unit + beside + scores) * dtype.size
+    return batch * (units * unit + beside) * dtype.size, (
+        0 if on_gpu() else batch * ((units - 2) * unit + beside + scores) * dtype.size
     )
 
 

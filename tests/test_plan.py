@@ -217,7 +217,7 @@ def peak_of(module, compute, working) -> int:
         return mx.get_peak_memory() - before
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
 @pytest.mark.parametrize(
     ("side", "length", "packed"),
     [(128, 128, None), (192, 512, None), (128, 640, Quantization(8))],
