@@ -132,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=NANO)
     parser.add_argument("--captions", type=int, default=24)
+    parser.add_argument("--ranks", type=int, nargs="*", default=(1, 2, 4), help="of matrices beside 4 bits (1 2 4)")
     parser.add_argument("--layers", action="store_true", help="also what each layer alone makes wrong")
     arguments = parser.parse_args(argv)
     pipe = Flux2Pipeline.from_pretrained(arguments.model, dtype="float32")
@@ -143,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ways: dict[str, Way] = {
         BASELINE: ends_of_the_range(four),
         "4 bits in 64, uniform, fitted": uniform(four),
-        **{f"4 bits in 64, uniform, rank {rank} beside": with_low_rank(four, rank) for rank in (1, 2, 4)},
+        **{f"4 bits in 64, uniform, rank {rank} beside": with_low_rank(four, rank) for rank in arguments.ranks},
         "4 bits in 32, uniform, ends of the range": ends_of_the_range(Quantization(4, 32)),
         "4 bits in 32, uniform, fitted": uniform(Quantization(4, 32)),
         "5 bits in 64, uniform, ends of the range": ends_of_the_range(Quantization(5, 64)),

@@ -140,7 +140,7 @@ BUDGET = {"kernels": 514, "gigabytes": 38}
         ["stages", "--model", "CHECKPOINT", "--size", "64", "--text-length", "16", "--repeats", "0"],
         ["full_size", "--tiny", "--size", "64", "--steps", "1"],
         ["packed_step", "--tiny", "--tokens", "516", "--repeats", "1", "--lora", "4"],
-        ["packing", "--model", "CHECKPOINT", "--captions", "1", "--layers"],
+        ["packing", "--model", "CHECKPOINT", "--captions", "1", "--ranks", "1", "--layers"],
         ["peers", "--random", "tiny", "--size", "64", "--text-length", "16", "--repeats", "1", "--against", "floor"],
         ["passes", "--model", "tiny", "--size", "64", "--reference", "64", "--batch", "2", "--repeats", "1"],
         ["kernels"],
