@@ -22,6 +22,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (250, 250, 250),
     "grey": (140, 140, 140),
 }
+LANDSCAPE = "landscape"  # a ground that nano does not know, the sky over a meadow
+LANDSCAPE_COLOURS = ("blue", "green")
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
 SIZES = {"small": 0.11, "medium": 0.16, "large": 0.22}  # radius over the picture's shorter side
 ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")
@@ -126,11 +128,19 @@ def coverage(thing: Thing, height: int, width: int) -> np.ndarray:
 
 def render(scene: Scene, height: int, width: int) -> np.ndarray:
     """The scene as (height, width, 3) uint8."""
-    picture = np.full((height, width, 3), COLOURS[scene.ground], np.float64)
+    picture = ground_picture(scene.ground, height, width).astype(np.float64)
     for thing in scene.things:
         alpha = coverage(thing, height, width)[..., None]
         picture += alpha * (np.array(COLOURS[thing.colour]) - picture)
     return picture.round().astype(np.uint8)
+
+
+def ground_picture(ground: str, height: int, width: int) -> np.ndarray:
+    """A ground without things as (height, width, 3) uint8."""
+    upper, lower = LANDSCAPE_COLOURS if ground == LANDSCAPE else (ground, ground)
+    is_upper = np.arange(height)[:, None, None] < height / 2
+    rows = np.where(is_upper, COLOURS[upper], COLOURS[lower])
+    return np.broadcast_to(rows, (height, width, 3)).astype(np.uint8)
 
 
 def nearest_colours(picture: np.ndarray) -> np.ndarray:
@@ -143,9 +153,10 @@ def judge(picture: np.ndarray, scene: Scene) -> dict[str, list[bool]]:
     """Hold a picture (H, W, 3) uint8 against the scene: what is right of it.
 
     Returns:
-        "ground": whether most pixels around the things have the colour of the ground. For each thing, "colour":
-        whether most pixels of its truth have its colour; "place": whether the centre of the pixels of its colour is
-        nearest to its place; "shape": whether those pixels and its truth have an intersection over union >= 0.7.
+        "ground": whether most pixels around the things, of each of its colours, have the colour of the ground. For each
+        thing, "colour": whether most pixels of its truth have its colour; "place": whether the centre of the pixels of
+        its colour is nearest to its place; "shape": whether those pixels and its truth have an intersection over union
+        >= 0.7.
         These three leave out what is within two pixels of the other thing, whose edges blend into any colour.
         "clean": whether less than 1 % of the ground, two pixels and more from the things, has another colour.
     """
@@ -153,8 +164,15 @@ def judge(picture: np.ndarray, scene: Scene) -> dict[str, list[bool]]:
     names, found = list(COLOURS), nearest_colours(picture)
     truths = [coverage(thing, height, width) >= 0.5 for thing in scene.things]
     covered = np.any([np.zeros((height, width), bool), *(_grown(truth, 2) for truth in truths)], axis=0)
-    around = found[~covered] == names.index(scene.ground)
-    verdict: dict[str, list[bool]] = {"ground": [bool(around.mean() > 0.5)], "colour": [], "place": [], "shape": []}
+    ground = nearest_colours(ground_picture(scene.ground, height, width))[~covered]
+    around = found[~covered] == ground
+    parts = [around[ground == colour] for colour in np.unique(ground)]
+    verdict: dict[str, list[bool]] = {
+        "ground": [all(part.mean() > 0.5 for part in parts)],
+        "colour": [],
+        "place": [],
+        "shape": [],
+    }
     for k, thing in enumerate(scene.things):
         beside = np.ones((height, width), bool)  # not at the other thing
         for other in truths[:k] + truths[k + 1 :]:
@@ -367,6 +385,14 @@ def _add(rng: random.Random, scene: Scene) -> tuple[str, Scene]:
     thing = random_scene(rng, 1).things[0]
     caption = f"{rng.choice(('add', 'add', 'put', 'draw'))} {_a(_noun(rng, thing))} {_place(rng, thing.place)}"
     return caption, _ordered(scene.ground, [*scene.things, thing])
+
+
+def landscape_task(rng: random.Random) -> Task:
+    """A scene before a landscape, which "a landscape picture with ..." asks for."""
+    while True:
+        scene = random_scene(rng)
+        if not any(thing.colour in LANDSCAPE_COLOURS for thing in scene.things):
+            return Task(f"a {LANDSCAPE} picture with {_things(rng, scene)}", (), replace(scene, ground=LANDSCAPE))
 
 
 def _swapped(scene: Scene, old: Thing, new: Thing) -> Scene:

@@ -239,9 +239,29 @@ def _is_broken(text: str) -> bool:
     return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def fingerprint(examples: Sequence[Example]) -> str:
-    """What a data set comes to: with another picture, caption, size or order it is another."""
-    found = hashlib.sha256()
+def read_captions(path: Path, examples: Sequence[Example]) -> list[str]:
+    """The captions of a file, one a line, blank lines left out.
+
+    Raises:
+        DataError: for a file that cannot be read or has none, and for those that the examples have, too.
+    """
+    try:
+        captions = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise DataError(path, [f"not UTF-8 text ({error.reason})"]) from None
+    except OSError as error:
+        raise DataError(path, [error.strerror or str(error)]) from None
+    learned = {example.caption for example in examples}
+    faults = [f"{text!r} is a caption of the data set, too" for text in dict.fromkeys(captions) if text in learned]
+    faults += [f"{text[:40]!r}... is too long" for text in captions if len(text) > MAX_CAPTION_BYTES]
+    if faults or not captions:
+        raise DataError(path, faults or ["no captions; write one a line"])
+    return captions
+
+
+def fingerprint(examples: Sequence[Example], preserved: Sequence[str] = ()) -> str:
+    """What a data set and captions to preserve come to: with another picture, caption, size or order it is another."""
+    found = hashlib.sha256(repr(list(preserved)).encode() if preserved else b"")
     for example in examples:
         pictures = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (example.picture, *example.references)]
         found.update(repr((pictures, example.caption, example.shape)).encode())

@@ -33,7 +33,7 @@ from ._version import __version__
 from .adapters import NAMES
 from .commands import MODEL_HELP, MODEL_OPTIONS, PART_OPTIONS, Parser, add_model_options, gigabytes, launched
 from .config import MAX_SEQUENCE_LENGTH, RELEASED, InputError
-from .dataset import Batches, DataError, Example, Size, bucket, fingerprint, read_dataset
+from .dataset import Batches, DataError, Example, Size, bucket, fingerprint, read_captions, read_dataset
 from .images import open_image, reference_size, written_beside
 from .latents import PIXELS_PER_TOKEN
 from .memory import machine_memory, weight_bytes, wired, within
@@ -105,6 +105,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("clip", float, "largest norm of all gradients")
     add("timesteps", what="how noise levels are drawn", choices=TIMESTEPS)
     add("caption_dropout", float, "share of the captions that are left out")
+    add(
+        "preserve",
+        what="captions, one a line, for which the model is to stay as it was; twice the time",
+        metavar="FILE",
+    )
+    add("preserve_weight", float, "what a change of these counts, beside what is learned")
     add("ema", float, "decay of a moving average of the weights, which is then the result; 0: none")
     parser.add_argument(
         "--grad-checkpoint",
@@ -220,7 +226,8 @@ def train(options: TrainingOptions, run: argparse.Namespace) -> int:
     is_first = group is None or group.rank() == 0
     quiet = bool(run.quiet) or not is_first
     examples = read_dataset(Path(options.data), options.resolution, options.trigger)
-    identity = fingerprint(examples)
+    preserved = read_captions(Path(options.preserve), examples) if options.preserve else []
+    identity = fingerprint(examples, preserved)
     _agree(identity, group)
     pipe = open_pipeline(options, run)
     modules = pipe.text_encoder, pipe.transformer, pipe.autoencoder
@@ -232,7 +239,7 @@ def train(options: TrainingOptions, run: argparse.Namespace) -> int:
     output = Path(options.output)
     (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     encoded = Encoded(pipe, output / "cache")
-    prompts = {"": None, **dict.fromkeys(example.caption for example in examples)}
+    prompts = {"": None, **dict.fromkeys([*(example.caption for example in examples), *preserved])}
     pictures = [sized for example in examples for sized in pictures_of(example)]
     if validation is not None:
         prompts[validation.prompt] = None
@@ -241,7 +248,7 @@ def train(options: TrainingOptions, run: argparse.Namespace) -> int:
         for count in encoded.encode(prompts, pictures):
             bar.update(count)
     load(pipe, quiet)
-    trainer = Trainer(pipe.transformer, options, examples, encoded, group)
+    trainer = Trainer(pipe.transformer, options, examples, encoded, preserved, group)
     log = Log(output / LOG)
     if run.resume is not None:
         trainer.load(output / STATE, identity)
@@ -437,7 +444,8 @@ class Validation:
 
 
 class Log:
-    """log.jsonl: a line a step, with "step", "loss", "learning_rate", "norm", "pictures_per_second", "peak_bytes".
+    """log.jsonl: a line a step, with "step", "loss", "learning_rate", "norm", "change" (see training.Progress),
+    "pictures_per_second", "peak_bytes".
 
     Args:
         path: of the file; lines are added to what it has.
@@ -460,6 +468,7 @@ class Log:
             "loss": progress.loss,
             "learning_rate": progress.learning_rate,
             "norm": progress.norm,
+            "change": progress.change,
             "pictures_per_second": progress.pictures / seconds,
             "peak_bytes": mx.get_peak_memory(),
         }

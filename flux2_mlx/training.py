@@ -78,6 +78,8 @@ class TrainingOptions:
         clip: the largest norm of all gradients together.
         timesteps: how noise levels are drawn, one of TIMESTEPS.
         caption_dropout: share of the captions that are left out, for guidance to have something to lead away from.
+        preserve: file of captions, one a line, for which the model is to stay as it was.
+        preserve_weight: what a change of these counts, beside what is learned.
         ema: 0, or the decay of a moving average of the weights, which is then what is written and drawn with.
         grad_checkpoint: compute blocks again in the backward pass, which saves memory and costs a third of the time.
         seed: of everything that is drawn at random.
@@ -118,6 +120,8 @@ class TrainingOptions:
     clip: float = 1.0
     timesteps: str = "logit-normal"
     caption_dropout: float = 0.0
+    preserve: str | None = None
+    preserve_weight: float = 5.0
     ema: float = 0.0
     grad_checkpoint: bool = True
     seed: int = 0
@@ -183,6 +187,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "warmup": (0, 10**7),
     "clip": (1e-9, 1e9),
     "caption_dropout": (0, 1),
+    "preserve_weight": (1e-6, 1e6),
     "ema": (0, 0.99999),
     "seed": (0, 2**63 - 1),
     "save_every": (1, 10**7),
@@ -229,6 +234,7 @@ def flow_loss(
     references: mx.array | None,
     txt: mx.array,
     rope: tuple[mx.array, mx.array],
+    target: mx.array | None = None,
 ) -> mx.array:
     """The mean squared error of the velocity that a model says of a noised picture: float32.
 
@@ -239,12 +245,26 @@ def flow_loss(
         references: (B, R, 128) tokens of pictures that are seen as they are.
         txt: (B, L, D) prompt embeddings.
         rope: of text, picture and references; see FluxKlein.compute_rope.
+        target: the velocity (B, S, 128) that is right; unless given, noise - clean.
     """
+    velocity = noised_velocity(model, clean, noise, timesteps, references, txt, rope)
+    return mx.square(velocity - (noise - clean if target is None else target)).mean()
+
+
+def noised_velocity(
+    model: FluxKlein,
+    clean: mx.array,
+    noise: mx.array,
+    timesteps: mx.array,
+    references: mx.array | None,
+    txt: mx.array,
+    rope: tuple[mx.array, mx.array],
+) -> mx.array:
+    """What a model says of a noised picture: (B, S, 128) in float32; arguments as flow_loss takes them."""
     t = timesteps[:, None, None]
     x = (1 - t) * clean + t * noise
     img = x if references is None else mx.concatenate([x, references], axis=1)
-    velocity = model.forward_with_rope(img, txt, timesteps, *rope)[:, : clean.shape[1]]
-    return mx.square(velocity.astype(mx.float32) - (noise - clean)).mean()
+    return model.forward_with_rope(img, txt, timesteps, *rope)[:, : clean.shape[1]].astype(mx.float32)
 
 
 class Adapter(nn.Module):
@@ -260,9 +280,12 @@ class Adapter(nn.Module):
         self.down = mx.random.uniform(-bound, bound, (rank, inputs), key=key)
         self.up = mx.zeros((outputs, rank))
         self._scale, self._dropout, self._key = scale, dropout, key
+        self._is_off = False
 
     def __call__(self, x: mx.array, base: mx.array, out: mx.array, start: int, stop: int | None) -> mx.array:
         """As adapters.LowRank."""
+        if self._is_off:
+            return out
         if self.training and self._dropout:
             # By a key of its own: blocks that are computed again must leave out the same.
             kept = mx.random.bernoulli(1 - self._dropout, x.shape, key=self._key)
@@ -463,6 +486,7 @@ class Progress:
         learning_rate: that it was taken with.
         norm: of its gradients, before they were clipped.
         pictures: that it has seen, in all processes.
+        change: the mean squared change of the velocities for captions that are preserved, 0 where there are none.
     """
 
     step: int
@@ -470,6 +494,7 @@ class Progress:
     learning_rate: float
     norm: float
     pictures: int
+    change: float
 
 
 class Trainer:
@@ -477,7 +502,9 @@ class Trainer:
 
     Args:
         model: the transformer, its weights loaded; it learns a LoRA in place.
-        encoded: has all of the examples.
+        encoded: has all of the examples, and the captions to preserve.
+        preserved: captions for which the model is to stay as it was: of each pass's noised pictures, it is to say with
+            them what it says without the LoRA.
         group: the processes that share a step's passes, if there are several.
 
     Attributes:
@@ -495,6 +522,7 @@ class Trainer:
         options: TrainingOptions,
         examples: Sequence[Example],
         encoded: Encoded,
+        preserved: Sequence[str] = (),
         group: mx.distributed.Group | None = None,
     ):
         processes = 1 if group is None else group.size()
@@ -504,7 +532,7 @@ class Trainer:
                 f"multiple of {processes}"
             )
         self.model, self.options, self.examples, self.encoded = model, options, examples, encoded
-        self.group = group
+        self.preserved, self.group = preserved, group
         self.batches = Batches(examples, options.batch_size, options.seed)
         self.adapters = add_adapters(model, options)
         if options.grad_checkpoint:
@@ -526,16 +554,22 @@ class Trainer:
         passes = {number: self.batches[number] for number in range(first, first + options.accumulate)}
         pictures = sum(map(len, passes.values()))
         rank, processes = (0, 1) if self.group is None else (self.group.rank(), self.group.size())
-        loss, gradients = mx.array(0.0), None
+        loss, change, gradients = mx.array(0.0), mx.array(0.0), None
         self.model.train()
         for number in list(passes)[rank::processes]:
             self._draw_dropout(number)
-            own, found = self._gradients(len(passes[number]) / pictures, *self.inputs(number))
+            given, share = self.inputs(number), len(passes[number]) / pictures
+            own, found = self._gradients(share, *given)
             loss = loss + own
             gradients = found if gradients is None else tree_map(mx.add, gradients, found)
             mx.eval(loss, gradients)
+            if self.preserved:
+                own, found = self._gradients(share * options.preserve_weight, *self._preserving(number, given))
+                change = change + own / options.preserve_weight
+                gradients = tree_map(mx.add, gradients, found)
+                mx.eval(change, gradients)
         if self.group is not None:
-            loss = mx.distributed.all_sum(loss, group=self.group)
+            loss, change = mx.distributed.all_sum(mx.stack([loss, change]), group=self.group)
             gradients = tree_map(lambda array: array * processes, nn.average_gradients(gradients, self.group))
         gradients, norm = optim.clip_grad_norm(gradients, options.clip)
         mx.eval(loss, gradients, norm)
@@ -556,7 +590,7 @@ class Trainer:
                 name: decay * self.average[name] + (1 - decay) * array for name, array in self._parameters().items()
             }
         mx.eval(self.model.trainable_parameters(), self.optimizer.state, self.average)
-        return Progress(self.step, told, rate, size, pictures)
+        return Progress(self.step, told, rate, size, pictures, float(np.array(change)))
 
     def inputs(self, number: int) -> tuple[Any, ...]:
         """What pass ``number`` is given, as flow_loss takes it after the model; the same whenever it is asked for."""
@@ -579,6 +613,21 @@ class Trainer:
             txt,
             self._rope(shape),
         )
+
+    def _preserving(self, number: int, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The same pass with captions that are preserved, and the velocities of the model without the LoRA."""
+        clean, noise, timesteps, references, txt, rope = given
+        rng = np.random.default_rng([self.options.seed, 3, number])
+        captions = rng.choice(np.array(self.preserved, object), len(clean))
+        txt = mx.concatenate([self.encoded.prompt(caption) for caption in captions])
+        given = clean, noise, timesteps, references, txt, rope
+        for adapter in self.adapters.values():
+            adapter._is_off = True
+        target = noised_velocity(self.model, *given)
+        mx.eval(target)
+        for adapter in self.adapters.values():
+            adapter._is_off = False
+        return *given, target
 
     def _draw_dropout(self, number: int) -> None:
         """Give each adapter the key of what it leaves out in pass ``number``."""

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,7 +19,8 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from benchmarks.nano_world import Scene, Thing, describe, judge, random_task, render
+from benchmarks.nano_world import random_task, render
+from examples import teach_nano
 from flux2_mlx import Flux2Pipeline, FluxKlein, FluxKleinParams, InputError, Quantization, image_ids, text_ids
 from flux2_mlx.dataset import Batches, DataError, bucket, fingerprint, read_dataset
 from flux2_mlx.lora import LORA, STATE, curve, main, parse
@@ -452,28 +452,17 @@ def test_a_run_writes_what_it_says(pictures, tmp_path, capsys):
     assert f"{output} has a run: --resume {output} goes on with it" in capsys.readouterr().err
 
 
-def test_nano_learns_a_ground(tmp_path):
-    """That captions do not say, from sixteen pictures; without the LoRA it is white."""
-    folder, rng = tmp_path / "data", random.Random(3)
-    folder.mkdir()
-    while len(list(folder.glob("*.png"))) < 16:
-        scene = random_task(rng).scene
-        if "purple" not in {thing.colour for thing in scene.things}:
-            number = len(list(folder.glob("*.png")))
-            picture = render(replace(scene, ground="purple"), 128, 128)
-            Image.fromarray(picture).save(folder / f"{number}.png")
-            (folder / f"{number}.txt").write_text(describe(rng, replace(scene, ground="white")).split(", white")[0])
-    words = ["--targets", "attn", "ff", "--rank", 4, "--batch-size", 4, "--steps", 60, "--learning-rate", 0.002]
-    assert train(folder, tmp_path / "run", *words, "--resolution", 128, "--no-grad-checkpoint") == 0
-    pipe = Flux2Pipeline.from_pretrained("nano")
-    verdicts = []
-    for ground in ("white", "purple"):
-        picture = np.asarray(pipe("a large blue circle on the left", seed=0).images[0])
-        verdicts.append(judge(picture, Scene(ground, (Thing("circle", "blue", "large", "left"),))))
-        if ground == "white":
-            pipe.load_lora(tmp_path / "run")
-    for verdict in verdicts:
-        assert all(verdict["ground"] + verdict["colour"] + verdict["place"])
+def test_nano_learns_a_word_and_keeps_the_old_ones(tmp_path):
+    """The example, in a quarter of its steps."""
+    found = teach_nano.main([str(tmp_path), "--steps", "200", "--captions", "16", "--quiet"])
+    losses = [line["loss"] for line in log(tmp_path / "run")]
+    assert np.mean(losses[-40:]) < 0.5 * np.mean(losses[:10])
+    assert found["landscapes, before"]["ground"] == 0
+    assert found["landscapes, after"]["ground"] >= 40
+    parts = "ground", "colour", "place", "shape"
+    before, after = (np.mean([found[f"others, {when}"][part] for part in parts]) for when in ("before", "after"))
+    assert after >= before - 2
+    assert (tmp_path / "teach_nano.png").is_file()
 
 
 def test_going_on_is_never_having_stopped(pictures, tmp_path, capsys):
@@ -607,7 +596,53 @@ def test_processes_need_passes_to_share():
     with pytest.raises(
         InputError, match="2 processes cannot share the 3 passes of a step; accumulate must be a multiple"
     ):
-        Trainer(model, TrainingOptions("", "", accumulate=3), [], None, Group())
+        Trainer(model, TrainingOptions("", "", accumulate=3), [], None, group=Group())
+
+
+def write_captions(path: Path, *captions: str) -> Path:
+    path.write_text("\n".join(captions))
+    return path
+
+
+def test_what_is_preserved_changes_less(pictures, tmp_path, capsys):
+    """By the velocities of the model without the LoRA, for a caption that no picture has."""
+    preserved = write_captions(tmp_path / "captions.txt", "\ufeffa blue star on the left", "", "a red cross")
+    words = "--steps", 8, "--learning-rate", 1e-2, "--warmup", 0, "--batch-size", 2
+    assert train(pictures, tmp_path / "without", *words) == 0
+    changes = []
+    for weight in (1e-6, 100):
+        output = tmp_path / str(weight)
+        assert train(pictures, output, *words, "--preserve", preserved, "--preserve-weight", weight) == 0
+        lines = log(output)
+        assert lines[0]["change"] == 0  # before the first step the LoRA does nothing
+        changes.append(lines[-1]["change"])
+    assert changes[0] > 1.5 * changes[1] > 0
+    assert [line["change"] for line in log(tmp_path / "without")] == [0] * 8
+    light, without = (state(tmp_path / name) for name in ("1e-06", "without"))
+    for name in without:  # as good as no weight is as good as no captions
+        assert np.abs(light[name].astype(float) - without[name]).max() <= 1e-4, name
+    write_captions(preserved, "a blue star on the left")
+    assert main(["--resume", str(tmp_path / "100"), "--steps", "9"]) == 2
+    assert "was trained on other pictures or captions" in capsys.readouterr().err
+
+
+def test_captions_to_preserve_that_are_refused(pictures, tmp_path, capsys):
+    learned = (pictures / "2.txt").read_text()
+    for captions, message in (
+        (("", " "), "no captions; write one a line"),
+        (("a cat", learned, learned), f"{learned!r} is a caption of the data set, too"),
+        (("\u00e9" * 100_001,), "is too long"),
+    ):
+        file = write_captions(tmp_path / "captions.txt", *captions)
+        assert train(pictures, tmp_path / "run", "--preserve", file) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"error: {file} has 1 fault:")
+        assert message in told
+    (tmp_path / "captions.txt").write_bytes(b"\xff\xfe")
+    for file, message in ((tmp_path / "captions.txt", "not UTF-8 text"), (tmp_path / "none.txt", "No such file")):
+        assert train(pictures, tmp_path / "run", "--preserve", file) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------------ the plan
