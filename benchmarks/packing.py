@@ -1,8 +1,9 @@
 """What packing and 16-bit arithmetic cost in quality: python -m benchmarks.packing [--layers]
 
 Of each way to pack the transformer's matrices, and of all of it in 16 bits: bits a weight, the relative error of the
-weights, and the relative error of the velocities at the four steps of captions that training never saw. With --layers
-also the error that each layer alone makes at 4 bits. Ends with a line of JSON.
+weights, and the relative error of the velocities at the four steps of captions that training never saw; of the text
+encoder's the same, with the error of the embeddings. With --layers also the error that each layer of the transformer
+alone makes at 4 bits. Ends with a line of JSON.
 """
 
 from __future__ import annotations
@@ -66,6 +67,11 @@ def with_more(pattern: str, bits: int) -> Way:
     return by_recipe(lambda path, _: next((how for which, how in finer if which.match(path)), Quantization(4)))
 
 
+def by_bits(module: nn.Module) -> dict[str, Way]:
+    """As --quantize packs it."""
+    return {f"--quantize {bits}": by_recipe(mixed(module, Quantization(bits, 64))) for bits in (3, 4, 5, 6, 8)}
+
+
 def with_low_rank(how: Quantization, rank: int) -> Way:
     """Besides, what packing loses, as far as two thin 16-bit matrices hold it: by turns the best such matrices for what
     is lost, and the packing of what they leave (Li et al., LoftQ, arXiv 2310.08659).
@@ -83,40 +89,71 @@ def with_low_rank(how: Quantization, rank: int) -> Way:
 
 
 class Judge:
-    """The velocities of a dense model, to hold those of packed ones against."""
+    """What a dense model gives, to hold what it gives packed against.
 
-    def __init__(self, pipe: Flux2Pipeline, captions: int):
-        for stage in (pipe.text_encoder, pipe.transformer):
-            for _ in materialize(stage):
-                pass
-        params = pipe.checkpoint.transformer
-        self.model = pipe.transformer
-        self.rope = FluxKlein.compute_rope(
-            text_ids(pipe.tokenizer.default_length), image_ids(*HOME), params.axes_dims_rope, params.rope_theta
-        )
-        ids, mask = pipe.tokenizer([task.caption for task in unseen_tasks(captions)])
-        self.text = pipe.text_encoder(ids, mask)
-        self.dense = dict(weights_of(self.model))
-        tokens = HOME[0] * HOME[1] // 256
-        mx.random.seed(0)
-        x = mx.random.normal((captions, tokens, params.in_channels))
-        self.steps = []
-        for sigma, following in pairwise(flux2_sigmas(STEPS, tokens)):
-            velocity = self.velocity(x, sigma)
-            self.steps.append((x, sigma, velocity))
-            x = x + (following - sigma) * velocity
+    Args:
+        outputs: computes with the model, of the same inputs every time.
+    """
 
-    def velocity(self, x: mx.array, sigma: float) -> mx.array:
-        velocity = self.model.forward_with_rope(x, self.text, mx.array([sigma]), *self.rope).astype(mx.float32)
-        mx.eval(velocity)
-        return velocity
+    def __init__(self, model: nn.Module, outputs: Callable[[], list[mx.array]]):
+        self.model, self.outputs = model, outputs
+        self.layers, self.dense = dict(dense_layers(model)), dict(weights_of(model))
+        self.truth = outputs()
 
     def error(self, weights: dict[str, mx.array]) -> float:
-        """Relative error of the velocities where these weights stand for the dense ones."""
+        """Relative error of the outputs where these weights stand for the dense ones."""
         self.model.load_weights(list((self.dense | weights).items()))
-        pairs = [(self.velocity(x, sigma), velocity) for x, sigma, velocity in self.steps]
+        found = self.outputs()
         self.model.load_weights(list(self.dense.items()))
-        return relative([a for a, _ in pairs], [b for _, b in pairs])
+        return relative(found, self.truth)
+
+    def told(self, name: str, way: Way) -> dict[str, float]:
+        """Print and give the figures of a way to pack."""
+        packed = {path: way(path, layer) for path, layer in self.layers.items()}
+        bits = sum(own for _, own in packed.values()) / sum(layer.weight.size for layer in self.layers.values())
+        return self._told(name, bits, {f"{path}.weight": weight for path, (weight, _) in packed.items()})
+
+    def told_in(self, dtype: mx.Dtype) -> dict[str, float]:
+        """The same of all weights and activations in a dtype of 16 bits."""
+        weights = {path: array.astype(dtype) for path, array in self.dense.items()}
+        return self._told(str(dtype).removeprefix("mlx.core."), 16.0, weights)
+
+    def _told(self, name: str, bits: float, weights: dict[str, mx.array]) -> dict[str, float]:
+        error = relative(list(weights.values()), [self.dense[path] for path in weights])
+        figures = {"bits": bits, "weights": error, "outputs": self.error(weights)}
+        print(f"{name:42}{bits:6.2f}{error:9.4f}{figures['outputs']:9.4f}")
+        return figures
+
+
+def text_judge(pipe: Flux2Pipeline, captions: int) -> Judge:
+    """Of the text encoder, by the embeddings of captions."""
+    given = pipe.tokenizer([task.caption for task in unseen_tasks(captions)])
+    encoder = pipe.text_encoder
+
+    def outputs() -> list[mx.array]:
+        found = encoder(*given).astype(mx.float32)
+        mx.eval(found)
+        return [found]
+
+    return Judge(encoder, outputs)
+
+
+def velocity_judge(pipe: Flux2Pipeline, text: mx.array) -> Judge:
+    """Of the transformer, by the velocities at the steps of prompt embeddings (B, L, D)."""
+    model, params, tokens = pipe.transformer, pipe.checkpoint.transformer, HOME[0] * HOME[1] // 256
+    rope = FluxKlein.compute_rope(text_ids(text.shape[1]), image_ids(*HOME), params.axes_dims_rope, params.rope_theta)
+
+    def velocity(x: mx.array, sigma: float) -> mx.array:
+        found = model.forward_with_rope(x, text, mx.array([sigma]), *rope).astype(mx.float32)
+        mx.eval(found)
+        return found
+
+    mx.random.seed(0)
+    x, steps = mx.random.normal((len(text), tokens, params.in_channels)), []
+    for sigma, following in pairwise(flux2_sigmas(STEPS, tokens)):
+        steps.append((x, sigma))
+        x = x + (following - sigma) * velocity(x, sigma)
+    return Judge(model, lambda: [velocity(x, sigma) for x, sigma in steps])
 
 
 def relative(ours: Sequence[mx.array], theirs: Sequence[mx.array]) -> float:
@@ -136,8 +173,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", action="store_true", help="also what each layer alone makes wrong")
     arguments = parser.parse_args(argv)
     pipe = Flux2Pipeline.from_pretrained(arguments.model, dtype="float32")
-    judge = Judge(pipe, arguments.captions)
-    layers = dict(dense_layers(pipe.transformer))
+    for stage in (pipe.text_encoder, pipe.transformer):
+        for _ in materialize(stage):
+            pass
+    texts = text_judge(pipe, arguments.captions)
+    (text,) = texts.truth
+    judge = velocity_judge(pipe, text)
     four = Quantization(4, 64)
     blocks = pipe.checkpoint.transformer.depth_single
     last, before = (rf"single_transformer_blocks\.{blocks - k}\." for k in (1, 2))
@@ -152,37 +193,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         "4 bits in 64, ends and last block 8": with_more(last, 8),
         "4 bits in 64, ends 8, last block 6": with_more(last, 6),
         "4 bits in 64, ends 8, last two blocks 5": with_more(f"{last}|{before}", 5),
-        **{
-            f"--quantize {bits}": by_recipe(mixed(pipe.transformer, Quantization(bits, 64))) for bits in (3, 4, 5, 6, 8)
-        },
+        **by_bits(judge.model),
         **{mode: uniform(Quantization.parse(mode) or four) for mode in FLOAT_MODES},
     }
-    report = {}
     print(f"{'':42}{'bits':>6}{'weights':>9}{'velocity':>9}")
-    for name, way in ways.items():
-        packed = {path: way(path, layer) for path, layer in layers.items()}
-        weights = {f"{path}.weight": weight for path, (weight, _) in packed.items()}
-        bits = sum(own for _, own in packed.values()) / sum(layer.weight.size for layer in layers.values())
-        error = relative(list(weights.values()), [judge.dense[path] for path in weights])
-        report[name] = {"bits": bits, "weights": error, "velocity": judge.error(weights)}
-        print(f"{name:42}{bits:6.2f}{error:9.4f}{report[name]['velocity']:9.4f}")
-    for dtype in (mx.bfloat16, mx.float16):
-        weights = {path: array.astype(dtype) for path, array in judge.dense.items()}
-        error = relative(list(weights.values()), [judge.dense[path] for path in weights])
-        name = str(dtype).removeprefix("mlx.core.")
-        report[name] = {"bits": 16.0, "weights": error, "velocity": judge.error(weights)}
-        print(f"{name:42}{16:6.2f}{error:9.4f}{report[name]['velocity']:9.4f}")
+    report = {name: judge.told(name, way) for name, way in ways.items()}
+    report |= {str(dtype): judge.told_in(dtype) for dtype in (mx.bfloat16, mx.float16)}
+    print(f"\n{'text encoder':42}{'bits':>6}{'weights':>9}{'prompts':>9}")
+    of_text = {
+        BASELINE: ends_of_the_range(four),
+        "4 bits in 64, uniform, fitted": uniform(four),
+        **by_bits(texts.model),
+    }
+    text_report = {name: texts.told(name, way) for name, way in of_text.items()}
     alone = {}
     if arguments.layers:
+        layers = judge.layers
         for path, layer in layers.items():
             alone[path] = judge.error({f"{path}.weight": restored(layer.weight, four)[0]})
         for path in sorted(alone, key=lambda path: alone[path] ** 2 / layers[path].weight.size, reverse=True):
             print(f"{path:52}{layers[path].weight.size:9}{alone[path]:9.4f}")
-    print(
-        json.dumps(
-            {"benchmark": "packing", "ways": report, "layers": alone, "process_peak_gb": process_peak_gb(), **machine()}
-        )
-    )
+    found = {"ways": report, "text_encoder": text_report, "layers": alone}
+    print(json.dumps({"benchmark": "packing", **found, "process_peak_gb": process_peak_gb(), **machine()}))
 
 
 if __name__ == "__main__":

@@ -310,27 +310,28 @@ def dense_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 # The transformer's layers that a small error harms most, per weight: what reads and writes the latents, what attention
-# adds to the image stream of double blocks, then the single blocks, the later the more. Measured on nano, see
-# benchmarks/packing.py.
+# adds to the image stream of double blocks, then the single blocks, the later the more. And the text encoder's, the
+# earlier the more. Measured on nano, see benchmarks/packing.py.
 ENDS, SINGLE = re.compile(r"(proj_out|x_embedder)$"), re.compile(r"single_transformer_blocks\.")
 ATTENTION = re.compile(r"transformer_blocks\.\d+\.attn\.to_out")
+TEXT = re.compile(r"model\.layers\.")
 
 
 def mixed(module: nn.Module, how: Quantization) -> Recipe:
-    """The recipe that packs a component's dense layers as ``how`` says, and the most sensitive ones of a transformer
-    finer, as long as that costs SPARE_BITS a weight or less: its ends in FINE_BITS, then what attention adds in double
+    """The recipe that packs a component's dense layers as ``how`` says, and the most sensitive ones finer, as long as
+    that costs SPARE_BITS a weight or less: a transformer's ends in FINE_BITS, then what attention adds in double
     blocks, and single blocks, which are large, one step above the rest, since the first bit more takes three quarters
-    of the squared error.
+    of the squared error; a text encoder's first layers, whose errors go through all others, two steps.
     """
     if how.mode != "affine" or how.bits >= FINE_BITS:
         return lambda *_: how
-    above = AFFINE_BITS[AFFINE_BITS.index(how.bits) + 1]
+    above, far_above = ([*AFFINE_BITS, FINE_BITS][AFFINE_BITS.index(how.bits) + step] for step in (1, 2))
     sizes = {path: layer.weight.size for path, layer in dense_layers(module)}
     spare = SPARE_BITS * sum(sizes.values())
     finer = {}
-    for pattern, bits in ((ENDS, FINE_BITS), (ATTENTION, above), (SINGLE, above)):
+    for pattern, bits in ((ENDS, FINE_BITS), (ATTENTION, above), (SINGLE, above), (TEXT, far_above)):
         # Of the single blocks the last first, and in a block to_out before to_qkv_mlp_proj.
-        for path in sorted(filter(pattern.match, sizes), key=_last_block_first):
+        for path in sorted(filter(pattern.match, sizes), key=_number if pattern is TEXT else _last_block_first):
             cost = sizes[path] * (bits - how.bits)
             if cost <= spare:
                 spare -= cost
@@ -338,9 +339,14 @@ def mixed(module: nn.Module, how: Quantization) -> Recipe:
     return lambda path, _: finer.get(path, how)
 
 
-def _last_block_first(path: str) -> tuple[int, str]:
+def _number(path: str) -> int:
+    """Of its block or layer, 0 where it has none."""
     number = re.search(r"\.(\d+)\.", path)
-    return (-int(number[1]) if number else 0), path
+    return int(number[1]) if number else 0
+
+
+def _last_block_first(path: str) -> tuple[int, str]:
+    return -_number(path), path
 
 
 def quantize(module: nn.Module, recipe: Recipe, packing: Packing = pack) -> None:

@@ -13,6 +13,8 @@ from flux2_mlx import (
     InputError,
     Quantization,
     QuantizedFluxKlein,
+    Qwen3Config,
+    Qwen3TextEncoder,
     load_quantized_flux_klein,
     open_checkpoint,
     quantize,
@@ -185,7 +187,8 @@ def test_a_group_of_equal_weights_is_packed_exactly(value):
 
 def bits_of(model):
     """(bits a weight on average, scales in 16 bits; bits of each layer)"""
-    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    kinds = QuantizedLinear, QuantizedEmbedding
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, kinds)}
     counts = {path: layer.weight.size * 32 // layer.how.bits for path, layer in layers.items()}
     stored = sum(counts[path] * (layer.how.bits + 32 / layer.how.group_size) for path, layer in layers.items())
     return stored / sum(counts.values()), {path: layer.how.bits for path, layer in layers.items()}
@@ -204,6 +207,18 @@ def test_the_most_sensitive_layers_keep_more_bits(params):
     doubles = {path: own for path, own in bits.items() if path.startswith("transformer_blocks")}
     assert {path for path, own in doubles.items() if own == 5} == {path for path in doubles if ".to_out." in path}
     assert {*doubles.values()} == {4, 5}
+
+
+@pytest.mark.parametrize("params", [Qwen3Config(), Qwen3Config.qwen3_8b()], ids=["4b", "8b"])
+def test_the_first_layers_of_text_keep_more_bits(params):
+    model = Qwen3TextEncoder(params)
+    quantize.quantize(model, quantize.mixed(model, Quantization(4, 64)))
+    average, bits = bits_of(model)
+    assert 4.78 < average <= 4.83
+    projections = [bits[f"model.layers.{k}.mlp.down_proj"] for k in range(27)]
+    assert projections == sorted(projections, reverse=True)
+    assert {*bits.values()} == {4, 6}
+    assert projections[3] == 6
 
 
 @pytest.mark.parametrize("how", [Quantization(8, 32), Quantization(4, 32, "mxfp4")], ids=str)
