@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     """Teach and score; the rates of each row of the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--captions", type=int, default=200, help="to score, of each kind (%(default)s)")
     parser.add_argument("--quiet", action="store_true")
     arguments = parser.parse_args(argv)
