@@ -1,4 +1,5 @@
-"""The stages of benchmarks.peers in this library, mflux, torch (diffusers, transformers), and the floor of a step.
+"""The stages of benchmarks.peers in this library, mflux, torch (diffusers, transformers); the floor of a step, and
+decoding without strips.
 
 A stage is a function of arrays, made from this library's module: the text encoder of (ids, mask), a step of (tokens,
 prompt embeddings, noise level), decoding of tokens. mflux and the floor compute with the very arrays of that module's
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
+from unittest.mock import patch
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,6 +37,7 @@ from flux2_mlx import (
 )
 from flux2_mlx.checkpoints import diffusers_vae
 from flux2_mlx.memory import stage_dtype, weights_of
+from flux2_mlx.models import autoencoder
 
 MFLUX = "0.24.0"
 INSTALL = {
@@ -119,6 +122,17 @@ def ours_step(module: FluxKlein, case: Case) -> Run:
 
 def ours_decode(module: AutoEncoder, case: Case) -> Run:
     return lambda x: module.decoder(unpack_latents(module.bn.denormalize(x), case.height, case.width))
+
+
+def undivided_decode(module: AutoEncoder, case: Case) -> Run:
+    """The same with the whole picture as one strip."""
+    decode = ours_decode(module, case)
+
+    def run(x: mx.array) -> mx.array:
+        with patch.object(autoencoder, "STRIP_BYTES", 2**31 - 1):
+            return decode(x)
+
+    return run
 
 
 # -------------------------------------------------------------------------------------------------------- mflux
@@ -373,4 +387,5 @@ CONTENDERS: dict[str, dict[str, Callable[..., Run]]] = {
     "mflux": {"text_encoder": mflux_encode, "step": mflux_step, "decode": mflux_decode},
     "torch": {"text_encoder": torch_encode, "step": torch_step, "decode": torch_decode},
     "floor": {"step": floor},
+    "undivided": {"decode": undivided_decode},
 }

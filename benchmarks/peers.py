@@ -4,9 +4,10 @@
     python -m benchmarks.peers --random 4b --size 512 --depth 1 --depth-single 4 --stages step --against floor
     python -m benchmarks.peers --collect                      # the page that compares machines, from its files
 
-Peers (--against, as often as wanted): mflux; torch, which is diffusers on MPS, CUDA or the CPU; and floor, the bare
-matrix products and attentions of the step. Their outputs are compared first; then they take turns, so that ratios mean
-something on a machine that others use. What a stage is in each, and what differs: benchmarks/contenders.py.
+Peers (--against, as often as wanted): mflux; torch, which is diffusers on MPS, CUDA or the CPU; floor, the bare matrix
+products and attentions of the step; undivided, this library's decoder without strips. Their outputs are compared first;
+then they take turns, so that ratios mean something on a machine that others use. What a stage is in each, and what
+differs: benchmarks/contenders.py.
 
 Stages: text_encoder (half of its tokens are padding), step (one pass of the transformer), decode, and loop (all of
 them: the text, --steps steps with Euler updates, the picture). They run on modules, without a tokenizer and without the
@@ -375,7 +376,7 @@ def measure(builders: dict[str, Build], case: Case, arguments: argparse.Namespac
             mx.clear_cache()
     if "loop" in arguments.stages:
         sigmas = flux2_sigmas(arguments.steps, case.tokens)
-        whole = {name: own for name, own in runs.items() if name != "floor"}
+        whole = {name: own for name, own in runs.items() if len(own) == len(PART)}
         take_turns("loop", {name: partial(in_a_loop, own, given[name], sigmas) for name, own in whole.items()})
     return figures, errors
 
@@ -408,7 +409,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "transformer": mflux_transformer(params),
             "text_encoder": mflux_text_encoder(checkpoint.text_encoder),
         }
-        libraries = [n for n in (OURS, *arguments.against) if n != "floor"]
+        libraries = [name for name in (OURS, *arguments.against) if len(CONTENDERS[name]) == len(PART)]
         for stage, of_all in drawn(libraries, options, arguments.repeats).items():
             stages[stage] = of_all
             tell(stage, of_all)
