@@ -28,7 +28,7 @@ from flux2_mlx import Flux2Pipeline
 from flux2_mlx.commands import MODEL_OPTIONS, add_model_options
 from flux2_mlx.config import NANO
 from flux2_mlx.images import to_unit
-from flux2_mlx.pipeline import DTYPES
+from flux2_mlx.pipeline import DTYPES, REUSED
 
 # What nano is to reach, in percent and dB.
 BOUNDS = {"ground": 99, "colour": 97, "place": 97, "shape": 93, "edits": 90, "psnr": 30}
@@ -140,6 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--step-cache", type=float)
+    parser.add_argument("--reuse", choices=REUSED, help="references: of edits alone, as captions have none")
     parser.add_argument("--height", type=int, default=HOME[0])
     parser.add_argument("--width", type=int, default=HOME[1])
     parser.add_argument("--captions", type=int, default=500)
@@ -154,8 +155,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipe = open_variant(arguments)
     options = {"num_steps": arguments.steps, "guidance": arguments.guidance, "force_guidance": True}
     options["step_cache"] = arguments.step_cache
-    captions = draw(pipe, unseen_tasks(arguments.captions), size, progress=True, **options)
-    edits = draw(pipe, unseen_edits(arguments.edits), size, progress=True, **options)
+    reuse = {"reuse": arguments.reuse if arguments.reuse != "references" else None}
+    captions = draw(pipe, unseen_tasks(arguments.captions), size, progress=True, **options, **reuse)
+    edits = draw(pipe, unseen_edits(arguments.edits), size, progress=True, **options, reuse=arguments.reuse)
     figures = rates(captions)
     figures["edits"] = rates(edits)["whole"]
     figures["psnr"] = autoencoder_psnr(pipe, unseen_tasks(min(64, arguments.captions)), size)

@@ -55,6 +55,7 @@ from .latents import NOISES, PIXELS_PER_TOKEN
 from .memory import machine_memory
 from .pipeline import (
     DTYPES,
+    REUSED,
     STRENGTH,
     Flux2Pipeline,
     Settings,
@@ -106,6 +107,7 @@ SETTINGS: dict[str, Any] = {
     "guidance_rescale": 0.0,
     "force_guidance": False,
     "step_cache": None,
+    "reuse": None,
     "seed": None,
     "schedule": "flux2",
     "sigmas": None,
@@ -197,6 +199,11 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         metavar="THRESHOLD",
         help="leave out most blocks in steps that differ less than this from one before, as 0.1; for tens of steps (0)",
+    )
+    parser.add_argument(
+        "--reuse",
+        choices=REUSED,
+        help="in later steps of a distilled model use what the picture saw of these tokens in the first (neither)",
     )
     parser.add_argument(
         "--seed", type=int, help="of the first picture, the next have seed + 1, ...; random unless given"
@@ -470,7 +477,8 @@ def open_pipeline(arguments: argparse.Namespace, group: mx.distributed.Group | N
 
 def plan_of(pipe: Flux2Pipeline, arguments: argparse.Namespace) -> Plan:
     height, width, references = sizes_of(arguments, pipe.checkpoint.autoencoder.sample_size)
-    return pipe.plan(height, width, arguments.max_sequence_length, references, step_cache=arguments.step_cache)
+    more = {name: getattr(arguments, name) for name in ("step_cache", "reuse")}
+    return pipe.plan(height, width, arguments.max_sequence_length, references, **more)
 
 
 def sizes_of(arguments: argparse.Namespace, side: int) -> tuple[int, int, list[tuple[int, int]]]:
@@ -512,6 +520,7 @@ def print_plan(arguments: argparse.Namespace) -> None:
         references=references,
         keeps_references=name == KV if arguments.kv_cache is None else arguments.kv_cache,
         caches_steps=arguments.step_cache is not None,
+        reuse=arguments.reuse,
         length=arguments.max_sequence_length or MAX_SEQUENCE_LENGTH,
         limit=arguments.memory_limit or machine_memory(),
         memory=arguments.memory,

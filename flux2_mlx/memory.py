@@ -141,13 +141,26 @@ def text_encoder_bytes(config: Qwen3Config, length: int, dtype: mx.Dtype) -> int
 
 
 def transformer_bytes(
-    params: FluxKleinParams, tokens: int, dtype: mx.Dtype, batch: int = 1, kept: int = 0, cached: int = 0
+    params: FluxKleinParams,
+    tokens: int,
+    dtype: mx.Dtype,
+    batch: int = 1,
+    kept: int = 0,
+    cached: int = 0,
+    reused: int = 0,
 ) -> tuple[int, int]:
     """Intermediates of one step over ``tokens`` text and image tokens: ten times the input of a single block, keys and
     values together with those of ``kept`` reference tokens, three changes of ``cached`` image tokens (see StepCache);
     and those of attention, during which no matrix is unpacked, where its scores are written out, as on the CPU. One
-    input more in float16, whose residuals are in float32.
+    input more in float16, whose residuals are in float32. Of tokens that are ``reused`` later steps have the keys and
+    values alone (see Reuse), which are counted here, beside the step that needs more.
     """
+    if reused:
+        steps = [transformer_bytes(params, tokens, dtype, batch, kept, cached)]
+        steps.append(transformer_bytes(params, tokens - reused, dtype, batch, kept + reused, cached))
+        held = batch * kept_bytes(params, reused, dtype)
+        intermediates, attention = (max(parts) + held for parts in zip(*steps, strict=True))
+        return intermediates, attention
     unit, scores = tokens * params.hidden_size, params.num_heads * tokens * (tokens + kept)
     units = 11 if dtype == mx.float16 else 10
     beside = (2 * (tokens + kept if kept else 0) + 3 * cached) * params.hidden_size
@@ -178,7 +191,7 @@ def training_bytes(
 
 
 def kept_bytes(params: FluxKleinParams, tokens: int, dtype: mx.Dtype) -> int:
-    """Keys and values of so many reference tokens in every block."""
+    """Keys and values of so many tokens in every block."""
     return 2 * (params.depth + params.depth_single) * tokens * params.hidden_size * dtype.size
 
 

@@ -65,7 +65,7 @@ from .models.autoencoder import AutoEncoder
 from .models.step_cache import StepCache
 from .models.taef2 import TinyDecoder
 from .models.text_encoder import Qwen3TextEncoder
-from .models.transformer import FluxKlein, Kept
+from .models.transformer import FluxKlein, Kept, Reuse
 from .plan import MODES, Plan, Stage, make_plan, stage_of
 from .preview import preview_map, preview_of
 from .quantize import Quantization, options_of, parse_options, tune
@@ -96,6 +96,7 @@ MAX_STEPS = 1000  # noise levels that the models were trained on
 MAX_POSITIONS = 40960  # of Qwen3
 MAX_IMAGES = 10_000
 MAX_GUIDANCE = 100
+REUSED = ("text", "references")
 TENS_OF_STEPS = 10  # from which on a step may be near enough to the one before
 
 
@@ -141,6 +142,7 @@ class Settings:
     guidance_rescale: float = 0.0
     force_guidance: bool = False
     step_cache: float | None = None
+    reuse: str | None = None
     mask_blur: float = 0.0
     mask_padding: int | None = None
     expand: Mapping[str, int] | None = field(default=None, hash=False)
@@ -170,6 +172,7 @@ class Settings:
         kinds |= {
             "force_guidance": bool,
             "step_cache": (*number, optional),
+            "reuse": (str, optional),
             "mask_blur": number,
             "mask_padding": (int, optional),
         }
@@ -478,11 +481,12 @@ class Flux2Pipeline:
         max_sequence_length: int | None = None,
         references: Sequence[tuple[int, int]] = (),
         step_cache: float | None = None,
+        reuse: str | None = None,
     ) -> Plan:
         """What one picture needs, and what becomes of the mode "auto"; nothing is loaded.
 
         Args:
-            height, width, max_sequence_length, step_cache: as stream takes them.
+            height, width, max_sequence_length, step_cache, reuse: as stream takes them.
             references: (height, width) of each reference picture, as it is encoded: at most a megapixel.
 
         Raises:
@@ -502,6 +506,7 @@ class Flux2Pipeline:
             references=references,
             keeps_references=self.checkpoint.has_kv_cache,
             caches_steps=step_cache is not None,
+            reuse=reuse,
             limit=self.memory_limit,
             memory=self.memory,
         )
@@ -661,6 +666,7 @@ class Flux2Pipeline:
         guidance_rescale: float = 0.0,
         force_guidance: bool = False,
         step_cache: float | None = None,
+        reuse: str | None = None,
         seed: int | None = None,
         num_images: int | None = None,
         batch_size: int | None = None,
@@ -703,6 +709,9 @@ class Flux2Pipeline:
                 are computed, and so are those where guidance begins and ends. None and 0 compute every step. It is for
                 tens of steps: of four, each differs much from the one before. Pictures in a pass are decided on
                 together, so that a picture is not quite its single one.
+            reuse: "text" or "references": what the picture sees of these tokens in the first step stands for them in
+                the later ones, which leave them out; see models.transformer.Reuse. For distilled models without
+                guidance; None computes every token in every step.
             seed: of the first picture, the k-th has seed + k; random unless given.
             num_images: pictures of each prompt.
             batch_size: the most pictures in one pass through the transformer, where memory allows; None takes one, and
@@ -752,6 +761,7 @@ class Flux2Pipeline:
             guidance_rescale=guidance_rescale,
             force_guidance=force_guidance,
             step_cache=step_cache,
+            reuse=reuse,
             seed=seed,
             num_images=1 if num_images is None else num_images,
             batch_size=batch_size,
@@ -784,6 +794,7 @@ class Flux2Pipeline:
         guidance_rescale: float,
         force_guidance: bool,
         step_cache: float | None,
+        reuse: str | None,
         seed: int | None,
         num_images: int,
         batch_size: int | None,
@@ -826,6 +837,7 @@ class Flux2Pipeline:
             guidance_interval=guidance_interval,
             guidance_rescale=guidance_rescale,
             step_cache=step_cache,
+            reuse=reuse,
             seed=seed,
             num_images=num_images,
             batch_size=batch_size,
@@ -853,7 +865,7 @@ class Flux2Pipeline:
             max_sequence_length = self.tokenizer.default_length
         if references:
             needed = 0 if repainting is None else 1
-            self._check_room(height, width, max_sequence_length, sizes, needed, step_cache)
+            self._check_room(height, width, max_sequence_length, sizes, needed, step_cache, reuse)
         tokens = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
         levels = noise_levels(distilled, tokens, num_steps, schedule, sigmas)
         if distilled and guidance > 1 and not force_guidance:
@@ -863,6 +875,8 @@ class Flux2Pipeline:
                 stacklevel=3,
             )
             guidance = 1.0
+        if reuse is not None:
+            self._check_reuse(reuse, guidance, has_references=bool(sizes))
 
         if self.group is not None and not is_seeded:
             raise InputError("two processes that share the passes of guidance need the same seed, and none is given")
@@ -914,6 +928,7 @@ class Flux2Pipeline:
                 guidance_rescale=float(guidance_rescale),
                 force_guidance=bool(force_guidance),
                 step_cache=None if step_cache is None else float(step_cache),
+                reuse=reuse,
                 mask_blur=float(mask_blur),
                 mask_padding=None if mask_padding is None else int(mask_padding),
                 expand=None if expand is None else {side: int(pixels) for side, pixels in expand.items()},
@@ -959,6 +974,7 @@ class Flux2Pipeline:
         references: Sequence[tuple[int, int]],
         needed: int,
         step_cache: float | None,
+        reuse: str | None,
     ) -> None:
         """Refuse more references than there is memory for. A picture that is itself too large, or with the first ones
         that it cannot do without, is warned of later.
@@ -968,7 +984,7 @@ class Flux2Pipeline:
         """
 
         def peak(count: int) -> int:
-            return self.plan(height, width, length, references[:count], step_cache).peak
+            return self.plan(height, width, length, references[:count], step_cache, reuse).peak
 
         wanted = peak(len(references))
         if wanted <= self.memory_limit:
@@ -980,6 +996,26 @@ class Flux2Pipeline:
                 f"{wanted / 1e9:.2f} GB of memory, and there are {self.memory_limit / 1e9:.2f}; the first "
                 f"{fitting[-1] - needed} fit"
             )
+
+    def _check_reuse(self, reuse: str, guidance: float, *, has_references: bool) -> None:
+        """Refuse to reuse what this model, or this call, does not have, or would lose too much by.
+
+        Raises:
+            InputError: with the reason.
+        """
+        name = self.checkpoint.name
+        if not self.checkpoint.is_distilled:
+            raise InputError(
+                f"reuse is for the few steps of distilled models, and {name} is a base model, whose many steps have "
+                "step_cache (--step-cache)"
+            )
+        if guidance > 1:
+            raise InputError(f"reuse is for distilled models without guidance, and guidance is {guidance:g}")
+        if reuse == "references" and not has_references:
+            raise InputError("reuse of references belongs to image (--image), and none is given")
+        if self.checkpoint.has_kv_cache and has_references:
+            more = "" if reuse == "references" else ", and reuse of the text beside them costs too much of the picture"
+            raise InputError(f"{name} keeps its references already, as klein-9b-kv does{more}")
 
     def _drawn(self, run: _Run) -> Iterator[Step]:
         with wired(self.memory_limit):
@@ -1017,20 +1053,23 @@ class Flux2Pipeline:
         cos, sin = self._rope(first.max_sequence_length, seen)
         held = kept_bytes(params, kept_tokens, self.dtype)
 
-        def velocity(x: mx.array, txt: mx.array, sigma: float, cache: StepCache | None) -> mx.array:
+        def velocity(
+            x: mx.array, txt: mx.array, sigma: float, cache: StepCache | None, reuse: Reuse | None = None
+        ) -> mx.array:
             """Of pictures' tokens, (B, S, 128), with a prompt's embeddings (B, L, D) for each."""
             seen = [mx.broadcast_to(tokens, (len(x), *tokens.shape[1:])) for tokens in references]
             img = mx.concatenate([x, *seen], axis=1)
-            v = self.transformer.forward_with_rope(img, txt, mx.array([sigma]), cos, sin, kept, cache)
+            v = self.transformer.forward_with_rope(img, txt, mx.array([sigma]), cos, sin, kept, cache, reuse)
             return v[:, :image_tokens].astype(mx.float32)
 
         cached = 0 if first.step_cache is None else image_tokens  # of each row of a pass
+        reused = {"text": first.max_sequence_length, "references": reference_tokens}.get(first.reuse or "", 0)
         two_passes = run.uses_guidance and self.group is None
-        both = two_passes and self._has_room(live, kept_tokens, 2, cached)
+        both = two_passes and self._has_room(live, kept_tokens, 2, cached, reused)
         rows = 2 if both else 1  # of a picture in a pass
         cached *= 2 if two_passes and not both else 1
-        count = self._pictures_in_a_pass(run, live, kept_tokens, rows, cached)
-        working = transformer_bytes(params, live, self.dtype, count * rows, kept_tokens, cached)
+        count = self._pictures_in_a_pass(run, live, kept_tokens, rows, cached, reused)
+        working = transformer_bytes(params, live, self.dtype, count * rows, kept_tokens, cached, reused)
 
         def guided(x: mx.array, txt: mx.array, away: mx.array, sigma: float, caches: Caches) -> mx.array:
             """The velocity with guidance: both passes in one, on two machines, or in turn."""
@@ -1069,17 +1108,23 @@ class Flux2Pipeline:
                 if init is not None:
                     x = noised(init, noise, sigmas[0])
                 caches: Caches = None, None
+                reuse = None if first.reuse is None else Reuse(first.reuse, image_tokens)
                 was_guided = None
                 for i, (sigma, sigma_next) in enumerate(pairwise(sigmas), run.start + 1):
                     # Again, since a caller may have decoded a picture in between and so unloaded the transformer.
-                    needed = self._prepare("transformer", "", stats, *working, held=held)
+                    there = count * kept_bytes(params, reused, self.dtype) if reuse is not None and reuse.kept else 0
+                    left = (part - there for part in working)
+                    needed = self._prepare("transformer", "", stats, *left, held=held + there)
                     with self._working("denoise", needed, stats):
                         is_guided = run.uses_guidance and low <= sigma <= high
                         if i == first.num_steps:
                             caches = None, None
                         elif is_guided != was_guided:
                             caches, was_guided = fresh(), is_guided
-                        v = guided(x, txt, away, sigma, caches) if is_guided else velocity(x, txt, sigma, caches[0])
+                        if is_guided:
+                            v = guided(x, txt, away, sigma, caches)
+                        else:
+                            v = velocity(x, txt, sigma, caches[0], reuse)
                         x = euler_step(x, v, sigma, sigma_next)
                         denoised = x - sigma_next * v
                         if init is not None and run.repainted is not None:
@@ -1087,6 +1132,8 @@ class Flux2Pipeline:
                             denoised = _masked(denoised, init, run.repainted)
                         finite = mx.isfinite(x).all()
                         mx.eval(x, denoised, finite)
+                        if i == first.num_steps:
+                            reuse = None
                     if not finite.item():
                         raise FloatingPointError(_not_finite(f"step {i} of {first.num_steps}", first.dtype))
                     is_reused = caches[0] is not None and caches[0].is_used
@@ -1107,15 +1154,15 @@ class Flux2Pipeline:
                             run.repainting,
                         )
 
-    def _pictures_in_a_pass(self, run: _Run, tokens: int, kept: int, rows: int, cached: int) -> int:
+    def _pictures_in_a_pass(self, run: _Run, tokens: int, kept: int, rows: int, cached: int, reused: int) -> int:
         """How many pictures are drawn at a time, each with so many rows of tokens."""
         most = run.batch_size
         if most is None:
-            streams = self._transformer_stage(tokens, kept, rows, cached).is_streamed(self.memory, self.memory_limit)
-            most = len(run.pictures) if streams else 1
+            stage = self._transformer_stage(tokens, kept, rows, cached, reused)
+            most = len(run.pictures) if stage.is_streamed(self.memory, self.memory_limit) else 1
         most = min(most, len(run.pictures))
         counts = range(most, 1, -1)
-        fitting = next((count for count in counts if self._has_room(tokens, kept, count * rows, cached)), 1)
+        fitting = next((count for count in counts if self._has_room(tokens, kept, count * rows, cached, reused)), 1)
         if self.group is None:
             return fitting
         both = mx.distributed.all_gather(mx.array([fitting]), group=self.group)  # which have to take the same
@@ -1301,13 +1348,13 @@ class Flux2Pipeline:
         self._loaded[name].add(id(module))
         return stage.working
 
-    def _has_room(self, tokens: int, kept: int, batch: int, cached: int) -> bool:
+    def _has_room(self, tokens: int, kept: int, batch: int, cached: int, reused: int) -> bool:
         """Whether the transformer can take so many rows of tokens in one pass, beside the keys and values of ``kept``
-        references and what is cached of earlier steps, and nothing is unloaded or streamed for that which would not be
-        for one.
+        references and what is cached or reused of earlier steps, and nothing is unloaded or streamed for that which
+        would not be for one.
         """
         limit = self.memory_limit - kept_bytes(self.checkpoint.transformer, kept, self.dtype)
-        stage, all_rows = (self._transformer_stage(tokens, kept, rows, cached) for rows in (1, batch))
+        stage, all_rows = (self._transformer_stage(tokens, kept, rows, cached, reused) for rows in (1, batch))
         weights = stage.streamed if stage.is_streamed(self.memory, limit) else stage.weights
         alone = weights + stage.working
         others = [name for name in STAGES if name != "transformer" and self._loaded[name]]
@@ -1316,8 +1363,8 @@ class Flux2Pipeline:
             others_bytes = 0
         return others_bytes + weights + all_rows.working <= limit
 
-    def _transformer_stage(self, tokens: int, kept: int, batch: int, cached: int = 0) -> Stage:
-        working = transformer_bytes(self.checkpoint.transformer, tokens, self.dtype, batch, kept, cached)
+    def _transformer_stage(self, tokens: int, kept: int, batch: int, cached: int = 0, reused: int = 0) -> Stage:
+        working = transformer_bytes(self.checkpoint.transformer, tokens, self.dtype, batch, kept, cached, reused)
         return stage_of("transformer", self.transformer, self.dtype, *working)
 
     def _module(self, name: str, part: str) -> nn.Module:
@@ -1395,6 +1442,7 @@ def check_options(
     guidance_interval: Sequence[float] | None,
     guidance_rescale: float,
     step_cache: float | None,
+    reuse: str | None,
     seed: int,
     num_images: int,
     batch_size: int | None,
@@ -1431,6 +1479,10 @@ def check_options(
         raise InputError(f"guidance_rescale must be a number from 0 to 1, got {guidance_rescale!r}")
     if step_cache is not None and not (isinstance(step_cache, (int, float)) and 0 <= step_cache < math.inf):
         raise InputError(f"step_cache must be a number of at least 0, got {step_cache!r}")
+    if reuse is not None:
+        _one_of("reuse", reuse, REUSED)
+        if step_cache is not None:
+            raise InputError("step_cache is for tens of steps and reuse for a few; give one of them")
     _between("seed", seed, 0, None)
     _between("num_images", num_images, 1, MAX_IMAGES)
     if batch_size is not None:

@@ -180,6 +180,7 @@ def make_plan(
     references: Sequence[tuple[int, int]] = (),
     keeps_references: bool = False,
     caches_steps: bool = False,
+    reuse: str | None = None,
     limit: int,
     memory: str = "auto",
 ) -> Plan:
@@ -192,6 +193,7 @@ def make_plan(
         references: (height, width) of each reference picture, as it is encoded.
         keeps_references: whether their keys and values are kept in place of their tokens (klein-9b-kv).
         caches_steps: whether there is a step cache, counted for both passes of guidance.
+        reuse: what later steps take from the first, "text" or "references".
         limit: bytes that there are.
         memory: of MODES.
     """
@@ -211,7 +213,8 @@ def make_plan(
         own = transformer_bytes(params, tokens, dtype, kept=seen, cached=cached)
         passes = [own, transformer_bytes(params, seen, dtype)]
     else:
-        passes = [transformer_bytes(params, tokens + seen, dtype, cached=cached)]
+        reused = {"text": length, "references": seen}.get(reuse or "", 0)
+        passes = [transformer_bytes(params, tokens + seen, dtype, cached=cached, reused=reused)]
     intermediates, attention = (max(parts) + held for parts in zip(*passes, strict=True))
     stages.append(stage_of("transformer", transformer, dtype, intermediates, attention))
     working = decoder_bytes(config, height, width, pictures) + held

@@ -114,6 +114,7 @@ def test_every_option_reaches_the_pipeline(run, tmp_path, base_reference):
         "guidance_rescale": 0.5,
         "force_guidance": False,
         "step_cache": 0.25,
+        "reuse": None,
         "schedule": "comfy",
         "sigmas": None,
         "noise": "mlx",

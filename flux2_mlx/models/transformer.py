@@ -5,7 +5,8 @@ Features, in reading order:
 - double blocks: image and text have their own weights and attend jointly, text tokens first;
 - single blocks: one fused projection to q, k, v, gate and up; attention and feed-forward in parallel;
 - RMSNorm on q and k, rotary positions of four axes, SwiGLU, LayerNorm without weights, no biases anywhere;
-- in klein-9b-kv references see neither text nor picture nor noise level: what is seen of them is kept.
+- in klein-9b-kv references see neither text nor picture nor noise level: what is seen of them is kept;
+- elsewhere what is seen of text or of references in a first step can stand for them in later ones.
 
 Reference: diffusers' Flux2Transformer2DModel, whose checkpoint keys are the attribute names here.
 """
@@ -83,34 +84,62 @@ def split_heads(x: mx.array, heads: int, norm: Callable[[mx.array], mx.array] = 
     return norm(x.reshape(batch, tokens, heads, -1)).transpose(0, 2, 1, 3)  # of a view, a norm on Metal makes a copy
 
 
-# Rotated keys and values (1, heads, R, D) of reference tokens in one block.
+# Rotated keys and values (B or 1, heads, R, D) of tokens in one block.
 Kept = tuple[mx.array, mx.array]
 
 
-def contiguous(kept: Kept) -> Kept:
-    """The same, without what they are views of: of a fused projection that would be all of its outputs."""
-    keys, values = kept
-    return mx.contiguous(keys), mx.contiguous(values)
+class Reuse:
+    """What is seen of the text or of the references in a picture's first step, for those after it, which then leave
+    these tokens out; a fresh one has the next step computed.
+
+    Args:
+        what: "text" or "references".
+        tokens: of the picture, which come between them.
+
+    Attributes:
+        kept: of every block, what is seen of them; empty until there was a step.
+    """
+
+    def __init__(self, what: str, tokens: int):
+        self.what, self.tokens = what, tokens
+        self.kept: list[Kept] = []
+
+    def rows(self, text: int) -> tuple[slice, slice]:
+        """Which are kept, and the others, of so many text tokens and the image tokens behind them."""
+        if self.what == "text":
+            return slice(text), slice(text, None)
+        return slice(text + self.tokens, None), slice(text + self.tokens)
 
 
 def attend(
-    q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array, references: Kept | None = None
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    cos: mx.array,
+    sin: mx.array,
+    references: Kept | None = None,
+    rows: slice | None = None,
 ) -> tuple[mx.array, Kept]:
-    """Rotate q and k, attend over all tokens and kept references, join the heads.
+    """Rotate q and k, attend over all tokens and kept ones, join the heads.
 
     Args:
         q, k, v: (B, heads, N, D).
         cos, sin: of the N tokens.
+        references: of tokens that are not among the N.
+        rows: those of the N tokens whose keys and values are to be kept.
 
     Returns:
-        (B, N, heads * D), and the N tokens' rotated keys and values.
+        (B, N, heads * D), and rotated keys and values: of the rows, without what they are views of, else of all.
     """
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    kept = k, v
+    own = k, v
+    kept = own if rows is None else (mx.contiguous(k[:, :, rows]), mx.contiguous(v[:, :, rows]))
+    if rows is not None:
+        q = mx.depends(q, kept)  # or the whole of them would stay until somebody asks for the rows
     if references is not None:
         k, v = (
-            mx.concatenate([own, mx.broadcast_to(theirs, (len(own), *theirs.shape[1:]))], axis=2)
-            for own, theirs in zip(kept, references, strict=True)
+            mx.concatenate([ours, mx.broadcast_to(theirs, (len(ours), *theirs.shape[1:]))], axis=2)
+            for ours, theirs in zip(own, references, strict=True)
         )
     out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
     batch, _, tokens, _ = out.shape
@@ -163,7 +192,7 @@ class FeedForward(nn.Module):
 class DoubleAttention(nn.Module):
     """Joint attention of the text and the image stream, each with its own projections.
 
-    img (B, S, D) and txt (B, L, D) to their attention outputs, of the same shapes.
+    img (B, S, D) and txt (B, L, D) to their attention outputs, of the same shapes, and keys and values; see attend.
     """
 
     def __init__(self, params: FluxKleinParams):
@@ -184,8 +213,14 @@ class DoubleAttention(nn.Module):
         self.to_add_out = Linear(dims, dims)
 
     def __call__(
-        self, img: mx.array, txt: mx.array, cos: mx.array, sin: mx.array, references: Kept | None = None
-    ) -> tuple[mx.array, mx.array]:
+        self,
+        img: mx.array,
+        txt: mx.array,
+        cos: mx.array,
+        sin: mx.array,
+        references: Kept | None = None,
+        rows: slice | None = None,
+    ) -> tuple[mx.array, mx.array, Kept]:
         heads, tokens = self.heads, txt.shape[1]
         txt_q = split_heads(self.add_q_proj(txt), heads, self.norm_added_q)
         txt_k = split_heads(self.add_k_proj(txt), heads, self.norm_added_k)
@@ -194,12 +229,14 @@ class DoubleAttention(nn.Module):
         q = mx.concatenate([txt_q, img_q], axis=2)  # (B, heads, L + S, head_dim), text first
         k = mx.concatenate([txt_k, img_k], axis=2)
         v = mx.concatenate([txt_v, img_v], axis=2)
-        out, _ = attend(q, k, v, cos, sin, references)
-        return self.to_out[0](out[:, tokens:]), self.to_add_out(out[:, :tokens])
+        out, kept = attend(q, k, v, cos, sin, references, rows)
+        return self.to_out[0](out[:, tokens:]), self.to_add_out(out[:, :tokens]), kept
 
-    def alone(self, img: mx.array, cos: mx.array, sin: mx.array) -> tuple[mx.array, Kept]:
+    def alone(
+        self, img: mx.array, cos: mx.array, sin: mx.array, references: Kept | None, rows: slice | None
+    ) -> tuple[mx.array, Kept]:
         """The image stream without text, and its keys and values."""
-        out, kept = attend(*self.heads_of(img), cos, sin)
+        out, kept = attend(*self.heads_of(img), cos, sin, references, rows)
         return self.to_out[0](out), kept
 
     def heads_of(self, img: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -229,33 +266,57 @@ class DoubleBlock(nn.Module):
         sin: mx.array,
         references: Kept | None = None,
     ) -> tuple[mx.array, mx.array]:
+        img, txt, _ = self.keeping(img, txt, img_mod, txt_mod, cos, sin, references, None)
+        return img, txt
+
+    def keeping(
+        self,
+        img: mx.array,
+        txt: mx.array,
+        img_mod: list[mx.array],
+        txt_mod: list[mx.array],
+        cos: mx.array,
+        sin: mx.array,
+        references: Kept | None,
+        rows: slice | None,
+    ) -> tuple[mx.array, mx.array, Kept]:
+        """The same, and keys and values; see attend."""
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod
         eps = self.eps
-        img_attn, txt_attn = self.attn(
+        img_attn, txt_attn, kept = self.attn(
             modulate(img, img_shift1, img_scale1, eps),
             modulate(txt, txt_shift1, txt_scale1, eps),
             cos,
             sin,
             references,
+            rows,
         )
         img = add_gated(img, img_gate1, img_attn)
         txt = add_gated(txt, txt_gate1, txt_attn)
         img = add_gated(img, img_gate2, self.ff(modulate(img, img_shift2, img_scale2, eps)))
         txt = add_gated(txt, txt_gate2, self.ff_context(modulate(txt, txt_shift2, txt_scale2, eps)))
-        return img, txt
+        return img, txt, kept
 
-    def alone(self, img: mx.array, mod: list[mx.array], cos: mx.array, sin: mx.array) -> tuple[mx.array, Kept]:
-        """The image stream without text, and its keys and values."""
+    def alone(
+        self,
+        img: mx.array,
+        mod: list[mx.array],
+        cos: mx.array,
+        sin: mx.array,
+        references: Kept | None = None,
+        rows: slice | None = None,
+    ) -> tuple[mx.array, Kept]:
+        """The image stream without text, and its keys and values; see attend."""
         shift1, scale1, gate1, shift2, scale2, gate2 = mod
-        attn, kept = self.attn.alone(modulate(img, shift1, scale1, self.eps), cos, sin)
+        attn, kept = self.attn.alone(modulate(img, shift1, scale1, self.eps), cos, sin, references, rows)
         img = add_gated(img, gate1, attn)
-        return add_gated(img, gate2, self.ff(modulate(img, shift2, scale2, self.eps))), contiguous(kept)
+        return add_gated(img, gate2, self.ff(modulate(img, shift2, scale2, self.eps))), kept
 
 
 class SingleAttention(nn.Module):
-    """Attention and feed-forward side by side, from one projection in and one out: (B, N, D) to (B, N, D), and the
-    keys and values on the way.
+    """Attention and feed-forward side by side, from one projection in and one out: (B, N, D) to (B, N, D), and keys
+    and values; see attend.
     """
 
     def __init__(self, params: FluxKleinParams):
@@ -268,12 +329,12 @@ class SingleAttention(nn.Module):
         self.to_out = Linear(dims + hidden, dims)
 
     def __call__(
-        self, x: mx.array, cos: mx.array, sin: mx.array, references: Kept | None = None
+        self, x: mx.array, cos: mx.array, sin: mx.array, references: Kept | None = None, rows: slice | None = None
     ) -> tuple[mx.array, Kept]:
         dims, proj = self.dims, self.to_qkv_mlp_proj
         q, k, v = (outputs(proj, x, part * dims, (part + 1) * dims) for part in range(3))
         q, k = split_heads(q, self.heads, self.norm_q), split_heads(k, self.heads, self.norm_k)
-        out, kept = attend(q, k, split_heads(v, self.heads), cos, sin, references)
+        out, kept = attend(q, k, split_heads(v, self.heads), cos, sin, references, rows)
         x = mx.depends(x, out)  # or gate and up are made before attention has done with q, k and v
         return self.to_out(mx.concatenate([out, swiglu(proj, x, 3 * dims, self.hidden)], axis=-1)), kept
 
@@ -292,12 +353,18 @@ class SingleBlock(nn.Module):
         return self.alone(x, mod, cos, sin, references)[0]
 
     def alone(
-        self, x: mx.array, mod: list[mx.array], cos: mx.array, sin: mx.array, references: Kept | None = None
+        self,
+        x: mx.array,
+        mod: list[mx.array],
+        cos: mx.array,
+        sin: mx.array,
+        references: Kept | None = None,
+        rows: slice | None = None,
     ) -> tuple[mx.array, Kept]:
-        """The same, and the tokens' keys and values."""
+        """The same, and keys and values; see attend."""
         shift, scale, gate = mod
-        attn, kept = self.attn(modulate(x, shift, scale, self.eps), cos, sin, references)
-        return add_gated(x, gate, attn), contiguous(kept)
+        attn, kept = self.attn(modulate(x, shift, scale, self.eps), cos, sin, references, rows)
+        return add_gated(x, gate, attn), kept
 
 
 class FinalNorm(nn.Module):
@@ -387,6 +454,7 @@ class FluxKlein(nn.Module):
         rope_sin: mx.array,
         references: Sequence[Kept] | None = None,
         cache: StepCache | None = None,
+        reuse: Reuse | None = None,
     ) -> mx.array:
         """The same with tables that were made once for the picture.
 
@@ -396,11 +464,20 @@ class FluxKlein(nn.Module):
             references: from keep_references, of tokens that are then not in img.
             cache: of this pass in earlier steps, by which all blocks but the first may be left out. What comes back for
                 reference tokens in img then means nothing.
+            reuse: of this pass in earlier steps, in place of text or references; those are given all the same, and what
+                comes back then is without these references.
 
         Returns:
             (B, S, in_channels), in the weights' dtype.
         """
-        dtype = self._dtype
+        dtype, text = self._dtype, txt.shape[1]
+        rows, is_alone = None, False
+        if reuse is not None and not reuse.kept:
+            rows, _ = reuse.rows(text)
+        elif reuse is not None:
+            references, is_alone = reuse.kept, reuse.what == "text"
+            img = img if is_alone else img[:, : reuse.tokens]
+            rope_cos, rope_sin = (table[:, reuse.rows(text)[1]] for table in (rope_cos, rope_sin))
         temb = self.time_guidance_embed(timesteps, dtype)
         img_mod = self.double_stream_modulation_img(temb)
         txt_mod = self.double_stream_modulation_txt(temb)
@@ -414,13 +491,23 @@ class FluxKlein(nn.Module):
             cache.begin(x, timesteps)
         for k, (double, seen) in enumerate(zip(self.transformer_blocks, kept[:blocks], strict=True)):
             decides = k == 0 and cache is not None
-            x, c = self._run(double, x, c, img_mod, txt_mod, rope_cos, rope_sin, seen, may_end=decides)
+            if reuse is not None and rows is not None:
+                x, c, own = self._run(double, x, c, img_mod, txt_mod, rope_cos, rope_sin, seen, rows, method="keeping")
+                reuse.kept.append(own)
+            elif is_alone:
+                x, _ = self._run(double, x, img_mod, rope_cos, rope_sin, seen, method="alone")
+            else:
+                x, c = self._run(double, x, c, img_mod, txt_mod, rope_cos, rope_sin, seen, may_end=decides)
             if cache is not None and decides and (again := cache.again(x)) is not None:
                 return self.proj_out(self.norm_out(again, temb))
-        z = mx.concatenate([c, x], axis=1)
+        z = x if is_alone else mx.concatenate([c, x], axis=1)
         for single, seen in zip(self.single_transformer_blocks, kept[blocks:], strict=True):
-            z = self._run(single, z, single_mod, rope_cos, rope_sin, seen)
-        x = z[:, txt.shape[1] :]
+            if reuse is not None and rows is not None:
+                z, own = self._run(single, z, single_mod, rope_cos, rope_sin, seen, rows, method="alone")
+                reuse.kept.append(own)
+            else:
+                z = self._run(single, z, single_mod, rope_cos, rope_sin, seen)
+        x = z if is_alone else z[:, text:]
         if cache is not None:
             x = cache.keep(x)
         return self.proj_out(self.norm_out(x, temb))
@@ -445,7 +532,7 @@ class FluxKlein(nn.Module):
         kept = []
         blocks = [(block, img_mod) for block in self.transformer_blocks]
         for block, mod in [*blocks, *((block, single_mod) for block in self.single_transformer_blocks)]:
-            x, seen = self._run(block, x, mod, rope_cos, rope_sin, method="alone")
+            x, seen = self._run(block, x, mod, rope_cos, rope_sin, None, slice(None), method="alone")
             kept.append(seen)
         return kept
 
