@@ -47,6 +47,7 @@ class Stage:
         streamed: weights in memory together when its blocks are streamed; equal where it has none.
         working: intermediates, one packed matrix unpacked among them.
         seconds: the least and the most that it takes once, its weights loaded, on a machine whose speed was measured.
+        later: the same of each time after the first, where it is less.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Stage:
     streamed: int
     working: int
     seconds: tuple[float, float] | None = None
+    later: tuple[float, float] | None = None
 
     def is_streamed(self, memory: str, limit: int) -> bool:
         """Whether its blocks are read from disk in this mode (of MODES), where there are so many bytes."""
@@ -108,8 +110,9 @@ class Plan:
         for stage in self.stages:
             if stage.seconds is None:
                 return None
-            least += times.get(stage.name, 1) * stage.seconds[0]
-            most += times.get(stage.name, 1) * stage.seconds[1]
+            again, later = times.get(stage.name, 1) - 1, stage.later or stage.seconds
+            least += stage.seconds[0] + again * later[0]
+            most += stage.seconds[1] + again * later[1]
         return least, most
 
     def __str__(self) -> str:
@@ -229,11 +232,14 @@ def make_plan(
         length=length,
         references=references,
         keeps_references=keeps_references,
+        reuse=reuse,
     )
     for k, stage in enumerate(stages):
         speeds = known_speeds(dtype if stage.name == "transformer" else pictures)
         if speeds is not None:
-            stages[k] = replace(stage, seconds=work[stage.name].seconds(speeds))
+            later = work.get("later passes") if stage.name == "transformer" else None
+            seconds = work[stage.name].seconds(speeds)
+            stages[k] = replace(stage, seconds=seconds, later=None if later is None else later.seconds(speeds))
     return Plan(tuple(stages), limit, memory)
 
 

@@ -108,7 +108,7 @@ def text_encoder_work(config: Qwen3Config, length: int, dtype: mx.Dtype) -> Work
 
 def transformer_work(params: FluxKleinParams, text: int, image: int, dtype: mx.Dtype, kept: int = 0) -> Work:
     """One pass over so many tokens of text and image (references among these), beside the keys and values of ``kept``
-    reference tokens, without the weights.
+    tokens, without the weights.
     """
     dims, tokens = params.hidden_size, text + image
     # Of the modulations, and of the last norm, in units of a square matrix.
@@ -205,9 +205,11 @@ def picture_work(
     length: int,
     references: Sequence[tuple[int, int]] = (),
     keeps_references: bool = False,
+    reuse: str | None = None,
 ) -> dict[str, Work]:
     """What each stage of a picture does, by the plan's names: for one prompt, all references, one pass of the
-    transformer, one picture. Weights of modules are not read. Arguments as plan.make_plan has them.
+    transformer, one picture; where there is ``reuse``, passes after the first do that of "later passes". Weights of
+    modules are not read. Arguments as plan.make_plan has them.
     """
     image, seen = height * width // 256, sum(h * w for h, w in references) // 256
     text_dtype, pictures = stage_dtype("text_encoder", dtype), stage_dtype("autoencoder", dtype)
@@ -227,6 +229,10 @@ def picture_work(
             work["references"] += keeping_work(params, seen, dtype) + weights
     kept = seen if keeps_references else 0
     work["transformer"] = transformer_work(params, length, image + seen - kept, dtype, kept) + weights
+    if reuse == "text":
+        work["later passes"] = transformer_work(params, 0, image + seen, dtype, length) + weights
+    elif reuse == "references":
+        work["later passes"] = transformer_work(params, length, image, dtype, seen) + weights
     work["decoder"] = decoder_work(config, height, width, pictures) + reading(autoencoder.decoder, pictures)
     return work
 

@@ -1,6 +1,8 @@
 """Reuse of what is seen of text or references: the mathematics, what is drawn, what is refused, and what it takes."""
 
 import gc
+import re
+import weakref
 
 import diffusers.models.transformers.transformer_flux2 as flux2
 import mlx.core as mx
@@ -178,6 +180,19 @@ def test_the_command_writes_it_down_and_repeats_it(checkpoint, pipe, tmp_path, m
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+def test_nothing_is_kept_after_the_last_step(pipe, monkeypatch):
+    """Nor by who has the step."""
+    kept = []
+    keep = Reuse.__init__
+    monkeypatch.setattr(Reuse, "__init__", lambda self, *given: kept.append(weakref.ref(self)) or keep(self, *given))
+    steps = pipe.stream("a", reuse="text", **SMALL)
+    assert [(next(steps).is_last, kept[0]() is None) for _ in range(3)] == [
+        (False, False),
+        (False, False),
+        (True, True),
+    ]
+
+
 # ------------------------------------------------------------------------------------------------ what is refused
 
 
@@ -224,18 +239,16 @@ def test_a_picture_takes_the_memory_that_is_planned(what, memory):
     before = memory()
     held = 2 * kept_bytes(params, 128, mx.float32)
     most, reuse, there = max(transformer_bytes(params, 512, mx.float32, 2, reused=128)), Reuse(what, 256), 0
-    shares = []
     for sigma in (0.9, 0.8):
         with within(before + most, most - there):
             mx.reset_peak_memory()
             velocity = model.forward_with_rope(img, txt, mx.array([sigma]), *rope, reuse=reuse)
             mx.eval(velocity)
-            shares.append((mx.get_peak_memory() - before) / most)
+            assert 0.8 <= (mx.get_peak_memory() - before) / most <= 1.1
         del velocity
         gc.collect()
         there = memory() - before
         assert held <= there <= 1.01 * held
-    print(shares)
 
 
 def test_what_is_reused_is_planned(pipe):
@@ -250,3 +263,13 @@ def test_what_is_reused_is_planned(pipe):
         more = stages[what].pop("transformer") - plain["transformer"]
         assert more >= kept_bytes(params, tokens, pipe.dtype)
         assert stages[what].items() <= plain.items()
+
+
+def test_the_command_plans_it_too(checkpoint, capsys):
+    """Of a folder and of a released model."""
+    for model in (checkpoint, "klein-4b"):
+        works = []
+        for more in ([], ["--reuse", "text"]):
+            assert main(["--plan", "--model", str(model), "--max-sequence-length", "8192", *more]) == 0
+            works.append(float(re.search(r"^transformer +\S+ +(\S+)", capsys.readouterr().out, re.MULTILINE)[1]))
+        assert works[0] < works[1]

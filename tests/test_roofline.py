@@ -20,7 +20,7 @@ from flux2_mlx.generate import main
 from flux2_mlx.memory import weight_bytes
 from flux2_mlx.models.autoencoder import AutoEncoder
 from flux2_mlx.models.blocks import Linear
-from flux2_mlx.models.transformer import FluxKlein
+from flux2_mlx.models.transformer import FluxKlein, Reuse
 from flux2_mlx.plan import Plan, Stage, between, make_plan, released_modules
 from flux2_mlx.roofline import (
     Speeds,
@@ -132,6 +132,15 @@ def test_flop_of_our_own_modules(done, name):
     done |= dict.fromkeys(done, 0)
     transformer.forward_with_rope(img, txt, mx.array([0.5]), *rope, kept)
     assert tuple(done.values()) == kinds(transformer_work(transformer.params, 512, 4096, mx.float32, kept=4096))
+    for what, text, image in (("text", 0, 4096), ("references", 512, 3072)):
+        reuse = Reuse(what, 3072)
+        transformer.forward_with_rope(img, txt, mx.array([0.5]), *rope, reuse=reuse)
+        done |= dict.fromkeys(done, 0)
+        transformer.forward_with_rope(img, txt, mx.array([0.5]), *rope, reuse=reuse)
+        if what == "text":  # which is called, but not evaluated
+            done["matmul"] -= 2 * txt.size * transformer.params.hidden_size
+        work = transformer_work(transformer.params, text, image, mx.float32, kept=4608 - text - image)
+        assert tuple(done.values()) == kinds(work)
 
 
 def test_flop_of_strips(done, monkeypatch):
@@ -211,6 +220,16 @@ def test_references_are_work():
     assert kept["transformer"].flops == transformer_work(params, 512, 256, mx.bfloat16, kept=1536).flops
 
 
+def test_reused_tokens_are_work_of_the_first_pass_alone():
+    modules = released_modules("klein-4b", mx.bfloat16, {})
+    size = {"dtype": mx.bfloat16, "height": 256, "width": 256, "length": 512, "references": [(512, 512)]}
+    text, references = (picture_work(*modules, **size, reuse=what) for what in ("text", "references"))
+    params = modules[1].params
+    assert text["transformer"] == references["transformer"] == picture_work(*modules, **size)["transformer"]
+    assert text["later passes"].flops == transformer_work(params, 0, 256 + 1024, mx.bfloat16, kept=512).flops
+    assert references["later passes"].flops == transformer_work(params, 512, 256, mx.bfloat16, kept=1024).flops
+
+
 def test_seconds_lie_between_all_at_once_and_all_in_turn():
     computing = Work(matmul=4 * 10**12, attention=10**12, convolution=10**12, weights=10**10, intermediates=4 * 10**10)
     assert computing.seconds(SPEEDS) == (2.5, 3.0)
@@ -230,6 +249,8 @@ def test_what_two_durations_look_like():
 def test_a_picture_takes_its_passes():
     stages = [Stage(name, 1, 1, 1, (1.0, 2.0)) for name in ("text encoder", "references", "transformer", "decoder")]
     assert Plan(tuple(stages), 1).seconds(2, 8) == (12.0, 24.0)
+    faster = replace(stages[2], later=(0.5, 1.25))
+    assert Plan((*stages[:2], faster, stages[3]), 1).seconds(2, 8) == (8.5, 18.75)
     assert "seconds" in str(Plan(tuple(stages), 1))
     stages[1] = replace(stages[1], seconds=None)
     assert Plan(tuple(stages), 1).seconds(2, 8) is None

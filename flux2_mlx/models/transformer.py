@@ -465,7 +465,7 @@ class FluxKlein(nn.Module):
             cache: of this pass in earlier steps, by which all blocks but the first may be left out. What comes back for
                 reference tokens in img then means nothing.
             reuse: of this pass in earlier steps, in place of text or references; those are given all the same, and what
-                comes back then is without these references.
+                comes back in a later step is without these references.
 
         Returns:
             (B, S, in_channels), in the weights' dtype.
@@ -484,7 +484,7 @@ class FluxKlein(nn.Module):
         single_mod = self.single_stream_modulation(temb)
 
         x = self._residual(self.x_embedder(img.astype(dtype)))
-        c = self._residual(self.context_embedder(txt.astype(dtype)))
+        c = self._residual(self.context_embedder(txt.astype(dtype)))  # not computed where nothing asks for it
         blocks = len(self.transformer_blocks)
         kept = [None] * (blocks + len(self.single_transformer_blocks)) if references is None else references
         if cache is not None:
