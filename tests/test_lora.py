@@ -68,6 +68,11 @@ def write_edits(folder: Path) -> Path:
     return folder
 
 
+def write_captions(path: Path, *captions: str) -> Path:
+    path.write_text("\n".join(captions))
+    return path
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     return write_pictures(tmp_path_factory.mktemp("data") / "pictures")
@@ -466,8 +471,9 @@ def test_nano_learns_a_word_and_keeps_the_old_ones(tmp_path):
 
 
 def test_going_on_is_never_having_stopped(pictures, tmp_path, capsys):
+    preserved = write_captions(tmp_path / "captions.txt", "a blue star", "a red cross", "a green disc")
     for name, steps in (("whole", 5), ("parts", 5)):
-        words = ["--steps", steps, "--save-every", 2, *RANDOM]
+        words = ["--steps", steps, "--save-every", 2, *RANDOM, "--preserve", preserved]
         if name == "whole":
             assert train(pictures, tmp_path / name, *words) == 0
             continue
@@ -571,7 +577,18 @@ def test_a_curve_of_one_loss():
 
 
 def test_processes_share_the_passes_of_a_step(pictures, tmp_path):
-    words = [*SMALL, "--data", str(pictures), "--steps", "2", "--quiet", *map(str, RANDOM)]
+    preserved = write_captions(tmp_path / "captions.txt", "a blue star", "a red cross")
+    words = [
+        *SMALL,
+        "--data",
+        str(pictures),
+        "--steps",
+        "2",
+        "--quiet",
+        *map(str, RANDOM),
+        "--preserve",
+        str(preserved),
+    ]
     launcher = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring", "--"]
     command = [*launcher, sys.executable, "-m", "flux2_mlx.lora", *words, "--output", str(tmp_path / "two")]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -581,8 +598,10 @@ def test_processes_share_the_passes_of_a_step(pictures, tmp_path):
     one, two = (state(tmp_path / name) for name in ("one", "two"))
     for name in one:
         assert np.abs(one[name].astype(float) - two[name]).max() <= 1e-6, name
-    losses = [[line["loss"] for line in log(tmp_path / name)] for name in ("one", "two")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for figure in ("loss", "change"):
+        found = [[line[figure] for line in log(tmp_path / name)] for name in ("one", "two")]
+        assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0][1] > 0
     assert [line["step"] for line in log(tmp_path / "two")] == [1, 2]
 
 
@@ -597,11 +616,6 @@ def test_processes_need_passes_to_share():
         InputError, match="2 processes cannot share the 3 passes of a step; accumulate must be a multiple"
     ):
         Trainer(model, TrainingOptions("", "", accumulate=3), [], None, group=Group())
-
-
-def write_captions(path: Path, *captions: str) -> Path:
-    path.write_text("\n".join(captions))
-    return path
 
 
 def test_what_is_preserved_changes_less(pictures, tmp_path, capsys):
