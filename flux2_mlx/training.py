@@ -7,7 +7,8 @@ transformer is to say from (1 - t) x0 + t n which way leads from picture to nois
 (levels, noise, dropout) and which pictures it sees depends on the seed and its number alone, so that a run that goes on
 from a checkpoint, or is shared by processes, has the numbers of one that was never stopped, or ran alone.
 
-References: Hu et al. 2021 (LoRA), Esser et al. 2024 (logit-normal levels), Loshchilov and Hutter 2019 (AdamW).
+References: Hu et al. 2021 (LoRA), Esser et al. 2024 (logit-normal levels), Loshchilov and Hutter 2019 (AdamW), and
+ai-toolkit's differential output preservation (https://github.com/ostris/ai-toolkit).
 """
 
 from __future__ import annotations
