@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
@@ -24,7 +23,7 @@ from benchmarks.nano_world import HOME
 from flux2_mlx import Flux2Pipeline, FluxKlein, Quantization, image_ids, text_ids
 from flux2_mlx.config import NANO
 from flux2_mlx.memory import weights_of
-from flux2_mlx.quantize import ENDS, FLOAT_MODES, Packing, Recipe, dense_layers, mixed, pack, pack_plainly, unpack
+from flux2_mlx.quantize import FLOAT_MODES, Packing, Recipe, dense_layers, mixed, pack, pack_plainly, unpack
 from flux2_mlx.sampler import flux2_sigmas
 from flux2_mlx.weights import materialize
 
@@ -59,12 +58,6 @@ def by_recipe(recipe: Recipe) -> Way:
 
 def uniform(how: Quantization) -> Way:
     return by_recipe(lambda path, layer: how)
-
-
-def with_more(pattern: str, bits: int) -> Way:
-    """4 bits, but 8 for the ends, and so many for the layers whose paths begin with a pattern."""
-    finer = ((ENDS, Quantization(8)), (re.compile(pattern), Quantization(bits)))
-    return by_recipe(lambda path, _: next((how for which, how in finer if which.match(path)), Quantization(4)))
 
 
 def by_bits(module: nn.Module) -> dict[str, Way]:
@@ -180,8 +173,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     (text,) = texts.truth
     judge = velocity_judge(pipe, text)
     four = Quantization(4, 64)
-    blocks = pipe.checkpoint.transformer.depth_single
-    last, before = (rf"single_transformer_blocks\.{blocks - k}\." for k in (1, 2))
     ways: dict[str, Way] = {
         BASELINE: ends_of_the_range(four),
         "4 bits in 64, uniform, fitted": uniform(four),
@@ -189,10 +180,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "4 bits in 32, uniform, ends of the range": ends_of_the_range(Quantization(4, 32)),
         "4 bits in 32, uniform, fitted": uniform(Quantization(4, 32)),
         "5 bits in 64, uniform, ends of the range": ends_of_the_range(Quantization(5, 64)),
-        "4 bits in 64, ends 8": with_more(ENDS.pattern, 8),
-        "4 bits in 64, ends and last block 8": with_more(last, 8),
-        "4 bits in 64, ends 8, last block 6": with_more(last, 6),
-        "4 bits in 64, ends 8, last two blocks 5": with_more(f"{last}|{before}", 5),
         **by_bits(judge.model),
         **{mode: uniform(Quantization.parse(mode) or four) for mode in FLOAT_MODES},
     }

@@ -4,6 +4,7 @@
 one colour alone. Makes the pictures and their captions in FOLDER/pictures, and captions that are to be drawn as before
 in FOLDER/preserve.txt; trains a LoRA on them as flux2-lora does, into FOLDER/run; draws unseen captions without it and
 with it. FOLDER/teach_nano.png shows them, and the table says how many are right, of the new word and of the old ones.
+Further options are those of flux2-lora.
 """
 
 from __future__ import annotations
@@ -57,11 +58,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--captions", type=int, default=200, help="to score, of each kind (%(default)s)")
     parser.add_argument("--quiet", action="store_true")
-    arguments = parser.parse_args(argv)
+    arguments, others = parser.parse_known_args(argv)
     run, quiet = arguments.folder / "run", ["--quiet"] * arguments.quiet
     started = time.perf_counter()
     words = [*write_data(arguments.folder), "--output", str(run), "--steps", str(arguments.steps)]
-    if code := train([*OPTIONS, *words, *quiet]):
+    if code := train([*OPTIONS, *words, *quiet, *others]):
         raise SystemExit(code)
     print(f"taught in {time.perf_counter() - started:.0f} seconds")
 

@@ -458,12 +458,13 @@ def test_a_run_writes_what_it_says(pictures, tmp_path, capsys):
 
 
 def test_nano_learns_a_word_and_keeps_the_old_ones(tmp_path):
-    """The example, in a quarter of its steps."""
-    found = teach_nano.main([str(tmp_path), "--steps", "200", "--captions", "16", "--quiet"])
+    """The example, shortened."""
+    words = ["--steps", "80", "--learning-rate", "1e-2", "--warmup", "5", "--batch-size", "2"]
+    found = teach_nano.main([str(tmp_path), *words, "--captions", "8", "--quiet"])
     losses = [line["loss"] for line in log(tmp_path / "run")]
-    assert np.mean(losses[-40:]) < 0.5 * np.mean(losses[:10])
+    assert np.mean(losses[-20:]) < 0.6 * np.mean(losses[:5])
     assert found["landscapes, before"]["ground"] == 0
-    assert found["landscapes, after"]["ground"] >= 40
+    assert found["landscapes, after"]["ground"] > 0
     parts = "ground", "colour", "place", "shape"
     before, after = (np.mean([found[f"others, {when}"][part] for part in parts]) for when in ("before", "after"))
     assert after >= before - 2
