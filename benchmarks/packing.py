@@ -106,10 +106,9 @@ class Judge:
         bits = sum(own for _, own in packed.values()) / sum(layer.weight.size for layer in self.layers.values())
         return self._told(name, bits, {f"{path}.weight": weight for path, (weight, _) in packed.items()})
 
-    def told_in(self, dtype: mx.Dtype) -> dict[str, float]:
+    def told_in(self, name: str, dtype: mx.Dtype) -> dict[str, float]:
         """The same of all weights and activations in a dtype of 16 bits."""
-        weights = {path: array.astype(dtype) for path, array in self.dense.items()}
-        return self._told(str(dtype).removeprefix("mlx.core."), 16.0, weights)
+        return self._told(name, 16.0, {path: array.astype(dtype) for path, array in self.dense.items()})
 
     def _told(self, name: str, bits: float, weights: dict[str, mx.array]) -> dict[str, float]:
         error = relative(list(weights.values()), [self.dense[path] for path in weights])
@@ -185,7 +184,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     print(f"{'':42}{'bits':>6}{'weights':>9}{'velocity':>9}")
     report = {name: judge.told(name, way) for name, way in ways.items()}
-    report |= {str(dtype): judge.told_in(dtype) for dtype in (mx.bfloat16, mx.float16)}
+    halves = {"bfloat16": mx.bfloat16, "float16": mx.float16}
+    report |= {name: judge.told_in(name, dtype) for name, dtype in halves.items()}
     print(f"\n{'text encoder':42}{'bits':>6}{'weights':>9}{'prompts':>9}")
     of_text = {
         BASELINE: ends_of_the_range(four),

@@ -252,8 +252,13 @@ def read_captions(path: Path, examples: Sequence[Example]) -> list[str]:
     except OSError as error:
         raise DataError(path, [error.strerror or str(error)]) from None
     learned = {example.caption for example in examples}
-    faults = [f"{text!r} is a caption of the data set, too" for text in dict.fromkeys(captions) if text in learned]
-    faults += [f"{text[:40]!r}... is too long" for text in captions if len(text) > MAX_CAPTION_BYTES]
+    faults = [
+        f"{text!r} is a caption of the data set, too; take it out of one"
+        for text in dict.fromkeys(captions)
+        if text in learned
+    ]
+    most = f"is too long: {MAX_CAPTION_BYTES:,} characters at most"
+    faults += [f"{text[:40]!r}... {most}" for text in captions if len(text) > MAX_CAPTION_BYTES]
     if faults or not captions:
         raise DataError(path, faults or ["no captions; write one a line"])
     return captions

@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("caption_dropout", float, "share of the captions that are left out")
     add(
         "preserve",
-        what="captions, one a line, for which the model is to stay as it was; twice the time",
+        what="captions, one a line, for which the model is to stay as it was; more than twice the time",
         metavar="FILE",
     )
     add("preserve_weight", float, "what a change of these counts, beside what is learned")

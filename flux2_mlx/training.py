@@ -617,7 +617,7 @@ class Trainer:
 
     def _preserving(self, number: int, given: tuple[Any, ...]) -> tuple[Any, ...]:
         """The same pass with captions that are preserved, and the velocities of the model without the LoRA."""
-        clean, noise, timesteps, references, txt, rope = given
+        clean, noise, timesteps, references, _, rope = given
         rng = np.random.default_rng([self.options.seed, 3, number])
         captions = rng.choice(np.array(self.preserved, object), len(clean))
         txt = mx.concatenate([self.encoded.prompt(caption) for caption in captions])
