@@ -190,6 +190,11 @@ def training_bytes(
     return int(unit * (16 + blocks * (22 + 1.3 * scores) + half) + doubles * single)
 
 
+def reused_tokens(reuse: str | None, text: int, references: int) -> int:
+    """How many of so many tokens later steps leave out; see models.transformer.Reuse."""
+    return {"text": text, "references": references}.get(reuse or "", 0)
+
+
 def kept_bytes(params: FluxKleinParams, tokens: int, dtype: mx.Dtype) -> int:
     """Keys and values of so many tokens in every block."""
     return 2 * (params.depth + params.depth_single) * tokens * params.hidden_size * dtype.size

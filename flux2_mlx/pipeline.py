@@ -53,6 +53,7 @@ from .memory import (
     kept_bytes,
     machine_memory,
     preview_bytes,
+    reused_tokens,
     stage_dtype,
     text_encoder_bytes,
     transformer_bytes,
@@ -1063,7 +1064,7 @@ class Flux2Pipeline:
             return v[:, :image_tokens].astype(mx.float32)
 
         cached = 0 if first.step_cache is None else image_tokens  # of each row of a pass
-        reused = {"text": first.max_sequence_length, "references": reference_tokens}.get(first.reuse or "", 0)
+        reused = reused_tokens(first.reuse, first.max_sequence_length, reference_tokens)
         two_passes = run.uses_guidance and self.group is None
         both = two_passes and self._has_room(live, kept_tokens, 2, cached, reused)
         rows = 2 if both else 1  # of a picture in a pass

@@ -16,6 +16,7 @@ from .memory import (
     decoder_bytes,
     encoder_bytes,
     kept_bytes,
+    reused_tokens,
     stage_dtype,
     text_encoder_bytes,
     training_bytes,
@@ -216,7 +217,7 @@ def make_plan(
         own = transformer_bytes(params, tokens, dtype, kept=seen, cached=cached)
         passes = [own, transformer_bytes(params, seen, dtype)]
     else:
-        reused = {"text": length, "references": seen}.get(reuse or "", 0)
+        reused = reused_tokens(reuse, length, seen)
         passes = [transformer_bytes(params, tokens + seen, dtype, cached=cached, reused=reused)]
     intermediates, attention = (max(parts) + held for parts in zip(*passes, strict=True))
     stages.append(stage_of("transformer", transformer, dtype, intermediates, attention))
