@@ -208,7 +208,7 @@ class Lora:
 
     def deltas(self) -> dict[str, list[Delta]]:
         """What this changes in each layer, by its path, lazily."""
-        layers, _ = _read(self)
+        layers, _ = _read(self.file, self.shapes)
         deltas: dict[str, list[Delta]] = {}
         for layer in layers:
             for path, delta in layer.deltas(self.shapes, self.scale):
@@ -347,14 +347,14 @@ def _fault(arrays: Mapping[str, mx.array], rows: Sequence[Rows], inputs: int) ->
     return ""
 
 
-def _read(lora: Lora) -> tuple[list[_Layer], list[str]]:
+def _read(file: Path, shapes: Mapping[str, tuple[int, int]]) -> tuple[list[_Layer], list[str]]:
     """The layers of a file that fit, its arrays lazy, and what is wrong with the others, a line for each fault."""
-    layers = lora_layers({path: shape[0] for path, shape in lora.shapes.items()}, lora.shapes["x_embedder"][0])
+    layers = lora_layers({path: shape[0] for path, shape in shapes.items()}, shapes["x_embedder"][0])
     underscored = {name.replace(".", "_"): name for name in layers}
     arrays: dict[str, dict[str, mx.array]] = {}
     strange: list[str] = []
     faults: list[str] = []
-    for key, array in load_safetensors(lora.file).items():
+    for key, array in load_safetensors(file).items():
         match = _KEY.fullmatch(key)
         stripped = _PREFIX.sub("", match[1], count=1) if match else ""
         name = stripped if stripped in layers else underscored.get(_UNDERSCORED.sub("", stripped, count=1))
@@ -368,12 +368,12 @@ def _read(lora: Lora) -> tuple[list[_Layer], list[str]]:
     for look, keys in groupby(sorted(strange, key=_look), key=_look):
         named = list(keys)
         faults.append(f"{len(named)} {'key' if len(named) == 1 else 'keys'} of no layer here, {look}: {few(named, 3)}")
-    settings = _settings(lora.file)
+    settings = _settings(file)
     found = []
     misfits = []
     for name, own in arrays.items():
         rows = layers[name]
-        fault = _fault(own, rows, lora.shapes[rows[0][0]][1])
+        fault = _fault(own, rows, shapes[rows[0][0]][1])
         if fault:
             misfits.append(f"{name} {fault}")
         else:
@@ -479,7 +479,7 @@ def open_lora(
     shapes = {path: linear_shape(layer) for path, layer in model.named_modules() if isinstance(layer, LINEAR)}
     file = lora_file(where)
     lora = Lora(where, file, float(scale), merge, partial, shapes=shapes)
-    layers, faults = _read(lora)
+    layers, faults = _read(file, shapes)
     if faults and (not partial or not layers):
         way_out = "; partial (--lora-partial) loads the rest" if layers else ""
         raise CheckpointError(f"{file} does not fit: {'; '.join(faults)}{way_out}")

@@ -22,12 +22,12 @@ import mlx.core as mx
 import numpy as np
 
 from .config import (
-    RELEASED,
     TAPPED_LAYERS,
     AutoEncoderConfig,
     CheckpointError,
     FluxKleinParams,
     InputError,
+    OtherModelError,
     Qwen3Config,
 )
 
@@ -366,13 +366,19 @@ def _swap_halves(weight: Any) -> Any:
 
 
 def sanitize_flux2_klein_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring a transformer to the modules' names: diffusers' names stay, BFL's, ComfyUI's and mflux's are renamed, fused
-    q, k, v split by rows, and the final modulation turned from (shift, scale) to (scale, shift).
+    """Bring a transformer to the modules' names, decoded: see rename_transformer.
 
     Raises:
-        CheckpointError: for FLUX.1 and FLUX.2-dev, by name, and for a storage format that is not read.
+        CheckpointError: for a storage format that is not read.
     """
-    weights = _with_scales(_only(weights, TRANSFORMER_PREFIXES))
+    return rename_transformer(_with_scales(_only(weights, TRANSFORMER_PREFIXES)))
+
+
+def rename_transformer(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """A transformer's weights under the modules' names: diffusers' stay, BFL's, ComfyUI's and mflux's are renamed,
+    fused q, k, v split by rows, and the final modulation turned from (shift, scale) to (scale, shift).
+    """
+    weights = dict(weights)
     if "time_guidance_embed.linear_1.weight" in weights:  # mflux's: a bias that some of its versions made up
         weights.pop("norm_out.linear.bias", None)
     sanitized: dict[str, Any] = {}
@@ -478,8 +484,17 @@ def sanitize_qwen3_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: for a storage format that is not read.
     """
-    used = {name: weight for name, weight in _only(weights, TEXT_ENCODER_PREFIXES).items() if is_read_by_klein(name)}
-    return {_transformers_name(name): weight for name, weight in _with_scales(used).items()}
+    return rename_text_encoder(_with_scales(select_text_encoder(weights)))
+
+
+def select_text_encoder(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of a Qwen3 that FLUX.2 [klein] reads, without the prefix of a file that holds more."""
+    return {name: weight for name, weight in _only(weights, TEXT_ENCODER_PREFIXES).items() if is_read_by_klein(name)}
+
+
+def rename_text_encoder(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """A text encoder's weights under transformers' names; llama.cpp's and mflux's are renamed."""
+    return {_transformers_name(name): weight for name, weight in weights.items()}
 
 
 def _transformers_name(name: str) -> str:
@@ -533,8 +548,16 @@ def sanitize_vae_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
 
     The layout is the checkpoint's, told once for all its tensors by the decoder's first convolution. The attention's
     matrices become dense and two-dimensional, however they are stored.
+
+    Raises:
+        CheckpointError: for a storage format that is not read.
     """
-    weights = _with_scales(_only(weights, VAE_PREFIXES))
+    return rename_autoencoder(_with_scales(_only(weights, VAE_PREFIXES)))
+
+
+def rename_autoencoder(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """An autoencoder's weights, decoded, under the modules' names and in NHWC; see sanitize_vae_weights."""
+    weights = dict(weights)
     if any(isinstance(weight, Deferred) for weight in weights.values()):
         raise CheckpointError("autoencoders in GGUF or F8_E5M2 are not read; it is small, so get another file")
     weights.pop("bn.num_batches_tracked", None)
@@ -691,15 +714,9 @@ def klein_params(weights: Mapping[str, Any]) -> FluxKleinParams:
     """
     first = "transformer_blocks.0."
     if {"vector_in.in_layer.weight", f"{first}img_mod.lin.weight", f"{first}norm1.linear.weight"} & weights.keys():
-        raise CheckpointError(
-            "the transformer is FLUX.1's (schnell, dev, kontext), not FLUX.2 [klein]'s; released klein models: "
-            f"{', '.join(RELEASED)}"
-        )
+        raise OtherModelError("the transformer is FLUX.1's (schnell, dev, kontext), not FLUX.2 [klein]'s")
     if {"guidance_in.in_layer.weight", "time_guidance_embed.guidance_embedder.linear_1.weight"} & weights.keys():
-        raise CheckpointError(
-            "the transformer has a guidance embedding: this is FLUX.2-dev, not FLUX.2 [klein]; released klein models: "
-            f"{', '.join(RELEASED)}"
-        )
+        raise OtherModelError("the transformer has a guidance embedding: this is FLUX.2-dev, not FLUX.2 [klein]")
     try:
         hidden, in_channels = (weights[f"{name}.weight"].shape[0] for name in ("x_embedder", "proj_out"))
         known = ("norm_out.linear", "single_stream_modulation.linear", "transformer_blocks.0.attn.to_q")  # from hidden

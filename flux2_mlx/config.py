@@ -20,6 +20,10 @@ class CheckpointError(InputError):
     """A checkpoint that cannot be used: the message names the file and the way out."""
 
 
+class OtherModelError(CheckpointError):
+    """Another model than FLUX.2 [klein]; what opens checkpoints adds which there are."""
+
+
 # The text encoder's layers whose outputs klein reads, counted from zero (hidden_states 9, 18, 27 in transformers).
 TAPPED_LAYERS = (8, 17, 26)
 
@@ -158,10 +162,7 @@ class FluxKleinParams(_Config):
         """
         _refuse_other_class(config, "Flux2Transformer2DModel", "transformer")
         if config.get("guidance_embeds"):
-            raise CheckpointError(
-                "the transformer has a guidance embedding: this is FLUX.2-dev, not FLUX.2 [klein]; "
-                f"released klein models: {', '.join(RELEASED)}"
-            )
+            raise OtherModelError("the transformer has a guidance embedding: this is FLUX.2-dev, not FLUX.2 [klein]")
         keys = ("num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim", "joint_attention_dim")
         _require(config, keys, "transformer")
         in_channels = config.get("in_channels", 128)

@@ -56,6 +56,7 @@ from .config import (
     CheckpointError,
     FluxKleinParams,
     InputError,
+    OtherModelError,
     Qwen3Config,
     check_scheduler_config,
 )
@@ -155,6 +156,8 @@ class Source:
             return self._as_header_says(shape) if self.part == "text_encoder" else shape
         except InputError as error:
             message = str(error)
+            if isinstance(error, OtherModelError):
+                message += f"; released klein models: {', '.join(RELEASED)}"
             raise CheckpointError(message if message.startswith(self.where) else f"{self.where}: {message}") from None
         except (TypeError, ValueError, ArithmeticError) as error:
             raise CheckpointError(f"{self.where}: a config has a value that cannot be ({error})") from None
