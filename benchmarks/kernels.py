@@ -26,7 +26,8 @@ from mlx.utils import tree_map
 
 from benchmarks.common import TINY, machine, process_peak_gb
 from flux2_mlx import FluxKlein, FluxKleinParams, image_ids, text_ids
-from flux2_mlx.models import rope, transformer
+from flux2_mlx.models import flux2 as transformer
+from flux2_mlx.models import rope
 from flux2_mlx.pipeline import DTYPES
 
 MODELS = {"klein-4b": FluxKleinParams.klein_4b(), "klein-9b": FluxKleinParams.klein_9b(), "tiny": TINY[0]}

@@ -25,9 +25,9 @@ from tqdm import tqdm
 from benchmarks.common import machine
 from benchmarks.nano_world import EDITS, HOME, Task, judge, random_task, render
 from flux2_mlx import Flux2Pipeline
-from flux2_mlx.commands import MODEL_OPTIONS, add_model_options
-from flux2_mlx.config import NANO
-from flux2_mlx.images import to_unit
+from flux2_mlx.cli.common import MODEL_OPTIONS, add_model_options
+from flux2_mlx.imaging.files import to_unit
+from flux2_mlx.models.config import NANO
 from flux2_mlx.pipeline import DTYPES, REUSED
 
 # What nano is to reach, in percent and dB.

@@ -20,11 +20,11 @@ from mlx.utils import tree_map
 
 from benchmarks.common import TINY, loaded, machine, process_peak_gb, randomized
 from flux2_mlx import FluxKlein, FluxKleinParams, Quantization, image_ids, text_ids
-from flux2_mlx.adapters import LowRank
-from flux2_mlx.memory import weight_bytes
-from flux2_mlx.models.blocks import Linear
+from flux2_mlx.adapters.lora import LowRank
+from flux2_mlx.models.layers import Linear
 from flux2_mlx.pipeline import DTYPES
-from flux2_mlx.quantize import QuantizedLinear, mixed, quantize, tune
+from flux2_mlx.quantization.layers import QuantizedLinear, mixed, quantize, tune
+from flux2_mlx.runtime.activations import weight_bytes
 
 TEXT_LENGTH = 512
 

@@ -53,8 +53,8 @@ from benchmarks.nano_world import (
     random_task,
     render,
 )
-from flux2_mlx.sampler import flux2_sigmas
-from flux2_mlx.tokenizer import Qwen3Tokenizer
+from flux2_mlx.conditioning.tokenizer import Qwen3Tokenizer
+from flux2_mlx.sampling.samplers import flux2_sigmas
 
 QWEN3 = Path(__file__).parents[1] / "tests" / "data" / "qwen3-tokenizer"
 SAVE_EVERY = 120  # seconds

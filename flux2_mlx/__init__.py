@@ -1,26 +1,19 @@
 """FLUX.2 [klein] on Apple Silicon, in MLX alone."""
 
 from ._version import __version__
-from .checkpoints import sanitize_flux2_klein_weights, sanitize_qwen3_weights, sanitize_vae_weights
-from .config import (
-    RELEASED,
-    AutoEncoderConfig,
-    CheckpointError,
-    FluxKleinParams,
-    InputError,
-    Qwen3Config,
-)
-from .images import read_metadata, save_image
-from .latents import image_ids, pack_latents, text_ids, torch_randn, unpack_latents
+from .checkpoints.checkpoint import load_quantized_flux_klein, load_safetensors, open_checkpoint
+from .conditioning.tokenizer import Qwen3Tokenizer
+from .imaging.files import read_metadata, save_image
 from .models.autoencoder import AutoEncoder, Decoder, Encoder
-from .models.text_encoder import Qwen3TextEncoder
-from .models.transformer import FluxKlein
+from .models.config import RELEASED, AutoEncoderConfig, CheckpointError, FluxKleinParams, InputError, Qwen3Config
+from .models.flux2 import FluxKlein
+from .models.names.autoencoder import sanitize_flux2_klein_weights, sanitize_qwen3_weights, sanitize_vae_weights
+from .models.qwen3 import Qwen3TextEncoder
 from .pipeline import Flux2Pipeline, Result, Settings, Step
-from .plan import Plan
-from .quantize import Quantization, QuantizedFluxKlein
-from .sampler import FluxSampler, FluxSamplerConfig
-from .tokenizer import Qwen3Tokenizer
-from .weights import load_quantized_flux_klein, load_safetensors, open_checkpoint
+from .quantization.layers import Quantization, QuantizedFluxKlein
+from .runtime.plan import Plan
+from .sampling.latents import image_ids, pack_latents, text_ids, torch_randn, unpack_latents
+from .sampling.samplers import FluxSampler, FluxSamplerConfig
 
 __all__ = [
     "RELEASED",

@@ -7,15 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .commands import (
-    LORA_HELP,
-    MODEL_HELP,
-    PARTIAL_HELP,
-    Parser,
-    add_writing_options,
-    run_command,
-    write_model,
-)
+from .cli.common import LORA_HELP, MODEL_HELP, PARTIAL_HELP, Parser, add_writing_options, run_command, write_model
 
 
 def build_parser() -> argparse.ArgumentParser:

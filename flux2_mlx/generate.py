@@ -25,9 +25,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ._version import __version__
-from .adapters import parse_lora
-from .cache import cache_folder
-from .commands import (
+from .adapters.lora import parse_lora
+from .checkpoints.checkpoint import check_keeps
+from .cli.common import (
     LORA_HELP,
     MODEL_HELP,
     MODEL_OPTIONS,
@@ -38,8 +38,10 @@ from .commands import (
     gigabytes,
     launched,
 )
-from .config import KV, MAX_SEQUENCE_LENGTH, NANO, RELEASED, AutoEncoderConfig, InputError
-from .images import (
+from .cli.jobs import Job, missing_runs, read_jobs
+from .cli.session import HELP, Picture, Session, completed
+from .disk_cache import cache_folder
+from .imaging.files import (
     FORMATS,
     check_output,
     check_preview,
@@ -49,10 +51,9 @@ from .images import (
     save_image,
     save_preview,
 )
-from .inpaint import ALPHA, SIDES, repainting_of
-from .jobs import Job, missing_runs, read_jobs
-from .latents import NOISES, PIXELS_PER_TOKEN
-from .memory import machine_memory
+from .imaging.inpaint import ALPHA, SIDES, repainting_of
+from .imaging.terminal import PROTOCOLS, escaped, protocol_of
+from .models.config import KV, MAX_SEQUENCE_LENGTH, NANO, RELEASED, AutoEncoderConfig, InputError
 from .pipeline import (
     DTYPES,
     REUSED,
@@ -69,13 +70,12 @@ from .pipeline import (
     usual_guidance,
     usual_strength,
 )
-from .plan import MODES, Plan, between, download_bytes, make_plan, released_modules
-from .quantize import parse_options
-from .roofline import measure
-from .sampler import SCHEDULES
-from .session import HELP, Picture, Session, completed
-from .terminal import PROTOCOLS, escaped, protocol_of
-from .weights import check_keeps
+from .quantization.layers import parse_options
+from .runtime.activations import machine_memory
+from .runtime.plan import MODES, Plan, between, download_bytes, make_plan, released_modules
+from .runtime.roofline import measure
+from .sampling.latents import NOISES, PIXELS_PER_TOKEN
+from .sampling.samplers import SCHEDULES
 
 DEFAULT_OUTPUT = "flux2-{seed}.png"
 OUTPUT_TEMPLATE = re.compile(r"(?:[^{}]|\{(?:seed|index)(?::\d{1,2})?\})+")

@@ -30,20 +30,21 @@ from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 from ._version import __version__
-from .adapters import NAMES
-from .commands import MODEL_HELP, MODEL_OPTIONS, PART_OPTIONS, Parser, add_model_options, gigabytes, launched
-from .config import MAX_SEQUENCE_LENGTH, RELEASED, InputError
-from .dataset import Batches, DataError, Example, Size, bucket, fingerprint, read_captions, read_dataset
-from .images import open_image, reference_size, written_beside
-from .latents import PIXELS_PER_TOKEN
-from .memory import machine_memory, weight_bytes, wired, within
+from .adapters.lora import NAMES
+from .checkpoints.checkpoint import materialize
+from .cli.common import MODEL_HELP, MODEL_OPTIONS, PART_OPTIONS, Parser, add_model_options, gigabytes, launched
+from .imaging.files import open_image, reference_size, written_beside
 from .models.autoencoder import AutoEncoder
-from .models.text_encoder import Qwen3TextEncoder
-from .models.transformer import FluxKlein
+from .models.config import MAX_SEQUENCE_LENGTH, RELEASED, InputError
+from .models.flux2 import FluxKlein
+from .models.qwen3 import Qwen3TextEncoder
 from .pipeline import Flux2Pipeline, check_prompt, dtype_of
-from .plan import TrainingPlan, make_training_plan, released_modules
-from .quantize import parse_options, tune
-from .training import (
+from .quantization.layers import parse_options, tune
+from .runtime.activations import machine_memory, weight_bytes, wired, within
+from .runtime.plan import TrainingPlan, make_training_plan, released_modules
+from .sampling.latents import PIXELS_PER_TOKEN
+from .training.dataset import Batches, DataError, Example, Size, bucket, fingerprint, read_captions, read_dataset
+from .training.trainer import (
     DECAYS,
     DTYPES,
     TIMESTEPS,
@@ -55,7 +56,6 @@ from .training import (
     pictures_of,
     training_dtype,
 )
-from .weights import materialize
 
 CONFIG, LORA, LOG, CURVE = "config.json", "lora.safetensors", "log.jsonl", "loss.png"
 CHECKPOINTS = "checkpoints"

@@ -31,22 +31,31 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ._version import __version__
-from .adapters import Lora, attach, attached, check_scale, merging, open_lora
-from .cache import read_prompt, write_prompt
-from .config import CheckpointError, InputError
-from .images import init_array, reference_array, reference_size, to_pil, to_unit
-from .inpaint import MAX_MARGIN, Repainting, check_expand, repainting_of
-from .latents import (
-    NOISES,
-    PIXELS_PER_TOKEN,
-    image_ids,
-    initial_noise,
-    pack_channels_first,
-    pack_latents,
-    text_ids,
-    unpack_latents,
+from .adapters.lora import Lora, attach, attached, check_scale, merging, open_lora
+from .checkpoints.checkpoint import (
+    Checkpoint,
+    load_autoencoder,
+    load_preview_decoder,
+    load_text_encoder,
+    load_transformer,
+    materialize,
+    open_checkpoint,
+    read_through,
+    to_be_converted,
 )
-from .memory import (
+from .conditioning.tokenizer import Qwen3Tokenizer
+from .disk_cache import read_prompt, write_prompt
+from .imaging.files import init_array, reference_array, reference_size, to_pil, to_unit
+from .imaging.inpaint import MAX_MARGIN, Repainting, check_expand, repainting_of
+from .imaging.preview import preview_map, preview_of
+from .models.autoencoder import AutoEncoder
+from .models.config import CheckpointError, InputError
+from .models.first_block_cache import StepCache
+from .models.flux2 import FluxKlein, Kept, Reuse
+from .models.qwen3 import Qwen3TextEncoder
+from .models.taef2 import TinyDecoder
+from .quantization.layers import Quantization, options_of, parse_options, tune
+from .runtime.activations import (
     decoder_bytes,
     default_dtype,
     encoder_bytes,
@@ -62,28 +71,19 @@ from .memory import (
     wired,
     within,
 )
-from .models.autoencoder import AutoEncoder
-from .models.step_cache import StepCache
-from .models.taef2 import TinyDecoder
-from .models.text_encoder import Qwen3TextEncoder
-from .models.transformer import FluxKlein, Kept, Reuse
-from .plan import MODES, Plan, Stage, make_plan, stage_of
-from .preview import preview_map, preview_of
-from .quantize import Quantization, options_of, parse_options, tune
-from .sampler import SCHEDULES, check_sigmas, custom_sigmas, euler_step, guide, noised, schedule_sigmas
-from .streaming import is_streamed, stream
-from .tokenizer import Qwen3Tokenizer
-from .weights import (
-    Checkpoint,
-    load_autoencoder,
-    load_preview_decoder,
-    load_text_encoder,
-    load_transformer,
-    materialize,
-    open_checkpoint,
-    read_through,
-    to_be_converted,
+from .runtime.plan import MODES, Plan, Stage, make_plan, stage_of
+from .runtime.streaming import is_streamed, stream
+from .sampling.latents import (
+    NOISES,
+    PIXELS_PER_TOKEN,
+    image_ids,
+    initial_noise,
+    pack_channels_first,
+    pack_latents,
+    text_ids,
+    unpack_latents,
 )
+from .sampling.samplers import SCHEDULES, check_sigmas, custom_sigmas, euler_step, guide, noised, schedule_sigmas
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 STAGES = ("text_encoder", "transformer", "autoencoder")

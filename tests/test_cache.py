@@ -8,9 +8,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from flux2_mlx import Flux2Pipeline, cache, pipeline
+from flux2_mlx import Flux2Pipeline, pipeline
+from flux2_mlx import disk_cache as cache
+from flux2_mlx.checkpoints.checkpoint import read_through
 from flux2_mlx.generate import main
-from flux2_mlx.weights import read_through
 from tests import tiny
 
 SIZE = {"height": 64, "width": 64, "num_steps": 1, "output_type": "np", "seed": 1, "max_sequence_length": 16}

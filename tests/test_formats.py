@@ -19,24 +19,24 @@ from flux2_mlx import (
     RELEASED,
     CheckpointError,
     Flux2Pipeline,
-    checkpoints,
     load_safetensors,
     open_checkpoint,
     sanitize_flux2_klein_weights,
     sanitize_qwen3_weights,
     sanitize_vae_weights,
 )
-from flux2_mlx import weights as weights_module
-from flux2_mlx.gguf_files import read_gguf
-from flux2_mlx.memory import weights_of
-from flux2_mlx.quantize import Quantization, QuantizedEmbedding, QuantizedLinear, unpack
-from flux2_mlx.weights import (
+from flux2_mlx.checkpoints import checkpoint as weights_module
+from flux2_mlx.checkpoints.checkpoint import (
     load_autoencoder,
     load_preview_decoder,
     load_text_encoder,
     load_transformer,
     materialize,
 )
+from flux2_mlx.checkpoints.formats.gguf import read_gguf
+from flux2_mlx.models.names import autoencoder as checkpoints
+from flux2_mlx.quantization.layers import Quantization, QuantizedEmbedding, QuantizedLinear, unpack
+from flux2_mlx.runtime.activations import weights_of
 from tests import formats, tiny
 
 LOADERS = {"transformer": load_transformer, "text_encoder": load_text_encoder, "vae": load_autoencoder}

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
 from flux2_mlx import Flux2Pipeline, InputError
-from flux2_mlx.inpaint import Repainting, _padded
+from flux2_mlx.imaging.inpaint import Repainting, _padded
 
 SMALL = {"num_steps": 2, "seed": 3, "max_sequence_length": 16}
 

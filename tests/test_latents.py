@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flux2_mlx import image_ids, pack_latents, text_ids, torch_randn, unpack_latents
-from flux2_mlx.latents import initial_noise, patchify, unpatchify
+from flux2_mlx.sampling.latents import initial_noise, patchify, unpatchify
 
 sides = st.integers(1, 9).map(lambda n: 16 * n)
 batches = st.integers(1, 3)

@@ -22,13 +22,13 @@ from PIL import Image
 from benchmarks.nano_world import random_task, render
 from examples import teach_nano
 from flux2_mlx import Flux2Pipeline, FluxKlein, FluxKleinParams, InputError, Quantization, image_ids, text_ids
-from flux2_mlx.dataset import Batches, DataError, bucket, fingerprint, read_dataset
 from flux2_mlx.lora import LORA, STATE, curve, main, parse
-from flux2_mlx.memory import training_bytes, weight_bytes, within
-from flux2_mlx.models.text_encoder import Qwen3TextEncoder
-from flux2_mlx.quantize import QuantizedLinear, largest_dense_bytes, pack_plainly, quantize
-from flux2_mlx.sampler import flux2_sigmas
-from flux2_mlx.training import (
+from flux2_mlx.models.qwen3 import Qwen3TextEncoder
+from flux2_mlx.quantization.layers import QuantizedLinear, largest_dense_bytes, pack_plainly, quantize
+from flux2_mlx.runtime.activations import training_bytes, weight_bytes, within
+from flux2_mlx.sampling.samplers import flux2_sigmas
+from flux2_mlx.training.dataset import Batches, DataError, bucket, fingerprint, read_dataset
+from flux2_mlx.training.trainer import (
     SHIFT_STEPS,
     TIMESTEPS,
     Trainer,

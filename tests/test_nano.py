@@ -21,9 +21,9 @@ from benchmarks import nano_score, nano_world
 from benchmarks.nano_world import COLOURS, EDITS, PLACES, SHAPES, SIZES, Scene, Thing, judge, random_task, render
 from examples import train_nano
 from flux2_mlx import Flux2Pipeline
+from flux2_mlx.checkpoints.checkpoint import open_checkpoint, read_header
+from flux2_mlx.conditioning.tokenizer import Qwen3Tokenizer
 from flux2_mlx.generate import main
-from flux2_mlx.tokenizer import Qwen3Tokenizer
-from flux2_mlx.weights import open_checkpoint, read_header
 
 ROOT = Path(__file__).parents[1]
 NANO_FOLDER = ROOT / "flux2_mlx" / "nano"

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from flux2_mlx import CheckpointError, Flux2Pipeline, InputError, Step
-from flux2_mlx.images import init_array
-from flux2_mlx.latents import image_ids, initial_noise, pack_latents, text_ids
-from flux2_mlx.memory import (
+from flux2_mlx.imaging.files import init_array
+from flux2_mlx.models.flux2 import FluxKlein
+from flux2_mlx.models.qwen3 import Qwen3TextEncoder
+from flux2_mlx.pipeline import STRENGTH, Stats, check_size, drawn_size, first_step, most_kept
+from flux2_mlx.runtime.activations import (
     decoder_bytes,
     default_dtype,
     kept_bytes,
@@ -24,11 +26,9 @@ from flux2_mlx.memory import (
     weight_bytes,
     weights_of,
 )
-from flux2_mlx.models.text_encoder import Qwen3TextEncoder
-from flux2_mlx.models.transformer import FluxKlein
-from flux2_mlx.pipeline import STRENGTH, Stats, check_size, drawn_size, first_step, most_kept
-from flux2_mlx.plan import MODES
-from flux2_mlx.sampler import flux2_sigmas
+from flux2_mlx.runtime.plan import MODES
+from flux2_mlx.sampling.latents import image_ids, initial_noise, pack_latents, text_ids
+from flux2_mlx.sampling.samplers import flux2_sigmas
 from tests import tiny
 
 SMALL = {"height": 64, "width": 80, "num_steps": 2, "max_sequence_length": 16}
@@ -234,7 +234,7 @@ def test_schedules_differ(pipe):
 
 
 def test_dtype_follows_the_machine(monkeypatch):
-    from flux2_mlx import memory
+    from flux2_mlx.runtime import activations as memory
 
     assert default_dtype() == (mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16)
     monkeypatch.setattr(memory, "on_gpu", lambda: True)

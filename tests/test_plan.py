@@ -13,14 +13,21 @@ import pytest
 from flux2_mlx import AutoEncoderConfig, Flux2Pipeline, FluxKleinParams, InputError, Quantization, Qwen3Config
 from flux2_mlx.convert import main as convert
 from flux2_mlx.generate import main
-from flux2_mlx.memory import free_in_meminfo, free_in_vm_stat, machine_memory, recommended_memory, weight_bytes, within
 from flux2_mlx.models.autoencoder import AutoEncoder
-from flux2_mlx.models.text_encoder import Qwen3TextEncoder
-from flux2_mlx.models.transformer import FluxKlein
+from flux2_mlx.models.flux2 import FluxKlein
+from flux2_mlx.models.qwen3 import Qwen3TextEncoder
 from flux2_mlx.pipeline import STAGES
-from flux2_mlx.plan import MODES, Plan, Stage, download_bytes, make_plan, released_modules
-from flux2_mlx.quantize import pack_plainly, quantize
-from flux2_mlx.streaming import block_paths, is_streamed, streamed_bytes
+from flux2_mlx.quantization.layers import pack_plainly, quantize
+from flux2_mlx.runtime.activations import (
+    free_in_meminfo,
+    free_in_vm_stat,
+    machine_memory,
+    recommended_memory,
+    weight_bytes,
+    within,
+)
+from flux2_mlx.runtime.plan import MODES, Plan, Stage, download_bytes, make_plan, released_modules
+from flux2_mlx.runtime.streaming import block_paths, is_streamed, streamed_bytes
 from tests import formats, tiny
 
 SMALL = {"height": 64, "width": 80, "num_steps": 2, "max_sequence_length": 16}

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flux2_mlx import Flux2Pipeline, InputError, preview
-from flux2_mlx.cache import cache_folder
+from flux2_mlx import Flux2Pipeline, InputError
+from flux2_mlx.disk_cache import cache_folder
 from flux2_mlx.generate import main
-from flux2_mlx.images import PREVIEW_KEY, check_preview, save_preview
-from flux2_mlx.terminal import MAX_SIDE, escaped, protocol_of, sixel
+from flux2_mlx.imaging import preview
+from flux2_mlx.imaging.files import PREVIEW_KEY, check_preview, save_preview
+from flux2_mlx.imaging.terminal import MAX_SIDE, escaped, protocol_of, sixel
 
 SMALL = {"height": 64, "width": 80, "num_steps": 3, "max_sequence_length": 16, "seed": 1}
 

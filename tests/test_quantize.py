@@ -17,11 +17,11 @@ from flux2_mlx import (
     Qwen3TextEncoder,
     load_quantized_flux_klein,
     open_checkpoint,
-    quantize,
 )
-from flux2_mlx.memory import weight_bytes, weights_of
-from flux2_mlx.models.blocks import Linear
-from flux2_mlx.quantize import (
+from flux2_mlx.checkpoints.checkpoint import load_transformer, materialize
+from flux2_mlx.models.layers import Linear
+from flux2_mlx.quantization import layers as quantize
+from flux2_mlx.quantization.layers import (
     AFFINE_BITS,
     DENSE_ROWS,
     FITTED_BITS,
@@ -33,7 +33,7 @@ from flux2_mlx.quantize import (
     parse_options,
     unpack,
 )
-from flux2_mlx.weights import load_transformer, materialize
+from flux2_mlx.runtime.activations import weight_bytes, weights_of
 from tests import formats, tiny
 
 WAYS = [Quantization(bits, group) for bits in AFFINE_BITS for group in (32, 64, 128)]

@@ -14,9 +14,9 @@ from PIL import Image
 from benchmarks.nano_score import draw, unseen_edits, unseen_tasks
 from flux2_mlx import Flux2Pipeline, FluxKlein, FluxKleinParams, InputError
 from flux2_mlx.generate import main
-from flux2_mlx.memory import kept_bytes, transformer_bytes, within
-from flux2_mlx.models.transformer import Reuse
+from flux2_mlx.models.flux2 import Reuse
 from flux2_mlx.pipeline import REUSED
+from flux2_mlx.runtime.activations import kept_bytes, transformer_bytes, within
 from tests import tiny
 from tests.parity.compare import relative_error
 from tests.parity.test_transformer import inputs, ported, theirs

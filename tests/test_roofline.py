@@ -15,14 +15,15 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from flux2_mlx import AutoEncoderConfig, Flux2Pipeline, FluxKleinParams, Quantization, Qwen3Config, roofline
+from flux2_mlx import AutoEncoderConfig, Flux2Pipeline, FluxKleinParams, Quantization, Qwen3Config
 from flux2_mlx.generate import main
-from flux2_mlx.memory import weight_bytes
 from flux2_mlx.models.autoencoder import AutoEncoder
-from flux2_mlx.models.blocks import Linear
-from flux2_mlx.models.transformer import FluxKlein, Reuse
-from flux2_mlx.plan import Plan, Stage, between, make_plan, released_modules
-from flux2_mlx.roofline import (
+from flux2_mlx.models.flux2 import FluxKlein, Reuse
+from flux2_mlx.models.layers import Linear
+from flux2_mlx.runtime import roofline
+from flux2_mlx.runtime.activations import weight_bytes
+from flux2_mlx.runtime.plan import Plan, Stage, between, make_plan, released_modules
+from flux2_mlx.runtime.roofline import (
     Speeds,
     Work,
     decoder_work,

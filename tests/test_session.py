@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from flux2_mlx import InputError, read_metadata
+from flux2_mlx.cli.session import HELP, Picture, Session, completed
 from flux2_mlx.generate import converse, main
-from flux2_mlx.session import HELP, Picture, Session, completed
 from tests.test_images import SETTINGS
 
 

@@ -20,7 +20,7 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..config import AutoEncoderConfig
+from .config import AutoEncoderConfig
 
 # Attention scores that exist at one time, in elements: 256 MB in float32.
 SCORES_AT_ONCE = 2**26

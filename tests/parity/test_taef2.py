@@ -8,10 +8,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flux2_mlx import CheckpointError, Flux2Pipeline
-from flux2_mlx.checkpoints import sanitize_taef2_weights
+from flux2_mlx.checkpoints.checkpoint import load_preview_decoder, load_safetensors
 from flux2_mlx.generate import main
-from flux2_mlx.latents import unpack_latents
-from flux2_mlx.weights import load_preview_decoder, load_safetensors
+from flux2_mlx.models.names.autoencoder import sanitize_taef2_weights
+from flux2_mlx.sampling.latents import unpack_latents
 from tests.parity.compare import relative_error
 
 CONVOLUTION = {"kernel_size": 3, "padding": 1}

@@ -12,11 +12,11 @@ from PIL import Image
 from safetensors import safe_open
 
 from flux2_mlx import Flux2Pipeline, FluxKlein, QuantizedFluxKlein, image_ids, text_ids
-from flux2_mlx.adapters import NAMES, attach, lora_arrays, open_lora
+from flux2_mlx.adapters.lora import NAMES, attach, lora_arrays, open_lora
 from flux2_mlx.lora import main
-from flux2_mlx.memory import weights_of
-from flux2_mlx.quantize import QuantizedLinear
-from flux2_mlx.training import TrainingOptions, add_adapters, flow_loss, run_again, save_arrays
+from flux2_mlx.quantization.layers import QuantizedLinear
+from flux2_mlx.runtime.activations import weights_of
+from flux2_mlx.training.trainer import TrainingOptions, add_adapters, flow_loss, run_again, save_arrays
 from tests import tiny
 from tests.parity.compare import assert_same_picture, relative_error, to_mlx, to_torch
 from tests.parity.test_transformer import inputs, ported, theirs

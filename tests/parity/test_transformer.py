@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from flux2_mlx import FluxKlein, FluxKleinParams, image_ids, sanitize_flux2_klein_weights, text_ids
-from flux2_mlx.models.transformer import timestep_embedding
-from flux2_mlx.weights import assign
+from flux2_mlx.checkpoints.checkpoint import assign
+from flux2_mlx.models.flux2 import timestep_embedding
 from tests import tiny
 from tests.parity.compare import relative_error, to_mlx, to_torch
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from PIL import Image
 
-from .config import InputError
-from .images import FORMATS, open_image, save_image
-from .pipeline import Settings
+from ..imaging.files import FORMATS, open_image, save_image
+from ..models.config import InputError
+from ..pipeline import Settings
 
 HELP = """\
 Type a prompt to draw it. $3 in a prompt is picture 3, as a reference; $$ is a dollar sign.

@@ -18,8 +18,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .checkpoints import Deferred
-from .config import CheckpointError
+from ...models.config import CheckpointError
+from ...models.names.autoencoder import Deferred
 
 MAGIC = b"GGUF"
 _MAX_TENSORS = 65536

@@ -27,13 +27,13 @@ import numpy as np
 from mlx.utils import tree_map
 from safetensors import safe_open
 
-from .checkpoints import INTEGERS, Deferred, Rows, bfl_lora, lora_layers, read_rows
-from .config import CheckpointError, InputError
-from .memory import weights_of
-from .models.blocks import Linear
-from .models.transformer import FluxKlein
-from .quantize import QuantizedLinear, packing_in, unpack
-from .weights import Checkpoint, few, load_safetensors, lora_file
+from ..checkpoints.checkpoint import Checkpoint, few, load_safetensors, lora_file
+from ..models.config import CheckpointError, InputError
+from ..models.flux2 import FluxKlein
+from ..models.layers import Linear
+from ..models.names.autoencoder import INTEGERS, Deferred, Rows, bfl_lora, lora_layers, read_rows
+from ..quantization.layers import QuantizedLinear, packing_in, unpack
+from ..runtime.activations import weights_of
 
 MAX_SCALE = 100
 ROWS_AT_ONCE = 4096  # of a weight whose rows' lengths are measured

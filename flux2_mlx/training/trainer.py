@@ -32,18 +32,18 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from ._version import __version__
-from .adapters import LINEAR, NAMES, linear_shape, lora_arrays
-from .cache import digest_of
-from .config import CheckpointError, InputError
+from .._version import __version__
+from ..adapters.lora import LINEAR, NAMES, linear_shape, lora_arrays
+from ..checkpoints.checkpoint import few
+from ..disk_cache import digest_of
+from ..imaging.files import open_image, to_pil, to_unit, written_beside
+from ..models.config import CheckpointError, InputError
+from ..models.flux2 import FluxKlein
+from ..pipeline import Flux2Pipeline
+from ..runtime.activations import default_dtype, encoder_bytes, stage_dtype, within
+from ..sampling.latents import PIXELS_PER_TOKEN, image_ids, initial_noise, pack_latents, text_ids, unpack_latents
+from ..sampling.samplers import empirical_mu, euler_step, flux2_sigmas, guide, shift_sigmas
 from .dataset import Batches, Example, Size, fitted
-from .images import open_image, to_pil, to_unit, written_beside
-from .latents import PIXELS_PER_TOKEN, image_ids, initial_noise, pack_latents, text_ids, unpack_latents
-from .memory import default_dtype, encoder_bytes, stage_dtype, within
-from .models.transformer import FluxKlein
-from .pipeline import Flux2Pipeline
-from .sampler import empirical_mu, euler_step, flux2_sigmas, guide, shift_sigmas
-from .weights import few
 
 TIMESTEPS = ("logit-normal", "uniform", "shifted", "four")
 SHIFT_STEPS = 50  # of the base models' schedule, whose shift "shifted" takes

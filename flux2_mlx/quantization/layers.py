@@ -18,12 +18,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cache import read_table, write_table
-from .checkpoints import bits_and_group
-from .config import CheckpointError, FluxKleinParams, InputError
-from .memory import machine_name, on_gpu, weights_of
-from .models.blocks import Linear, added
-from .models.transformer import FluxKlein
+from ..disk_cache import read_table, write_table
+from ..models.config import CheckpointError, FluxKleinParams, InputError
+from ..models.flux2 import FluxKlein
+from ..models.layers import Linear, added
+from ..models.names.autoencoder import bits_and_group
+from ..runtime.activations import machine_name, on_gpu, weights_of
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)

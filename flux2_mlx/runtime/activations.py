@@ -16,8 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
-from .models.autoencoder import STRIP_BYTES
+from ..models.autoencoder import STRIP_BYTES
+from ..models.config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
 
 
 def on_gpu() -> bool:

@@ -13,12 +13,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .config import InputError
-from .memory import weights_of
-from .models.text_encoder import Qwen3TextEncoder
-from .models.transformer import FluxKlein
-from .quantize import tune
-from .weights import materialize, to_be_converted
+from ..checkpoints.checkpoint import materialize, to_be_converted
+from ..models.config import InputError
+from ..models.flux2 import FluxKlein
+from ..models.qwen3 import Qwen3TextEncoder
+from ..quantization.layers import tune
+from .activations import weights_of
 
 
 def block_paths(model: nn.Module) -> list[str]:

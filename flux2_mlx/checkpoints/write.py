@@ -24,12 +24,12 @@ import mlx.nn as nn
 import numpy as np
 from tqdm.auto import tqdm
 
-from ._version import __version__
-from .checkpoints import PACKED, Deferred, bfl_transformer, bfl_vae, cast, diffusers_vae
-from .config import RELEASED, CheckpointError, InputError
-from .models.text_encoder import Qwen3TextEncoder
-from .models.transformer import FluxKlein
-from .quantize import (
+from .._version import __version__
+from ..models.config import RELEASED, CheckpointError, InputError
+from ..models.flux2 import FluxKlein
+from ..models.names.autoencoder import PACKED, Deferred, bfl_transformer, bfl_vae, cast, diffusers_vae
+from ..models.qwen3 import Qwen3TextEncoder
+from ..quantization.layers import (
     Quantization,
     QuantizedEmbedding,
     QuantizedLinear,
@@ -40,7 +40,7 @@ from .quantize import (
     packing_in,
     quantize,
 )
-from .weights import (
+from .checkpoint import (
     HUB_ID,
     Checkpoint,
     load_autoencoder,

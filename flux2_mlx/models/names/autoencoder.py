@@ -21,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .config import (
+from ..config import (
     TAPPED_LAYERS,
     AutoEncoderConfig,
     CheckpointError,

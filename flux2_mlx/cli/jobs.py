@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import InputError
+from ..models.config import InputError
 
 # Options that are given once for each file, and those that concern the whole run.
 SEVERAL = ("image", "lora")

@@ -27,7 +27,21 @@ import numpy as np
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError, safe_open
 
-from .checkpoints import (
+from ..models.autoencoder import AutoEncoder
+from ..models.config import (
+    KV,
+    NANO,
+    RELEASED,
+    AutoEncoderConfig,
+    CheckpointError,
+    FluxKleinParams,
+    InputError,
+    OtherModelError,
+    Qwen3Config,
+    check_scheduler_config,
+)
+from ..models.flux2 import FluxKlein
+from ..models.names.autoencoder import (
     INTEGERS,
     MARK,
     MODELOPT_NVFP4,
@@ -48,25 +62,9 @@ from .checkpoints import (
     sanitize_taef2_weights,
     sanitize_vae_weights,
 )
-from .config import (
-    KV,
-    NANO,
-    RELEASED,
-    AutoEncoderConfig,
-    CheckpointError,
-    FluxKleinParams,
-    InputError,
-    OtherModelError,
-    Qwen3Config,
-    check_scheduler_config,
-)
-from .gguf_files import MAGIC, gguf_values, read_gguf
-from .memory import weights_of
-from .models.autoencoder import AutoEncoder
-from .models.taef2 import TinyDecoder
-from .models.text_encoder import Qwen3TextEncoder
-from .models.transformer import FluxKlein
-from .quantize import (
+from ..models.qwen3 import Qwen3TextEncoder
+from ..models.taef2 import TinyDecoder
+from ..quantization.layers import (
     Quantization,
     QuantizedEmbedding,
     QuantizedFluxKlein,
@@ -78,6 +76,8 @@ from .quantize import (
     packing_in,
     quantize,
 )
+from ..runtime.activations import weights_of
+from .formats.gguf import MAGIC, gguf_values, read_gguf
 
 READ_BLOCK = 1 << 23  # bytes
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -850,7 +850,7 @@ def _local(name: str) -> Path | None:
     try:
         path = Path(name).expanduser()
         if name == NANO and not path.exists():
-            path = Path(__file__).with_name(NANO)
+            path = Path(__file__).parents[1] / NANO
         return path if name and path.exists() else None
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {error.strerror}") from None

@@ -26,9 +26,9 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image, ImageOps
 
-from .config import InputError
-from .images import open_image, picture_array, reference_size
-from .latents import PIXELS_PER_TOKEN
+from ..imaging.files import open_image, picture_array, reference_size
+from ..models.config import InputError
+from ..sampling.latents import PIXELS_PER_TOKEN
 
 METADATA = "metadata.jsonl"
 KEYS = ("file_name", "text", "reference")

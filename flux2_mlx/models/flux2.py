@@ -20,10 +20,10 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..config import FluxKleinParams
-from .blocks import Linear, outputs, run_block
+from .config import FluxKleinParams
+from .first_block_cache import StepCache
+from .layers import Linear, outputs, run_block
 from .rope import four_axes, rope_table, rotate
-from .step_cache import StepCache
 
 FLOAT16_MAX = 65504.0
 

@@ -19,8 +19,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 
-from .config import InputError
-from .latents import PIXELS_PER_TOKEN
+from ..models.config import InputError
+from ..sampling.latents import PIXELS_PER_TOKEN
 
 # File suffix to Pillow's format and options.
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {

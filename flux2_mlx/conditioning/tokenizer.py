@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 from tokenizers import Tokenizer
 
-from .config import MAX_SEQUENCE_LENGTH, CheckpointError
+from ..models.config import MAX_SEQUENCE_LENGTH, CheckpointError
 
 BEFORE = "<|im_start|>user\n"
 AFTER = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"

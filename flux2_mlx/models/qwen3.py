@@ -11,8 +11,8 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..config import Qwen3Config
-from .blocks import Linear, run_block
+from .config import Qwen3Config
+from .layers import Linear, run_block
 
 
 class Attention(nn.Module):

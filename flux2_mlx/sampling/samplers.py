@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import mlx.core as mx
 
-from .config import InputError
+from ..models.config import InputError
 
 # The constant shift of ComfyUI's FLUX.2 model, used there as mu whatever the size.
 COMFY_MU = 2.02

@@ -11,8 +11,12 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import mlx.nn as nn
 
-from .config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
-from .memory import (
+from ..models.autoencoder import AutoEncoder
+from ..models.config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
+from ..models.flux2 import FluxKlein
+from ..models.qwen3 import Qwen3TextEncoder
+from ..quantization.layers import Quantization, largest_dense_bytes, mixed, pack_plainly, quantize
+from .activations import (
     decoder_bytes,
     encoder_bytes,
     kept_bytes,
@@ -23,10 +27,6 @@ from .memory import (
     transformer_bytes,
     weight_bytes,
 )
-from .models.autoencoder import AutoEncoder
-from .models.text_encoder import Qwen3TextEncoder
-from .models.transformer import FluxKlein
-from .quantize import Quantization, largest_dense_bytes, mixed, pack_plainly, quantize
 from .roofline import known_speeds, picture_work
 from .streaming import streamed_bytes
 

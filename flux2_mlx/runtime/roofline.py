@@ -16,13 +16,13 @@ from itertools import pairwise
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cache import read_table, write_table
-from .config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
-from .memory import machine_name, stage_dtype, weight_bytes
-from .models.autoencoder import AutoEncoder
-from .models.text_encoder import Qwen3TextEncoder
-from .models.transformer import FluxKlein
-from .quantize import dense_bytes, shortest_seconds
+from ..disk_cache import read_table, write_table
+from ..models.autoencoder import AutoEncoder
+from ..models.config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
+from ..models.flux2 import FluxKlein
+from ..models.qwen3 import Qwen3TextEncoder
+from ..quantization.layers import dense_bytes, shortest_seconds
+from .activations import machine_name, stage_dtype, weight_bytes
 
 TABLE = "speeds"  # in the cache folder
 

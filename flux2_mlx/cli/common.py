@@ -12,11 +12,11 @@ from typing import NoReturn
 
 import mlx.core as mx
 
-from .adapters import fused, parse_lora
-from .config import InputError
-from .quantize import AFFINE_BITS, FLOAT_MODES, parse_options
-from .weights import open_checkpoint
-from .writing import LAYOUTS, convert
+from ..adapters.lora import fused, parse_lora
+from ..checkpoints.checkpoint import open_checkpoint
+from ..checkpoints.write import LAYOUTS, convert
+from ..models.config import InputError
+from ..quantization.layers import AFFINE_BITS, FLOAT_MODES, parse_options
 
 # What belongs to the model besides its name, as Flux2Pipeline.from_pretrained takes it.
 PART_OPTIONS = ("transformer", "text_encoder", "vae", "tokenizer", "distilled", "kv_cache")

@@ -1,0 +1,1 @@
+"""Checkpoints: find, read, check, load, write."""

@@ -1,0 +1,1 @@
+"""How a tensor's numbers are stored, one file a format."""

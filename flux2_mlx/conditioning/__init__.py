@@ -1,0 +1,1 @@
+"""Prompts and references to what the transformer is given."""

@@ -1,0 +1,1 @@
+"""What files call the weights, one file a part."""

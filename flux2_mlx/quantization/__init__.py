@@ -1,0 +1,1 @@
+"""Packed layers: how, which, and with what."""

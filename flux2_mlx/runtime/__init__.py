@@ -1,0 +1,1 @@
+"""What is loaded, streamed, planned and timed."""

@@ -1,0 +1,1 @@
+"""Sampling of a rectified flow: arrays only, no files, no options."""
