@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from flux2_mlx import AutoEncoderConfig, FluxKleinParams, Qwen3Config, __version__
-from flux2_mlx.runtime.activations import weights_of
+from flux2_mlx.device import weights_of
 
 # Shapes for a few seconds on any machine: they show that a script runs, nothing about speed.
 TINY = (

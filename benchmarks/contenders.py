@@ -35,9 +35,9 @@ from flux2_mlx import (
     text_ids,
     unpack_latents,
 )
+from flux2_mlx.device import stage_dtype, weights_of
 from flux2_mlx.models import autoencoder
 from flux2_mlx.models.names.autoencoder import diffusers_vae
-from flux2_mlx.runtime.activations import stage_dtype, weights_of
 
 MFLUX = "0.24.0"
 INSTALL = {

@@ -27,9 +27,10 @@ from flux2_mlx import (
     text_ids,
     unpack_latents,
 )
-from flux2_mlx.imaging.files import to_unit
+from flux2_mlx.imaging.preprocess import to_unit
 from flux2_mlx.sampling.latents import initial_noise
-from flux2_mlx.sampling.samplers import euler_step, flux2_sigmas
+from flux2_mlx.sampling.samplers import euler_step
+from flux2_mlx.sampling.schedules import flux2_sigmas
 
 LIMIT_GB = 22 * 2**30 / 1e9
 

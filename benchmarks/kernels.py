@@ -28,7 +28,7 @@ from benchmarks.common import TINY, machine, process_peak_gb
 from flux2_mlx import FluxKlein, FluxKleinParams, image_ids, text_ids
 from flux2_mlx.models import flux2 as transformer
 from flux2_mlx.models import rope
-from flux2_mlx.pipeline import DTYPES
+from flux2_mlx.options import DTYPES
 
 MODELS = {"klein-4b": FluxKleinParams.klein_4b(), "klein-9b": FluxKleinParams.klein_9b(), "tiny": TINY[0]}
 FAST = ("layer_norm", "rms_norm", "scaled_dot_product_attention")

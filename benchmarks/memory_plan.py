@@ -22,10 +22,13 @@ import mlx.nn as nn
 from benchmarks.common import TINY, machine, process_peak_gb
 from flux2_mlx import AutoEncoder, Flux2Pipeline, FluxKlein, Quantization, Qwen3TextEncoder
 from flux2_mlx import __file__ as package
-from flux2_mlx.pipeline import DTYPES
-from flux2_mlx.quantization.layers import mixed, pack_plainly, quantize
-from flux2_mlx.runtime.activations import on_gpu, weights_of
-from flux2_mlx.runtime.plan import MODES, released_modules
+from flux2_mlx.device import on_gpu, weights_of
+from flux2_mlx.options import DTYPES
+from flux2_mlx.quantization.layers import quantize
+from flux2_mlx.quantization.packing import pack_plainly
+from flux2_mlx.quantization.recipes import mixed
+from flux2_mlx.runtime.plan import MODES
+from flux2_mlx.runtime.released import released_modules
 
 STEMS = {"text_encoder": "model", "transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 PROMPT = "a red circle"

@@ -26,9 +26,9 @@ from benchmarks.common import machine
 from benchmarks.nano_world import EDITS, HOME, Task, judge, random_task, render
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.cli.common import MODEL_OPTIONS, add_model_options
-from flux2_mlx.imaging.files import to_unit
-from flux2_mlx.models.config import NANO
-from flux2_mlx.pipeline import DTYPES, REUSED
+from flux2_mlx.families import NANO
+from flux2_mlx.imaging.preprocess import to_unit
+from flux2_mlx.options import DTYPES, REUSED
 
 # What nano is to reach, in percent and dB.
 BOUNDS = {"ground": 99, "colour": 97, "place": 97, "shape": 93, "edits": 90, "psnr": 30}

@@ -20,11 +20,12 @@ from mlx.utils import tree_map
 
 from benchmarks.common import TINY, loaded, machine, process_peak_gb, randomized
 from flux2_mlx import FluxKlein, FluxKleinParams, Quantization, image_ids, text_ids
-from flux2_mlx.adapters.lora import LowRank
+from flux2_mlx.adapters.deltas import LowRank
+from flux2_mlx.device import weight_bytes
 from flux2_mlx.models.layers import Linear
-from flux2_mlx.pipeline import DTYPES
-from flux2_mlx.quantization.layers import QuantizedLinear, mixed, quantize, tune
-from flux2_mlx.runtime.activations import weight_bytes
+from flux2_mlx.options import DTYPES
+from flux2_mlx.quantization.layers import QuantizedLinear, quantize, tune
+from flux2_mlx.quantization.recipes import mixed
 
 TEXT_LENGTH = 512
 

@@ -21,11 +21,14 @@ from benchmarks.common import machine, process_peak_gb
 from benchmarks.nano_score import unseen_tasks
 from benchmarks.nano_world import HOME
 from flux2_mlx import Flux2Pipeline, FluxKlein, Quantization, image_ids, text_ids
-from flux2_mlx.checkpoints.checkpoint import materialize
-from flux2_mlx.models.config import NANO
-from flux2_mlx.quantization.layers import FLOAT_MODES, Packing, Recipe, dense_layers, mixed, pack, pack_plainly, unpack
-from flux2_mlx.runtime.activations import weights_of
-from flux2_mlx.sampling.samplers import flux2_sigmas
+from flux2_mlx.checkpoints.load import materialize
+from flux2_mlx.device import weights_of
+from flux2_mlx.families import NANO
+from flux2_mlx.quantization.layers import Recipe, dense_layers
+from flux2_mlx.quantization.packing import Packing, pack, pack_plainly, unpack
+from flux2_mlx.quantization.recipes import mixed
+from flux2_mlx.quantization.spec import FLOAT_MODES
+from flux2_mlx.sampling.schedules import flux2_sigmas
 
 STEPS = 4
 BASELINE = "4 bits in 64, uniform, ends of the range"

@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from benchmarks.common import TINY, machine, process_peak_gb, randomized
 from flux2_mlx import FluxKlein, FluxKleinParams, image_ids, text_ids
-from flux2_mlx.pipeline import DTYPES
+from flux2_mlx.options import DTYPES
 from flux2_mlx.runtime.activations import kept_bytes
 
 TEXT_LENGTH = 512

@@ -58,11 +58,12 @@ from benchmarks.contenders import (
 )
 from benchmarks.stages import RANDOM
 from flux2_mlx import RELEASED, AutoEncoder, FluxKlein, FluxKleinParams, Qwen3TextEncoder, open_checkpoint
-from flux2_mlx.checkpoints.checkpoint import Checkpoint, load_autoencoder, load_text_encoder, load_transformer
-from flux2_mlx.pipeline import DTYPES
-from flux2_mlx.runtime.activations import default_dtype, stage_dtype
+from flux2_mlx.checkpoints.checkpoint import Checkpoint
+from flux2_mlx.checkpoints.load import load_autoencoder, load_text_encoder, load_transformer
+from flux2_mlx.device import default_dtype, stage_dtype
+from flux2_mlx.options import DTYPES
 from flux2_mlx.sampling.latents import initial_noise
-from flux2_mlx.sampling.samplers import flux2_sigmas
+from flux2_mlx.sampling.schedules import flux2_sigmas
 
 RESULTS = Path(__file__).with_name("results")
 OURS = "flux2_mlx"

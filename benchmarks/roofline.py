@@ -18,11 +18,12 @@ from collections.abc import Sequence
 from dataclasses import astuple
 
 from benchmarks.common import machine, process_peak_gb
-from flux2_mlx.models.config import RELEASED
-from flux2_mlx.pipeline import DTYPES, check_size, dtype_of
-from flux2_mlx.quantization.layers import parse_options
-from flux2_mlx.runtime.activations import stage_dtype
-from flux2_mlx.runtime.plan import between, released_modules
+from flux2_mlx.device import stage_dtype
+from flux2_mlx.families import RELEASED
+from flux2_mlx.options import DTYPES, check_size, dtype_of
+from flux2_mlx.quantization.spec import parse_options
+from flux2_mlx.runtime.plan import between
+from flux2_mlx.runtime.released import released_modules
 from flux2_mlx.runtime.roofline import Speeds, Work, measure, picture_work
 
 # Published, not measured: TFLOP/s of the whole GPU in float32, which float16 does not exceed on these, and GB/s of the

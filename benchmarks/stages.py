@@ -25,9 +25,9 @@ from flux2_mlx import (
     open_checkpoint,
     text_ids,
 )
-from flux2_mlx.checkpoints.checkpoint import load_autoencoder, load_text_encoder, load_transformer
-from flux2_mlx.pipeline import DTYPES
-from flux2_mlx.runtime.activations import default_dtype, stage_dtype
+from flux2_mlx.checkpoints.load import load_autoencoder, load_text_encoder, load_transformer
+from flux2_mlx.device import default_dtype, stage_dtype
+from flux2_mlx.options import DTYPES
 
 RANDOM = {
     "4b": (FluxKleinParams.klein_4b(), Qwen3Config(), AutoEncoderConfig.flux2()),

@@ -20,8 +20,8 @@ from benchmarks.common import machine, process_peak_gb
 from benchmarks.nano_score import Drawn, open_variant, rates, unseen_edits, unseen_tasks
 from benchmarks.nano_world import HOME, judge, render
 from flux2_mlx.cli.common import add_model_options
-from flux2_mlx.models.config import NANO
-from flux2_mlx.pipeline import DTYPES
+from flux2_mlx.families import NANO
+from flux2_mlx.options import DTYPES
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -36,15 +36,19 @@ import numpy as np
 
 from benchmarks.common import TINY, loaded, machine, process_peak_gb, randomized
 from flux2_mlx import AutoEncoder, FluxKlein, FluxKleinParams, Quantization, Qwen3TextEncoder, image_ids, text_ids
-from flux2_mlx.lora import plan_of
-from flux2_mlx.pipeline import DTYPES
-from flux2_mlx.quantization.layers import mixed, quantize
-from flux2_mlx.runtime.activations import machine_memory, on_gpu, training_bytes, weights_of, within
+from flux2_mlx.device import machine_memory, on_gpu, weights_of, within
+from flux2_mlx.options import DTYPES
+from flux2_mlx.quantization.layers import quantize
+from flux2_mlx.quantization.recipes import mixed
+from flux2_mlx.runtime.activations import training_bytes
 from flux2_mlx.runtime.plan import Stage
 from flux2_mlx.sampling.latents import PIXELS_PER_TOKEN
 from flux2_mlx.training.dataset import Example, Size
-from flux2_mlx.training.trainer import DTYPES as TRAINED
-from flux2_mlx.training.trainer import Encoded, Trainer, TrainingOptions
+from flux2_mlx.training.latent_cache import Encoded
+from flux2_mlx.training.options import DTYPES as TRAINED
+from flux2_mlx.training.options import TrainingOptions
+from flux2_mlx.training.run import plan_of
+from flux2_mlx.training.trainer import Trainer
 
 MFLUX = "0.24.0"
 INSTALL = f"pip install --no-deps mflux=={MFLUX} && pip install matplotlib opencv-python piexif platformdirs regex "

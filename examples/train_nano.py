@@ -54,7 +54,7 @@ from benchmarks.nano_world import (
     render,
 )
 from flux2_mlx.conditioning.tokenizer import Qwen3Tokenizer
-from flux2_mlx.sampling.samplers import flux2_sigmas
+from flux2_mlx.sampling.schedules import flux2_sigmas
 
 QWEN3 = Path(__file__).parents[1] / "tests" / "data" / "qwen3-tokenizer"
 SAVE_EVERY = 120  # seconds

@@ -1,16 +1,23 @@
 """FLUX.2 [klein] on Apple Silicon, in MLX alone."""
 
 from ._version import __version__
-from .checkpoints.checkpoint import load_quantized_flux_klein, load_safetensors, open_checkpoint
+from .checkpoints.checkpoint import open_checkpoint
+from .checkpoints.files import load_safetensors
+from .checkpoints.load import load_quantized_flux_klein
+from .checkpoints.sanitize import sanitize_flux2_klein_weights, sanitize_qwen3_weights, sanitize_vae_weights
 from .conditioning.tokenizer import Qwen3Tokenizer
+from .errors import CheckpointError, InputError
+from .families import RELEASED
 from .imaging.files import read_metadata, save_image
 from .models.autoencoder import AutoEncoder, Decoder, Encoder
-from .models.config import RELEASED, AutoEncoderConfig, CheckpointError, FluxKleinParams, InputError, Qwen3Config
+from .models.config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
 from .models.flux2 import FluxKlein
-from .models.names.autoencoder import sanitize_flux2_klein_weights, sanitize_qwen3_weights, sanitize_vae_weights
 from .models.qwen3 import Qwen3TextEncoder
-from .pipeline import Flux2Pipeline, Result, Settings, Step
-from .quantization.layers import Quantization, QuantizedFluxKlein
+from .pipeline import Flux2Pipeline
+from .quantization.recipes import QuantizedFluxKlein
+from .quantization.spec import Quantization
+from .request import Settings
+from .results import Result, Step
 from .runtime.plan import Plan
 from .sampling.latents import image_ids, pack_latents, text_ids, torch_randn, unpack_latents
 from .sampling.samplers import FluxSampler, FluxSamplerConfig

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .checkpoints.write import check, upload
+from .checkpoints.publish import check, upload
 from .cli.common import MODEL_HELP, Parser, add_writing_options, run_command, write_model
-from .models.config import InputError
+from .errors import InputError
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -13,11 +13,10 @@ import hashlib
 import math
 import os
 import secrets
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -32,302 +31,78 @@ from tqdm.auto import tqdm
 
 from ._version import __version__
 from .adapters.lora import Lora, attach, attached, check_scale, merging, open_lora
-from .checkpoints.checkpoint import (
-    Checkpoint,
+from .checkpoints.checkpoint import Checkpoint, open_checkpoint
+from .checkpoints.files import read_through
+from .checkpoints.load import (
     load_autoencoder,
     load_preview_decoder,
     load_text_encoder,
     load_transformer,
     materialize,
-    open_checkpoint,
-    read_through,
     to_be_converted,
 )
 from .conditioning.tokenizer import Qwen3Tokenizer
+from .device import machine_memory, stage_dtype, weight_bytes, weights_of, wired, within
 from .disk_cache import read_prompt, write_prompt
-from .imaging.files import init_array, reference_array, reference_size, to_pil, to_unit
-from .imaging.inpaint import MAX_MARGIN, Repainting, check_expand, repainting_of
+from .errors import CheckpointError, InputError
+from .imaging.inpaint import repainting_of
+from .imaging.preprocess import init_array, reference_array, reference_size, to_pil, to_unit
 from .imaging.preview import preview_map, preview_of
 from .models.autoencoder import AutoEncoder
-from .models.config import CheckpointError, InputError
 from .models.first_block_cache import StepCache
-from .models.flux2 import FluxKlein, Kept, Reuse
+from .models.flux2 import FluxKlein
+from .models.kv_cache import Kept, Reuse
 from .models.qwen3 import Qwen3TextEncoder
 from .models.taef2 import TinyDecoder
-from .quantization.layers import Quantization, options_of, parse_options, tune
+from .options import (
+    MAX_POSITIONS,
+    OUTPUT_TYPES,
+    check_choice,
+    check_memory,
+    check_options,
+    check_prompt,
+    check_whole,
+    dtype_name,
+    dtype_of,
+    one_of_two,
+)
+from .quantization.layers import tune
+from .quantization.spec import Quantization, options_of, parse_options
+from .request import (
+    TENS_OF_STEPS,
+    Request,
+    Settings,
+    as_array,
+    drawn_size,
+    first_step,
+    given_latents,
+    noise_levels,
+    request_noise,
+    usual_guidance,
+    usual_strength,
+)
+from .results import Result, Step
 from .runtime.activations import (
     decoder_bytes,
-    default_dtype,
     encoder_bytes,
     kept_bytes,
-    machine_memory,
     preview_bytes,
     reused_tokens,
-    stage_dtype,
     text_encoder_bytes,
     transformer_bytes,
-    weight_bytes,
-    weights_of,
-    wired,
-    within,
 )
-from .runtime.plan import MODES, Plan, Stage, make_plan, stage_of
+from .runtime.plan import Plan, Stage, make_plan, stage_of
+from .runtime.stats import Stats, not_finite
 from .runtime.streaming import is_streamed, stream
-from .sampling.latents import (
-    NOISES,
-    PIXELS_PER_TOKEN,
-    image_ids,
-    initial_noise,
-    pack_channels_first,
-    pack_latents,
-    text_ids,
-    unpack_latents,
-)
-from .sampling.samplers import SCHEDULES, check_sigmas, custom_sigmas, euler_step, guide, noised, schedule_sigmas
+from .sampling.guidance import guide
+from .sampling.latents import PIXELS_PER_TOKEN, image_ids, pack_latents, text_ids, unpack_latents
+from .sampling.samplers import euler_step, noised
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 STAGES = ("text_encoder", "transformer", "autoencoder")
-OUTPUT_TYPES = ("pil", "np", "latent")
-# What a call may be given that no file carries, and the command's option for it.
-INPUTS = {"image": "--image", "init_image": "--init-image", "mask": "--mask", "prompt_embeds": "", "latents": ""}
-STRENGTH = 0.75  # of an init image without a mask, unless given, or less where the steps are fewer than four
-MIN_SIDE = 64
-MAX_PIXELS = 4 * 1024 * 1024
-MAX_STEPS = 1000  # noise levels that the models were trained on
-MAX_POSITIONS = 40960  # of Qwen3
-MAX_IMAGES = 10_000
-MAX_GUIDANCE = 100
-REUSED = ("text", "references")
-TENS_OF_STEPS = 10  # from which on a step may be near enough to the one before
 
 
 # Of the passes of a step: its only one or the prompt's, and in turn with it the negative prompt's.
 Caches = tuple[StepCache | None, StepCache | None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides one picture; written into its file and read back by ``--from-image``.
-
-    ``inputs`` names what the call was given besides (of INPUTS), which no file carries.
-    """
-
-    prompt: str
-    model: str
-    seed: int
-    width: int
-    height: int
-    num_steps: int
-    guidance: float
-    schedule: str
-    noise: str
-    dtype: str
-    max_sequence_length: int
-    negative_prompt: str = ""
-    sigmas: tuple[float, ...] | None = None
-    revision: str | None = None
-    transformer: str | None = None
-    text_encoder: str | None = None
-    vae: str | None = None
-    tokenizer: str | None = None
-    distilled: bool | None = None
-    kv_cache: bool | None = None
-    lora: tuple[str, ...] = ()
-    lora_merge: bool = False
-    lora_partial: bool = False
-    quantize: int | str | None = None
-    quantize_text_encoder: int | str | None = None
-    group_size: int | None = None
-    strength: float | None = None
-    guidance_interval: tuple[float, ...] | None = None
-    guidance_rescale: float = 0.0
-    force_guidance: bool = False
-    step_cache: float | None = None
-    reuse: str | None = None
-    mask_blur: float = 0.0
-    mask_padding: int | None = None
-    expand: Mapping[str, int] | None = field(default=None, hash=False)
-    inputs: tuple[str, ...] = ()
-    version: str = __version__
-
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any], given: Sequence[str] = ()) -> Settings:
-        """The settings that ``metadata`` gave, as read from a picture's file.
-
-        Args:
-            given: which of the inputs the caller has again.
-
-        Raises:
-            InputError: for a setting that is missing or of the wrong kind, and for a picture that needs more than its
-                settings to be drawn again.
-        """
-        defaults = {field.name: None if field.default is MISSING else field.default for field in fields(cls)}
-        values: dict[str, Any] = {name: metadata.get(name, default) for name, default in defaults.items()}
-        for name in ("sigmas", "guidance_interval", "inputs", "lora"):  # JSON has no tuples
-            values[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
-        number, optional = (int, float), type(None)
-        kinds: dict[str, Any] = {"seed": int, "width": int, "height": int, "num_steps": int, "max_sequence_length": int}
-        kinds |= {"guidance": number, "sigmas": (tuple, optional), "inputs": tuple, "distilled": (bool, optional)}
-        kinds |= {"kv_cache": (bool, optional), "lora": tuple, "lora_merge": bool, "lora_partial": bool}
-        kinds |= {"strength": (*number, optional), "guidance_interval": (tuple, optional), "guidance_rescale": number}
-        kinds |= {
-            "force_guidance": bool,
-            "step_cache": (*number, optional),
-            "reuse": (str, optional),
-            "mask_blur": number,
-            "mask_padding": (int, optional),
-        }
-        kinds |= {"expand": (Mapping, optional)}
-        kinds |= dict.fromkeys(("revision", "transformer", "text_encoder", "vae", "tokenizer"), (str, optional))
-        kinds |= dict.fromkeys(("quantize", "quantize_text_encoder", "group_size"), (int, str, optional))
-        wrong = [name for name, value in values.items() if not isinstance(value, kinds.get(name, str))]
-        for name in ("sigmas", "guidance_interval") if not wrong else ():
-            if not all(isinstance(value, number) for value in values[name] or ()):
-                wrong = [name]
-        if wrong:
-            raise InputError(f"the picture's settings cannot be read: {', '.join(wrong)}")
-        absent = [str(name) for name in values["inputs"] if name not in given]
-        if absent:
-            options = [INPUTS.get(name, "") for name in absent]
-            way_out = f"; give it again ({', '.join(options)})" if all(options) else ", and cannot be repeated"
-            raise InputError(f"the picture was drawn from more than its file carries ({', '.join(absent)}){way_out}")
-        return cls(**values)
-
-    def metadata(self) -> dict[str, Any]:
-        """The settings as JSON values."""
-        return asdict(self)
-
-    def parameters(self) -> str:
-        """The settings in the "parameters" form that other tools read; of a folder it names the last part alone."""
-        lines = [self.prompt]
-        if self.negative_prompt:
-            lines.append(f"Negative prompt: {self.negative_prompt}")
-        schedule = self.schedule if self.sigmas is None else "custom"
-        lines.append(
-            f"Steps: {self.num_steps}, Sampler: Euler, Schedule type: {schedule}, CFG scale: {self.guidance:g}, "
-            f"Seed: {self.seed}, Size: {self.width}x{self.height}, Model: {Path(self.transformer or self.model).name}, "
-            f"Version: flux2_mlx {self.version}"
-        )
-        return "\n".join(lines)
-
-
-@dataclass
-class Stats:
-    """Seconds, and peak bytes of MLX arrays (weights included), of each part of a run.
-
-    Parts: "load" (weights into memory), "text_encoder", "references", "denoise", "decode", and "preview", where a
-    preview decoder draws.
-
-    Attributes:
-        steps: numbers of the pictures' steps that were "computed", and that "reused" earlier ones; see step_cache.
-    """
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_bytes: dict[str, int] = field(default_factory=dict)
-    steps: dict[str, int] = field(default_factory=lambda: {"computed": 0, "reused": 0})
-
-    @contextmanager
-    def measure(self, part: str) -> Iterator[None]:
-        mx.reset_peak_memory()
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
-            self.peak_bytes[part] = max(self.peak_bytes.get(part, 0), mx.get_peak_memory())
-
-
-@dataclass(frozen=True)
-class Step:
-    """One finished step of one picture.
-
-    Attributes:
-        image: which picture of the run, from 0.
-        index: steps done, 1 to settings.num_steps.
-        sigma: the noise level that is left, 0 after the last step.
-        latents: (1, S, 128) tokens at that level, float32.
-        denoised: (1, S, 128) the picture as this step foresees it; equals latents after the last step.
-        settings: of this picture.
-        stats: of the run so far.
-    """
-
-    image: int
-    index: int
-    sigma: float
-    latents: mx.array
-    denoised: mx.array
-    settings: Settings
-    stats: Stats
-    _decode: Callable[[mx.array, Settings, Stats], mx.array] = field(repr=False)
-    _preview: Callable[[mx.array, Settings, Stats], Image.Image] = field(repr=False)
-    _repainting: Repainting | None = field(repr=False)
-
-    @property
-    def is_last(self) -> bool:
-        return self.index == self.settings.num_steps
-
-    def array(self) -> np.ndarray:
-        """The foreseen picture, decoded: (H, W, 3) float32 in 0..1; what a mask was given with is of its own size.
-
-        Decoding may unload the transformer, see ``Flux2Pipeline.memory``; the next step loads it again.
-
-        Raises:
-            FloatingPointError: where the decoder's output is not finite.
-        """
-        if self._repainting is not None:
-            return np.asarray(self.picture(), np.float32) / 255
-        return np.array(self._decode(self.denoised, self.settings, self.stats)[0])
-
-    def picture(self) -> Image.Image:
-        """The foreseen picture, decoded to 8-bit RGB; see ``array``."""
-        return self._pasted(to_pil(np.array(self._decode(self.denoised, self.settings, self.stats)[0])))
-
-    def preview(self) -> Image.Image:
-        """The foreseen picture without the decoder: an eighth of the resolution, enlarged, or by preview_decoder."""
-        return self._pasted(self._preview(self.denoised, self.settings, self.stats))
-
-    def _pasted(self, drawn: Image.Image) -> Image.Image:
-        return drawn if self._repainting is None else self._repainting.paste(drawn)
-
-
-@dataclass(frozen=True)
-class Result:
-    """Finished pictures.
-
-    Attributes:
-        images: PIL pictures; (B, H, W, 3) float32 in 0..1 for output_type "np"; (B, H/8, W/8, 32) decoder input for
-            "latent".
-        settings: one a picture, prompt by prompt.
-        seconds, peak_bytes: of each part; see Stats.
-        steps: how many were "computed", and how many "reused" earlier ones; see Stats.
-    """
-
-    images: Any
-    settings: list[Settings]
-    seconds: dict[str, float]
-    peak_bytes: dict[str, int]
-    steps: dict[str, int]
-
-    @property
-    def seeds(self) -> list[int]:
-        return [settings.seed for settings in self.settings]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A validated call: one Settings a picture, and what the pictures share."""
-
-    pictures: list[Settings]
-    sigmas: list[float]
-    prompt_embeds: list[mx.array] | None  # one (1, L, D) a picture
-    latents: list[mx.array] | None  # one (1, S, C) a picture
-    references: list[mx.array]  # (1, H, W, 3)
-    init: mx.array | None  # (1, H, W, 3)
-    repainting: Repainting | None
-    repainted: mx.array | None  # (1, S, 1), how much of each token
-    start: int  # the first step that is done
-    uses_guidance: bool
-    batch_size: int | None
 
 
 class Flux2Pipeline:
@@ -364,7 +139,7 @@ class Flux2Pipeline:
         preview_decoder: str | os.PathLike[str] | None = None,
         progress: bool = False,
     ):
-        _check_memory(memory, memory_limit)
+        check_memory(memory, memory_limit)
         if group is not None and group.size() != 2:
             raise InputError(f"guidance has two passes to share, and the group has {group.size()} processes")
         self.checkpoint = checkpoint
@@ -451,7 +226,7 @@ class Flux2Pipeline:
             InputError: for an unknown dtype or memory, a limit that is none, or a group of other than two.
         """
         dtype_of(dtype)  # refused before anything is downloaded
-        _check_memory(memory, memory_limit)
+        check_memory(memory, memory_limit)
         packed = parse_options(quantize, quantize_text_encoder, group_size)
         checkpoint = open_checkpoint(
             model,
@@ -494,7 +269,7 @@ class Flux2Pipeline:
             InputError: for a size or a length that cannot be drawn.
         """
         if max_sequence_length is not None:
-            _between("max_sequence_length", max_sequence_length, 1, MAX_POSITIONS)
+            check_whole("max_sequence_length", max_sequence_length, 1, MAX_POSITIONS)
         height, width = drawn_size(height, width, references, self.checkpoint.autoencoder.sample_size)
         return make_plan(
             self.text_encoder,
@@ -526,7 +301,7 @@ class Flux2Pipeline:
             InputError: for what is no prompt, or a length that cannot be.
         """
         length = self.tokenizer.default_length if max_sequence_length is None else max_sequence_length
-        _between("max_sequence_length", length, 1, MAX_POSITIONS)
+        check_whole("max_sequence_length", length, 1, MAX_POSITIONS)
         for prompt in prompts:
             check_prompt(prompt)
         encoded = self._encode(prompts, length, Stats())
@@ -747,9 +522,9 @@ class Flux2Pipeline:
             InputError: for a value that cannot be used.
             FloatingPointError: where the latents stop being finite.
         """
-        num_steps = _either("num_steps", num_steps, "num_inference_steps", num_inference_steps)
-        guidance = _either("guidance", guidance, "guidance_scale", guidance_scale)
-        num_images = _either("num_images", num_images, "num_images_per_prompt", num_images_per_prompt)
+        num_steps = one_of_two("num_steps", num_steps, "num_inference_steps", num_inference_steps)
+        guidance = one_of_two("guidance", guidance, "guidance_scale", guidance_scale)
+        num_images = one_of_two("num_images", num_images, "num_images_per_prompt", num_images_per_prompt)
         run = self._validate(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -811,13 +586,13 @@ class Flux2Pipeline:
         expand: Mapping[str, int] | None,
         prompt_embeds: mx.array | None,
         latents: mx.array | np.ndarray | None,
-    ) -> _Run:
+    ) -> Request:
         """Check a call's arguments and fill in the defaults; nothing is computed yet."""
         distilled, params = self.checkpoint.is_distilled, self.checkpoint.transformer
         if (prompt is None) == (prompt_embeds is None):
             raise InputError("give either prompt or prompt_embeds")
         if prompt_embeds is not None:
-            prompt_embeds = _array("prompt_embeds", prompt_embeds)
+            prompt_embeds = as_array("prompt_embeds", prompt_embeds)
             if prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != params.txt_embed_dim:
                 raise InputError(f"prompt_embeds must be (B, L, {params.txt_embed_dim}), got {prompt_embeds.shape}")
             max_sequence_length = prompt_embeds.shape[1]
@@ -919,7 +694,7 @@ class Flux2Pipeline:
                 guidance=float(guidance),
                 schedule=schedule,
                 noise=noise,
-                dtype=_dtype_name(self.dtype),
+                dtype=dtype_name(self.dtype),
                 max_sequence_length=int(max_sequence_length),
                 negative_prompt=negative_prompt,
                 sigmas=None if sigmas is None else tuple(float(s) for s in sigmas),
@@ -944,7 +719,7 @@ class Flux2Pipeline:
         ]
         given = None
         if latents is not None:
-            given = _given_latents(_array("latents", latents), total, height, width, params.in_channels)
+            given = given_latents(as_array("latents", latents), total, height, width, params.in_channels)
         embeds = None
         if prompt_embeds is not None:
             embeds = [prompt_embeds[k // num_images][None] for k in range(total)]
@@ -953,7 +728,7 @@ class Flux2Pipeline:
             init, repainted = repainting.array((height, width)), repainting.tokens((height, width))
         elif init_image is not None:
             init = init_array(init_image, (height, width))
-        return _Run(
+        return Request(
             settings,
             levels,
             embeds,
@@ -1018,7 +793,7 @@ class Flux2Pipeline:
             more = "" if reuse == "references" else ", and reuse of the text beside them costs too much of the picture"
             raise InputError(f"{name} keeps its references already, as klein-9b-kv does{more}")
 
-    def _drawn(self, run: _Run) -> Iterator[Step]:
+    def _drawn(self, run: Request) -> Iterator[Step]:
         with wired(self.memory_limit):
             try:
                 yield from self._steps(run)
@@ -1026,7 +801,7 @@ class Flux2Pipeline:
                 mx.clear_cache()
                 raise
 
-    def _steps(self, run: _Run) -> Iterator[Step]:
+    def _steps(self, run: Request) -> Iterator[Step]:
         """Encode, then draw picture after picture."""
         stats = Stats()
         first = run.pictures[0]
@@ -1104,7 +879,10 @@ class Flux2Pipeline:
                 )
                 away = mx.broadcast_to(encoded[first.negative_prompt], txt.shape) if run.uses_guidance else txt
                 x = noise = mx.concatenate(
-                    [run.latents[k] if run.latents else _noise(drawn, params.in_channels) for k, drawn in pictures]
+                    [
+                        run.latents[k] if run.latents else request_noise(drawn, params.in_channels)
+                        for k, drawn in pictures
+                    ]
                 )
                 if init is not None:
                     x = noised(init, noise, sigmas[0])
@@ -1136,7 +914,7 @@ class Flux2Pipeline:
                         if i == first.num_steps:
                             reuse = None
                     if not finite.item():
-                        raise FloatingPointError(_not_finite(f"step {i} of {first.num_steps}", first.dtype))
+                        raise FloatingPointError(not_finite(f"step {i} of {first.num_steps}", first.dtype))
                     is_reused = caches[0] is not None and caches[0].is_used
                     stats.steps["reused" if is_reused else "computed"] += len(pictures)
                     for row, (k, drawn) in enumerate(pictures):
@@ -1155,7 +933,7 @@ class Flux2Pipeline:
                             run.repainting,
                         )
 
-    def _pictures_in_a_pass(self, run: _Run, tokens: int, kept: int, rows: int, cached: int, reused: int) -> int:
+    def _pictures_in_a_pass(self, run: Request, tokens: int, kept: int, rows: int, cached: int, reused: int) -> int:
         """How many pictures are drawn at a time, each with so many rows of tokens."""
         most = run.batch_size
         if most is None:
@@ -1274,7 +1052,7 @@ class Flux2Pipeline:
             image, finite = to_unit(decoded), mx.isfinite(decoded).all()
             mx.eval(image, finite)
         if not finite.item():
-            raise FloatingPointError(_not_finite("the decoder", _dtype_name(stage_dtype("autoencoder", self.dtype))))
+            raise FloatingPointError(not_finite("the decoder", dtype_name(stage_dtype("autoencoder", self.dtype))))
         return image
 
     def _preview(self, latents: mx.array, settings: Settings, stats: Stats) -> Image.Image:
@@ -1410,7 +1188,7 @@ class Flux2Pipeline:
             InputError: for an unknown stage.
         """
         if stage is not None:
-            _one_of("stage", stage, STAGES)
+            check_choice("stage", stage, STAGES)
         for name in STAGES if stage is None else (stage,):
             self._open(name)
             if name == "transformer":
@@ -1434,247 +1212,6 @@ class Flux2Pipeline:
         return transformer
 
 
-def check_options(
-    *,
-    height: int | None,
-    width: int | None,
-    num_steps: int | None,
-    guidance: float | None,
-    guidance_interval: Sequence[float] | None,
-    guidance_rescale: float,
-    step_cache: float | None,
-    reuse: str | None,
-    seed: int,
-    num_images: int,
-    batch_size: int | None,
-    schedule: str,
-    sigmas: Sequence[float] | None,
-    noise: str,
-    max_sequence_length: int | None,
-    strength: float | None,
-    mask_blur: float,
-    mask_padding: int | None,
-    expand: Mapping[str, int] | None,
-) -> None:
-    """Refuse options of Flux2Pipeline.stream that no model could draw with; None stands for the model's default.
-
-    Raises:
-        InputError: naming the value and what is possible.
-    """
-    check_size(height, width)
-    if num_steps is not None:
-        _between("num_steps", num_steps, 1, MAX_STEPS)
-    if sigmas is not None:
-        check_sigmas(sigmas)
-        if num_steps not in (None, len(sigmas)):
-            raise InputError(f"num_steps is {num_steps}, but {len(sigmas)} sigmas are given")
-    if guidance is not None and not (isinstance(guidance, (int, float)) and 0 <= guidance <= MAX_GUIDANCE):
-        raise InputError(f"guidance must be a number from 0 to {MAX_GUIDANCE}, got {guidance!r}")
-    if guidance_interval is not None:
-        ends = list(guidance_interval) if isinstance(guidance_interval, (list, tuple)) else []
-        if not (len(ends) == 2 and all(isinstance(end, (int, float)) for end in ends) and 0 <= ends[0] <= ends[1] <= 1):
-            raise InputError(
-                f"guidance_interval must be two noise levels, 0 <= low <= high <= 1, got {guidance_interval!r}"
-            )
-    if not (isinstance(guidance_rescale, (int, float)) and 0 <= guidance_rescale <= 1):
-        raise InputError(f"guidance_rescale must be a number from 0 to 1, got {guidance_rescale!r}")
-    if step_cache is not None and not (isinstance(step_cache, (int, float)) and 0 <= step_cache < math.inf):
-        raise InputError(f"step_cache must be a number of at least 0, got {step_cache!r}")
-    if reuse is not None:
-        _one_of("reuse", reuse, REUSED)
-        if step_cache is not None:
-            raise InputError("step_cache is for tens of steps and reuse for a few; give one of them")
-    _between("seed", seed, 0, None)
-    _between("num_images", num_images, 1, MAX_IMAGES)
-    if batch_size is not None:
-        _between("batch_size", batch_size, 1, MAX_IMAGES)
-    if max_sequence_length is not None:
-        _between("max_sequence_length", max_sequence_length, 1, MAX_POSITIONS)
-    if strength is not None and not (isinstance(strength, (int, float)) and 0 < strength <= 1):
-        raise InputError(f"strength must be a number above 0, up to 1, got {strength!r}")
-    if not (isinstance(mask_blur, (int, float)) and 0 <= mask_blur <= MAX_MARGIN):
-        raise InputError(f"mask_blur must be a number of pixels from 0 to {MAX_MARGIN}, got {mask_blur!r}")
-    if mask_padding is not None:
-        _between("mask_padding", mask_padding, 0, MAX_MARGIN)
-    check_expand(expand)
-    _one_of("schedule", schedule, SCHEDULES)
-    _one_of("noise", noise, NOISES)
-
-
-def usual_guidance(distilled: bool) -> float:
-    return 1.0 if distilled else 4.0
-
-
-def noise_levels(
-    distilled: bool, tokens: int, num_steps: int | None, schedule: str, sigmas: Sequence[float] | None
-) -> list[float]:
-    """Those of a picture with so many image tokens: the custom ones, else of so many steps, or the model's usual."""
-    if sigmas is not None:
-        return custom_sigmas(sigmas, tokens)
-    return schedule_sigmas(schedule, (4 if distilled else 50) if num_steps is None else num_steps, tokens)
-
-
-def usual_strength(steps: int, *, repaints: bool) -> float:
-    return 1.0 if repaints else min(STRENGTH, most_kept(steps))
-
-
-def first_step(strength: float, steps: int) -> int:
-    """The step to begin with, of so many, where a picture is drawn anew with a strength; diffusers' rounding. The last
-    one is always done.
-    """
-    first = min(int(steps - steps * strength), steps - 1)
-    if first == 0 and strength < 1 < steps:
-        warnings.warn(
-            f"strength {strength:g} of {steps} steps is rounded to all of them and keeps next to nothing of the init "
-            f"image; {most_kept(steps):g} is the most that keeps some",
-            stacklevel=4,
-        )
-    return first
-
-
-def most_kept(steps: int) -> float:
-    """The greatest strength, in hundredths, that leaves out one of so many steps; 1 where there is one alone."""
-    return math.floor(100 * (steps - 1) / steps) / 100 if steps > 1 else 1.0
-
-
-def check_size(height: int | None, width: int | None) -> None:
-    """Refuse a picture's size that cannot be drawn; None is a side that is not known yet.
-
-    Raises:
-        InputError: unless both are multiples of 16, at least 64, and together at most 4 megapixels.
-    """
-    for name, value in (("height", height), ("width", width)):
-        if value is None:
-            continue
-        _between(name, value, MIN_SIDE, None)
-        if value % PIXELS_PER_TOKEN:
-            low = value // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN
-            raise InputError(
-                f"{name} must be a multiple of {PIXELS_PER_TOKEN}, got {value}; the nearest are {low} and "
-                f"{low + PIXELS_PER_TOKEN}"
-            )
-    if height is not None and width is not None and height * width > MAX_PIXELS:
-        raise InputError(
-            f"{width} x {height} is {height * width / 2**20:.2f} megapixels; at most {MAX_PIXELS // 2**20} "
-            "(2048 x 2048) can be drawn"
-        )
-
-
-def drawn_size(
-    height: int | None, width: int | None, references: Sequence[tuple[int, int]], side: int
-) -> tuple[int, int]:
-    """The size (height, width) of a picture: what is given, else the first of those that it is drawn from, by its
-    aspect where one side is given, else ``side``.
-
-    Raises:
-        InputError: see check_size.
-    """
-    check_size(height, width)
-    if references:
-        tall, wide = references[0]
-        if height is None:
-            height = tall if width is None else _multiple(width * tall / wide)
-        if width is None:
-            width = _multiple(height * wide / tall)
-    height, width = height or side, width or side
-    check_size(height, width)
-    return height, width
-
-
-def _multiple(side: float) -> int:
-    """The nearest side that can be drawn."""
-    return max(MIN_SIDE, round(side / PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN)
-
-
-def check_prompt(prompt: Any) -> None:
-    """Refuse what is no text: another type, or a string with halves of characters, as undecodable input leaves them.
-
-    Raises:
-        InputError: naming the value.
-    """
-    if not isinstance(prompt, str):
-        raise InputError(f"a prompt must be a string, got {prompt!r}")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"the prompt is not Unicode text: {prompt[error.start]!r} at {error.start}") from None
-
-
-def _between(name: str, value: int, least: int, most: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    if most is not None and value > most:
-        raise InputError(f"{name} must be at most {most}, got {value}")
-
-
-def _check_memory(memory: str, limit: int | None) -> None:
-    _one_of("memory", memory, MODES)
-    if limit is not None and not (isinstance(limit, (int, float)) and 1 <= limit < 2**63):
-        raise InputError(f"memory_limit must be a number of bytes, got {limit!r}")
-
-
-def _array(name: str, value: Any) -> mx.array:
-    """An array of MLX, NumPy or torch as MLX's."""
-    try:
-        return value if isinstance(value, mx.array) else mx.array(np.asarray(value))
-    except (TypeError, ValueError, RuntimeError):
-        raise InputError(f"{name} must be an array, got {type(value).__name__}") from None
-
-
-def _not_finite(where: str, dtype: str) -> str:
-    wider = {"float16": "try bfloat16", "bfloat16": "try float32"}.get(dtype)
-    way_out = f"{wider} (--dtype, dtype=), and if that fails too, check" if wider else "check"
-    return f"{where}: values are not finite in {dtype}; {way_out} the checkpoint's files"
-
-
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def _either(name: str, value: Any, other_name: str, other: Any) -> Any:
-    """One argument under two names."""
-    if value is not None and other is not None and value != other:
-        raise InputError(f"{name} ({value}) and {other_name} ({other}) are the same setting; give one of them")
-    return other if value is None else value
-
-
 def _masked(x: mx.array, kept: mx.array, repainted: mx.array) -> mx.array:
     """x where it is repainted, else what is kept: all (1, S, C) but repainted, (1, S, 1) in 0..1."""
     return repainted * x + (1 - repainted) * kept
-
-
-def _noise(settings: Settings, channels: int) -> mx.array:
-    return initial_noise(settings.seed, settings.height, settings.width, channels, settings.noise)
-
-
-def _given_latents(latents: mx.array, count: int, height: int, width: int, channels: int) -> list[mx.array]:
-    rows, columns = height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN
-    if latents.shape == (count, channels, rows, columns):
-        latents = pack_channels_first(latents)
-    if latents.shape != (count, rows * columns, channels):
-        raise InputError(
-            f"latents must be {(count, channels, rows, columns)} or {(count, rows * columns, channels)}, "
-            f"got {latents.shape}"
-        )
-    return [latents[k][None].astype(mx.float32) for k in range(count)]
-
-
-def dtype_of(dtype: str | mx.Dtype | None) -> mx.Dtype:
-    """The dtype of that name; None takes what suits the machine.
-
-    Raises:
-        InputError: for another one.
-    """
-    if dtype is None:
-        return default_dtype()
-    if isinstance(dtype, str):
-        _one_of("dtype", dtype, tuple(DTYPES))
-        return DTYPES[dtype]
-    if dtype not in DTYPES.values():
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
-    return dtype
-
-
-def _dtype_name(dtype: mx.Dtype) -> str:
-    return next(name for name, value in DTYPES.items() if value == dtype)

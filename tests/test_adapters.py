@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from flux2_mlx import CheckpointError, Flux2Pipeline, FluxKlein, FluxKleinParams, InputError, read_metadata
 from flux2_mlx.adapters.lora import open_lora, parse_lora
-from flux2_mlx.checkpoints.checkpoint import materialize
+from flux2_mlx.checkpoints.load import materialize
+from flux2_mlx.device import weights_of
 from flux2_mlx.fuse import main as fuse
 from flux2_mlx.generate import main as generate
-from flux2_mlx.runtime.activations import weights_of
 from tests import loras
 
 SMALL = {"width": 80, "height": 64, "num_steps": 2, "max_sequence_length": 16, "seed": 3}

@@ -10,7 +10,7 @@ import pytest
 
 from flux2_mlx import Flux2Pipeline, pipeline
 from flux2_mlx import disk_cache as cache
-from flux2_mlx.checkpoints.checkpoint import read_through
+from flux2_mlx.checkpoints.files import read_through
 from flux2_mlx.generate import main
 from tests import tiny
 

@@ -19,6 +19,7 @@ from flux2_mlx import (
     RELEASED,
     CheckpointError,
     Flux2Pipeline,
+    lazy,
     load_safetensors,
     open_checkpoint,
     sanitize_flux2_klein_weights,
@@ -26,17 +27,19 @@ from flux2_mlx import (
     sanitize_vae_weights,
 )
 from flux2_mlx.checkpoints import checkpoint as weights_module
-from flux2_mlx.checkpoints.checkpoint import (
+from flux2_mlx.checkpoints.files import load_files
+from flux2_mlx.checkpoints.formats.gguf import read_gguf
+from flux2_mlx.checkpoints.load import (
     load_autoencoder,
     load_preview_decoder,
     load_text_encoder,
     load_transformer,
     materialize,
 )
-from flux2_mlx.checkpoints.formats.gguf import read_gguf
-from flux2_mlx.models.names import autoencoder as checkpoints
-from flux2_mlx.quantization.layers import Quantization, QuantizedEmbedding, QuantizedLinear, unpack
-from flux2_mlx.runtime.activations import weights_of
+from flux2_mlx.device import weights_of
+from flux2_mlx.quantization.layers import QuantizedEmbedding, QuantizedLinear
+from flux2_mlx.quantization.packing import unpack
+from flux2_mlx.quantization.spec import Quantization
 from tests import formats, tiny
 
 LOADERS = {"transformer": load_transformer, "text_encoder": load_text_encoder, "vae": load_autoencoder}
@@ -153,7 +156,7 @@ def test_text_encoder_in_e5m2(whole, tensors, tmp_path, convention):
 def test_every_code_of_fp8(tmp_path, dtype):
     codes = torch.arange(256, dtype=torch.uint8).reshape(4, 64).view(dtype)
     other = torch.zeros(1, dtype=torch.float8_e5m2)  # which makes MLX refuse the file
-    found = weights_module._load([formats.save({"x.weight": codes, "y": other}, tmp_path / "w")])
+    found = load_files([formats.save({"x.weight": codes, "y": other}, tmp_path / "w")])
     np.testing.assert_array_equal(np.array(found["x.weight"].make().astype(mx.float32)), codes.float().numpy())
 
 
@@ -164,7 +167,7 @@ def test_every_dtype_of_a_file_with_e5m2(tmp_path):
     for dtype in (*floats, torch.int8, torch.uint8, torch.uint32):
         written[f"{dtype}.weight"] = torch.arange(12).reshape(3, 4).to(dtype)
         written[str(dtype)] = torch.tensor(3).to(dtype)
-    found = weights_module._load([formats.save(written, tmp_path / "w")])
+    found = load_files([formats.save(written, tmp_path / "w")])
     for name, tensor in written.items():
         array = found[name].make() if name.endswith(".weight") else found[name]
         assert array.shape == tensor.shape
@@ -177,9 +180,9 @@ def test_a_matrix_in_e5m2_is_converted_some_rows_at_a_time(tmp_path, monkeypatch
         {"double_blocks.0.img_attn.qkv.weight": torch.randn(3 * 128, 256)}, "marked rows", torch.float8_e5m2
     )
     file = formats.save(written, tmp_path / "w")
-    monkeypatch.setattr(checkpoints, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(lazy, "ROWS_AT_ONCE", 7)
     before = memory()
-    parts = sanitize_flux2_klein_weights(weights_module._load([file]))
+    parts = sanitize_flux2_klein_weights(load_files([file]))
     assert memory() - before < 4096  # the scales
     made = {name: part.make() for name, part in parts.items()}
     assert memory() - before < 1.1 * sum(array.nbytes for array in made.values())
@@ -215,7 +218,7 @@ def test_mxfp8_of_any_size_and_scale(size, tmp_path):
     }
     expected = tensor.float() * scales.view(torch.float8_e8m0fnu).float().repeat_interleave(32, dim=1)
     for other in ({}, {"other": torch.zeros(1, dtype=torch.float8_e5m2)}):
-        found = sanitize_flux2_klein_weights(weights_module._load([formats.save(written | other, tmp_path / "w")]))
+        found = sanitize_flux2_klein_weights(load_files([formats.save(written | other, tmp_path / "w")]))
         weight = found["x_embedder.weight"]
         weight = weight.make() if other else weight
         np.testing.assert_array_equal(np.array(weight), expected.numpy())
@@ -245,7 +248,7 @@ def test_nvfp4(layout, size, tmp_path):
     found = sanitize_flux2_klein_weights(load_safetensors(formats.save(written, tmp_path / "w")))
     assert_equal(found, {f"{layer}.weight": expected}, 1e-6)
     written["other"] = torch.zeros(1, dtype=torch.float8_e5m2)  # which makes MLX refuse the file
-    found = sanitize_flux2_klein_weights(weights_module._load([formats.save(written, tmp_path / "w")]))
+    found = sanitize_flux2_klein_weights(load_files([formats.save(written, tmp_path / "w")]))
     assert_equal({"w": found[f"{layer}.weight"].make()}, {"w": expected}, 1e-6)
 
 
@@ -645,7 +648,7 @@ def test_a_gguf_matrix_is_converted_some_rows_at_a_time(tmp_path, monkeypatch, m
     """Parts of a fused one hold no more than themselves."""
     tensor = torch.randn(96, 64)
     expected = formats.write_gguf(tmp_path / "w.gguf", {"double_blocks.0.img_attn.qkv.weight": tensor}, "Q4_1")
-    monkeypatch.setattr(checkpoints, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(lazy, "ROWS_AT_ONCE", 7)
     before = memory()
     parts = sanitize_flux2_klein_weights(read_gguf(tmp_path / "w.gguf"))
     assert memory() == before

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from flux2_mlx import Flux2Pipeline, InputError, Settings, __version__, read_metadata, save_image
-from flux2_mlx.generate import check, main, output_path, parse_arguments
+from flux2_mlx.cli.arguments import check, output_path, parse_arguments
+from flux2_mlx.generate import main
 from tests import tiny
 from tests.prompts import LONG
 

@@ -15,7 +15,8 @@ from diffusers.utils import load_image
 from PIL import ExifTags, Image
 
 from flux2_mlx import InputError, Settings, read_metadata, save_image
-from flux2_mlx.imaging.files import check_output, open_image, reference_array, reference_size, to_pil, to_unit
+from flux2_mlx.imaging.files import check_output, open_image
+from flux2_mlx.imaging.preprocess import reference_array, reference_size, to_pil, to_unit
 
 SETTINGS = Settings(
     prompt='a red fox 🦊, "quoted"\nsecond line',

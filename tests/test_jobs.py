@@ -13,9 +13,11 @@ import pytest
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline, InputError, read_metadata
+from flux2_mlx.cli.arguments import build_parser
 from flux2_mlx.cli.jobs import Job, missing_runs, read_jobs
-from flux2_mlx.generate import build_parser, main, random_seed, shared_seed
+from flux2_mlx.generate import main
 from flux2_mlx.models.qwen3 import Qwen3TextEncoder
+from flux2_mlx.runtime.distributed import random_seed, shared_seed
 
 SMALL = {"width": 80, "height": 64, "steps": 1, "max_sequence_length": 16}
 

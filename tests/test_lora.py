@@ -22,24 +22,22 @@ from PIL import Image
 from benchmarks.nano_world import random_task, render
 from examples import teach_nano
 from flux2_mlx import Flux2Pipeline, FluxKlein, FluxKleinParams, InputError, Quantization, image_ids, text_ids
-from flux2_mlx.lora import LORA, STATE, curve, main, parse
+from flux2_mlx.device import weight_bytes, within
+from flux2_mlx.lora import main, parse
 from flux2_mlx.models.qwen3 import Qwen3TextEncoder
-from flux2_mlx.quantization.layers import QuantizedLinear, largest_dense_bytes, pack_plainly, quantize
-from flux2_mlx.runtime.activations import training_bytes, weight_bytes, within
-from flux2_mlx.sampling.samplers import flux2_sigmas
+from flux2_mlx.quantization.layers import QuantizedLinear, quantize
+from flux2_mlx.quantization.packing import pack_plainly
+from flux2_mlx.quantization.recipes import largest_dense_bytes
+from flux2_mlx.runtime.activations import training_bytes
+from flux2_mlx.sampling.schedules import flux2_sigmas
+from flux2_mlx.training.adapter import add_adapters, targeted
 from flux2_mlx.training.dataset import Batches, DataError, bucket, fingerprint, read_dataset
-from flux2_mlx.training.trainer import (
-    SHIFT_STEPS,
-    TIMESTEPS,
-    Trainer,
-    TrainingOptions,
-    add_adapters,
-    draw_timesteps,
-    flow_loss,
-    learning_rate_at,
-    run_again,
-    targeted,
-)
+from flux2_mlx.training.log import curve
+from flux2_mlx.training.losses import SHIFT_STEPS, draw_timesteps, flow_loss, learning_rate_at
+from flux2_mlx.training.options import TIMESTEPS, TrainingOptions
+from flux2_mlx.training.recompute import run_again
+from flux2_mlx.training.run import LORA, STATE
+from flux2_mlx.training.trainer import Trainer
 
 SMALL = ["--model", "nano", "--allow-distilled", "--resolution", "64", "--rank", "2", "--targets", "to_q", "linear_in"]
 
@@ -284,7 +282,7 @@ def test_steps_are_those_of_torch_adamw(pictures, tmp_path, monkeypatch):
 
         return call
 
-    monkeypatch.setattr("flux2_mlx.training.nn.value_and_grad", watched)
+    monkeypatch.setattr("flux2_mlx.training.trainer.nn.value_and_grad", watched)
     words = ["--learning-rate", 0.01, "--warmup", 2, "--weight-decay", 0.1, "--clip", 0.001, "--save-every", 1]
     assert train(pictures, tmp_path / "run", "--steps", 4, *words) == 0
     options = TrainingOptions("", "", steps=4, warmup=2, learning_rate=0.01)
@@ -564,7 +562,7 @@ def test_edits_are_trained(tmp_path):
 
 
 def test_numbers_that_are_not_finite_end_a_run(pictures, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("flux2_mlx.training.flow_loss", lambda model, *_: mx.array(float("nan")))
+    monkeypatch.setattr("flux2_mlx.training.trainer.flow_loss", lambda model, *_: mx.array(float("nan")))
     assert train(pictures, tmp_path / "run", "--steps", 2) == 2
     assert "step 1: the loss is nan" in capsys.readouterr().err
 

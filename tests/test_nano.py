@@ -21,7 +21,8 @@ from benchmarks import nano_score, nano_world
 from benchmarks.nano_world import COLOURS, EDITS, PLACES, SHAPES, SIZES, Scene, Thing, judge, random_task, render
 from examples import train_nano
 from flux2_mlx import Flux2Pipeline
-from flux2_mlx.checkpoints.checkpoint import open_checkpoint, read_header
+from flux2_mlx.checkpoints.checkpoint import open_checkpoint
+from flux2_mlx.checkpoints.files import read_header
 from flux2_mlx.conditioning.tokenizer import Qwen3Tokenizer
 from flux2_mlx.generate import main
 

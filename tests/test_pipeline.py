@@ -13,22 +13,17 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from flux2_mlx import CheckpointError, Flux2Pipeline, InputError, Step
-from flux2_mlx.imaging.files import init_array
+from flux2_mlx.device import default_dtype, machine_memory, weight_bytes, weights_of
+from flux2_mlx.imaging.preprocess import init_array
 from flux2_mlx.models.flux2 import FluxKlein
 from flux2_mlx.models.qwen3 import Qwen3TextEncoder
-from flux2_mlx.pipeline import STRENGTH, Stats, check_size, drawn_size, first_step, most_kept
-from flux2_mlx.runtime.activations import (
-    decoder_bytes,
-    default_dtype,
-    kept_bytes,
-    machine_memory,
-    transformer_bytes,
-    weight_bytes,
-    weights_of,
-)
+from flux2_mlx.options import check_size
+from flux2_mlx.request import STRENGTH, drawn_size, first_step, most_kept
+from flux2_mlx.runtime.activations import decoder_bytes, kept_bytes, transformer_bytes
 from flux2_mlx.runtime.plan import MODES
+from flux2_mlx.runtime.stats import Stats
 from flux2_mlx.sampling.latents import image_ids, initial_noise, pack_latents, text_ids
-from flux2_mlx.sampling.samplers import flux2_sigmas
+from flux2_mlx.sampling.schedules import flux2_sigmas
 from tests import tiny
 
 SMALL = {"height": 64, "width": 80, "num_steps": 2, "max_sequence_length": 16}
@@ -234,7 +229,7 @@ def test_schedules_differ(pipe):
 
 
 def test_dtype_follows_the_machine(monkeypatch):
-    from flux2_mlx.runtime import activations as memory
+    from flux2_mlx import device as memory
 
     assert default_dtype() == (mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16)
     monkeypatch.setattr(memory, "on_gpu", lambda: True)

@@ -12,21 +12,16 @@ import pytest
 
 from flux2_mlx import AutoEncoderConfig, Flux2Pipeline, FluxKleinParams, InputError, Quantization, Qwen3Config
 from flux2_mlx.convert import main as convert
+from flux2_mlx.device import free_in_meminfo, free_in_vm_stat, machine_memory, recommended_memory, weight_bytes, within
 from flux2_mlx.generate import main
 from flux2_mlx.models.autoencoder import AutoEncoder
 from flux2_mlx.models.flux2 import FluxKlein
 from flux2_mlx.models.qwen3 import Qwen3TextEncoder
 from flux2_mlx.pipeline import STAGES
-from flux2_mlx.quantization.layers import pack_plainly, quantize
-from flux2_mlx.runtime.activations import (
-    free_in_meminfo,
-    free_in_vm_stat,
-    machine_memory,
-    recommended_memory,
-    weight_bytes,
-    within,
-)
-from flux2_mlx.runtime.plan import MODES, Plan, Stage, download_bytes, make_plan, released_modules
+from flux2_mlx.quantization.layers import quantize
+from flux2_mlx.quantization.packing import pack_plainly
+from flux2_mlx.runtime.plan import MODES, Plan, Stage, make_plan
+from flux2_mlx.runtime.released import download_bytes, released_modules
 from flux2_mlx.runtime.streaming import block_paths, is_streamed, streamed_bytes
 from tests import formats, tiny
 
@@ -317,7 +312,7 @@ def test_on_a_gpu_memory_is_wired_while_pictures_are_drawn(checkpoint, monkeypat
     pipe = Flux2Pipeline.from_pretrained(checkpoint, cache=False, memory_limit=2**60)
     steps = pipe.stream("a", **SMALL)
     with monkeypatch.context() as patch:
-        patch.setattr("flux2_mlx.memory.on_gpu", lambda: True)
+        patch.setattr("flux2_mlx.device.on_gpu", lambda: True)
         next(steps)
         assert limits[1:] == [recommended_memory()]
         steps.close()
@@ -337,11 +332,11 @@ def test_free_memory_is_read_from_what_the_systems_say():
 
 
 def test_the_machine_gives_what_others_leave(monkeypatch):
-    monkeypatch.setattr("flux2_mlx.memory.free_memory", lambda: 10**9)
+    monkeypatch.setattr("flux2_mlx.device.free_memory", lambda: 10**9)
     assert machine_memory() == 10**9 + mx.get_active_memory() + mx.get_cache_memory()
-    monkeypatch.setattr("flux2_mlx.memory.free_memory", lambda: 2**60)
+    monkeypatch.setattr("flux2_mlx.device.free_memory", lambda: 2**60)
     most = machine_memory()
-    monkeypatch.setattr("flux2_mlx.memory.free_memory", lambda: None)
+    monkeypatch.setattr("flux2_mlx.device.free_memory", lambda: None)
     assert machine_memory() == most < 2**60
 
 

@@ -129,7 +129,7 @@ def test_the_preview_file_is_rewritten_after_each_step(checkpoint, tmp_path, mon
     written = []
     save = save_preview
     monkeypatch.setattr(
-        "flux2_mlx.generate.save_preview", lambda image, path: written.append(image) or save(image, path)
+        "flux2_mlx.cli.runner.save_preview", lambda image, path: written.append(image) or save(image, path)
     )
     small = ["--width", "80", "--height", "64", "--steps", "2", "--max-sequence-length", "16"]
     command = ["a", "--model", str(checkpoint), *small, "--preview", "now.png", "--num-images", "2", "--quiet"]

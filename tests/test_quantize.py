@@ -18,22 +18,14 @@ from flux2_mlx import (
     load_quantized_flux_klein,
     open_checkpoint,
 )
-from flux2_mlx.checkpoints.checkpoint import load_transformer, materialize
+from flux2_mlx.checkpoints.load import load_transformer, materialize
+from flux2_mlx.device import weight_bytes, weights_of
 from flux2_mlx.models.layers import Linear
 from flux2_mlx.quantization import layers as quantize
-from flux2_mlx.quantization.layers import (
-    AFFINE_BITS,
-    DENSE_ROWS,
-    FITTED_BITS,
-    FLOAT_MODES,
-    QuantizedEmbedding,
-    QuantizedLinear,
-    options_of,
-    pack,
-    parse_options,
-    unpack,
-)
-from flux2_mlx.runtime.activations import weight_bytes, weights_of
+from flux2_mlx.quantization import packing, recipes
+from flux2_mlx.quantization.layers import DENSE_ROWS, QuantizedEmbedding, QuantizedLinear
+from flux2_mlx.quantization.packing import FITTED_BITS, pack, unpack
+from flux2_mlx.quantization.spec import AFFINE_BITS, FLOAT_MODES, options_of, parse_options
 from tests import formats, tiny
 
 WAYS = [Quantization(bits, group) for bits in AFFINE_BITS for group in (32, 64, 128)]
@@ -157,7 +149,7 @@ def test_options_and_back(options):
 def test_codes_are_in_the_order_that_mlx_reads(how):
     codes = np.random.default_rng(0).integers(0, 2**how.bits, (3, 256)).astype(np.uint32)
     groups = 256 // how.group_size
-    words = quantize._words(mx.array(codes), how.bits)
+    words = packing._words(mx.array(codes), how.bits)
     restored = unpack(words, mx.ones((3, groups)), mx.zeros((3, groups)), how)
     assert np.array_equal(np.array(restored), codes)
 
@@ -174,7 +166,7 @@ def test_fitted_packing_is_nearer_to_the_weight(how, monkeypatch):
     plain = mx.quantize(weight, group_size=how.group_size, bits=how.bits)
     assert [(part.shape, part.dtype) for part in fitted] == [(part.shape, part.dtype) for part in plain]
     assert error(fitted) < 0.93 * error(plain)
-    monkeypatch.setattr(quantize, "PACKED_AT_ONCE", 7 * 256)  # by rows, the last few fewer
+    monkeypatch.setattr(packing, "PACKED_AT_ONCE", 7 * 256)  # by rows, the last few fewer
     assert all(mx.array_equal(a, b).item() for a, b in zip(pack(weight, how), fitted, strict=True))
 
 
@@ -197,7 +189,7 @@ def bits_of(model):
 @pytest.mark.parametrize("params", [FluxKleinParams.klein_4b(), FluxKleinParams.klein_9b()], ids=["4b", "9b"])
 def test_the_most_sensitive_layers_keep_more_bits(params):
     model = FluxKlein(params)  # lazy: nothing of it is computed
-    quantize.quantize(model, quantize.mixed(model, Quantization(4, 64)))
+    quantize.quantize(model, recipes.mixed(model, Quantization(4, 64)))
     average, bits = bits_of(model)
     assert 4.8 < average <= 4.83
     assert bits["proj_out"] == bits["x_embedder"] == 8
@@ -212,7 +204,7 @@ def test_the_most_sensitive_layers_keep_more_bits(params):
 @pytest.mark.parametrize("params", [Qwen3Config(), Qwen3Config.qwen3_8b()], ids=["4b", "8b"])
 def test_the_first_layers_of_text_keep_more_bits(params):
     model = Qwen3TextEncoder(params)
-    quantize.quantize(model, quantize.mixed(model, Quantization(4, 64)))
+    quantize.quantize(model, recipes.mixed(model, Quantization(4, 64)))
     average, bits = bits_of(model)
     assert 4.78 < average <= 4.83
     projections = [bits[f"model.layers.{k}.mlp.down_proj"] for k in range(27)]
@@ -224,7 +216,7 @@ def test_the_first_layers_of_text_keep_more_bits(params):
 @pytest.mark.parametrize("how", [Quantization(8, 32), Quantization(4, 32, "mxfp4")], ids=str)
 def test_what_is_packed_alike(how):
     model = FluxKlein(PARAMS)
-    assert {quantize.mixed(model, how)(path, layer) for path, layer in model.named_modules()} == {how}
+    assert {recipes.mixed(model, how)(path, layer) for path, layer in model.named_modules()} == {how}
 
 
 # ------------------------------------------------------------------------------------------------ fused or unpacked
@@ -417,7 +409,7 @@ def test_a_gguf_file_is_packed_tensor_by_tensor(checkpoint, tmp_path):
 @pytest.mark.parametrize("kind", ["diffusers", "bfloat16", "Q5_0"])
 def test_loading_holds_the_packed_model_and_little_more(checkpoint, tmp_path, memory, kind, monkeypatch):
     """At most one more of its largest tensor, and the little that is fitted at once."""
-    monkeypatch.setattr(quantize, "PACKED_AT_ONCE", 2**9)  # a small part of a tensor, as it is of real ones
+    monkeypatch.setattr(packing, "PACKED_AT_ONCE", 2**9)  # a small part of a tensor, as it is of real ones
     model = tiny.transformer(depth_single=24)
     tensors = {name: t.detach() for name, t in model.state_dict().items()}
     size = 4  # bytes of a dense weight

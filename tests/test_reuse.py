@@ -13,10 +13,11 @@ from PIL import Image
 
 from benchmarks.nano_score import draw, unseen_edits, unseen_tasks
 from flux2_mlx import Flux2Pipeline, FluxKlein, FluxKleinParams, InputError
+from flux2_mlx.device import within
 from flux2_mlx.generate import main
-from flux2_mlx.models.flux2 import Reuse
-from flux2_mlx.pipeline import REUSED
-from flux2_mlx.runtime.activations import kept_bytes, transformer_bytes, within
+from flux2_mlx.models.kv_cache import Reuse
+from flux2_mlx.options import REUSED
+from flux2_mlx.runtime.activations import kept_bytes, transformer_bytes
 from tests import tiny
 from tests.parity.compare import relative_error
 from tests.parity.test_transformer import inputs, ported, theirs

@@ -16,13 +16,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from flux2_mlx import AutoEncoderConfig, Flux2Pipeline, FluxKleinParams, Quantization, Qwen3Config
+from flux2_mlx.device import weight_bytes
 from flux2_mlx.generate import main
 from flux2_mlx.models.autoencoder import AutoEncoder
-from flux2_mlx.models.flux2 import FluxKlein, Reuse
+from flux2_mlx.models.flux2 import FluxKlein
+from flux2_mlx.models.kv_cache import Reuse
 from flux2_mlx.models.layers import Linear
 from flux2_mlx.runtime import roofline
-from flux2_mlx.runtime.activations import weight_bytes
-from flux2_mlx.runtime.plan import Plan, Stage, between, make_plan, released_modules
+from flux2_mlx.runtime.plan import Plan, Stage, between, make_plan
+from flux2_mlx.runtime.released import released_modules
 from flux2_mlx.runtime.roofline import (
     Speeds,
     Work,

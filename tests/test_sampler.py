@@ -9,13 +9,13 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from flux2_mlx import FluxSampler, FluxSamplerConfig, InputError
-from flux2_mlx.sampling.samplers import (
+from flux2_mlx.sampling.guidance import guide
+from flux2_mlx.sampling.schedules import (
     check_sigmas,
     comfy_sigmas,
     custom_sigmas,
     empirical_mu,
     flux2_sigmas,
-    guide,
     linear_sigmas,
     schedule_sigmas,
 )

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from flux2_mlx import InputError, read_metadata
-from flux2_mlx.cli.session import HELP, Picture, Session, completed
-from flux2_mlx.generate import converse, main
+from flux2_mlx.cli.session import HELP, Picture, Session, completed, converse
+from flux2_mlx.generate import main
 from tests.test_images import SETTINGS
 
 
@@ -185,7 +185,7 @@ def test_a_session(checkpoint, pipe, tmp_path, monkeypatch, capsys, opened):
     monkeypatch.setenv("FLUX2_MLX_CACHE", str(tmp_path / "cache"))
     given = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8))
     given.save("given.png")
-    monkeypatch.setattr("flux2_mlx.generate.random_seed", lambda: 11)
+    monkeypatch.setattr("flux2_mlx.cli.session.random_seed", lambda: 11)
     monkeypatch.setattr(
         sys, "stdin", io.StringIO("seed 3\na fox like $1 and $2\nsize 100x64\na fox\nsize\nseed\na fox\nquit\n")
     )

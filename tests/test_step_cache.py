@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline, FluxKlein, FluxKleinParams
+from flux2_mlx.device import weight_bytes
 from flux2_mlx.models.first_block_cache import StepCache
 from flux2_mlx.models.flux2 import DoubleBlock, SingleBlock
-from flux2_mlx.runtime.activations import transformer_bytes, weight_bytes
-from flux2_mlx.sampling.samplers import flux2_sigmas
+from flux2_mlx.runtime.activations import transformer_bytes
+from flux2_mlx.sampling.schedules import flux2_sigmas
 from tests.test_pipeline import close, kept_by, same
 
 STEPS = 12

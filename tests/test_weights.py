@@ -22,7 +22,7 @@ from flux2_mlx import (
     sanitize_flux2_klein_weights,
     sanitize_qwen3_weights,
 )
-from flux2_mlx.checkpoints.checkpoint import assign, load_text_encoder, load_transformer
+from flux2_mlx.checkpoints.load import assign, load_text_encoder, load_transformer
 from tests import tiny
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"

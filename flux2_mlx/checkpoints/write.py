@@ -12,47 +12,35 @@ import math
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from tqdm.auto import tqdm
 
 from .._version import __version__
-from ..models.config import RELEASED, CheckpointError, InputError
+from ..errors import CheckpointError, InputError
+from ..lazy import Deferred, cast
 from ..models.flux2 import FluxKlein
-from ..models.names.autoencoder import PACKED, Deferred, bfl_transformer, bfl_vae, cast, diffusers_vae
+from ..models.names.autoencoder import bfl_vae, diffusers_vae
+from ..models.names.flux2 import bfl_transformer
 from ..models.qwen3 import Qwen3TextEncoder
-from ..quantization.layers import (
-    Quantization,
-    QuantizedEmbedding,
-    QuantizedLinear,
-    dense_layers,
-    mixed,
-    pack,
-    pack_plainly,
-    packing_in,
-    quantize,
-)
-from .checkpoint import (
-    HUB_ID,
-    Checkpoint,
-    load_autoencoder,
-    load_text_encoder,
-    load_transformer,
-    open_checkpoint,
-    read_header,
-)
+from ..quantization.layers import QuantizedEmbedding, QuantizedLinear, dense_layers, quantize
+from ..quantization.packing import PACKED, pack, pack_plainly
+from ..quantization.recipes import mixed, packing_in
+from ..quantization.spec import Quantization
+from .checkpoint import Checkpoint
+from .files import read_header
+from .load import load_autoencoder, load_text_encoder, load_transformer
+from .publish import CHECKSUMS, model_card
 
 LAYOUTS = ("diffusers", "bfl")
 SHARD_BYTES = 5 * 10**9
-CHECKSUMS = "SHA256SUMS"
 NUMBER_TYPES = {
     mx.float32: "F32",
     mx.float16: "F16",
@@ -330,109 +318,3 @@ def _texts(
                 }
     texts = {name: json.dumps(config, indent=2) + "\n" for name, config in configs.items()}
     return texts | {"README.md": model_card(checkpoint, layout, recipes)}
-
-
-def model_card(checkpoint: Checkpoint, layout: str, recipes: Mapping[str, Mapping[str, Any]]) -> str:
-    """What the folder is, where it comes from, and under which licence."""
-    source = RELEASED.get(checkpoint.name, checkpoint.name)
-    ways = {part: recipe["quantization"] for part, recipe in recipes.items() if recipe}
-    packed = "; ".join(
-        f"{part.replace('_', ' ')} mostly in {way['bits']} bits, groups of {way['group_size']} ({way['mode']})"
-        for part, way in ways.items()
-    )
-    sizes = {
-        7680: ("apache-2.0", "The 4B models of FLUX.2 [klein] are under Apache-2.0."),
-        12288: ("other", "The 9B models of FLUX.2 [klein] are under Black Forest Labs' non-commercial licence."),
-    }
-    licence, sentence = sizes.get(checkpoint.transformer.txt_embed_dim, ("other", ""))
-    merged = [Path(str(change)).name for change in checkpoint.sources["transformer"].changes]
-    is_on_hub = HUB_ID.fullmatch(source) is not None and not Path(source).exists()
-    return "\n".join(
-        [
-            "---",
-            "library_name: mlx",
-            "pipeline_tag: text-to-image",
-            *([f"base_model: {source}"] if is_on_hub else []),
-            f"license: {licence}",
-            "---",
-            "",
-            f"# {Path(source).name}, converted by flux2_mlx {__version__}",
-            "",
-            f"From {source if is_on_hub else Path(source).name}, in {layout} layout; {packed or 'bfloat16'}. The text",
-            "encoder has the layers that FLUX.2 [klein] reads and no others, so other programs need their own.",
-            "",
-            *([f"Merged into the transformer: {', '.join(merged)}.", ""] if merged else []),
-            f"{sentence} The licence of the model that this was made from applies.".strip(),
-            "",
-        ]
-    )
-
-
-# ---------------------------------------------------------------------------------------------------- checking
-
-
-def check(folder: Path) -> Iterator[str]:
-    """Verify a folder: each weight file's header, length, values and recorded checksum, and that a model opens.
-
-    Yields:
-        a line for each file that is whole.
-
-    Raises:
-        CheckpointError: for the first fault.
-    """
-    recorded = {}
-    if (folder / CHECKSUMS).is_file():
-        for line in (folder / CHECKSUMS).read_text().splitlines():
-            digest, _, name = line.partition("  ")
-            recorded[name] = digest
-    files = sorted(folder.rglob("*.safetensors"))
-    missing = sorted(set(recorded) - {file.relative_to(folder).as_posix() for file in files})
-    if missing:
-        raise CheckpointError(f"{folder} has no {', '.join(missing)}")
-    if not files:
-        raise CheckpointError(f"{folder} has no safetensors files")
-    for file in files:
-        name = file.relative_to(folder).as_posix()
-        header = read_header(file)
-        if name in recorded:
-            digest = sha256(file)
-            if digest != recorded[name]:
-                raise CheckpointError(f"{file} is not what was written: its SHA-256 is {digest}, not {recorded[name]}")
-        arrays = mx.load(str(file), format="safetensors")
-        assert isinstance(arrays, dict)
-        for weight in sorted(arrays):
-            array = arrays.pop(weight)
-            if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
-                raise CheckpointError(f"{file}: {weight} has values that are not finite")
-        yield f"{name}: {len(header)} tensors, {file.stat().st_size:,} bytes"
-    if (folder / "model_index.json").is_file():
-        checkpoint = open_checkpoint(folder)
-        load_transformer(checkpoint, mx.bfloat16)
-        load_text_encoder(checkpoint, mx.bfloat16)
-        load_autoencoder(checkpoint, mx.bfloat16)
-
-
-def sha256(file: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while block := content.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def upload(folder: Path, repo: str) -> str:
-    """Push a folder to the Hub as a private repository, or into one that is there; its address.
-
-    Raises:
-        InputError: where the Hub refuses, with the way out.
-    """
-    try:
-        huggingface_hub.create_repo(repo, private=True, exist_ok=True)
-        huggingface_hub.upload_folder(repo_id=repo, folder_path=folder)
-    except Exception as error:  # the Hub's client, its transfer library and its HTTP library each raise their own
-        raise InputError(
-            f"cannot upload to {repo}: {' '.join(str(error).split()) or type(error).__name__}; the folder {folder} "
-            "is whole (log in with `hf auth login` or set HF_TOKEN)"
-        ) from None
-    return f"https://huggingface.co/{repo}"

@@ -5,23 +5,20 @@ say what to write of it, and the processes that were started together.
 from __future__ import annotations
 
 import argparse
-import os
+import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
-
-import mlx.core as mx
+from typing import Any, NoReturn
 
 from ..adapters.lora import fused, parse_lora
 from ..checkpoints.checkpoint import open_checkpoint
 from ..checkpoints.write import LAYOUTS, convert
-from ..models.config import InputError
-from ..quantization.layers import AFFINE_BITS, FLOAT_MODES, parse_options
+from ..errors import InputError
+from ..quantization.spec import AFFINE_BITS, FLOAT_MODES, parse_options
 
 # What belongs to the model besides its name, as Flux2Pipeline.from_pretrained takes it.
 PART_OPTIONS = ("transformer", "text_encoder", "vae", "tokenizer", "distilled", "kv_cache")
 MODEL_OPTIONS = (*PART_OPTIONS, "quantize", "quantize_text_encoder", "group_size")
-
 MODEL_HELP = "a released name, nano, a folder, a file, a Hub id or owner/name/file"
 
 
@@ -111,9 +108,16 @@ def gigabytes(text: str) -> int:
     return int(size)
 
 
-def launched() -> mx.distributed.Group | None:
-    """The processes that mlx.launch, or mpirun, started this one with, if there are several."""
-    if not any(name in os.environ for name in ("MLX_RANK", "OMPI_COMM_WORLD_RANK")):
-        return None
-    group = mx.distributed.init()
-    return group if group.size() > 1 else None
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def show_warning(message: Warning | str, *_: Any) -> None:
+    """Print a warning as one line, without the place in the code."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def silence_downloads() -> None:
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -10,16 +10,24 @@ for pairs, true or false for switches.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import json
 import os
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..models.config import InputError
+from ..errors import InputError
+from ..pipeline import Flux2Pipeline
+from ..runtime.distributed import launched
+from .arguments import build_parser, check, complete, outputs_of
+from .common import INTERRUPTED
+from .runner import JOB_FAULTS, draw, open_pipeline, pipeline_options, start
 
 # Options that are given once for each file, and those that concern the whole run.
 SEVERAL = ("image", "lora")
@@ -118,3 +126,118 @@ def missing_runs(outputs: Sequence[Path]) -> list[range]:
         else:
             runs.append(range(index, index + 1))
     return runs
+
+
+ENCODED_AHEAD = 16  # jobs whose prompts are encoded together
+
+
+class Jobs:
+    """A file of jobs, drawn line by line.
+
+    Attributes:
+        failed: numbers of the lines that could not be drawn.
+        drawn, skipped: numbers of pictures.
+    """
+
+    def __init__(self, given: argparse.Namespace):
+        self.given = given
+        self.parser = build_parser()
+        self.failed: list[int] = []
+        self.drawn = self.skipped = 0
+        self.claimed: dict[Path, int] = {}  # outputs, and the lines that write them
+        self.pipe: Flux2Pipeline | None = None
+        self.opened: Any = None  # what decides a pipeline, of the one that is open
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        for k in range(0, len(jobs), ENCODED_AHEAD):
+            self._encode(jobs[k : k + ENCODED_AHEAD])
+            for job in jobs[k : k + ENCODED_AHEAD]:
+                try:
+                    self._draw(job)
+                except JOB_FAULTS as error:
+                    self.failed.append(job.number)
+                    print(f"error: line {job.number}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+
+    def _encode(self, jobs: Sequence[Job]) -> None:
+        """Encode the prompts of the jobs that use the same model as the first, in one go. A fault is told when the job
+        itself is drawn.
+        """
+        prompts: dict[str, None] = {}
+        wanted = None
+        for job in jobs:
+            with contextlib.suppress(*JOB_FAULTS):
+                arguments = self._arguments(job)
+                check(arguments)
+                if self.given.resume and not missing_runs(outputs_of(arguments)):
+                    continue
+                own = (pipeline_options(arguments), arguments.max_sequence_length)
+                wanted = wanted or own
+                if own == wanted:
+                    pipe = self._open(arguments)
+                    prompts[arguments.prompt] = None
+                    if arguments.force_guidance or not pipe.checkpoint.is_distilled:
+                        prompts[arguments.negative_prompt] = None
+        with contextlib.suppress(*JOB_FAULTS):
+            if wanted is not None and self.pipe is not None:
+                self.pipe.encode(list(prompts), wanted[1])
+
+    def _draw(self, job: Job) -> None:
+        arguments = self._arguments(job)
+        check(arguments)
+        outputs = outputs_of(arguments)
+        if self.given.resume and len(set(outputs)) < len(outputs):
+            raise InputError(
+                f"{arguments.num_images} pictures of one name; with --resume give {{seed}} or {{index}} in it"
+            )
+        for output in outputs if self.given.resume else ():
+            writer = self.claimed.setdefault(output.resolve(), job.number)
+            if writer != job.number:
+                raise InputError(f"line {writer} writes {output} too; with --resume each job needs files of its own")
+        runs = missing_runs(outputs) if self.given.resume else [range(arguments.num_images)]
+        self.skipped += arguments.num_images - sum(map(len, runs))
+        seed = arguments.seed
+        for run in runs:
+            arguments.seed, arguments.num_images = seed + run.start, len(run)
+            started = time.perf_counter()
+            draw(start(arguments, self._open(arguments)), arguments, started, first=run.start, saved=self._count)
+
+    def _count(self, *_: object) -> None:
+        self.drawn += 1
+
+    def _arguments(self, job: Job) -> argparse.Namespace:
+        return complete(job.arguments(self.parser, self.given), None, lambda: job.seed)
+
+    def _open(self, arguments: argparse.Namespace) -> Flux2Pipeline:
+        options = pipeline_options(arguments)
+        if self.pipe is None or self.opened != options:
+            self.pipe = None  # give its memory back first
+            self.pipe, self.opened = open_pipeline(arguments), options
+        return self.pipe
+
+    def report(self) -> str:
+        parts = [f"{self.drawn} pictures drawn"]
+        if self.skipped:
+            parts.append(f"{self.skipped} skipped, which exist")
+        if self.failed:
+            parts.append(f"{len(self.failed)} lines failed: {', '.join(map(str, self.failed))}")
+        return f"jobs: {', '.join(parts)}"
+
+
+def draw_jobs(given: argparse.Namespace) -> int:
+    """Draw the lines of --jobs, of several processes each its share, and report.
+
+    Returns:
+        The exit code: 0, 1 where a line failed, 130 after Ctrl-C.
+    """
+    if given.plan or given.prompt_file is not None:
+        raise InputError("--jobs goes neither with --plan nor with --prompt-file")
+    lines, group = read_jobs(given.jobs), launched()
+    jobs = Jobs(given)
+    try:
+        jobs.run(lines if group is None else lines[group.rank() :: group.size()])
+    except KeyboardInterrupt:
+        print("interrupted; --resume draws what is missing", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        print(jobs.report(), file=sys.stderr)
+    return 1 if jobs.failed else 0

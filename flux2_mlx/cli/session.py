@@ -5,18 +5,26 @@ A line that reads exactly as a command is one; any other line is a prompt.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from ..disk_cache import cache_folder
+from ..errors import InputError
 from ..imaging.files import FORMATS, open_image, save_image
-from ..models.config import InputError
-from ..pipeline import Settings
+from ..options import check_options
+from ..request import Settings
+from ..runtime.distributed import random_seed
+from .arguments import check, complete, drawing_options, open_reference
+from .runner import JOB_FAULTS, draw, open_pipeline, start
 
 HELP = """\
 Type a prompt to draw it. $3 in a prompt is picture 3, as a reference; $$ is a dollar sign.
@@ -28,7 +36,6 @@ Type a prompt to draw it. $3 in a prompt is picture 3, as a reference; $$ is a d
   load FILE         open a picture, to refer to it
   save [N] FILE     write a picture, the last or that of this number, under another name
   help, quit        Ctrl-C stops a picture, Ctrl-D quits"""
-
 _SUFFIXES = "|".join(suffix[1:] for suffix in FORMATS)
 COMMANDS = {
     "again": re.compile(r"again"),
@@ -181,3 +188,88 @@ def completed(text: str, state: int) -> str | None:
         before = text[: len(text) - len(stem)]
         names += [f"{before}{path.name}{'/' if path.is_dir() else ''}" for path in kept if stem or text.endswith("/")]
     return names[state] if state < len(names) else None
+
+
+HISTORY = 1000  # lines that a session keeps
+
+
+def interact(given: argparse.Namespace) -> None:
+    """A session: a prompt that was given is drawn first, pictures of --image are its first ones."""
+    if given.plan or given.jobs is not None:
+        raise InputError("--interactive goes neither with --plan nor with --jobs")
+    references, given.image = given.image or [], None
+    first = given.prompt
+
+    def completed(prompt: str) -> argparse.Namespace:
+        arguments = argparse.Namespace(**{**vars(given), "prompt": prompt})
+        return complete(arguments, None, inputs=["image"] if references else [])
+
+    usual = completed("")
+    check(usual)
+    is_seeded = given.seed is not None or given.from_image is not None
+    pipe = open_pipeline(usual)
+
+    def drawn(
+        prompt: str, images: Sequence[Image.Image], own: Mapping[str, Any], add: Callable[[Picture], None]
+    ) -> None:
+        arguments = completed(prompt)
+        vars(arguments).update({name: value for name, value in own.items() if value is not None})
+        arguments.seed = random_seed() if own["seed"] is None else own["seed"]
+        arguments.image = list(images)
+        check_options(**drawing_options(arguments))
+        check(arguments)
+        steps = start(arguments, pipe)
+        draw(steps, arguments, time.perf_counter(), saved=lambda image, settings: add(Picture(image, settings)))
+
+    session = Session(drawn, seed=usual.seed if is_seeded else None, lora=tuple(usual.lora) or None)
+    session.pictures += [Picture(open_reference(path), None) for path in references]
+    if not given.quiet:
+        print(HELP)
+    converse(session, first)
+
+
+def converse(session: Session, first: str | None = None) -> None:
+    """Do what lines say until the end, the first of which may be given; a fault is told, and costs one line."""
+    line: str | None = first
+    with _line_editing():
+        while True:
+            try:
+                said = session.handle(input("> ") if line is None else line)
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print("interrupted", file=sys.stderr)
+            except UnicodeDecodeError as error:
+                print(f"error: that is not {error.encoding} text", file=sys.stderr)
+            except JOB_FAULTS as error:
+                print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+            else:
+                if said is None:
+                    return
+                if said:
+                    print(said)
+            line = None
+
+
+@contextlib.contextmanager
+def _line_editing() -> Iterator[None]:
+    """History, kept between sessions, and completion of commands and files, where Python has them."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    with contextlib.suppress(OSError, RuntimeError):  # no home folder
+        readline.read_history_file(cache_folder() / "history")
+    readline.set_history_length(HISTORY)
+    readline.set_completer(completed)
+    readline.set_completer_delims(" ")
+    is_libedit = "libedit" in (readline.__doc__ or "")
+    readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, RuntimeError):
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(cache_folder() / "history")

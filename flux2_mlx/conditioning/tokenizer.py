@@ -15,7 +15,8 @@ import mlx.core as mx
 import numpy as np
 from tokenizers import Tokenizer
 
-from ..models.config import MAX_SEQUENCE_LENGTH, CheckpointError
+from ..errors import CheckpointError
+from ..families import MAX_SEQUENCE_LENGTH
 
 BEFORE = "<|im_start|>user\n"
 AFTER = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"

@@ -15,9 +15,9 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from ..models.config import InputError
+from ..errors import InputError
 from ..sampling.latents import PIXELS_PER_TOKEN
-from .files import flatten, init_array, picture_array, reference_size
+from .preprocess import flatten, init_array, picture_array, reference_size
 
 ALPHA = "alpha"  # in place of a mask: what is transparent in the picture
 SIDES = ("left", "top", "right", "bottom")

@@ -10,12 +10,13 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from ..checkpoints.checkpoint import Checkpoint, load_autoencoder
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.load import load_autoencoder
+from ..device import stage_dtype
 from ..disk_cache import digest_of, read_table, write_table
 from ..models.autoencoder import AutoEncoder
-from ..runtime.activations import stage_dtype
 from ..sampling.latents import PIXELS_PER_TOKEN, pack_latents, unpack_latents
-from .files import picture_array, to_unit
+from .preprocess import picture_array, to_unit
 
 PICTURES, SIDE = 16, 96  # that a map is fitted on
 NOISE = 0.3  # added to their latents, whose variance is 1: channels that say nothing must count for nothing

@@ -1,4 +1,4 @@
-"""Configurations: one frozen dataclass a model, filled from the checkpoint's own config.json, and the released models.
+"""Configurations: one frozen dataclass a model, filled from the checkpoint's own config.json.
 
 Field defaults are those of FLUX.2 [klein] 4B. ``from_config`` takes the dictionary that diffusers or transformers
 wrote and refuses another architecture by name, so that a FLUX.1 or FLUX.2-dev folder fails before a weight is read.
@@ -11,39 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-
-class InputError(ValueError):
-    """A value that cannot be used: the message names it and the way out."""
-
-
-class CheckpointError(InputError):
-    """A checkpoint that cannot be used: the message names the file and the way out."""
-
-
-class OtherModelError(CheckpointError):
-    """Another model than FLUX.2 [klein]; what opens checkpoints adds which there are."""
-
+from ..errors import CheckpointError, InputError, OtherModelError
 
 # The text encoder's layers whose outputs klein reads, counted from zero (hidden_states 9, 18, 27 in transformers).
 TAPPED_LAYERS = (8, 17, 26)
 
 # More blocks of a kind than any model of this family has; a config beyond is damaged.
 MAX_BLOCKS = 256
-
-# The tokens that a prompt is padded or cut to, unless the tokenizer takes fewer or the caller says otherwise.
-MAX_SEQUENCE_LENGTH = 512
-
-
-# Released models, by the names that from_pretrained and --model take: their Hub ids.
-RELEASED: dict[str, str] = {
-    "klein-4b": "black-forest-labs/FLUX.2-klein-4B",
-    "klein-9b": "black-forest-labs/FLUX.2-klein-9B",
-    "klein-base-4b": "black-forest-labs/FLUX.2-klein-base-4B",
-    "klein-base-9b": "black-forest-labs/FLUX.2-klein-base-9B",
-    "klein-9b-kv": "black-forest-labs/FLUX.2-klein-9b-kv",
-}
-KV = "klein-9b-kv"  # the one that was trained to keep its references
-NANO = "nano"  # a trained miniature, which is part of the package
 
 
 def _require(config: Mapping[str, Any], keys: tuple[str, ...], what: str) -> None:
@@ -52,7 +26,7 @@ def _require(config: Mapping[str, Any], keys: tuple[str, ...], what: str) -> Non
         raise CheckpointError(f"the {what} config has no {', '.join(missing)}; is it a FLUX.2 [klein] checkpoint?")
 
 
-def _refuse_changes(config: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
+def refuse_changes(config: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
     """Refuse options that would change the model and that no FLUX.2 [klein] checkpoint sets; absent is as expected."""
     found = {name: config[name] for name in expected if config.get(name) is not None}
     found = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
@@ -63,21 +37,7 @@ def _refuse_changes(config: Mapping[str, Any], expected: Mapping[str, Any], what
         )
 
 
-def check_scheduler_config(config: Mapping[str, Any]) -> None:
-    """Refuse a diffusers ``scheduler_config.json`` that asks for another sampling than FLUX.2 [klein]'s.
-
-    Its shift, base_shift, max_shift and sequence lengths have no effect under dynamic shifting and are not looked at.
-
-    Raises:
-        CheckpointError: naming what differs.
-    """
-    _refuse_other_class(config, "FlowMatchEulerDiscreteScheduler", "scheduler")
-    expected = {"num_train_timesteps": 1000, "use_dynamic_shifting": True, "time_shift_type": "exponential"}
-    off = ("invert_sigmas", "stochastic_sampling", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-    _refuse_changes(config, {**expected, **dict.fromkeys(off, False), "shift_terminal": None}, "scheduler")
-
-
-def _refuse_other_class(config: Mapping[str, Any], expected: str, what: str) -> None:
+def refuse_other_class(config: Mapping[str, Any], expected: str, what: str) -> None:
     found = config.get("_class_name", expected)
     if found != expected:
         named = {"FluxTransformer2DModel": " (FLUX.1)", "AutoencoderKL": " (FLUX.1 or Stable Diffusion)"}.get(found, "")
@@ -160,13 +120,13 @@ class FluxKleinParams(_Config):
         Raises:
             CheckpointError: for another architecture, FLUX.1 and FLUX.2-dev named as such.
         """
-        _refuse_other_class(config, "Flux2Transformer2DModel", "transformer")
+        refuse_other_class(config, "Flux2Transformer2DModel", "transformer")
         if config.get("guidance_embeds"):
             raise OtherModelError("the transformer has a guidance embedding: this is FLUX.2-dev, not FLUX.2 [klein]")
         keys = ("num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim", "joint_attention_dim")
         _require(config, keys, "transformer")
         in_channels = config.get("in_channels", 128)
-        _refuse_changes(config, {"patch_size": 1, "out_channels": in_channels}, "transformer")
+        refuse_changes(config, {"patch_size": 1, "out_channels": in_channels}, "transformer")
         heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
         return cls(
             in_channels=in_channels,
@@ -274,7 +234,7 @@ class Qwen3Config(_Config):
             raise CheckpointError(f"the text encoder config has rope parameters {rope!r}; an object is expected")
         expected = {"rope_type": "default", "attention_bias": False, "use_sliding_window": False, "hidden_act": "silu"}
         found = {"rope_type": rope.get("rope_type") or rope.get("type"), **config}
-        _refuse_changes(found, expected, "text encoder")
+        refuse_changes(found, expected, "text encoder")
         heads = config["num_attention_heads"]
         return cls(
             vocab_size=config["vocab_size"],
@@ -361,10 +321,10 @@ class AutoEncoderConfig(_Config):
         Raises:
             CheckpointError: for another architecture or an option that FLUX.2 never uses.
         """
-        _refuse_other_class(config, "AutoencoderKLFlux2", "vae")
+        refuse_other_class(config, "AutoencoderKLFlux2", "vae")
         _require(config, ("block_out_channels", "latent_channels"), "vae")
         expected = {"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True}
-        _refuse_changes(config, {**expected, "act_fn": "silu", "patch_size": [2, 2]}, "vae")
+        refuse_changes(config, {**expected, "act_fn": "silu", "patch_size": [2, 2]}, "vae")
         decoder = config.get("decoder_block_out_channels")
         return cls(
             in_channels=config.get("in_channels", 3),

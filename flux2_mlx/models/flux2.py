@@ -22,6 +22,7 @@ import mlx.nn as nn
 
 from .config import FluxKleinParams
 from .first_block_cache import StepCache
+from .kv_cache import Kept, Reuse
 from .layers import Linear, outputs, run_block
 from .rope import four_axes, rope_table, rotate
 
@@ -82,33 +83,6 @@ def split_heads(x: mx.array, heads: int, norm: Callable[[mx.array], mx.array] = 
     """(B, N, heads * D) to (B, heads, N, D), a view, of what the norm of each head gives."""
     batch, tokens, _ = x.shape
     return norm(x.reshape(batch, tokens, heads, -1)).transpose(0, 2, 1, 3)  # of a view, a norm on Metal makes a copy
-
-
-# Rotated keys and values (B or 1, heads, R, D) of tokens in one block.
-Kept = tuple[mx.array, mx.array]
-
-
-class Reuse:
-    """What is seen of the text or of the references in a picture's first step, for those after it, which then leave
-    these tokens out; a fresh one has the next step computed.
-
-    Args:
-        what: "text" or "references".
-        tokens: of the picture, which come between them.
-
-    Attributes:
-        kept: of every block, what is seen of them; empty until there was a step.
-    """
-
-    def __init__(self, what: str, tokens: int):
-        self.what, self.tokens = what, tokens
-        self.kept: list[Kept] = []
-
-    def rows(self, text: int) -> tuple[slice, slice]:
-        """Which are kept, and the others, of so many text tokens and the image tokens behind them."""
-        if self.what == "text":
-            return slice(text), slice(text, None)
-        return slice(text + self.tokens, None), slice(text + self.tokens)
 
 
 def attend(

@@ -12,7 +12,7 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
-from .config import InputError
+from ..errors import InputError
 
 
 def four_axes(ids: mx.array, *, text: bool) -> mx.array:

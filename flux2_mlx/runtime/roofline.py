@@ -16,13 +16,14 @@ from itertools import pairwise
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..device import machine_name, stage_dtype, weight_bytes
 from ..disk_cache import read_table, write_table
 from ..models.autoencoder import AutoEncoder
 from ..models.config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
 from ..models.flux2 import FluxKlein
 from ..models.qwen3 import Qwen3TextEncoder
-from ..quantization.layers import dense_bytes, shortest_seconds
-from .activations import machine_name, stage_dtype, weight_bytes
+from ..quantization.layers import shortest_seconds
+from ..quantization.recipes import dense_bytes
 
 TABLE = "speeds"  # in the cache folder
 

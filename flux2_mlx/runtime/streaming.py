@@ -13,12 +13,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..checkpoints.checkpoint import materialize, to_be_converted
-from ..models.config import InputError
+from ..checkpoints.load import materialize, to_be_converted
+from ..device import weights_of
+from ..errors import InputError
 from ..models.flux2 import FluxKlein
 from ..models.qwen3 import Qwen3TextEncoder
 from ..quantization.layers import tune
-from .activations import weights_of
 
 
 def block_paths(model: nn.Module) -> list[str]:

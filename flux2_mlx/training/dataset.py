@@ -26,8 +26,9 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..imaging.files import open_image, picture_array, reference_size
-from ..models.config import InputError
+from ..errors import InputError
+from ..imaging.files import open_image
+from ..imaging.preprocess import picture_array, reference_size
 from ..sampling.latents import PIXELS_PER_TOKEN
 
 METADATA = "metadata.jsonl"

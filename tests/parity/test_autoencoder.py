@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flux2_mlx import AutoEncoder, AutoEncoderConfig, sanitize_vae_weights
-from flux2_mlx.checkpoints.checkpoint import assign
+from flux2_mlx.checkpoints.load import assign
 from flux2_mlx.models import autoencoder as module
 from tests import tiny
 from tests.parity.compare import relative_error, to_mlx, to_torch

@@ -9,8 +9,8 @@ from diffusers import Flux2KleinPipeline
 
 from flux2_mlx import FluxKlein, FluxKleinParams, QuantizedFluxKlein
 from flux2_mlx.adapters.lora import attach, open_lora
-from flux2_mlx.checkpoints.checkpoint import assign, materialize
-from flux2_mlx.runtime.activations import weights_of
+from flux2_mlx.checkpoints.load import assign, materialize
+from flux2_mlx.device import weights_of
 from tests import loras, tiny
 from tests.parity.compare import relative_error, to_torch
 from tests.parity.test_transformer import inputs, ported, theirs

@@ -11,7 +11,8 @@ from transformers import Qwen3Config as Theirs
 from transformers import Qwen3ForCausalLM
 
 from flux2_mlx import AutoEncoder, AutoEncoderConfig, FluxKlein, FluxKleinParams, Qwen3Config, Qwen3TextEncoder
-from flux2_mlx.models.names.autoencoder import is_read_by_klein, sanitize_vae_weights
+from flux2_mlx.checkpoints.sanitize import sanitize_vae_weights
+from flux2_mlx.models.names.qwen3 import is_read_by_klein
 
 TRANSFORMERS = {
     "4b": {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},

@@ -10,8 +10,8 @@ from diffusers import Flux2KleinInpaintPipeline, Flux2KleinKVPipeline
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline
-from flux2_mlx.imaging.files import init_array, reference_size
 from flux2_mlx.imaging.inpaint import Repainting
+from flux2_mlx.imaging.preprocess import init_array, reference_size
 from tests import tiny
 from tests.parity.compare import assert_same_picture, relative_error, to_mlx
 from tests.prompts import ACCENTS, CHINESE, EMOJI, FOX, LONG, SPECIAL
@@ -250,7 +250,7 @@ def test_a_picture_to_begin_from_is_scaled_as_in_diffusers(reference):
 def test_a_large_reference_is_scaled_down():
     from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 
-    from flux2_mlx.imaging.files import reference_array
+    from flux2_mlx.imaging.preprocess import reference_array
 
     image = Image.fromarray(np.random.default_rng(4).integers(0, 256, (1100, 1300, 3), np.uint8))
     processor = Flux2ImageProcessor(vae_scale_factor=16)

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flux2_mlx import CheckpointError, Flux2Pipeline
-from flux2_mlx.checkpoints.checkpoint import load_preview_decoder, load_safetensors
+from flux2_mlx.checkpoints.files import load_safetensors
+from flux2_mlx.checkpoints.load import load_preview_decoder
 from flux2_mlx.generate import main
 from flux2_mlx.models.names.autoencoder import sanitize_taef2_weights
 from flux2_mlx.sampling.latents import unpack_latents

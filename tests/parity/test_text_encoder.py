@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from flux2_mlx import Qwen3Config, Qwen3TextEncoder, Qwen3Tokenizer, sanitize_qwen3_weights
-from flux2_mlx.checkpoints.checkpoint import assign
+from flux2_mlx.checkpoints.load import assign
 from tests import tiny
 from tests.parity.compare import relative_error, to_mlx, to_torch
 from tests.prompts import PROMPTS

@@ -12,11 +12,16 @@ from PIL import Image
 from safetensors import safe_open
 
 from flux2_mlx import Flux2Pipeline, FluxKlein, QuantizedFluxKlein, image_ids, text_ids
-from flux2_mlx.adapters.lora import NAMES, attach, lora_arrays, open_lora
+from flux2_mlx.adapters.keys import NAMES, lora_arrays
+from flux2_mlx.adapters.lora import attach, open_lora
+from flux2_mlx.device import weights_of
 from flux2_mlx.lora import main
 from flux2_mlx.quantization.layers import QuantizedLinear
-from flux2_mlx.runtime.activations import weights_of
-from flux2_mlx.training.trainer import TrainingOptions, add_adapters, flow_loss, run_again, save_arrays
+from flux2_mlx.training.adapter import add_adapters
+from flux2_mlx.training.latent_cache import save_arrays
+from flux2_mlx.training.losses import flow_loss
+from flux2_mlx.training.options import TrainingOptions
+from flux2_mlx.training.recompute import run_again
 from tests import tiny
 from tests.parity.compare import assert_same_picture, relative_error, to_mlx, to_torch
 from tests.parity.test_transformer import inputs, ported, theirs

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flux2_mlx import FluxKlein, FluxKleinParams, image_ids, sanitize_flux2_klein_weights, text_ids
-from flux2_mlx.checkpoints.checkpoint import assign
+from flux2_mlx.checkpoints.load import assign
 from flux2_mlx.models.flux2 import timestep_embedding
 from tests import tiny
 from tests.parity.compare import relative_error, to_mlx, to_torch

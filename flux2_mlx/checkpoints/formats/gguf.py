@@ -18,8 +18,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ...models.config import CheckpointError
-from ...models.names.autoencoder import Deferred
+from ...errors import CheckpointError
+from ...lazy import Deferred
 
 MAGIC = b"GGUF"
 _MAX_TENSORS = 65536

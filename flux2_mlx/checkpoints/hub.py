@@ -1,0 +1,171 @@
+"""Checkpoints, parts and LoRAs on the Hub, each fault in one line with the way out."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import errors as hub_errors
+
+from ..errors import CheckpointError, InputError, summarize
+from ..families import NANO, RELEASED
+from .files import read_json
+from .folder import FROM_CONFIG, SCHEDULER, STEMS, TOKENIZER, needed_shards, read_model_index
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_FILE = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]*/[\w.-]+/[\w./-]+\.(safetensors|gguf)")
+
+
+def lora_file(where: str) -> Path:
+    """The safetensors file of a LoRA: of a folder, or a repository of the Hub, the only one, or the one that PEFT or
+    diffusers would write.
+
+    Raises:
+        CheckpointError: where there is none, or several that it could be.
+    """
+    path = local_path(where)
+    if path is None and HUB_FILE.fullmatch(where):
+        return download_file(where, None)
+    if path is None and HUB_ID.fullmatch(where):
+        return fetching(where, where, None, lambda: _download_lora(where))
+    if path is None:
+        raise CheckpointError(f"no LoRA {where!r}: there is no such file or folder")
+    if path.is_dir():
+        return path / _only_lora(where, sorted(file.name for file in path.glob("*.safetensors")))
+    return path
+
+
+def _download_lora(repo: str) -> Path:
+    found = [file for file in huggingface_hub.list_repo_files(repo) if file.endswith(".safetensors")]
+    name = _only_lora(repo, found)
+    beside = str(Path(name).with_name("adapter_config.json"))
+    return _snapshot(repo, None, [name, beside]) / name
+
+
+def _only_lora(where: str, files: Sequence[str]) -> str:
+    usual = [file for file in files if file in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")]
+    for found in (usual, files):
+        if len(found) == 1:
+            return found[0]
+    if not files:
+        raise CheckpointError(f"{where} has no safetensors file")
+    raise CheckpointError(f"{where} has several files; name one: {summarize([f'{where}/{file}' for file in files])}")
+
+
+def local_path(name: str) -> Path | None:
+    """The folder or file of that name here, or None; nano is in the package, unless a folder here has its name."""
+    try:
+        path = Path(name).expanduser()
+        if name == NANO and not path.exists():
+            path = Path(__file__).parents[1] / NANO
+        return path if name and path.exists() else None
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read: {error.strerror}") from None
+    except RuntimeError as error:  # a home folder that does not exist
+        raise CheckpointError(f"no model {name!r}: {error}") from None
+
+
+def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
+    return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
+
+
+def download(name: str, repo: str, revision: str | None, parts: Sequence[str], with_tokenizer: bool) -> Path:
+    """Fetch some parts of a Hub repository into the Hub's cache; the snapshot's folder.
+
+    Configs come first, so that another model is refused before its weights are fetched.
+    """
+
+    def fetch() -> Path:
+        configs = ["model_index.json", SCHEDULER, *(f"{part}/config.json" for part in parts)]
+        configs += [f"{part}/*.safetensors.index.json" for part in parts]
+        configs += [TOKENIZER, "tokenizer/tokenizer_config.json"] if with_tokenizer else []
+        folder = _snapshot(repo, revision, configs)
+        if name not in RELEASED and not (folder / "model_index.json").is_file():  # as mflux saves it
+            if not any((folder / part).is_dir() for part in parts):
+                raise CheckpointError(
+                    f"{repo} has neither model_index.json nor a folder transformer{_files_hint(repo)}"
+                )
+            return _snapshot(repo, folder.name, [f"{part}/*.safetensors" for part in parts])
+        read_model_index(folder, parts, with_tokenizer)
+        patterns = []
+        for part in parts:
+            stem = STEMS[part]
+            FROM_CONFIG[part](read_json(folder / part / "config.json"))
+            index = folder / part / f"{stem}.safetensors.index.json"
+            if index.is_file():
+                patterns += [f"{part}/{shard.name}" for shard in needed_shards(index, part)]
+            else:
+                patterns += [f"{part}/{stem}.safetensors", f"{part}/{stem}-*-of-*.safetensors"]
+        return _snapshot(repo, folder.name, patterns)  # the same commit
+
+    return fetching(name, repo, revision, fetch)
+
+
+def download_part(repo: str, part: str) -> Path:
+    """Fetch one component that is a repository of its own: config and weights at its top."""
+    stems = dict.fromkeys((STEMS[part], "model"))
+    folder = _snapshot(repo, None, ["config.json", *(f"{stem}.safetensors.index.json" for stem in stems)])
+    indices = [index for stem in stems if (index := folder / f"{stem}.safetensors.index.json").is_file()]
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{repo} has no config.json at its top{_files_hint(repo)}")
+    files = [shard.name for shard in needed_shards(indices[0], part)] if indices else []
+    return _snapshot(repo, folder.name, files or [f"{stem}.safetensors" for stem in stems])
+
+
+def _files_hint(repo: str) -> str:
+    """The files of a repository that can be named one by one."""
+    found = [file for file in huggingface_hub.list_repo_files(repo) if file.endswith((".safetensors", ".gguf"))]
+    return f"; to use a file of it, name the file: {summarize([f'{repo}/{file}' for file in found])}" if found else ""
+
+
+def download_file(name: str, revision: str | None) -> Path:
+    """Fetch one file, "owner/name/path", of the Hub."""
+    owner, repo, file = name.split("/", 2)
+    repo = f"{owner}/{repo}"
+    return fetching(name, repo, revision, lambda: Path(huggingface_hub.hf_hub_download(repo, file, revision=revision)))
+
+
+def fetching(name: str, repo: str, revision: str | None, fetch: Callable[[], Path]) -> Path:
+    """What ``fetch`` gets of a Hub repository, each of its faults told in one line with the way out."""
+    try:
+        return fetch()
+    except CheckpointError:
+        raise
+    except InputError as error:
+        raise CheckpointError(f"{repo}: {error}") from None
+    except hub_errors.GatedRepoError:
+        raise CheckpointError(
+            f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then log in with "
+            "`hf auth login` or set HF_TOKEN"
+        ) from None
+    except hub_errors.RevisionNotFoundError:
+        raise CheckpointError(f"{repo} has no revision {revision!r}; leave it out for the newest") from None
+    except hub_errors.RepositoryNotFoundError:
+        raise CheckpointError(
+            f"no model {name!r}: no such folder here, and the Hub shows no such repository (if it is private or "
+            f"gated, log in with `hf auth login` or set HF_TOKEN); released models: {', '.join(RELEASED)}"
+        ) from None
+    except (hub_errors.LocalEntryNotFoundError, ConnectionError):
+        raise CheckpointError(
+            f"cannot fetch {repo}: the Hub cannot be reached and the cache has not all of it (cached: "
+            f"{', '.join(_cached()) or 'no klein model'}); connect, or give --model a folder"
+        ) from None
+    except hub_errors.EntryNotFoundError:
+        raise CheckpointError(f"{repo} has no file {name.removeprefix(repo).strip('/')}") from None
+    except Exception as error:  # the Hub's client, its transfer library and its HTTP library each raise their own
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            fault = "the disk is full; HF_HOME moves the Hub's cache"
+        else:
+            fault = f"{' '.join(str(error).split()) or type(error).__name__}; run it again to resume"
+        raise CheckpointError(f"cannot fetch {repo}: {fault}") from None
+
+
+def _cached() -> list[str]:
+    try:
+        present = {repo.repo_id for repo in huggingface_hub.scan_cache_dir().repos}
+    except hub_errors.CacheNotFound:
+        return []
+    return [name for name, repo in RELEASED.items() if repo in present]

@@ -1,0 +1,205 @@
+"""Weights into modules: strictly, lazily, and one by one when they are wanted."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..device import weights_of
+from ..errors import CheckpointError, summarize
+from ..lazy import INTEGERS, Deferred, cast
+from ..models.autoencoder import AutoEncoder
+from ..models.config import FluxKleinParams
+from ..models.flux2 import FluxKlein
+from ..models.names.autoencoder import sanitize_taef2_weights
+from ..models.qwen3 import Qwen3TextEncoder
+from ..models.taef2 import TinyDecoder
+from ..quantization.layers import QuantizedEmbedding, QuantizedLinear, dense_layers, quantize
+from ..quantization.packing import PACKED, pack, pack_plainly
+from ..quantization.recipes import QuantizedFluxKlein, mixed, packing_in
+from ..quantization.spec import Quantization
+from .checkpoint import Checkpoint
+from .files import load_safetensors
+from .hub import HUB_FILE, download_file, local_path
+from .sanitize import sanitize_flux2_klein_weights
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass
+class _Pending:
+    """Of a module, the weights that are still to be converted: each function gives one or a layer's by name."""
+
+    make: dict[str, Callable[[], dict[str, mx.array]]] = field(default_factory=dict)
+
+
+def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, where: str, how: Quantization | None = None) -> M:
+    """Put weights into a module, strictly: all names and shapes must match. They stay lazy, cast to dtype.
+
+    Layers that the weights hold packed stay packed; with ``how`` the others are packed, see quantize.mixed. Latent
+    statistics ("bn.") stay in float32 whatever the dtype.
+
+    Raises:
+        CheckpointError: naming every missing, unknown, mis-shaped and unreadable weight at once.
+    """
+    try:
+        quantize(module, packing_in(weights), pack_plainly)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    expected = weights_of(module)
+    missing = sorted(expected.keys() - weights.keys())
+    unknown = sorted(weights.keys() - expected.keys())
+    both = sorted(expected.keys() & weights.keys())
+    misshaped = [
+        f"{name} is {weights[name].shape}, not {expected[name].shape}"
+        for name in both
+        if weights[name].shape != expected[name].shape
+    ]
+    unreadable = [
+        f"{name} is {weights[name].dtype}"
+        for name in both
+        if (weights[name].dtype in INTEGERS) != (expected[name].dtype in INTEGERS)
+    ]
+    faults = [
+        f"{len(names)} {fault}: {summarize(names)}"
+        for fault, names in (
+            ("missing", missing),
+            ("unknown", unknown),
+            ("mis-shaped", misshaped),
+            ("in formats that are not read", unreadable),
+        )
+        if names
+    ]
+    if faults:
+        raise CheckpointError(f"{where}: the weights do not fit the config: {'; '.join(faults)}")
+
+    pending = _Pending()
+    values = {}
+    for name in expected:
+        weight = cast(weights[name], mx.float32 if name.startswith("bn.") else dtype)
+        if isinstance(weight, Deferred):
+            pending.make[name] = partial(_made, name, weight)
+            weight = mx.full(weight.shape, 0 if weight.dtype in INTEGERS else math.nan, weight.dtype)  # stands for it
+        values[name] = weight
+    module.load_weights(list(values.items()))
+    if how is not None:
+        dense = set(dict(dense_layers(module)))
+        quantize(module, mixed(module, how), pack_plainly)
+        for path, layer in module.named_modules():
+            if path in dense and isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
+                name = f"{path}.weight"
+                make = pending.make.get(name, partial(dict, [(name, weights[name])]))
+                pending.make[name] = partial(_made_packed, path, layer.how, dtype, make)
+    module._pending = pending
+    return module
+
+
+def _made(name: str, weight: Deferred) -> dict[str, mx.array]:
+    return {name: weight.make()}
+
+
+def _made_packed(
+    path: str, how: Quantization, dtype: mx.Dtype, make: Callable[[], dict[str, mx.array]]
+) -> dict[str, mx.array]:
+    (dense,) = make().values()
+    return {f"{path}.{name}": array for name, array in zip(PACKED, pack(dense, how, dtype, now=True), strict=False)}
+
+
+def to_be_converted(module: nn.Module, prefix: str = "") -> bool:
+    """Whether weights of that prefix come from another format, or are packed, as they are brought into memory."""
+    return any(name.startswith(prefix) for name in vars(module).get("_pending", _Pending()).make)
+
+
+def materialize(module: nn.Module, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[int]:
+    """Bring a module's weights into memory, one after another, since a conversion holds its source until it is done.
+
+    Args:
+        wanted: whether a weight is among them, by its name; a packed layer's arrays all or none.
+
+    Yields:
+        the bytes of each.
+
+    Raises:
+        CheckpointError: for scales that are not finite.
+    """
+    make = vars(module).get("_pending", _Pending()).make
+    made: dict[str, mx.array] = {}
+    own = weights_of(module)
+    for name in filter(wanted, list(own)):
+        array = own.pop(name)
+        if name in make:
+            made |= make.pop(name)()
+        if name in made:
+            array = made.pop(name)
+            module.load_weights([(name, array)], strict=False)
+        mx.eval(array)
+        if name.endswith((".scales", ".biases")) and array.dtype != mx.uint8 and not mx.isfinite(array).all().item():
+            raise CheckpointError(f"{name} has values that are not finite; fetch the file again")
+        yield array.nbytes
+
+
+def load_transformer(checkpoint: Checkpoint, dtype: mx.Dtype, how: Quantization | None = None) -> FluxKlein:
+    """The checkpoint's transformer with lazy weights; those that it holds dense are packed by the recipe.
+
+    Raises:
+        CheckpointError: for a bad file, or weights that do not fit the config.
+    """
+    source = checkpoint.sources["transformer"]
+    return assign(FluxKlein(checkpoint.transformer), source.weights(), dtype, source.where, how)
+
+
+def load_text_encoder(checkpoint: Checkpoint, dtype: mx.Dtype, how: Quantization | None = None) -> Qwen3TextEncoder:
+    """The checkpoint's text encoder with lazy weights, up to the last tapped layer; as load_transformer.
+
+    Raises:
+        CheckpointError: for a bad file, or weights that do not fit the config.
+    """
+    source = checkpoint.sources["text_encoder"]
+    return assign(Qwen3TextEncoder(checkpoint.text_encoder), source.weights(), dtype, source.where, how)
+
+
+def load_autoencoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> AutoEncoder:
+    """The checkpoint's autoencoder with lazy weights. It is small and is never packed.
+
+    Raises:
+        CheckpointError: for a bad file, or weights that do not fit the config.
+    """
+    source = checkpoint.sources["vae"]
+    return assign(AutoEncoder(checkpoint.autoencoder), source.weights(), dtype, source.where)
+
+
+def load_preview_decoder(where: str | os.PathLike[str], dtype: mx.Dtype) -> TinyDecoder:
+    """TAEF2's decoder with lazy weights, from a safetensors file here, or "owner/name/file" on the Hub.
+
+    Raises:
+        CheckpointError: for a file that is not there, or holds something else.
+    """
+    name = os.fspath(where)
+    path = local_path(name)
+    if path is None and HUB_FILE.fullmatch(name):
+        path = download_file(name, None)
+    if path is None or not path.is_file():
+        raise CheckpointError(f"no preview decoder {name!r}: there is no such file")
+    return assign(TinyDecoder(), sanitize_taef2_weights(load_safetensors(path)), dtype, f"{path}, as TAEF2's decoder")
+
+
+def load_quantized_flux_klein(weights: Mapping[str, mx.array], params: FluxKleinParams) -> QuantizedFluxKlein:
+    """A transformer from packed weights; layers that are not packed stay dense.
+
+    Args:
+        weights: under any names that sanitize_flux2_klein_weights knows, with ``scales`` (and ``biases``) of the packed
+            layers. Their bits are told from the shapes.
+
+    Raises:
+        CheckpointError: naming every missing, unknown and mis-shaped weight.
+    """
+    weights = sanitize_flux2_klein_weights(weights)
+    dtype = next((weight.dtype for name, weight in weights.items() if ".norm_" in name), mx.bfloat16)
+    return assign(QuantizedFluxKlein(params, packing_in(weights)), weights, dtype, "the weights")

@@ -1,0 +1,23 @@
+"""What goes wrong: exceptions whose message names the fault, the value and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def summarize(names: Sequence[str], most: int = 8) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+class InputError(ValueError):
+    """A value that cannot be used: the message names it and the way out."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint that cannot be used: the message names the file and the way out."""
+
+
+class OtherModelError(CheckpointError):
+    """Another model than FLUX.2 [klein]; what opens checkpoints adds which there are."""

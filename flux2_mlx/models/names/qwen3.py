@@ -1,0 +1,86 @@
+"""The text encoder's weights under every name that files give them: transformers', llama.cpp's, mflux's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ...errors import CheckpointError
+from ..config import TAPPED_LAYERS, Qwen3Config
+from .common import block_count, select
+
+TEXT_ENCODER_PREFIXES = ("text_encoders.qwen3_4b.transformer.", "text_encoders.qwen3_8b.transformer.")
+_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.|blk\.(\d+)\.")
+_LLAMA = {
+    "token_embd": "embed_tokens",
+    "output_norm": "norm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def is_read_by_klein(name: str) -> bool:
+    """Whether a Qwen3 weight is used: embedding and layers up to the last tapped one, not the later layers and head."""
+    layer = _LAYER.match(name)
+    if layer:
+        return int(layer[1] or layer[2]) <= TAPPED_LAYERS[-1]
+    if name.endswith("rotary_emb.inv_freq"):  # a table that mflux saves
+        return False
+    return name.rpartition(".")[0] not in ("model.norm", "norm", "lm_head", "output_norm", "output")
+
+
+def select_text_encoder(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of a Qwen3 that FLUX.2 [klein] reads, without the prefix of a file that holds more."""
+    return {name: weight for name, weight in select(weights, TEXT_ENCODER_PREFIXES).items() if is_read_by_klein(name)}
+
+
+def rename_text_encoder(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """A text encoder's weights under transformers' names; llama.cpp's and mflux's are renamed."""
+    return {_transformers_name(name): weight for name, weight in weights.items()}
+
+
+def _transformers_name(name: str) -> str:
+    llama = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(\w+)", name)
+    if llama and llama[2] in _LLAMA:
+        layer = f"layers.{llama[1]}." if llama[1] else ""
+        return f"model.{layer}{_LLAMA[llama[2]]}.{llama[3]}"
+    return f"model.{name}" if name.startswith(("layers.", "embed_tokens.")) else name
+
+
+def qwen3_config(weights: Mapping[str, Any]) -> Qwen3Config:
+    """The text encoder's shape, told from its sanitized weights; what no shape tells is Qwen3's.
+
+    Raises:
+        CheckpointError: where they are not those of a Qwen3 with all layers that are read.
+    """
+    layers = block_count(weights, "model.layers")
+    if layers <= TAPPED_LAYERS[-1]:
+        raise CheckpointError(
+            f"the text encoder has {layers} layers; FLUX.2 [klein] reads the output of layer {TAPPED_LAYERS[-1]}, so "
+            f"at least {TAPPED_LAYERS[-1] + 1} are needed"
+        )
+    first = "model.layers.0."
+    try:
+        head_dim = weights[f"{first}self_attn.q_norm.weight"].shape[0]
+        return Qwen3Config(
+            vocab_size=weights["model.embed_tokens.weight"].shape[0],
+            hidden_size=weights[f"{first}input_layernorm.weight"].shape[0],
+            intermediate_size=weights[f"{first}mlp.gate_proj.weight"].shape[0],
+            num_attention_heads=weights[f"{first}self_attn.q_proj.weight"].shape[0] // head_dim,
+            num_key_value_heads=weights[f"{first}self_attn.k_proj.weight"].shape[0] // head_dim,
+            head_dim=head_dim,
+        )
+    except KeyError as error:
+        raise CheckpointError(f"no Qwen3 text encoder: there is no {error.args[0]}") from None
+    except (IndexError, ZeroDivisionError, ValueError) as error:
+        raise CheckpointError(f"no Qwen3 text encoder: {error}") from None

@@ -1,0 +1,130 @@
+"""Packing a weight into integers and back, as mlx.core.quantize lays them out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import mlx.core as mx
+
+from ..device import on_gpu
+from ..errors import CheckpointError
+from .spec import Quantization
+
+PACKED = ("weight", "scales", "biases")  # what MLX keeps of a quantized layer
+
+
+def bits_and_group(weights: Mapping[str, Any], layer: str, columns: int) -> tuple[int, int]:
+    """(bits, group size) of a packed layer whose dense weight has that many columns.
+
+    Raises:
+        CheckpointError: where the shapes fit no such packing.
+    """
+    packed, scales = weights[f"{layer}.weight"], weights[f"{layer}.scales"]
+    if packed.ndim == scales.ndim == 2 and packed.dtype == mx.uint32 and scales.shape[1]:
+        bits, rest = divmod(32 * packed.shape[1], columns)
+        group, uneven = divmod(columns, scales.shape[1])
+        if not rest and not uneven and packed.shape[0] == scales.shape[0]:
+            return bits, group
+    raise CheckpointError(
+        f"{layer}: weight {packed.shape} and scales {scales.shape} are no packing of {columns} columns"
+    )
+
+
+# Up to so many bits are fitted to the weight, in so many rounds from a part of each group's range, so many weights at a
+# time. With more, what is gained is less than what a bias loses as a 16-bit number.
+FITTED_BITS = 5
+FITTED_ROUNDS, FITTED_RANGE = 4, 0.95
+PACKED_AT_ONCE = 2**21
+Packing = Callable[[mx.array, Quantization], tuple[mx.array, ...]]
+
+
+def pack(
+    weight: mx.array, how: Quantization, dtype: mx.Dtype | None = None, *, now: bool = False
+) -> tuple[mx.array, ...]:
+    """A weight (out, in) as (weight, scales, biases) or, without offsets, (weight, scales), as if it were in another
+    dtype, to which it is brought in parts.
+
+    Formats, and more than FITTED_BITS, are mlx.core.quantize's; fewer bits are fitted to the weight.
+
+    Args:
+        now: compute each part before the next, or MLX, which computes ahead, holds what several are made of.
+    """
+    packing = _fitted if how.mode == "affine" and how.bits <= FITTED_BITS else pack_plainly
+    rows = max(1, PACKED_AT_ONCE // weight.shape[1])
+    dtype = weight.dtype if dtype is None else dtype
+    parts = []
+    for top in range(0, weight.shape[0], rows):
+        parts.append(packing(weight[top : top + rows].astype(dtype), how))
+        if now:
+            mx.eval(parts[-1])
+    return tuple(mx.concatenate(list(part)) for part in zip(*parts, strict=True))
+
+
+def pack_plainly(weight: mx.array, how: Quantization) -> tuple[mx.array, ...]:
+    """The same arrays as pack's, by mlx.core.quantize: one lazy operation."""
+    return tuple(mx.quantize(weight, group_size=how.group_size, bits=how.bits, mode=how.mode))
+
+
+def _fitted(weight: mx.array, how: Quantization) -> tuple[mx.array, mx.array, mx.array]:
+    """Codes, scales and biases of the least squared error, by turns: the nearest codes for a scale and a bias, then
+    the scale and bias of the regression of the weights on those codes.
+
+    The codes of a group's least and greatest weight waste the range on two weights; a search for better ends without
+    data is that of Half-Quadratic Quantization (Badri and Shaji, 2023), here with the squared error.
+    """
+    top = 2**how.bits - 1
+    groups = weight.astype(mx.float32).reshape(weight.shape[0], -1, how.group_size)
+    mean = groups.mean(-1, keepdims=True)
+    low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
+    scale = mx.maximum((high - low) * (FITTED_RANGE / top), 1e-12)
+    bias = (high + low) / 2 - scale * (top / 2)
+    for _ in range(FITTED_ROUNDS):
+        codes = mx.clip(mx.round((groups - bias) / scale), 0, top)
+        centre = codes.mean(-1, keepdims=True)
+        spread = mx.square(codes - centre).sum(-1, keepdims=True)
+        slope = ((codes - centre) * (groups - mean)).sum(-1, keepdims=True) / mx.maximum(spread, 1e-12)
+        scale = mx.where(spread > 0, mx.maximum(slope, 1e-12), scale)
+        bias = mean - scale * centre
+    scale, bias = scale.astype(weight.dtype), bias.astype(weight.dtype)
+    codes = mx.clip(mx.round((groups - bias.astype(mx.float32)) / scale.astype(mx.float32)), 0, top)
+    return _words(codes.reshape(weight.shape).astype(mx.uint32), how.bits), scale[..., 0], bias[..., 0]
+
+
+def _words(codes: mx.array, bits: int) -> mx.array:
+    """Codes (out, in) as the words that MLX reads: the codes' bits one after another, lowest first, 32 to a word."""
+    codes = codes.reshape(codes.shape[0], -1, 32)
+    words = [mx.zeros(codes.shape[:2], mx.uint32)] * bits
+    for k in range(32):
+        word, start = divmod(k * bits, 32)
+        words[word] = words[word] | (codes[..., k] << start)
+        if start + bits > 32:
+            words[word + 1] = words[word + 1] | (codes[..., k] >> (32 - start))
+    return mx.stack(words, axis=-1).reshape(codes.shape[0], -1)
+
+
+def unpack(weight: mx.array, scales: mx.array, biases: mx.array | None, how: Quantization) -> mx.array:
+    """A packed weight (..., words) as (..., inputs), in the dtype of its scales."""
+    if biases is None or on_gpu():
+        return mx.dequantize(weight, scales, biases, group_size=how.group_size, bits=how.bits, mode=how.mode)
+    if 32 % how.bits:  # eight codes in so many bytes, for which there is no word
+        lead, octets = weight.shape[:-1], weight.view(mx.uint8)
+        weight = _lanes(octets.reshape(*lead, -1, how.bits))
+    return _unpacked(weight, scales, biases, how.bits, how.group_size)
+
+
+@mx.compile  # one kernel: mx.dequantize writes out what lies between on the CPU, of odd bits every single one
+def _lanes(octets: mx.array) -> mx.array:
+    """Bytes (..., n) as one number (...), the first byte lowest."""
+    parts = [octets[..., k].astype(mx.uint64) << (8 * k) for k in range(octets.shape[-1])]
+    return sum(parts[1:], parts[0])
+
+
+@mx.compile
+def _unpacked(lanes: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int) -> mx.array:
+    """Numbers (..., n) of several codes, the first one lowest, times their scales, and their biases: (..., inputs)."""
+    inputs = scales.shape[-1] * group_size
+    shifts = bits * mx.arange(inputs // lanes.shape[-1], dtype=lanes.dtype)
+    grouped = lanes.reshape(*scales.shape, -1, 1)
+    codes = ((grouped >> shifts) & (2**bits - 1)).astype(scales.dtype)
+    return (codes * scales[..., None, None] + biases[..., None, None]).reshape(*scales.shape[:-1], inputs)

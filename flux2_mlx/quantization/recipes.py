@@ -1,0 +1,150 @@
+"""Which layers are packed into how many bits, and what unpacking them takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..device import on_gpu, weights_of
+from ..errors import CheckpointError, InputError
+from ..models.config import FluxKleinParams
+from ..models.flux2 import FluxKlein
+from .layers import QuantizedLinear, Recipe, dense_layers, quantize, set_packed
+from .packing import bits_and_group, pack
+from .spec import AFFINE_BITS, FLOAT_MODES, Quantization
+
+# What reads and writes the latents is packed into so many bits, and how many bits a weight, on average, the sensitive
+# layers together may cost.
+FINE_BITS, SPARE_BITS = 8, 0.33
+
+
+# The transformer's layers that a small error harms most, per weight: what reads and writes the latents, what attention
+# adds to the image stream of double blocks, then the single blocks, the later the more. And the text encoder's, the
+# earlier the more. Measured on nano, see benchmarks/packing.py.
+ENDS, SINGLE = re.compile(r"(proj_out|x_embedder)$"), re.compile(r"single_transformer_blocks\.")
+ATTENTION = re.compile(r"transformer_blocks\.\d+\.attn\.to_out")
+TEXT = re.compile(r"model\.layers\.")
+
+
+def mixed(module: nn.Module, how: Quantization) -> Recipe:
+    """The recipe that packs a component's dense layers as ``how`` says, and the most sensitive ones finer, as long as
+    that costs SPARE_BITS a weight or less: a transformer's ends in FINE_BITS, then what attention adds in double
+    blocks, and single blocks, which are large, one step above the rest, since the first bit more takes three quarters
+    of the squared error; a text encoder's first layers, whose errors go through all others, two steps.
+    """
+    if how.mode != "affine" or how.bits >= FINE_BITS:
+        return lambda *_: how
+    above, far_above = ([*AFFINE_BITS, FINE_BITS][AFFINE_BITS.index(how.bits) + step] for step in (1, 2))
+    sizes = {path: layer.weight.size for path, layer in dense_layers(module)}
+    spare = SPARE_BITS * sum(sizes.values())
+    finer = {}
+    for pattern, bits in ((ENDS, FINE_BITS), (ATTENTION, above), (SINGLE, above), (TEXT, far_above)):
+        # Of the single blocks the last first, and in a block to_out before to_qkv_mlp_proj.
+        for path in sorted(filter(pattern.match, sizes), key=_number if pattern is TEXT else _last_block_first):
+            cost = sizes[path] * (bits - how.bits)
+            if cost <= spare:
+                spare -= cost
+                finer[path] = Quantization(bits, how.group_size)
+    return lambda path, _: finer.get(path, how)
+
+
+def _number(path: str) -> int:
+    """Of its block or layer, 0 where it has none."""
+    number = re.search(r"\.(\d+)\.", path)
+    return int(number[1]) if number else 0
+
+
+def _last_block_first(path: str) -> tuple[int, str]:
+    return -_number(path), path
+
+
+def packing_in(weights: Mapping[str, Any]) -> Recipe:
+    """The recipe that the weights themselves follow: a layer with ``scales`` is packed as their shapes say.
+
+    Raises (the recipe):
+        CheckpointError: for a packing that MLX does not have.
+    """
+
+    def recipe(path: str, layer: nn.Module) -> Quantization | None:
+        if f"{path}.scales" not in weights or f"{path}.weight" not in weights:
+            return None
+        bits, group_size = bits_and_group(weights, path, layer.weight.shape[1])
+        mode = "affine"
+        if f"{path}.biases" not in weights:
+            mode = next((mode for mode, fixed in FLOAT_MODES.items() if fixed == (bits, group_size)), "")
+            if not mode or weights[f"{path}.scales"].dtype != mx.uint8:
+                raise CheckpointError(
+                    f"{path} has {bits} bits in groups of {group_size} without biases, which is not read"
+                )
+        try:
+            return Quantization(bits, group_size, mode)
+        except InputError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+
+    return recipe
+
+
+# Of the transformer's layers, those that are multiplied in parts (models.blocks.outputs) with the share of the largest
+# part, and those that only ever see one row, and so are not unpacked.
+IN_PARTS = {"to_qkv_mlp_proj": 1 / 3, "linear_in": 1 / 2}
+ONE_ROW = re.compile(r"(\w+_modulation(_\w+)?|norm_out|time_guidance_embed)\.")
+
+
+def dense_bytes(module: nn.Module, dtype: mx.Dtype) -> int:
+    """Bytes of all packed matrices once they are unpacked, but for those that never are; 0 without any."""
+    return sum(
+        layer.weight.size * 32 // layer.how.bits * dtype.size
+        for path, layer in module.named_modules()
+        if isinstance(layer, QuantizedLinear) and not ONE_ROW.match(path)
+    )
+
+
+def largest_dense_bytes(module: nn.Module, dtype: mx.Dtype) -> int:
+    """Bytes of the largest packed matrix, or part of one, that is unpacked to be multiplied with; 0 without any. The
+    CPU backend unpacks bits for which there is no word by way of lanes, and other formats by way of 32-bit codes.
+    """
+
+    def each(how: Quantization) -> int:
+        beside = 0 if on_gpu() else 4 if how.mode != "affine" else 1 if 32 % how.bits else 0
+        return dtype.size + beside
+
+    sizes = [
+        int(layer.weight.size * 32 // layer.how.bits * each(layer.how) * IN_PARTS.get(path.rpartition(".")[2], 1))
+        for path, layer in module.named_modules()
+        if isinstance(layer, QuantizedLinear) and not ONE_ROW.match(path)
+    ]
+    return max(sizes, default=0)
+
+
+class QuantizedFluxKlein(FluxKlein):
+    """The transformer with packed linear layers; called as FluxKlein is.
+
+    Args:
+        recipe: which layers, and how; unless given, every one at 4 bits in groups of 64.
+    """
+
+    def __init__(self, params: FluxKleinParams, recipe: Recipe | None = None):
+        super().__init__(params)
+        quantize(self, recipe or (lambda *_: Quantization()))
+
+    @classmethod
+    def from_unquantized(
+        cls, model: FluxKlein, group_size: int = 64, bits: int = 4, mode: str = "affine"
+    ) -> QuantizedFluxKlein:
+        """Every linear layer of a model packed; the model itself stays as it is.
+
+        Raises:
+            InputError: for a combination that MLX does not have.
+        """
+        how = Quantization(bits, group_size, mode)
+        packed = cls(model.params, lambda *_: how)
+        weights = weights_of(model)
+        for path, layer in packed.named_modules():
+            if isinstance(layer, QuantizedLinear):
+                set_packed(layer, pack(weights.pop(f"{path}.weight"), how))
+        packed.load_weights(list(weights.items()), strict=False)
+        return packed

@@ -1,0 +1,109 @@
+"""How a layer is quantized: bits or a format, and the options that say it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import InputError
+
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+AFFINE_GROUPS = (32, 64, 128)
+
+# Formats of 4 and 8 bits with floating point codes: (bits, group size), both fixed.
+FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a layer's weight is packed.
+
+    Attributes:
+        bits: a weight, without scales.
+        group_size: inputs that share a scale.
+        mode: "affine", "mxfp4", "mxfp8" or "nvfp4".
+
+    Raises:
+        InputError: for a combination that MLX does not have.
+    """
+
+    bits: int = 4
+    group_size: int = 64
+    mode: str = "affine"
+
+    def __post_init__(self) -> None:
+        if self.mode in FLOAT_MODES:
+            if (self.bits, self.group_size) != FLOAT_MODES[self.mode]:
+                bits, group_size = FLOAT_MODES[self.mode]
+                raise InputError(
+                    f"{self.mode} has {bits} bits in groups of {group_size}, got {self.bits} in {self.group_size}"
+                )
+        elif self.mode != "affine":
+            raise InputError(f"the mode must be affine, {', '.join(FLOAT_MODES)}, got {self.mode!r}")
+        elif self.bits not in AFFINE_BITS or self.group_size not in AFFINE_GROUPS:
+            raise InputError(
+                f"affine quantization has {', '.join(map(str, AFFINE_BITS))} bits in groups of "
+                f"{', '.join(map(str, AFFINE_GROUPS))}, got {self.bits!r} in {self.group_size!r}"
+            )
+
+    def check(self, layer: str, columns: int) -> None:
+        """Refuse a layer that does not divide into groups.
+
+        Raises:
+            InputError: naming it.
+        """
+        if columns % self.group_size:
+            raise InputError(f"{layer} has {columns} inputs, which are no multiple of the group size {self.group_size}")
+
+    @classmethod
+    def parse(cls, value: int | str | None, group_size: int | None = None) -> Quantization | None:
+        """From what an option says: bits (4 or "4"), a mode ("mxfp4"), or None or "none".
+
+        Args:
+            group_size: of bits, 64 unless given; a mode has its own.
+
+        Raises:
+            InputError: naming what is possible.
+        """
+        if value in (None, "none"):
+            return None
+        if value in FLOAT_MODES:
+            return cls(*FLOAT_MODES[str(value)], str(value))
+        if not str(value).isdecimal():
+            raise InputError(
+                f"quantize must be {', '.join(map(str, AFFINE_BITS))} bits or one of {', '.join(FLOAT_MODES)}, "
+                f"got {value!r}"
+            )
+        return cls(int(str(value)), 64 if group_size is None else group_size)
+
+
+def parse_options(
+    quantize: int | str | None, quantize_text_encoder: int | str | None, group_size: int | None
+) -> dict[str, Quantization]:
+    """The options of that name, as pipeline and commands have them, to how each component is packed.
+
+    Raises:
+        InputError: for what cannot be, a group size of nothing among it.
+    """
+    text = quantize if quantize_text_encoder is None else quantize_text_encoder
+    how = {
+        "transformer": Quantization.parse(quantize, group_size),
+        "text_encoder": Quantization.parse(text, group_size),
+    }
+    packed = {part: quantization for part, quantization in how.items() if quantization is not None}
+    if group_size is not None and not any(quantization.mode == "affine" for quantization in packed.values()):
+        raise InputError(f"group_size {group_size} belongs to quantize in bits, and none is given")
+    return packed
+
+
+def options_of(packed: Mapping[str, Quantization]) -> dict[str, Any]:
+    """The options that parse_options makes this of."""
+    named: dict[str, int | str] = {part: how.bits if how.mode == "affine" else how.mode for part, how in packed.items()}
+    transformer, text = named.get("transformer"), named.get("text_encoder", "none")
+    groups = [how.group_size for how in packed.values() if how.mode == "affine"]
+    return {
+        "quantize": transformer,
+        "quantize_text_encoder": None if text == (transformer or "none") else text,
+        "group_size": groups[0] if groups else None,
+    }
