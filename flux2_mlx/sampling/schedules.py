@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from ..errors import InputError
@@ -86,3 +87,55 @@ def schedule_sigmas(schedule: str, num_steps: int, num_tokens: int) -> list[floa
     if schedule == "comfy":
         return comfy_sigmas(num_steps)
     raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one step does, decided before the first.
+
+    Attributes:
+        index: of the step, from 1; those that a strength leaves out count.
+        sigma, sigma_next: from which noise level to which lower one.
+        is_guided: whether CFG applies, which takes two passes.
+        restarts: whether caches of earlier steps mean nothing here: the first step, and where CFG begins or ends.
+        is_last: the last step is always computed in full.
+    """
+
+    index: int
+    sigma: float
+    sigma_next: float
+    is_guided: bool = False
+    restarts: bool = False
+    is_last: bool = False
+
+    @property
+    def passes(self) -> int:
+        """Passes through the transformer."""
+        return 2 if self.is_guided else 1
+
+
+def plan_steps(
+    sigmas: Sequence[float], start: int = 0, *, uses_cfg: bool = False, interval: Sequence[float] | None = None
+) -> list[StepPlan]:
+    """The steps along a schedule.
+
+    Args:
+        sigmas: n + 1 noise levels of n steps, falling to 0.
+        start: how many steps are left out at the beginning (img2img).
+        uses_cfg: whether there is CFG.
+        interval: (low, high), the noise levels between which it applies; None for all.
+    """
+    low, high = interval or (0.0, 1.0)
+    pairs = list(pairwise(sigmas))[start:]
+    guided = [uses_cfg and low <= sigma <= high for sigma, _ in pairs]
+    return [
+        StepPlan(
+            index=start + k + 1,
+            sigma=sigma,
+            sigma_next=sigma_next,
+            is_guided=guided[k],
+            restarts=k == 0 or guided[k] != guided[k - 1],
+            is_last=k == len(pairs) - 1,
+        )
+        for k, (sigma, sigma_next) in enumerate(pairs)
+    ]
