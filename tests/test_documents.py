@@ -1,5 +1,15 @@
-"""README, examples and benchmarks do what they print, on a tiny checkpoint."""
+"""README, docs, examples and benchmarks do what they print, on a tiny checkpoint.
 
+Of README and docs/*.md:
+
+- ```python blocks run, those of a page in their order, with "klein-4b" replaced by a tiny checkpoint;
+- commands in ```bash blocks that generate run on that checkpoint, each once, in small;
+- all commands of this package, those in ```sh blocks too (which need the Hub, several machines or minutes), are taken
+  by their command's parser, and every long option in running text is one of some command's.
+"""
+
+import argparse
+import importlib
 import json
 import os
 import re
@@ -11,32 +21,75 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 from benchmarks import peers
 from flux2_mlx import RELEASED
 from flux2_mlx.generate import main
-from tests import tiny
+from tests import loras, tiny
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
+README = PAGES["README.md"]
+# Whose links are followed.
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+SCRIPTS = dict(re.findall(r'^(flux2-\w+) = "(flux2_mlx\.\w+):main"$', PROJECT, re.MULTILINE))
 
-# Sizes of the README, cut down so that reference BLAS draws them in a moment.
+# Sizes of the documents, cut down so that reference BLAS computes them in a moment.
 SMALLER = {
     "(1, 1024, 128)": "(1, 16, 128)",
-    "image_ids(512, 512)": "image_ids(64, 64)",
+    "text_ids(512), image_ids(512, 512)": "text_ids(64), image_ids(64, 64)",
     "height=512, width=512": "height=64, width=64",
+    "width=512, height=512": "width=64, height=64",
     "width=1024, height=768": "width=96, height=64",
 }
+# What a user types into a search box, and finds here.
+SEARCHED = (
+    "img2img",
+    "inpaint",
+    "outpaint",
+    "CFG",
+    "classifier-free",
+    "LoRA strength",
+    "out of memory",
+    "offline",
+    "gated",
+    "scheduler",
+    "troubleshooting",
+)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def commands() -> list[str]:
-    """The command lines of the README that draw."""
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [line for line in lines if re.match(r"(python -m flux2_mlx\.generate|flux2-generate) ", line)]
+def commands(*languages: str) -> list[str]:
+    """This package's command lines in the documents' blocks of these languages, each once."""
+    text = "".join(block for page in PAGES.values() for language in languages for block in blocks(language, page))
+    lines = re.split(r"\n| && ", text.replace("\\\n", " "))
+    found = [re.search(r"(?:^|(?<=\s))(?:python -m flux2_mlx\.\w+|flux2-\w+) .*", line) for line in lines]
+    return list(dict.fromkeys(match[0] for match in found if match))
+
+
+def split(command: str) -> tuple[str, list[str]]:
+    """The module of a command line, and its arguments."""
+    words = shlex.split(command, comments=True)
+    return (words[2], words[3:]) if words[0] == "python" else (SCRIPTS[words[0]], words[1:])
+
+
+def is_run(command: str) -> bool:
+    return split(command)[0] == "flux2_mlx.generate"
+
+
+def slugs(text: str) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -46,9 +99,11 @@ def size_of(path: Path) -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def klein(tmp_path_factory):
-    """A tiny checkpoint with heads of 128, so that compute_rope's defaults fit it, and small pictures."""
+    """A tiny checkpoint with heads of 128, so that compute_rope's defaults fit it, and small images."""
     folder = tmp_path_factory.mktemp("readme") / "klein"
     tiny.pipeline(heads=1, head_dim=128, sample_size=64).save_pretrained(folder)
+    config = folder / "tokenizer" / "tokenizer_config.json"
+    tiny.rewrite(config, json.dumps({**json.loads(config.read_text()), "model_max_length": 64}))
     return folder
 
 
@@ -57,37 +112,72 @@ def elsewhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def test_python_examples_run_in_order(klein, tmp_path, capsys):
-    assert len(blocks("python")) >= 3
+@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if blocks("python", text)])
+def test_python_examples_run_in_order(page, klein, tmp_path, capsys):
+    weights = load_file(klein / "transformer" / "diffusion_pytorch_model.safetensors")
+    loras.write(tmp_path / "style.safetensors", weights, layers=("img_in",))
     namespace: dict = {}
-    for code in blocks("python"):
+    for code in blocks("python", PAGES[page]):
         code = code.replace('"klein-4b"', repr(str(klein)))
         for large, little in SMALLER.items():
             code = code.replace(large, little)
-        exec(compile(code, "README.md", "exec"), namespace)
-    assert namespace["image"].shape == (1, 64, 64, 3)
-    assert size_of(tmp_path / "fox.png") == (96, 64)
-    assert "step 4 of 4" in capsys.readouterr().out
+        exec(compile(code, page, "exec"), namespace)
+    if page in ("README.md", "docs/python.md"):
+        assert size_of(tmp_path / "fox.png") == (96, 64)
+        assert "step 4 of 4" in capsys.readouterr().out
+    if page == "docs/python.md":
+        assert namespace["image"].shape == (1, 64, 64, 3)
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", [command for command in commands("bash") if is_run(command)])
 def test_command_examples_run(command, klein, tmp_path, capsys):
     (tmp_path / "prompt.txt").write_text("a red fox")
+    (tmp_path / "jobs.jsonl").write_text("".join(blocks("json", PAGES["docs/batch.md"])).replace("768", "64"))
+    module, arguments = split(command)
     side = "128" if "--expand" in command else "64"  # or it would be too elongated
     for picture in set(re.findall(r"--(?:from-image|image|init-image|mask) (\S+)", command)):
         drawn = ["a fox", "--output", picture, "--model", str(klein), "--width", side, "--height", side]
         assert main([*drawn, "--max-sequence-length", "16"]) == 0
-    arguments = shlex.split(command, comments=True)
-    arguments = arguments[3:] if arguments[0] == "python" else arguments[1:]
     small = ["--model", str(klein), "--height", "64", "--max-sequence-length", "16"]
     if "--expand" not in command:
         small += ["--width", "64"]
-    assert main([*arguments, *small]) == 0
+    assert importlib.import_module(module).main([*arguments, *small]) == 0
     assert ("memory: " if "--plan" in command else "seed ") in capsys.readouterr().out
 
 
-def test_the_readme_has_commands():
-    assert len(commands()) >= 5
+class Taken(BaseException):
+    """A parser took a command line."""
+
+
+@pytest.mark.parametrize("command", commands("bash", "sh"))
+def test_commands_are_taken_by_their_parsers(command, monkeypatch):
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(parser, argv=None, namespace=None):
+        parse(parser, argv, namespace)
+        raise Taken
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    module, arguments = split(command)
+    with pytest.raises(Taken):
+        importlib.import_module(module).main(arguments)
+
+
+def test_options_in_the_text_exist(capsys):
+    known = {"--help", "--force-reinstall", "--no-deps"}  # the last two are pip's
+    for module in SCRIPTS.values():
+        with pytest.raises(SystemExit):
+            importlib.import_module(module).main(["--help"])
+        known |= set(re.findall(r"--[a-z][\w-]+", re.sub(r"-\n\s+", "-", capsys.readouterr().out)))
+    for page, text in PAGES.items():
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+        unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", prose)) - known
+        assert not unknown, f"{page}: {unknown}"
+
+
+def test_the_documents_have_commands():
+    assert len([command for command in commands("bash") if is_run(command)]) >= 15
+    assert {split(command)[0] for command in commands("bash", "sh")} == set(SCRIPTS.values())
 
 
 def test_every_released_model_is_in_the_readme():
@@ -96,10 +186,47 @@ def test_every_released_model_is_in_the_readme():
         assert repo in README
 
 
-def test_links_inside_the_project_lead_somewhere():
-    for document in ROOT.glob("*.md"):
-        for target in re.findall(r"\]\((?!http|#|mailto)([^)#]+)", document.read_text(encoding="utf-8")):
-            assert (ROOT / target).exists(), f"{document.name}: {target}"
+def test_options_by_memory_are_those_of_the_plan(capsys):
+    rows = re.findall(r"^\| (\d+) GB \| `(--model .*?)` \| ([\d.]+) of ([\d.]+) \| (.*?) \|$", README, re.MULTILINE)
+    assert {int(memory) for memory, *_ in rows} == {8, 16, 24, 32, 64}
+    size = ["--dtype", "bfloat16", "--width", "1024", "--height", "1024"]
+    for memory, options, needed, limit, stays in rows:
+        assert float(limit) <= 2 / 3 * int(memory)
+        assert main(["--plan", *size, "--memory-limit", limit, *options.split()]) == 0
+        mode = {"everything": "resident", "one stage at a time": "staged"}[stays]
+        assert f"memory: {mode}, about {needed} of {limit} GB" in capsys.readouterr().out
+
+
+def test_the_readme_is_short():
+    assert len(README.encode()) <= 9000
+
+
+def test_every_page_is_in_the_readme():
+    for page in [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")]:
+        name = page.relative_to(ROOT).as_posix()
+        assert name == "README.md" or re.search(rf"\]\({name}[)#]", README), f"README.md has no link to {name}"
+
+
+@pytest.mark.parametrize("word", SEARCHED)
+def test_what_users_search_for_is_found(word):
+    assert word.lower() in "\n".join(PAGES.values()).lower()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_inside_the_project_lead_somewhere(document):
+    text = document.read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\((?!https?:|mailto:)([^)#]*)#?([^)]*)\)", text):
+        path = document.parent / target if target else document
+        assert path.exists(), f"{target} does not exist"
+        assert not anchor or anchor in slugs(path.read_text(encoding="utf-8")), f"{target} has no heading #{anchor}"
+
+
+def test_every_trap_names_tests_that_exist():
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    for name in re.findall(r"`(test_\w+)`", (ROOT / "NOTES.md").read_text(encoding="utf-8")):
+        assert re.search(rf"def {name}\b", text), f"NOTES.md: there is no {name}"
+    for name in re.findall(r"`((?:parity/)?test_\w+\.py)`", (ROOT / "NOTES.md").read_text(encoding="utf-8")):
+        assert (ROOT / "tests" / name).exists(), f"NOTES.md: there is no {name}"
 
 
 @pytest.mark.parametrize(
