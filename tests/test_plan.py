@@ -20,6 +20,7 @@ from flux2_mlx.models.qwen3 import Qwen3TextEncoder
 from flux2_mlx.pipeline import STAGES
 from flux2_mlx.quantization.layers import quantize
 from flux2_mlx.quantization.packing import pack_plainly
+from flux2_mlx.runtime.activations import Workload
 from flux2_mlx.runtime.plan import MODES, Plan, Stage, make_plan
 from flux2_mlx.runtime.released import download_bytes, released_modules
 from flux2_mlx.runtime.streaming import block_paths, is_streamed, streamed_bytes
@@ -51,7 +52,7 @@ def picture(pipe):
 
 
 def loaded(pipe) -> set[str]:
-    return {stage for stage, modules in pipe._loaded.items() if modules}
+    return pipe.stages.loaded()
 
 
 # ------------------------------------------------------------------------------------------------ streaming
@@ -242,8 +243,8 @@ def test_a_stage_needs_what_the_plan_says(side, length, packed, dtype, memory):
     if packed is not None:
         for module in (text, transformer):
             quantize(module, lambda *_: packed, pack_plainly)
-    size = {"height": side, "width": side, "length": length, "references": [(side, side)]}
-    plan = make_plan(text, transformer, autoencoder, dtype=dtype, limit=0, **size)
+    workload = Workload(side, side, length, [(side, side)])
+    plan = make_plan(text, transformer, autoencoder, workload, dtype=dtype, limit=0)
     tokens = 2 * side * side // 256
     ids = mx.zeros((1, length), mx.int32)
     img, txt = mx.zeros((1, tokens, 128)), mx.zeros((1, length, 960))
@@ -275,7 +276,7 @@ def test_references_are_planned(checkpoint):
 )
 def test_released_models_are_planned_from_their_known_shapes(name, transformer, text_encoder):
     modules = released_modules(name, mx.bfloat16, {})
-    plan = make_plan(*modules, dtype=mx.bfloat16, height=1024, width=1024, length=512, limit=0)
+    plan = make_plan(*modules, Workload(1024, 1024, 512), dtype=mx.bfloat16, limit=0)
     text, denoise, decoder = plan.stages
     assert denoise.weights == transformer
     assert text.weights == text_encoder

@@ -96,7 +96,7 @@ def test_a_preview_loads_and_unloads_nothing(checkpoint):
     pipe = Flux2Pipeline.from_pretrained(checkpoint, memory="staged")
     for step in pipe.stream("a", **SMALL):
         step.preview()
-        assert {stage for stage, modules in pipe._loaded.items() if modules} == {"transformer"}
+        assert pipe.stages.loaded() == {"transformer"}
 
 
 def test_a_preview_of_what_is_repainted_keeps_the_rest(pipe):
