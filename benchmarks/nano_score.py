@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from benchmarks.common import machine
-from benchmarks.nano_world import EDITS, HOME, Task, judge, random_task, render
+from examples.nano_world import EDITS, HOME, Task, judge, random_task, render
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.commands import MODEL_OPTIONS, add_model_options
 from flux2_mlx.config import NANO

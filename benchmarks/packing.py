@@ -19,7 +19,7 @@ import mlx.nn as nn
 
 from benchmarks.common import machine, process_peak_gb
 from benchmarks.nano_score import unseen_tasks
-from benchmarks.nano_world import HOME
+from examples.nano_world import HOME
 from flux2_mlx import Flux2Pipeline, FluxKlein, Quantization, image_ids, text_ids
 from flux2_mlx.config import NANO
 from flux2_mlx.memory import weights_of

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from benchmarks.common import machine, process_peak_gb
 from benchmarks.nano_score import Drawn, open_variant, rates, unseen_edits, unseen_tasks
-from benchmarks.nano_world import HOME, judge, render
+from examples.nano_world import HOME, judge, render
 from flux2_mlx.commands import add_model_options
 from flux2_mlx.config import NANO
 from flux2_mlx.pipeline import DTYPES

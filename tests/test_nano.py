@@ -17,9 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import nano_score, nano_world
-from benchmarks.nano_world import COLOURS, EDITS, PLACES, SHAPES, SIZES, Scene, Thing, judge, random_task, render
-from examples import train_nano
+from benchmarks import nano_score
+from examples import nano_world, train_nano
+from examples.nano_world import COLOURS, EDITS, PLACES, SHAPES, SIZES, Scene, Thing, judge, random_task, render
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.generate import main
 from flux2_mlx.tokenizer import Qwen3Tokenizer
