@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import nano_score
+from benchmarks import quality
 from examples import nano_world, train_nano
 from examples.nano_world import COLOURS, EDITS, PLACES, SHAPES, SIZES, Scene, Thing, judge, random_task, render
 from flux2_mlx import Flux2Pipeline
@@ -222,20 +222,19 @@ def test_captions_fit_the_text_length(untrained):
 
 def test_the_score_ends_with_a_json_line_and_a_sheet(untrained, tmp_path, capsys):
     sheet, model = tmp_path / "sheet.png", str(untrained / "nano")
-    variant = ["--model", model, "--quantize", "8", "--guidance", "1.5", "--steps", "2"]
-    variant += ["--step-cache", "0"]
-    nano_score.main(["--captions", "2", "--edits", "2", "--sheet", str(sheet), *variant])
+    variant = ["guidance=1.5", "num_steps=2", "step_cache=0", "--model", model, "--quantize", "8"]
+    quality.main([*variant, "--captions", "2", "--edits", "2", "--sheet", str(sheet)])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert report["benchmark"] == "nano_score"
+    assert report["benchmark"] == "quality"
     assert report["variant"]["quantize"] == "8"
-    assert report["figures"].keys() >= nano_score.BOUNDS.keys()
+    assert report["figures"].keys() >= quality.BOUNDS.keys()
     with Image.open(sheet) as picture:
         assert picture.width > 4 * 128
 
 
 def test_quantization_reaches_the_drawing_model(untrained):
     options = ["--model", str(untrained / "nano"), "--quantize", "4", "--group-size", "128"]
-    pipe = nano_score.open_variant(nano_score.build_parser().parse_args(options))
+    pipe = quality.open_variant(quality.build_parser().parse_args(options))
     assert pipe.transformer.transformer_blocks[0].attn.to_q.how.bits == 4
     assert pipe.text_encoder.model.layers[0].mlp.up_proj.how.group_size == 128
 
@@ -250,22 +249,22 @@ def nano():
 
 def test_nano_draws_what_training_never_saw(nano):
     """Two of some fifty things may be wrong, where the bounds are for hundreds."""
-    figures = nano_score.rates(nano_score.draw(nano, nano_score.unseen_tasks(32)))
-    assert {part: figure for part, figure in figures.items() if figure < nano_score.BOUNDS.get(part, 0) - 2} == {}
+    figures = quality.rates(quality.draw(nano, quality.unseen_tasks(32)))
+    assert {part: figure for part, figure in figures.items() if figure < quality.BOUNDS.get(part, 0) - 2} == {}
 
 
 @pytest.mark.parametrize("size", [(96, 96), (112, 160), (192, 192)])
 def test_nano_draws_other_sizes(nano, size):
     """Of shapes it gets about half; things are where and what they are to be in most pictures."""
-    figures = nano_score.rates(nano_score.draw(nano, nano_score.unseen_tasks(5), size))
+    figures = quality.rates(quality.draw(nano, quality.unseen_tasks(5), size))
     assert figures["ground"] == 100
     assert figures["colour"] >= 60
     assert figures["place"] >= 75
 
 
 def test_nano_edits(nano):
-    drawn = nano_score.draw(nano, nano_score.unseen_edits(20))
-    assert nano_score.rates(drawn)["whole"] >= nano_score.BOUNDS["edits"]
+    drawn = quality.draw(nano, quality.unseen_edits(20))
+    assert quality.rates(drawn)["whole"] >= quality.BOUNDS["edits"]
 
 
 LEFT = Thing("circle", "blue", "medium", "left")
@@ -319,7 +318,7 @@ def test_nano_is_guided(nano):
 
 
 def test_nano_keeps_pictures(nano):
-    assert nano_score.autoencoder_psnr(nano, nano_score.unseen_tasks(8)) >= nano_score.BOUNDS["psnr"]
+    assert quality.autoencoder_psnr(nano, quality.unseen_tasks(8)) >= quality.BOUNDS["psnr"]
 
 
 def test_nano_is_small(nano):
