@@ -73,7 +73,7 @@ MLX_PEERS = {
     ),
     "mlx-vlm": Library(
         "0.7.10",
-        "pip install --no-deps mlx-vlm==0.7.10 && pip install requests tqdm transformers",
+        "pip install --no-deps mlx-vlm==0.7.10 && pip install jinja2 requests tqdm transformers",
         "mlx_vlm.models.flux2.qwen.text_encoder",
         "mlx_vlm.models.flux2.transformer.transformer",
         "mlx_vlm.models.flux2.vae.vae",

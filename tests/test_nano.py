@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from benchmarks import quality
-from examples import nano_world, train_nano
+from examples import nano_score, nano_world, train_nano
 from examples.nano_world import COLOURS, EDITS, PLACES, SHAPES, SIZES, Scene, Thing, judge, random_task, render
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.generate import main
@@ -227,7 +227,7 @@ def test_the_score_ends_with_a_json_line_and_a_sheet(untrained, tmp_path, capsys
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["benchmark"] == "quality"
     assert report["variant"]["quantize"] == "8"
-    assert report["figures"].keys() >= quality.BOUNDS.keys()
+    assert report["figures"].keys() >= nano_score.BOUNDS.keys()
     with Image.open(sheet) as picture:
         assert picture.width > 4 * 128
 
@@ -249,22 +249,22 @@ def nano():
 
 def test_nano_draws_what_training_never_saw(nano):
     """Two of some fifty things may be wrong, where the bounds are for hundreds."""
-    figures = quality.rates(quality.draw(nano, quality.unseen_tasks(32)))
-    assert {part: figure for part, figure in figures.items() if figure < quality.BOUNDS.get(part, 0) - 2} == {}
+    figures = nano_score.rates(nano_score.draw(nano, nano_score.unseen_tasks(32)))
+    assert {part: figure for part, figure in figures.items() if figure < nano_score.BOUNDS.get(part, 0) - 2} == {}
 
 
 @pytest.mark.parametrize("size", [(96, 96), (112, 160), (192, 192)])
 def test_nano_draws_other_sizes(nano, size):
     """Of shapes it gets about half; things are where and what they are to be in most pictures."""
-    figures = quality.rates(quality.draw(nano, quality.unseen_tasks(5), size))
+    figures = nano_score.rates(nano_score.draw(nano, nano_score.unseen_tasks(5), size))
     assert figures["ground"] == 100
     assert figures["colour"] >= 60
     assert figures["place"] >= 75
 
 
 def test_nano_edits(nano):
-    drawn = quality.draw(nano, quality.unseen_edits(20))
-    assert quality.rates(drawn)["whole"] >= quality.BOUNDS["edits"]
+    drawn = nano_score.draw(nano, nano_score.unseen_edits(20))
+    assert nano_score.rates(drawn)["whole"] >= nano_score.BOUNDS["edits"]
 
 
 LEFT = Thing("circle", "blue", "medium", "left")
@@ -318,7 +318,7 @@ def test_nano_is_guided(nano):
 
 
 def test_nano_keeps_pictures(nano):
-    assert quality.autoencoder_psnr(nano, quality.unseen_tasks(8)) >= quality.BOUNDS["psnr"]
+    assert nano_score.autoencoder_psnr(nano, nano_score.unseen_tasks(8)) >= nano_score.BOUNDS["psnr"]
 
 
 def test_nano_is_small(nano):
