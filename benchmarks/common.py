@@ -35,10 +35,13 @@ from flux2_mlx import (
     Qwen3TextEncoder,
     __version__,
     open_checkpoint,
+    text_ids,
 )
+from flux2_mlx.adapters import LowRank
 from flux2_mlx.memory import default_dtype, stage_dtype, weights_of
+from flux2_mlx.models.blocks import Linear
 from flux2_mlx.pipeline import DTYPES
-from flux2_mlx.quantize import mixed, quantize
+from flux2_mlx.quantize import QuantizedLinear, mixed, quantize, tune
 from flux2_mlx.weights import load_autoencoder, load_text_encoder, load_transformer
 
 # Shapes for a few seconds on any machine: they show that a script runs, nothing about speed.
@@ -211,6 +214,64 @@ def pack(module: nn.Module, bits: str | None) -> Any:
     if spec is not None:
         quantize(module, mixed(module, spec))
     return module
+
+
+# -------------------------------------------------------------------------------------- the package's internals
+
+
+def rope_of(params: FluxKleinParams, text_length: int, *ids: mx.array) -> tuple[mx.array, mx.array]:
+    """The tables of rotations of so much text and of these images' tokens."""
+    joined = mx.concatenate(list(ids), axis=1)
+    return FluxKlein.compute_rope(text_ids(text_length), joined, params.axes_dims_rope, params.rope_theta)
+
+
+def velocity(
+    model: Any, x: mx.array, txt: mx.array, sigma: float, rope: tuple[mx.array, mx.array], kv: Any = None
+) -> mx.array:
+    """A pass through the transformer; kv are a reference's keys and values that encode_kv made."""
+    v: mx.array = model.forward_with_rope(x, txt, mx.full((len(x),), sigma), *rope, kv)
+    return v
+
+
+def encode_kv(model: Any, clean: mx.array, rope: tuple[mx.array, mx.array]) -> Any:
+    """A reference's keys and values, of its clean tokens and their rotations."""
+    return model.keep_references(clean, *rope)
+
+
+def packed_copy(module: Any, bits: str) -> tuple[Any, dict[str, Any]]:
+    """The same weights packed, with what measuring from how many rows each shape is unpacked took and found."""
+    copy: Any = FluxKlein(module.params) if isinstance(module, FluxKlein) else Qwen3TextEncoder(module.config)
+    copy.update(tree_map(lambda array: array, module.parameters()))
+    loaded(pack(copy, bits))
+    start = time.perf_counter()
+    tune(copy, arrays_of(module.parameters())[0].dtype)
+    seconds = time.perf_counter() - start
+    layers = [layer for _, layer in copy.named_modules() if isinstance(layer, QuantizedLinear)]
+    shapes = [(layer.weight.shape[0], layer.weight.shape[1] * 32 // layer.how.bits, layer.how.bits) for layer in layers]
+    rows = {
+        f"{outputs} x {inputs}, {bits} bits": layer.dense_rows
+        for (outputs, inputs, bits), layer in zip(shapes, layers, strict=True)
+    }
+    return copy, {"tuning_s": seconds, "rows": rows}
+
+
+def random_lora(model: nn.Module, rank: int, dtype: mx.Dtype) -> dict[str, LowRank]:
+    """A random LoRA of every layer of the blocks, by its path."""
+    deltas = {}
+    for path, layer in model.named_modules():
+        if "_blocks." in path and isinstance(layer, Linear):
+            rows, columns = layer.weight.shape
+            down, up = mx.random.normal((rank, columns)), mx.random.normal((rows, rank))
+            deltas[path] = LowRank(down.astype(dtype), (1e-3 * up).astype(dtype), mx.ones((rank,), dtype))
+            mx.eval(deltas[path].parameters())
+    return deltas
+
+
+def put_lora(model: nn.Module, deltas: Mapping[str, LowRank]) -> None:
+    """These deltas on the model's layers, and no others."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, (Linear, QuantizedLinear)):
+            layer.deltas = [deltas[path]] if path in deltas else []
 
 
 # ---------------------------------------------------------------------------------------------------------- turns

@@ -30,7 +30,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from benchmarks.common import Case, Run, loaded, mlx_meter
+from benchmarks.common import Case, Run, loaded, mlx_meter, rope_of, velocity
 from flux2_mlx import (
     AutoEncoder,
     FluxKlein,
@@ -138,11 +138,8 @@ def ours_encode(module: Qwen3TextEncoder, case: Case) -> Run:
 
 
 def ours_step(module: FluxKlein, case: Case) -> Run:
-    params = case.params
-    rope = FluxKlein.compute_rope(
-        text_ids(case.text_length), image_ids(case.height, case.width), params.axes_dims_rope, params.rope_theta
-    )
-    return lambda x, txt, sigma: module.forward_with_rope(x, txt, mx.array([sigma]), *rope)
+    rope = rope_of(case.params, case.text_length, image_ids(case.height, case.width))
+    return lambda x, txt, sigma: velocity(module, x, txt, sigma, rope)
 
 
 def ours_decode(module: AutoEncoder, case: Case) -> Run:

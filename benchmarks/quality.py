@@ -32,7 +32,7 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.common import print_json, print_row
+from benchmarks.common import print_json, print_row, rope_of, velocity
 from examples.nano_score import (
     BOUNDS,
     EDIT_KINDS,
@@ -46,7 +46,7 @@ from examples.nano_score import (
     unseen_tasks,
 )
 from examples.nano_world import HOME
-from flux2_mlx import Flux2Pipeline, FluxKlein, Quantization, image_ids, text_ids
+from flux2_mlx import Flux2Pipeline, Quantization, image_ids
 from flux2_mlx.commands import MODEL_OPTIONS, add_model_options
 from flux2_mlx.config import NANO
 from flux2_mlx.memory import weights_of
@@ -145,30 +145,30 @@ def hold_beside(pipe: Flux2Pipeline, ways: Mapping[str, dict[str, Any]], argumen
 Way = Callable[[str, nn.Module], tuple[mx.array, int]]
 
 
-def restored(weight: mx.array, how: Quantization, packing: Packing = pack) -> tuple[mx.array, int]:
+def restored(weight: mx.array, spec: Quantization, packing: Packing = pack) -> tuple[mx.array, int]:
     """A weight packed and unpacked, and its bits; scales are in float32 here, and in 16 bits in a model."""
-    words, *others = packing(weight, how)
+    words, *others = packing(weight, spec)
     bits = 8 * words.nbytes + sum(min(8 * array.itemsize, 16) * array.size for array in others)
     scales, *biases = others
-    return unpack(words, scales, biases[0] if biases else None, how).astype(mx.float32), bits
+    return unpack(words, scales, biases[0] if biases else None, spec).astype(mx.float32), bits
 
 
-def ends_of_the_range(how: Quantization) -> Way:
+def ends_of_the_range(spec: Quantization) -> Way:
     """mlx.core.quantize for every layer."""
-    return lambda path, layer: restored(layer.weight, how, pack_plainly)
+    return lambda path, layer: restored(layer.weight, spec, pack_plainly)
 
 
 def by_recipe(recipe: Recipe) -> Way:
     def way(path: str, layer: nn.Module) -> tuple[mx.array, int]:
-        how = recipe(path, layer)
-        assert how is not None
-        return restored(layer.weight, how)
+        spec = recipe(path, layer)
+        assert spec is not None
+        return restored(layer.weight, spec)
 
     return way
 
 
-def uniform(how: Quantization) -> Way:
-    return by_recipe(lambda path, layer: how)
+def uniform(spec: Quantization) -> Way:
+    return by_recipe(lambda path, layer: spec)
 
 
 def by_bits(module: nn.Module) -> dict[str, Way]:
@@ -176,7 +176,7 @@ def by_bits(module: nn.Module) -> dict[str, Way]:
     return {f"--quantize {bits}": by_recipe(mixed(module, Quantization(bits, 64))) for bits in (3, 4, 5, 6, 8)}
 
 
-def with_low_rank(how: Quantization, rank: int) -> Way:
+def with_low_rank(spec: Quantization, rank: int) -> Way:
     """Besides, what packing loses, as far as two thin 16-bit matrices hold it: by turns the best such matrices for what
     is lost, and the packing of what they leave (Li et al., LoftQ, arXiv 2310.08659).
     """
@@ -184,9 +184,9 @@ def with_low_rank(how: Quantization, rank: int) -> Way:
     def way(path: str, layer: nn.Module) -> tuple[mx.array, int]:
         weight, beside = layer.weight, mx.zeros_like(layer.weight)
         for _ in range(LOW_RANK_ROUNDS):
-            left, values, right = mx.linalg.svd(weight - restored(weight - beside, how)[0], stream=mx.cpu)
+            left, values, right = mx.linalg.svd(weight - restored(weight - beside, spec)[0], stream=mx.cpu)
             beside = (left[:, :rank] * values[:rank]) @ right[:rank]
-        rest, bits = restored(weight - beside, how)
+        rest, bits = restored(weight - beside, spec)
         return rest + beside, bits + 16 * rank * sum(weight.shape)
 
     return way
@@ -244,10 +244,10 @@ def text_judge(pipe: Flux2Pipeline, captions: int) -> Judge:
 def velocity_judge(pipe: Flux2Pipeline, text: mx.array) -> Judge:
     """Of the transformer, by the velocities at the steps of prompt embeddings (B, L, D)."""
     model, params, tokens = pipe.transformer, pipe.checkpoint.transformer, HOME[0] * HOME[1] // 256
-    rope = FluxKlein.compute_rope(text_ids(text.shape[1]), image_ids(*HOME), params.axes_dims_rope, params.rope_theta)
+    rope = rope_of(params, text.shape[1], image_ids(*HOME))
 
-    def velocity(x: mx.array, sigma: float) -> mx.array:
-        found = model.forward_with_rope(x, text, mx.array([sigma]), *rope).astype(mx.float32)
+    def predict(x: mx.array, sigma: float) -> mx.array:
+        found = velocity(model, x, text, sigma, rope).astype(mx.float32)
         mx.eval(found)
         return found
 
@@ -255,8 +255,8 @@ def velocity_judge(pipe: Flux2Pipeline, text: mx.array) -> Judge:
     x, steps = mx.random.normal((len(text), tokens, params.in_channels)), []
     for sigma, following in pairwise(flux2_sigmas(STEPS, tokens)):
         steps.append((x, sigma))
-        x = x + (following - sigma) * velocity(x, sigma)
-    return Judge(model, lambda: [velocity(x, sigma) for x, sigma in steps])
+        x = x + (following - sigma) * predict(x, sigma)
+    return Judge(model, lambda: [predict(x, sigma) for x, sigma in steps])
 
 
 def relative(ours: Sequence[mx.array], theirs: Sequence[mx.array]) -> float:

@@ -23,7 +23,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
 
 from benchmarks.common import (
     FIGURES,
@@ -32,20 +31,21 @@ from benchmarks.common import (
     add_case_options,
     arrays_of,
     dtype_of_stage,
-    loaded,
+    encode_kv,
     model_of,
-    pack,
+    packed_copy,
     print_json,
     print_row,
     process_peak_gb,
+    put_lora,
+    random_lora,
     ratio,
+    rope_of,
     take_turns,
+    velocity,
 )
-from flux2_mlx import FluxKlein, Qwen3TextEncoder, image_ids, text_ids, unpack_latents
-from flux2_mlx.adapters import LowRank
+from flux2_mlx import FluxKlein, image_ids, unpack_latents
 from flux2_mlx.memory import weight_bytes
-from flux2_mlx.models.blocks import Linear
-from flux2_mlx.quantize import QuantizedLinear, tune
 from flux2_mlx.sampler import euler_step, flux2_sigmas
 
 STAGES = ("text_encoder", "step", "decode")
@@ -54,42 +54,6 @@ Runs = dict[str, Callable[[], Any]]
 
 
 # ------------------------------------------------------------------------------------------------------- variants
-
-
-def packed_copy(module: Any, bits: str) -> tuple[Any, dict[str, Any]]:
-    """The same weights packed, with what measuring from how many rows each shape is unpacked took and found."""
-    copy: Any = FluxKlein(module.params) if isinstance(module, FluxKlein) else Qwen3TextEncoder(module.config)
-    copy.update(tree_map(lambda array: array, module.parameters()))
-    loaded(pack(copy, bits))
-    start = time.perf_counter()
-    tune(copy, arrays_of(module.parameters())[0].dtype)
-    seconds = time.perf_counter() - start
-    layers = [layer for _, layer in copy.named_modules() if isinstance(layer, QuantizedLinear)]
-    shapes = [(layer.weight.shape[0], layer.weight.shape[1] * 32 // layer.how.bits, layer.how.bits) for layer in layers]
-    rows = {
-        f"{outputs} x {inputs}, {bits} bits": layer.dense_rows
-        for (outputs, inputs, bits), layer in zip(shapes, layers, strict=True)
-    }
-    return copy, {"tuning_s": seconds, "rows": rows}
-
-
-def random_lora(model: nn.Module, rank: int, dtype: mx.Dtype) -> dict[str, LowRank]:
-    """A random LoRA of every layer of the blocks, by its path."""
-    deltas = {}
-    for path, layer in model.named_modules():
-        if "_blocks." in path and isinstance(layer, Linear):
-            rows, columns = layer.weight.shape
-            down, up = mx.random.normal((rank, columns)), mx.random.normal((rows, rank))
-            deltas[path] = LowRank(down.astype(dtype), (1e-3 * up).astype(dtype), mx.ones((rank,), dtype))
-            mx.eval(deltas[path].parameters())
-    return deltas
-
-
-def put_lora(model: nn.Module, deltas: Mapping[str, LowRank]) -> None:
-    """These deltas on the model's layers, and no others."""
-    for path, layer in model.named_modules():
-        if isinstance(layer, (Linear, QuantizedLinear)):
-            layer.deltas = [deltas[path]] if path in deltas else []
 
 
 def encode_runs(model: Any, case: Case) -> Runs:
@@ -106,49 +70,41 @@ def step_runs(model: Any, case: Case, txt: mx.array, arguments: argparse.Namespa
     params, dtype, sigmas = case.params, case.dtype, flux2_sigmas(arguments.steps, case.tokens)
     own = image_ids(case.height, case.width)
 
-    def rope(length: int, *ids: mx.array) -> tuple[mx.array, mx.array]:
-        joined = mx.concatenate(list(ids), axis=1)
-        return FluxKlein.compute_rope(text_ids(length), joined, params.axes_dims_rope, params.rope_theta)
-
     def noise(count: int) -> mx.array:
         return mx.random.normal((count, case.tokens, params.in_channels)).astype(dtype)
 
-    def steps(x: mx.array, velocity: Callable[[mx.array, mx.array], mx.array]) -> Callable[[], mx.array]:
+    def steps(x: mx.array, predict: Callable[[mx.array, float], mx.array]) -> Callable[[], mx.array]:
         def run() -> mx.array:
             latents = x
             for sigma, sigma_next in pairwise(sigmas):
-                v = velocity(latents, mx.full((len(x),), sigma))
-                latents = euler_step(latents, v, sigma, sigma_next)
+                latents = euler_step(latents, predict(latents, sigma), sigma, sigma_next)
                 mx.eval(latents)
             return latents
 
         return run
 
-    alone, one = rope(case.text_length, own), noise(1)
-    inputs = [alone, one]
-    runs: Runs = {"step": steps(one, lambda x, sigma: model.forward_with_rope(x, txt, sigma, *alone))}
+    alone, one = rope_of(params, case.text_length, own), noise(1)
+    inputs: list[Any] = [alone, one]
+    runs: Runs = {"step": steps(one, lambda x, sigma: velocity(model, x, txt, sigma, alone))}
     if arguments.reference:
-        seen = image_ids(arguments.reference, arguments.reference, reference=0)
-        clean = mx.random.normal((1, seen.shape[1], params.in_channels)).astype(dtype)
-        joined, of_reference = rope(case.text_length, own, seen), rope(0, seen)
+        ids = image_ids(arguments.reference, arguments.reference, reference=0)
+        clean = mx.random.normal((1, ids.shape[1], params.in_channels)).astype(dtype)
+        joined, of_reference = rope_of(params, case.text_length, own, ids), rope_of(params, 0, ids)
 
-        def beside_reference(x: mx.array, sigma: mx.array) -> mx.array:
-            both = mx.concatenate([x, clean], axis=1)
-            v: mx.array = model.forward_with_rope(both, txt, sigma, *joined)
-            return v[:, : case.tokens]
+        def beside_reference(x: mx.array, sigma: float) -> mx.array:
+            return velocity(model, mx.concatenate([x, clean], axis=1), txt, sigma, joined)[:, : case.tokens]
 
         runs["with reference"] = steps(one, beside_reference)
         inputs += [clean, joined, of_reference]
         if arguments.kv:
-            kv = model.keep_references(clean, *of_reference)
-            runs["reference KV"] = steps(one, lambda x, sigma: model.forward_with_rope(x, txt, sigma, *alone, kv))
-            runs["encode KV"] = lambda: model.keep_references(clean, *of_reference)
+            kv = encode_kv(model, clean, of_reference)
+            runs["reference KV"] = steps(one, lambda x, sigma: velocity(model, x, txt, sigma, alone, kv))
+            runs["encode KV"] = lambda: encode_kv(model, clean, of_reference)
             inputs.append(kv)
     if arguments.batch > 1:
         many, texts = noise(arguments.batch), mx.repeat(txt, arguments.batch, axis=0)
-        runs[f"batch of {arguments.batch}"] = steps(
-            many, lambda x, sigma: model.forward_with_rope(x, texts, sigma, *alone)
-        )
+        batch = steps(many, lambda x, sigma: velocity(model, x, texts, sigma, alone))
+        runs[f"batch of {arguments.batch}"] = batch
         inputs += [many, texts]
     mx.eval(inputs)
     return runs
@@ -167,7 +123,7 @@ def variants(
     if arguments.lora and isinstance(module, FluxKlein):
         deltas = random_lora(module, arguments.lora, case.dtype)
 
-        def run_with(run: Callable[[], Any], model: nn.Module, deltas: Mapping[str, LowRank]) -> Callable[[], Any]:
+        def run_with(run: Callable[[], Any], model: nn.Module, deltas: Mapping[str, Any]) -> Callable[[], Any]:
             def toggled() -> Any:
                 put_lora(model, deltas)
                 return run()

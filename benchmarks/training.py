@@ -30,7 +30,19 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from benchmarks.common import FIGURES, TINY, loaded, pack, print_json, print_row, randomized, ratio, take_turns
+from benchmarks.common import (
+    FIGURES,
+    TINY,
+    loaded,
+    pack,
+    print_json,
+    print_row,
+    randomized,
+    ratio,
+    rope_of,
+    take_turns,
+    velocity,
+)
 from benchmarks.contenders import MLX_PEERS, TRAINERS, missing, peer_transformer
 from flux2_mlx import AutoEncoder, FluxKlein, FluxKleinParams, Qwen3TextEncoder, image_ids, text_ids
 from flux2_mlx.dataset import Example, Size
@@ -129,11 +141,10 @@ def figures_of(plan: Stage, measured: float, scores: int) -> dict[str, float]:
 
 def error_of(peer: nn.Module, model: FluxKlein, encoded: Drawn, side: int) -> float:
     """The relative error of a peer's velocity to this library's."""
-    x, positions = encoded.picture(Path(), (side, side)), (text_ids(encoded.length), image_ids(side, side))
-    rope = FluxKlein.compute_rope(*positions, model.params.axes_dims_rope, model.params.rope_theta)
-    ours = model.forward_with_rope(x, encoded.txt, mx.array([0.7]), *rope).astype(mx.float32)
-    theirs = peer(x.astype(encoded.txt.dtype), encoded.txt, mx.array(700.0), positions[1], positions[0])
-    return float(np.array(mx.linalg.norm(ours - theirs.astype(mx.float32)) / mx.linalg.norm(ours)))
+    x, ids, txt = encoded.picture(Path(), (side, side)), image_ids(side, side), encoded.txt
+    ours = velocity(model, x, txt, 0.7, rope_of(model.params, encoded.length, ids)).astype(mx.float32)
+    theirs = peer(x.astype(txt.dtype), txt, mx.array(700.0), ids, text_ids(encoded.length)).astype(mx.float32)
+    return float(np.array(mx.linalg.norm(ours - theirs) / mx.linalg.norm(ours)))
 
 
 def against(name: str, params: FluxKleinParams, options: TrainingOptions, length: int, repeats: int) -> dict[str, Any]:
