@@ -290,6 +290,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
     parser.add_argument("--output", type=Path, help="folder to write the report into, as JSON")
     arguments = parser.parse_args(argv)
     arguments.against = list(dict.fromkeys(arguments.against or ["mflux"]))
+    whole = [name for name in arguments.against if name not in CONTENDERS]
+    if arguments.random and (whole or arguments.stages == ["start"]):
+        parser.error(f"{', '.join(whole) or 'start'} starts from files, which --random has not: give --model")
     absent = [] if arguments.collect else [line for line in map(missing, arguments.against) if line]
     if absent:
         parser.exit(2, "\n".join(absent) + "\n")

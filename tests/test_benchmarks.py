@@ -106,6 +106,12 @@ def test_what_a_peer_cannot_do_is_said(capsys):
     assert "mlx-vlm 0.7.10 cannot train FLUX.2" in capsys.readouterr().err
 
 
+def test_random_weights_have_nothing_to_start_from(capsys):
+    with pytest.raises(SystemExit):
+        compare.main(["--random", "tiny", "--against", "cold"])
+    assert "cold starts from files, which --random has not: give --model" in capsys.readouterr().err
+
+
 def test_counting_kernels_leaves_the_package_as_it_was():
     from flux2_mlx import FluxKlein
 
