@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from benchmarks.nano_world import random_task, render
 from examples import teach_nano
+from examples.nano_world import random_task, render
 from flux2_mlx import Flux2Pipeline, FluxKlein, FluxKleinParams, InputError, Quantization, image_ids, text_ids
 from flux2_mlx.device import weight_bytes, within
 from flux2_mlx.lora import main, parse

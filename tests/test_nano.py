@@ -17,9 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import nano_score, nano_world
-from benchmarks.nano_world import COLOURS, EDITS, PLACES, SHAPES, SIZES, Scene, Thing, judge, random_task, render
-from examples import train_nano
+from benchmarks import quality
+from examples import nano_score, nano_world, train_nano
+from examples.nano_world import COLOURS, EDITS, PLACES, SHAPES, SIZES, Scene, Thing, judge, random_task, render
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.checkpoints.checkpoint import open_checkpoint
 from flux2_mlx.checkpoints.files import read_header
@@ -223,11 +223,10 @@ def test_captions_fit_the_text_length(untrained):
 
 def test_the_score_ends_with_a_json_line_and_a_sheet(untrained, tmp_path, capsys):
     sheet, model = tmp_path / "sheet.png", str(untrained / "nano")
-    variant = ["--model", model, "--quantize", "8", "--guidance", "1.5", "--steps", "2"]
-    variant += ["--step-cache", "0"]
-    nano_score.main(["--captions", "2", "--edits", "2", "--sheet", str(sheet), *variant])
+    variant = ["guidance=1.5", "num_steps=2", "step_cache=0", "--model", model, "--quantize", "8"]
+    quality.main([*variant, "--captions", "2", "--edits", "2", "--sheet", str(sheet)])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert report["benchmark"] == "nano_score"
+    assert report["benchmark"] == "quality"
     assert report["variant"]["quantize"] == "8"
     assert report["figures"].keys() >= nano_score.BOUNDS.keys()
     with Image.open(sheet) as picture:
@@ -236,7 +235,7 @@ def test_the_score_ends_with_a_json_line_and_a_sheet(untrained, tmp_path, capsys
 
 def test_quantization_reaches_the_drawing_model(untrained):
     options = ["--model", str(untrained / "nano"), "--quantize", "4", "--group-size", "128"]
-    pipe = nano_score.open_variant(nano_score.build_parser().parse_args(options))
+    pipe = quality.open_variant(quality.build_parser().parse_args(options))
     assert pipe.transformer.transformer_blocks[0].attn.to_q.how.bits == 4
     assert pipe.text_encoder.model.layers[0].mlp.up_proj.how.group_size == 128
 

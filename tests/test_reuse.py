@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.nano_score import draw, unseen_edits, unseen_tasks
+from examples.nano_score import draw, unseen_edits, unseen_tasks
 from flux2_mlx import Flux2Pipeline, FluxKlein, FluxKleinParams, InputError
 from flux2_mlx.device import within
 from flux2_mlx.generate import main
