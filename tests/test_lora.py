@@ -457,6 +457,15 @@ def test_a_run_writes_what_it_says(pictures, tmp_path, capsys):
     assert f"{output} has a run: --resume {output} goes on with it" in capsys.readouterr().err
 
 
+def test_the_example_runs(tmp_path, monkeypatch):
+    """A step teaches nothing; what many do is the nightly test's to say."""
+    monkeypatch.setattr(teach_nano, "PICTURES", 3)
+    found = teach_nano.main([str(tmp_path), "--steps", "1", "--batch-size", "1", "--captions", "1", "--quiet"])
+    assert found.keys() == {f"{what}, {when}" for what in ("landscapes", "others") for when in ("before", "after")}
+    assert len(log(tmp_path / "run")) == 1
+    assert (tmp_path / "teach_nano.png").is_file()
+
+
 @pytest.mark.nightly
 def test_nano_learns_a_word_and_keeps_the_old_ones(tmp_path):
     """The example, shortened."""

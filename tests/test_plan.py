@@ -13,7 +13,15 @@ import pytest
 from flux2_mlx import AutoEncoderConfig, Flux2Pipeline, FluxKleinParams, InputError, Quantization, Qwen3Config
 from flux2_mlx.convert import main as convert
 from flux2_mlx.generate import main
-from flux2_mlx.memory import free_in_meminfo, free_in_vm_stat, machine_memory, recommended_memory, weight_bytes, within
+from flux2_mlx.memory import (
+    free_in_meminfo,
+    free_in_vm_stat,
+    machine_memory,
+    recommended_memory,
+    transformer_bytes,
+    weight_bytes,
+    within,
+)
 from flux2_mlx.models.autoencoder import AutoEncoder
 from flux2_mlx.models.text_encoder import Qwen3TextEncoder
 from flux2_mlx.models.transformer import FluxKlein
@@ -257,6 +265,13 @@ def test_a_stage_needs_what_the_plan_says(side, length, packed, dtype, memory):
     for stage in plan.stages:
         share = peak_of(*work[stage.name], stage.working) / (stage.weights + stage.working)
         assert 0.85 <= share <= 1.1, stage.name  # how early MLX frees depends on how fast its products are
+
+
+def test_float16_takes_an_input_more_than_bfloat16():
+    """Its residuals are in float32."""
+    params = FluxKleinParams()
+    half, brain = (transformer_bytes(params, 100, dtype)[0] for dtype in (mx.float16, mx.bfloat16))
+    assert half - brain == 100 * params.hidden_size * 2
 
 
 def test_references_are_planned(checkpoint):
