@@ -192,13 +192,14 @@ def test_training_goes_on_with_the_same_numbers(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory, in_float32):
-    """What a few steps of each stage make: the pictures are noise, the checkpoint is complete."""
-    folder = tmp_path_factory.mktemp("training")
+    """What two steps of each stage make: the pictures are noise, the checkpoint is complete."""
+    folder, sample = tmp_path_factory.mktemp("training"), train_nano.sample
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's and transformers', which are not this project's
         patch.setattr(sys, "argv", ["train_nano", str(folder), "--speed", "0.0001"])
         patch.setattr(train_nano, "HOME", (64, 64))
         patch.setattr(train_nano, "SIDES", (64,))
+        patch.setattr(train_nano, "sample", lambda model, batch, noise, steps: sample(model, batch, noise, 1))
         train_nano.main()
     return folder
 
