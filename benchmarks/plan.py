@@ -39,9 +39,10 @@ from flux2_mlx.quantization.layers import quantize
 from flux2_mlx.quantization.packing import pack_plainly
 from flux2_mlx.quantization.recipes import mixed
 from flux2_mlx.quantization.spec import parse_options
+from flux2_mlx.runtime.activations import Workload
 from flux2_mlx.runtime.plan import MODES, between
 from flux2_mlx.runtime.released import released_modules
-from flux2_mlx.runtime.roofline import Speeds, Work, measure, picture_work
+from flux2_mlx.runtime.roofline import Speeds, Work, image_work, measure
 
 # Published, not measured: TFLOP/s of the whole GPU in float32, which float16 does not exceed on these, and GB/s of the
 # memory. The first from huggingface.js (packages/tasks/src/hardware.ts, August 2026), the second from Apple's technical
@@ -81,15 +82,15 @@ def foresee(arguments: argparse.Namespace) -> dict[str, Any]:
     check_size(arguments.size, arguments.size)
     seen = min(arguments.size, 1024)  # more than a megapixel is scaled down
     dtype = dtype_of(arguments.dtype or ("bfloat16" if arguments.chip else None))
-    work = picture_work(
-        *released_modules(arguments.model, dtype, parse_options(arguments.quantize, None, None)),
-        dtype=dtype,
-        height=arguments.size,
-        width=arguments.size,
-        length=arguments.text_length,
-        references=[(seen, seen)] * arguments.references,
-        keeps_references=arguments.model == "klein-9b-kv",
+    workload = Workload(
+        arguments.size,
+        arguments.size,
+        arguments.text_length,
+        [(seen, seen)] * arguments.references,
+        arguments.model == "klein-9b-kv",
     )
+    modules = released_modules(arguments.model, dtype, parse_options(arguments.quantize, None, None))
+    work = image_work(*modules, workload, dtype)
     speeds = speeds_of(arguments.chip, dtype)
     at = {name: speeds[dtype if name == "transformer" else stage_dtype("autoencoder", dtype)] for name in work}
     times = {"text encoder": guided, "transformer": guided * steps}

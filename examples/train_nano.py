@@ -580,7 +580,7 @@ def velocity(model: Callable[..., tuple[Tensor]], x: Tensor, t: Tensor, batch: B
     tokens = x if batch.references is None else torch.cat([x, batch.references], dim=1)
     text_ids = torch.zeros(text.shape[1], 4, device=x.device)
     text_ids[:, 3] = torch.arange(text.shape[1])
-    out = model(tokens, text, t, ids, text_ids, return_dict=False)[0]
+    out = model(tokens, text.to(tokens.dtype), t, ids, text_ids, return_dict=False)[0]
     return out[:, : x.shape[1]].float()
 
 

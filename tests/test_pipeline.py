@@ -21,7 +21,7 @@ from flux2_mlx.options import check_size
 from flux2_mlx.request import STRENGTH, drawn_size, first_step, most_kept
 from flux2_mlx.runtime.activations import Pass, decoder_bytes, kv_bytes, transformer_bytes
 from flux2_mlx.runtime.plan import MODES
-from flux2_mlx.runtime.residency import Need, Stages
+from flux2_mlx.runtime.residency import Need
 from flux2_mlx.runtime.stats import Stats
 from flux2_mlx.sampling.latents import image_ids, initial_noise, pack_latents, text_ids
 from flux2_mlx.sampling.schedules import flux2_sigmas
@@ -540,9 +540,8 @@ def test_unload_gives_memory_back_and_the_next_call_draws_the_same(checkpoint, m
 
 def test_estimates_grow_with_the_work(pipe):
     params, config = pipe.checkpoint.transformer, pipe.checkpoint.autoencoder
-    assert transformer_bytes(params, Pass(512, 4096), mx.bfloat16) > transformer_bytes(
-        params, Pass(512, 1024), mx.bfloat16
-    )
+    small, large = (transformer_bytes(params, Pass(512, image), mx.bfloat16)[0] for image in (1024, 4096))
+    assert large > small > 0
     assert decoder_bytes(config, 1024, 1024, mx.bfloat16) > decoder_bytes(config, 512, 512, mx.bfloat16) > 0
     assert 2**30 < machine_memory() < 2**50
 
@@ -712,12 +711,13 @@ def test_references_are_kept_in_every_mode(damaged, memory):
     assert same(kept_by(damaged, memory=memory)("a", **options).images[0], expected.images[0])
 
 
-def test_references_are_kept_for_both_passes_of_guidance(damaged, monkeypatch):
+@pytest.mark.filterwarnings("ignore:the .* needs about")
+def test_references_are_kept_for_both_passes_of_guidance(damaged):
     """Whether they are one or come in turn."""
     pipe = kept_by(damaged)
     options = {"image": Image.new("RGB", (64, 80), "red"), "num_steps": 2, "max_sequence_length": 16, "seed": 1}
     both = pipe("a", guidance=3.0, force_guidance=True, **options)
-    monkeypatch.setattr(Stages, "fits", lambda *_: False)
+    pipe.memory_limit = 1  # for one pass at a time
     in_turn = pipe("a", guidance=3.0, force_guidance=True, **options)
     assert close(both.images[0], in_turn.images[0])
     assert not same(both.images[0], pipe("a", **options).images[0])

@@ -259,7 +259,7 @@ def test_what_two_durations_look_like():
 def test_a_picture_takes_its_passes():
     stages = [Stage(name, 1, 1, 1, (1.0, 2.0)) for name in ("text encoder", "references", "transformer", "decoder")]
     assert Plan(tuple(stages), 1).seconds(2, 8) == (12.0, 24.0)
-    faster = replace(stages[2], later=(0.5, 1.25))
+    faster = replace(stages[2], later_seconds=(0.5, 1.25))
     assert Plan((*stages[:2], faster, stages[3]), 1).seconds(2, 8) == (8.5, 18.75)
     assert "seconds" in str(Plan(tuple(stages), 1))
     stages[1] = replace(stages[1], seconds=None)
