@@ -55,13 +55,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     alone, joined, own = rope(TEXT_LENGTH, picture), rope(TEXT_LENGTH, picture, reference), rope(0, reference)
     clean = mx.random.normal((1, seen, params.in_channels)).astype(dtype)
     one, both, several = inputs(1, tokens), inputs(1, tokens + seen), inputs(arguments.batch, tokens)
-    kept = model.keep_references(clean, *own)
+    kept = model.encode_reference_kv(clean, *own)
     mx.eval(alone, joined, own, clean, one, both, several, kept)
     ways: dict[str, Callable[[], object]] = {
         "step": lambda: model.forward_with_rope(*one, *alone),
         "with reference": lambda: model.forward_with_rope(*both, *joined),
-        "reference kept": lambda: model.forward_with_rope(*one, *alone, kept),
-        "keeping": lambda: model.keep_references(clean, *own),
+        "reference kept": lambda: model.forward_with_rope(*one, *alone, reference_kv=kept),
+        "keeping": lambda: model.encode_reference_kv(clean, *own),
         "batch": lambda: model.forward_with_rope(*several, *alone),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}

@@ -49,9 +49,9 @@ from .imaging.inpaint import repainting_of
 from .imaging.preprocess import init_array, reference_array, reference_size, to_pil, to_unit
 from .imaging.preview import preview_map, preview_of
 from .models.autoencoder import AutoEncoder
-from .models.first_block_cache import StepCache
+from .models.first_block_cache import FirstBlockCache
 from .models.flux2 import FluxKlein
-from .models.kv_cache import Kept, Reuse
+from .models.kv_cache import KV, FrozenKV
 from .models.qwen3 import Qwen3TextEncoder
 from .models.taef2 import TinyDecoder
 from .options import (
@@ -102,7 +102,7 @@ STAGES = ("text_encoder", "transformer", "autoencoder")
 
 
 # Of the passes of a step: its only one or the prompt's, and in turn with it the negative prompt's.
-Caches = tuple[StepCache | None, StepCache | None]
+Caches = tuple[FirstBlockCache | None, FirstBlockCache | None]
 
 
 class Flux2Pipeline:
@@ -158,7 +158,7 @@ class Flux2Pipeline:
         self._embeddings: dict[tuple[str, int], mx.array] = {}  # of the last call
         self._ahead: dict[tuple[str, int], mx.array] = {}  # of the last encode
         self._pictures: dict[bytes, mx.array] = {}  # tokens of those given to the last call, by content
-        self._kept: tuple[list[bytes], list[Kept]] = [], []  # of the last call's references: contents, keys and values
+        self._kept: tuple[list[bytes], list[KV]] = [], []  # of the last call's references: contents, keys and values
         self.loras: dict[str, Lora] = {}
         self._preview_map: np.ndarray | None = None
         self.preview_decoder: TinyDecoder | None = None
@@ -481,12 +481,12 @@ class Flux2Pipeline:
             guidance_rescale: how far guidance is brought back to the spread of the velocity without it, 0 to 1.
             force_guidance: guide a distilled model all the same.
             step_cache: leave out all blocks but the first in steps that differ by less than this from one before, as
-                0.1, and foresee what they would change; see models.step_cache.StepCache. The first step and the last
+                0.1, and foresee what they would change; see models.first_block_cache. The first step and the last
                 are computed, and so are those where guidance begins and ends. None and 0 compute every step. It is for
                 tens of steps: of four, each differs much from the one before. Pictures in a pass are decided on
                 together, so that a picture is not quite its single one.
             reuse: "text" or "references": what the picture sees of these tokens in the first step stands for them in
-                the later ones, which leave them out; see models.transformer.Reuse. For distilled models without
+                the later ones, which leave them out; see models.kv_cache.FrozenKV. For distilled models without
                 guidance; None computes every token in every step.
             seed: of the first picture, the k-th has seed + k; random unless given.
             num_images: pictures of each prompt.
@@ -830,12 +830,14 @@ class Flux2Pipeline:
         held = kept_bytes(params, kept_tokens, self.dtype)
 
         def velocity(
-            x: mx.array, txt: mx.array, sigma: float, cache: StepCache | None, reuse: Reuse | None = None
+            x: mx.array, txt: mx.array, sigma: float, cache: FirstBlockCache | None, reuse: FrozenKV | None = None
         ) -> mx.array:
             """Of pictures' tokens, (B, S, 128), with a prompt's embeddings (B, L, D) for each."""
             seen = [mx.broadcast_to(tokens, (len(x), *tokens.shape[1:])) for tokens in references]
             img = mx.concatenate([x, *seen], axis=1)
-            v = self.transformer.forward_with_rope(img, txt, mx.array([sigma]), cos, sin, kept, cache, reuse)
+            v = self.transformer.forward_with_rope(
+                img, txt, mx.array([sigma]), cos, sin, reference_kv=kept, cache=cache, frozen=reuse
+            )
             return v[:, :image_tokens].astype(mx.float32)
 
         cached = 0 if first.step_cache is None else image_tokens  # of each row of a pass
@@ -865,8 +867,8 @@ class Flux2Pipeline:
             """Of the passes in turn, so that the next step is computed; none where there is no step cache."""
             if first.step_cache is None:
                 return None, None
-            leader = StepCache(first.step_cache, image_tokens, group=self.group)
-            return leader, StepCache(first.step_cache, image_tokens, leader=leader)
+            leader = FirstBlockCache(first.step_cache, image_tokens, group=self.group)
+            return leader, FirstBlockCache(first.step_cache, image_tokens, leader=leader)
 
         sigmas = run.sigmas[run.start :]
         low, high = first.guidance_interval or (0, 1)
@@ -887,11 +889,11 @@ class Flux2Pipeline:
                 if init is not None:
                     x = noised(init, noise, sigmas[0])
                 caches: Caches = None, None
-                reuse = None if first.reuse is None else Reuse(first.reuse, image_tokens)
+                reuse = None if first.reuse is None else FrozenKV(first.reuse, image_tokens)
                 was_guided = None
                 for i, (sigma, sigma_next) in enumerate(pairwise(sigmas), run.start + 1):
                     # Again, since a caller may have decoded a picture in between and so unloaded the transformer.
-                    there = count * kept_bytes(params, reused, self.dtype) if reuse is not None and reuse.kept else 0
+                    there = count * kept_bytes(params, reused, self.dtype) if reuse is not None and reuse.kv else 0
                     left = (part - there for part in working)
                     needed = self._prepare("transformer", "", stats, *left, held=held + there)
                     with self._working("denoise", needed, stats):
@@ -1013,7 +1015,7 @@ class Flux2Pipeline:
             self._pictures = tokens
         return [tokens[key] for key in keys]
 
-    def _keep(self, references: Sequence[mx.array], grids: Sequence[mx.array], stats: Stats) -> list[Kept]:
+    def _keep(self, references: Sequence[mx.array], grids: Sequence[mx.array], stats: Stats) -> list[KV]:
         """Keys and values of references, (1, R, 128) tokens at (1, R, 4) positions, in every block of the transformer;
         those of the last call are not computed again.
         """
@@ -1032,7 +1034,7 @@ class Flux2Pipeline:
         working = [part + growing for part in transformer_bytes(params, count, self.dtype)]
         needed = self._prepare("transformer", "", stats, *working)
         with self._working("references", needed, stats):
-            kept = self.transformer.keep_references(tokens, *self._rope(0, grids))
+            kept = self.transformer.encode_reference_kv(tokens, *self._rope(0, grids))
             mx.eval(kept)
         self._kept = contents, kept
         return kept

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import Qwen3Config
-from .layers import Linear, run_block
+from .layers import BlockRunner, Linear, run_block
 
 
 class Attention(nn.Module):
@@ -78,13 +78,17 @@ class Qwen3Model(nn.Module):
 
 
 class Qwen3TextEncoder(nn.Module):
-    """Token ids to prompt embeddings."""
+    """Token ids to prompt embeddings.
+
+    Attributes:
+        block_runner: calls the layers; streaming replaces it.
+    """
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
         self.config = config
         self.model = Qwen3Model(config)
-        self._run = run_block
+        self.block_runner: BlockRunner = run_block
 
     def __call__(self, input_ids: mx.array, attention_mask: mx.array | None = None) -> mx.array:
         """Encode padded prompts.
@@ -105,7 +109,7 @@ class Qwen3TextEncoder(nn.Module):
         x = self.model.embed_tokens(input_ids).astype(dtype)
         taps = []
         for i, layer in enumerate(self.model.layers):
-            x = self._run(layer, x, mask)
+            x = self.block_runner(layer, x, mask)
             if i in self.config.tapped_layers:
                 taps.append(x)
         return mx.concatenate(taps, axis=-1)

@@ -31,10 +31,10 @@ def transformer_bytes(
     reused: int = 0,
 ) -> tuple[int, int]:
     """Intermediates of one step over ``tokens`` text and image tokens: ten times the input of a single block, keys and
-    values together with those of ``kept`` reference tokens, three changes of ``cached`` image tokens (see StepCache);
+    values together with those of ``kept`` reference tokens, three changes of ``cached`` image tokens (FirstBlockCache);
     and those of attention, during which no matrix is unpacked, where its scores are written out, as on the CPU. One
     input more in float16, whose residuals are in float32. Of tokens that are ``reused`` later steps have the keys and
-    values alone (see Reuse), which are counted here, beside the step that needs more.
+    values alone (see FrozenKV), which are counted here, beside the step that needs more.
     """
     if reused:
         steps = [transformer_bytes(params, tokens, dtype, batch, kept, cached)]
@@ -72,7 +72,7 @@ def training_bytes(
 
 
 def reused_tokens(reuse: str | None, text: int, references: int) -> int:
-    """How many of so many tokens later steps leave out; see models.transformer.Reuse."""
+    """How many of so many tokens later steps leave out; see models.kv_cache.FrozenKV."""
     return {"text": text, "references": references}.get(reuse or "", 0)
 
 
