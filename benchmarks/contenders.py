@@ -1,5 +1,5 @@
 """The stages of benchmarks.peers in this library, mflux, torch (diffusers, transformers); the floor of a step, and
-decoding without strips.
+decoding without tiles.
 
 A stage is a function of arrays, made from this library's module: the text encoder of (ids, mask), a step of (tokens,
 prompt embeddings, noise level), decoding of tokens. mflux and the floor compute with the very arrays of that module's
@@ -125,11 +125,11 @@ def ours_decode(module: AutoEncoder, case: Case) -> Run:
 
 
 def undivided_decode(module: AutoEncoder, case: Case) -> Run:
-    """The same with the whole picture as one strip."""
+    """The same with the whole picture as one tile."""
     decode = ours_decode(module, case)
 
     def run(x: mx.array) -> mx.array:
-        with patch.object(autoencoder, "STRIP_BYTES", 2**31 - 1):
+        with patch.object(autoencoder, "TILE_BYTES", 2**31 - 1):
             return decode(x)
 
     return run

@@ -144,8 +144,8 @@ def test_flop_of_our_own_modules(done, name):
         assert tuple(done.values()) == kinds(work)
 
 
-def test_flop_of_strips(done, monkeypatch):
-    monkeypatch.setattr("flux2_mlx.models.autoencoder.STRIP_BYTES", 2**14)
+def test_flop_of_tiles(done, monkeypatch):
+    monkeypatch.setattr("flux2_mlx.models.autoencoder.TILE_BYTES", 2**14)
     config = AutoEncoderConfig(block_out_channels=(8, 16, 16, 16), norm_num_groups=4)
     autoencoder = AutoEncoder(config)
     autoencoder.decoder(mx.zeros((1, 16, 8, 32)))

@@ -16,7 +16,7 @@ from .layers import BlockRunner, Linear, run_block
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: (B, L, hidden) to (B, L, hidden); mask (B or 1, 1, L, L), true where a row may look."""
+    """Grouped-query attention: (B, L, hidden) to (B, L, hidden); mask (B or 1, 1, L, L), true where a token attends."""
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
@@ -105,7 +105,7 @@ class Qwen3TextEncoder(nn.Module):
         mask = mx.tril(mx.ones((tokens, tokens), dtype=mx.bool_))[None, None]  # (1, 1, L, L)
         if attention_mask is not None:
             mask = mask & attention_mask.astype(mx.bool_)[:, None, None]  # (B, 1, L, L)
-        dtype = self.model.layers[0].input_layernorm.weight.dtype  # never packed, as the embedding may be
+        dtype = self.model.layers[0].input_layernorm.weight.dtype  # norms are never packed, the embedding may be
         x = self.model.embed_tokens(input_ids).astype(dtype)
         taps = []
         for i, layer in enumerate(self.model.layers):
