@@ -236,7 +236,7 @@ def velocity(
 
 def encode_kv(model: Any, clean: mx.array, rope: tuple[mx.array, mx.array]) -> Any:
     """A reference's keys and values, of its clean tokens and their rotations."""
-    return model.keep_references(clean, *rope)
+    return model.encode_reference_kv(clean, *rope)
 
 
 def packed_copy(module: Any, bits: str) -> tuple[Any, dict[str, Any]]:

@@ -151,7 +151,7 @@ def undivided_decode(module: AutoEncoder, case: Case) -> Run:
     decode = ours_decode(module, case)
 
     def run(x: mx.array) -> mx.array:
-        with patch.object(autoencoder, "STRIP_BYTES", 2**31 - 1):
+        with patch.object(autoencoder, "TILE_BYTES", 2**31 - 1):
             return decode(x)
 
     return run

@@ -18,8 +18,8 @@ from .conditioning.references import ReferenceEncoder
 from .conditioning.text import PromptEncoder
 from .decoding import LatentDecoder
 from .device import wired
-from .models.first_block_cache import StepCache
-from .models.kv_cache import Kept, Reuse
+from .models.first_block_cache import FirstBlockCache
+from .models.kv_cache import KV, FrozenKV
 from .request import Request, request_noise
 from .results import Step
 from .runtime.activations import Pass, Workload
@@ -49,7 +49,7 @@ class Conditioning:
     negative: mx.array | None
     init: mx.array | None
     references: list[mx.array]
-    reference_kv: list[Kept] | None
+    reference_kv: list[KV] | None
     rope: tuple[mx.array, mx.array]
     one: Pass
 
@@ -109,10 +109,10 @@ class Generator:
     ) -> Iterator[Step]:
         """The images that share a pass."""
         first, channels = request.settings[0], self.stages.checkpoint.transformer.in_channels
-        frozen = None if first.reuse is None else Reuse(first.reuse, one.image)
+        frozen = None if first.reuse is None else FrozenKV(first.reuse, one.image)
 
         def use() -> AbstractContextManager[Any]:
-            is_frozen = frozen is not None and bool(frozen.kept)
+            is_frozen = frozen is not None and bool(frozen.kv)
             return self.stages.use("transformer", self._need(one, is_frozen), stats, what="denoise")
 
         denoiser = Denoiser(use, shared.rope, one.image, shared.references, shared.reference_kv)
@@ -149,7 +149,7 @@ class Generator:
         request: Request,
         shared: Conditioning,
         denoiser: Denoiser,
-        frozen: Reuse | None,
+        frozen: FrozenKV | None,
         images: range,
         is_batched: bool,
     ) -> Guidance:
@@ -161,9 +161,9 @@ class Generator:
         if frozen is not None:
             cond = FrozenDenoiser(denoiser, frozen)
         elif threshold is not None:
-            leader = CachedDenoiser(denoiser, lambda: StepCache(threshold, tokens, group=self.group))
+            leader = CachedDenoiser(denoiser, lambda: FirstBlockCache(threshold, tokens, group=self.group))
             cond = leader
-            uncond = CachedDenoiser(denoiser, lambda: StepCache(threshold, tokens, leader=leader.cache))
+            uncond = CachedDenoiser(denoiser, lambda: FirstBlockCache(threshold, tokens, leader=leader.cache))
         if self.group is not None:
             passes = distributed(cond, self.group)
         else:

@@ -468,12 +468,12 @@ class Flux2Pipeline:
             guidance_rescale: how far guidance is brought back to the spread of the velocity without it, 0 to 1.
             force_guidance: guide a distilled model all the same.
             step_cache: leave out all blocks but the first in steps that differ by less than this from one before, as
-                0.1, and foresee what they would change; see models.step_cache.StepCache. The first step and the last
+                0.1, and foresee what they would change; see models.first_block_cache. The first step and the last
                 are computed, and so are those where guidance begins and ends. None and 0 compute every step. It is for
                 tens of steps: of four, each differs much from the one before. Pictures in a pass are decided on
                 together, so that a picture is not quite its single one.
             reuse: "text" or "references": what the picture sees of these tokens in the first step stands for them in
-                the later ones, which leave them out; see models.transformer.Reuse. For distilled models without
+                the later ones, which leave them out; see models.kv_cache.FrozenKV. For distilled models without
                 guidance; None computes every token in every step.
             seed: of the first picture, the k-th has seed + k; random unless given.
             num_images: pictures of each prompt.

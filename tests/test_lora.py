@@ -35,7 +35,7 @@ from flux2_mlx.training.dataset import Batches, DataError, bucket, fingerprint, 
 from flux2_mlx.training.log import curve
 from flux2_mlx.training.losses import SHIFT_STEPS, draw_timesteps, flow_loss, learning_rate_at
 from flux2_mlx.training.options import TIMESTEPS, TrainingOptions
-from flux2_mlx.training.recompute import run_again
+from flux2_mlx.training.recompute import checkpoint_block
 from flux2_mlx.training.run import LORA, STATE
 from flux2_mlx.training.trainer import Trainer
 
@@ -332,8 +332,8 @@ def test_computing_blocks_again_changes_no_number(dropout, bits):
     rope = FluxKlein.compute_rope(text_ids(8), image_ids(32, 32))
     given = clean, noise, mx.array([0.2, 0.7]), None, txt, rope
     found = []
-    for run in (model._run, run_again):
-        model._run = run
+    for run in (model.block_runner, checkpoint_block):
+        model.block_runner = run
         loss, gradients = nn.value_and_grad(model, lambda *values: flow_loss(model, *values))(*given)
         found.append((loss.item(), dict(tree_flatten(gradients))))
     (loss, gradients), (again, others) = found
@@ -692,7 +692,7 @@ def test_training_needs_what_the_plan_says(side, length, batch, dtype, packed, a
         quantize(model, lambda *_: Quantization(4), pack_plainly)
     add_adapters(model, TrainingOptions("", "", rank=4))
     if again:
-        model._run = run_again
+        model.block_runner = checkpoint_block
     tokens = side * side // 256
     widest = max(params.mlp_hidden, params.num_heads * (length + tokens))
     ahead = 5 * batch * (length + tokens) * widest * dtype.size

@@ -151,9 +151,9 @@ def passes(monkeypatch):
     seen = []
     forward = FluxKlein.forward_with_rope
 
-    def counted(model, img, *given):
+    def counted(model, img, *given, **options):
         seen.append(len(img))
-        return forward(model, img, *given)
+        return forward(model, img, *given, **options)
 
     monkeypatch.setattr(FluxKlein, "forward_with_rope", counted)
     return seen
@@ -651,8 +651,10 @@ def kept_by(folder, **options) -> Flux2Pipeline:
 def count_keeping(monkeypatch) -> list[int]:
     """Tokens of each pass over references alone, as they are made."""
     counted: list[int] = []
-    keep = FluxKlein.keep_references
-    monkeypatch.setattr(FluxKlein, "keep_references", lambda *given: counted.append(given[1].shape[1]) or keep(*given))
+    keep = FluxKlein.encode_reference_kv
+    monkeypatch.setattr(
+        FluxKlein, "encode_reference_kv", lambda *given: counted.append(given[1].shape[1]) or keep(*given)
+    )
     return counted
 
 

@@ -17,7 +17,7 @@ from examples.nano_score import draw, unseen_edits, unseen_tasks
 from flux2_mlx import Flux2Pipeline, FluxKlein, FluxKleinParams, InputError
 from flux2_mlx.device import within
 from flux2_mlx.generate import main
-from flux2_mlx.models.kv_cache import Reuse
+from flux2_mlx.models.kv_cache import FrozenKV
 from flux2_mlx.options import REUSED
 from flux2_mlx.runtime.activations import Pass, kv_bytes, transformer_bytes
 from tests import tiny
@@ -74,8 +74,8 @@ def test_later_steps_see_what_the_first_one_saw(model, what, batch, monkeypatch)
     ours = ported(model)
     img, txt, timesteps, img_ids, txt_ids = inputs(model, 64, 96, batch, LENGTH, [(64, 80), (80, 64)])
     rope = tables(ours, (img, txt, timesteps, img_ids, txt_ids))
-    reuse = Reuse(what, TOKENS)
-    first = ours.forward_with_rope(img, txt, timesteps, *rope, reuse=reuse)
+    reuse = FrozenKV(what, TOKENS)
+    first = ours.forward_with_rope(img, txt, timesteps, *rope, frozen=reuse)
     assert mx.array_equal(first, ours.forward_with_rope(img, txt, timesteps, *rope)).item()
     begin_later = substituting(monkeypatch, *((0, LENGTH) if what == "text" else (LENGTH + TOKENS, None)))
     theirs(model, img, txt, timesteps, img_ids, txt_ids)
@@ -83,7 +83,7 @@ def test_later_steps_see_what_the_first_one_saw(model, what, batch, monkeypatch)
     later = mx.concatenate([0.7 * img[:, :TOKENS] + 0.2, img[:, TOKENS:]], axis=1), 0.6 * timesteps
     expected = theirs(model, later[0], txt, later[1], img_ids, txt_ids)
     expected = expected if what == "text" else expected[:, :TOKENS]
-    velocity = ours.forward_with_rope(later[0], txt, later[1], *rope, reuse=reuse)
+    velocity = ours.forward_with_rope(later[0], txt, later[1], *rope, frozen=reuse)
     assert relative_error(velocity, expected) <= 1e-5
     plain = ours.forward_with_rope(later[0], txt, later[1], *rope)
     assert relative_error(plain[:, :TOKENS], expected[:, :TOKENS]) > 1e-4  # or nothing was reused
@@ -95,13 +95,13 @@ def test_the_same_step_again_gives_the_same(model, what):
     ours = ported(model)
     img, txt, timesteps, *ids = inputs(model, 64, 96, 2, LENGTH, [(64, 80)])
     rope = tables(ours, (img, txt, timesteps, *ids))
-    reuse = Reuse(what, TOKENS)
-    first = ours.forward_with_rope(img, txt, timesteps, *rope, reuse=reuse)
+    reuse = FrozenKV(what, TOKENS)
+    first = ours.forward_with_rope(img, txt, timesteps, *rope, frozen=reuse)
     if what == "text":
         txt = mx.full(txt.shape, mx.nan)
     else:
         img = mx.concatenate([img[:, :TOKENS], mx.full((2, 20, 128), mx.nan)], axis=1)
-    again = ours.forward_with_rope(img, txt, timesteps, *rope, reuse=reuse)[:, :TOKENS]
+    again = ours.forward_with_rope(img, txt, timesteps, *rope, frozen=reuse)[:, :TOKENS]
     error = mx.linalg.norm(again - first[:, :TOKENS]) / mx.linalg.norm(first[:, :TOKENS])
     assert error.item() <= 1e-5
 
@@ -141,8 +141,8 @@ def test_a_model_that_keeps_its_references_reuses_text_without_them(damaged):
 def test_nothing_is_kept_after_the_last_step(pipe, monkeypatch):
     """Nor by who has the step."""
     kept = []
-    keep = Reuse.__init__
-    monkeypatch.setattr(Reuse, "__init__", lambda self, *given: kept.append(weakref.ref(self)) or keep(self, *given))
+    keep = FrozenKV.__init__
+    monkeypatch.setattr(FrozenKV, "__init__", lambda self, *given: kept.append(weakref.ref(self)) or keep(self, *given))
     steps = pipe.stream("a", reuse="text", **SMALL)
     assert [(next(steps).is_last, kept[0]() is None) for _ in range(3)] == [
         (False, False),
@@ -193,11 +193,11 @@ def test_a_picture_takes_the_memory_that_is_planned(what, memory):
     before = memory()
     held = kv_bytes(params, 128, mx.float32)
     most = max(transformer_bytes(params, Pass(128, 256, 128, frozen=what), mx.float32))
-    reuse, there = Reuse(what, 256), 0
+    reuse, there = FrozenKV(what, 256), 0
     for sigma in (0.9, 0.8):
         with within(before + most, most - there):
             mx.reset_peak_memory()
-            velocity = model.forward_with_rope(img, txt, mx.array([sigma]), *rope, reuse=reuse)
+            velocity = model.forward_with_rope(img, txt, mx.array([sigma]), *rope, frozen=reuse)
             mx.eval(velocity)
             assert 0.8 <= (mx.get_peak_memory() - before) / most <= 1.1
         del velocity

@@ -20,7 +20,7 @@ from flux2_mlx.device import weight_bytes
 from flux2_mlx.generate import main
 from flux2_mlx.models.autoencoder import AutoEncoder
 from flux2_mlx.models.flux2 import FluxKlein
-from flux2_mlx.models.kv_cache import Reuse
+from flux2_mlx.models.kv_cache import FrozenKV
 from flux2_mlx.models.layers import Linear
 from flux2_mlx.runtime import roofline
 from flux2_mlx.runtime.activations import Workload
@@ -132,24 +132,22 @@ def test_flop_of_our_own_modules(done, name):
     transformer.forward_with_rope(img, txt, mx.array([0.5]), *rope)
     assert tuple(done.values()) == kinds(transformer_work(transformer.params, 512, 4096, mx.float32))
     done |= dict.fromkeys(done, 0)
-    kept = transformer.keep_references(img, *FluxKlein.compute_rope(mx.zeros((1, 0, 4)), mx.zeros((1, 4096, 4))))
+    kept = transformer.encode_reference_kv(img, *FluxKlein.compute_rope(mx.zeros((1, 0, 4)), mx.zeros((1, 4096, 4))))
     assert tuple(done.values()) == kinds(reference_kv_work(transformer.params, 4096, mx.float32))
     done |= dict.fromkeys(done, 0)
-    transformer.forward_with_rope(img, txt, mx.array([0.5]), *rope, kept)
+    transformer.forward_with_rope(img, txt, mx.array([0.5]), *rope, reference_kv=kept)
     assert tuple(done.values()) == kinds(transformer_work(transformer.params, 512, 4096, mx.float32, kv=4096))
     for what, text, image in (("text", 0, 4096), ("references", 512, 3072)):
-        reuse = Reuse(what, 3072)
-        transformer.forward_with_rope(img, txt, mx.array([0.5]), *rope, reuse=reuse)
+        reuse = FrozenKV(what, 3072)
+        transformer.forward_with_rope(img, txt, mx.array([0.5]), *rope, frozen=reuse)
         done |= dict.fromkeys(done, 0)
-        transformer.forward_with_rope(img, txt, mx.array([0.5]), *rope, reuse=reuse)
-        if what == "text":  # which is called, but not evaluated
-            done["matmul"] -= 2 * txt.size * transformer.params.hidden_size
+        transformer.forward_with_rope(img, txt, mx.array([0.5]), *rope, frozen=reuse)
         work = transformer_work(transformer.params, text, image, mx.float32, kv=4608 - text - image)
         assert tuple(done.values()) == kinds(work)
 
 
-def test_flop_of_strips(done, monkeypatch):
-    monkeypatch.setattr("flux2_mlx.models.autoencoder.STRIP_BYTES", 2**14)
+def test_flop_of_tiles(done, monkeypatch):
+    monkeypatch.setattr("flux2_mlx.models.autoencoder.TILE_BYTES", 2**14)
     config = AutoEncoderConfig(block_out_channels=(8, 16, 16, 16), norm_num_groups=4)
     autoencoder = AutoEncoder(config)
     autoencoder.decoder(mx.zeros((1, 16, 8, 32)))
@@ -399,9 +397,9 @@ def test_the_passes_that_are_told_are_made(measured, base_reference, options, tm
     passes = []
     compute = FluxKlein.forward_with_rope
 
-    def forward_with_rope(self, img, *arguments):
+    def forward_with_rope(self, img, *arguments, **options):
         passes.append(len(img))
-        return compute(self, img, *arguments)
+        return compute(self, img, *arguments, **options)
 
     monkeypatch.setattr(FluxKlein, "forward_with_rope", forward_with_rope)
     assert main([*given, "--no-cache", "--quiet"]) == 0

@@ -10,7 +10,7 @@ from PIL import Image
 
 from flux2_mlx import Flux2Pipeline, FluxKlein, FluxKleinParams
 from flux2_mlx.device import weight_bytes
-from flux2_mlx.models.first_block_cache import StepCache
+from flux2_mlx.models.first_block_cache import FirstBlockCache
 from flux2_mlx.models.flux2 import DoubleBlock, SingleBlock
 from flux2_mlx.runtime.activations import Pass, transformer_bytes
 from flux2_mlx.sampling.schedules import flux2_sigmas
@@ -66,14 +66,14 @@ def passed(cache, before, behind, end, level=1.0):
     """What is behind all blocks, where the first block turns ``before`` into ``behind`` and the others that into
     ``end``.
     """
-    cache.begin(before, mx.full((len(before),), level))
-    again = cache.again(behind)
-    return cache.keep(end) if again is None else again
+    cache.start(before, mx.full((len(before),), level))
+    again = cache.predict(behind)
+    return cache.update(end) if again is None else again
 
 
 def test_the_last_change_is_made_again():
     """That of the others, on top of what the first block has done now; of the picture's tokens."""
-    cache = StepCache(0.5, 4)
+    cache = FirstBlockCache(0.5, 4)
     assert mx.array_equal(passed(cache, rows(1.0), rows(2.0), end := rows(10.0)), end).item()
     behind = rows(3.0)
     again = passed(cache, rows(1.75), behind, rows(0.0))
@@ -87,7 +87,7 @@ def test_a_change_goes_on_in_a_straight_line(dtype):
     """From the last two that were computed: 8 at level 1 and 9.5 at 0.75, so 11 at 0.5; then 2 at 0.25, so 0.125 at
     0.125.
     """
-    cache = StepCache(0.5, 4)
+    cache = FirstBlockCache(0.5, 4)
     steps = [(1.0, 1.0, 8.0), (0.75, 2.0, 9.5), (0.5, 2.5, 11.0), (0.25, 8.0, 2.0), (0.125, 8.0, 0.125)]
     for k, (level, added, change) in enumerate(steps):
         before, behind, end = (rows(value).astype(dtype) for value in (0.0, added, added + change))
@@ -100,7 +100,7 @@ def test_a_change_goes_on_in_a_straight_line(dtype):
 @pytest.mark.parametrize(("threshold", "is_used"), [(0.0, False), (0.24, False), (0.26, True)])
 def test_the_picture_that_differs_most_decides(threshold, is_used):
     """A change of 1.25 for 1 in one picture, none in the other."""
-    cache = StepCache(threshold, 4)
+    cache = FirstBlockCache(threshold, 4)
     passed(cache, rows(0.0, 0.0), rows(1.0, 1.0), rows(2.0, 2.0))
     passed(cache, rows(0.0, 0.0), rows(1.0, 1.25), rows(2.0, 2.0))
     assert cache.is_used == is_used
@@ -108,7 +108,7 @@ def test_the_picture_that_differs_most_decides(threshold, is_used):
 
 def test_a_step_is_held_against_the_last_that_was_computed():
     """Not against the one before it, or steps could go far by small parts."""
-    cache = StepCache(0.5, 4)
+    cache = FirstBlockCache(0.5, 4)
     used = []
     for level in (1.0, 1.3, 1.6, 1.9, 2.2):
         passed(cache, rows(0.0), rows(level), rows(5.0))
@@ -117,8 +117,8 @@ def test_a_step_is_held_against_the_last_that_was_computed():
 
 
 def test_a_leader_decides_for_both():
-    leader = StepCache(0.5, 4)
-    other = StepCache(0.5, 4, leader=leader)
+    leader = FirstBlockCache(0.5, 4)
+    other = FirstBlockCache(0.5, 4, leader=leader)
     used = []
     for level, others_level in ((1.0, 1.0), (1.1, 9.0), (2.0, 9.0)):
         passed(leader, rows(0.0), rows(level), rows(5.0))
@@ -128,7 +128,7 @@ def test_a_leader_decides_for_both():
 
 
 def test_nothing_that_is_no_number_is_near():
-    cache = StepCache(HUGE, 4)
+    cache = FirstBlockCache(HUGE, 4)
     for level in (0.0, 0.0, float("nan")):
         passed(cache, rows(0.0), rows(level), rows(5.0))
         assert not cache.is_used
@@ -137,7 +137,7 @@ def test_nothing_that_is_no_number_is_near():
 def test_a_large_picture_in_float16_is_compared():
     """Sums over it are beyond float16."""
     img = mx.full((1, 4096, 64), 10.0, mx.float16)
-    cache = StepCache(0.5, 4096)
+    cache = FirstBlockCache(0.5, 4096)
     used = []
     for share in (1.0, 1.25, 2.0):
         passed(cache, mx.zeros_like(img), share * img, img)
@@ -247,7 +247,7 @@ def test_blocks_that_are_left_out_are_not_read(base_reference, memory):
     assert reused.stats.steps == {"computed": 1, "reused": 2}
     del reused
     before = memory()
-    pipe.transformer._run.fresh = nn.Module()
+    pipe.transformer.block_runner.fresh = nn.Module()
     assert before - memory() < weight_bytes(pipe.transformer.transformer_blocks[1]) / 10
 
 
@@ -271,9 +271,9 @@ def test_pictures_take_the_memory_that_is_planned(memory):
     rope = FluxKlein.compute_rope(mx.zeros((1, 128, 4)), mx.zeros((1, 256, 4)))
     mx.eval(model.parameters(), img, txt, *rope)
     before = memory()
-    cache = StepCache(0.0, 256)
+    cache = FirstBlockCache(0.0, 256)
     for sigma in (0.9, 0.8, 0.7):
-        velocity = model.forward_with_rope(img, txt, mx.array([sigma]), *rope, None, cache)
+        velocity = model.forward_with_rope(img, txt, mx.array([sigma]), *rope, cache=cache)
         mx.eval(velocity)
     del velocity
     gc.collect()

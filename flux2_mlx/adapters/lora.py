@@ -181,7 +181,7 @@ def attach(model: FluxKlein, loras: Sequence[Lora]) -> None:
     """Let a transformer's layers add what these LoRAs say, and nothing else. Arrays stay lazy, in the dtype of the
     activations; thin products of one layer become one.
     """
-    dtype = model._dtype
+    dtype = model.dtype
     together: dict[str, list[Delta]] = {}
     for lora in loras:
         for path, deltas in lora.deltas().items():

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..device import stage_dtype
 from ..models.flux2 import FluxKlein
-from ..models.kv_cache import Kept
+from ..models.kv_cache import KV
 from ..runtime.activations import Pass, encoder_bytes
 from ..runtime.residency import Need, Stages
 from ..runtime.stats import Stats
@@ -31,7 +31,7 @@ class ReferenceEncoder:
     def __init__(self, stages: Stages):
         self.stages = stages
         self._tokens: dict[bytes, mx.array] = {}
-        self._kv: tuple[list[bytes], list[Kept]] = [], []
+        self._kv: tuple[list[bytes], list[KV]] = [], []
         stages.evict = self.evict
 
     def evict(self) -> None:
@@ -56,7 +56,7 @@ class ReferenceEncoder:
             self._tokens = tokens
         return [tokens[key] for key in keys]
 
-    def encode_kv(self, references: Sequence[mx.array], position_ids: Sequence[mx.array], stats: Stats) -> list[Kept]:
+    def encode_kv(self, references: Sequence[mx.array], position_ids: Sequence[mx.array], stats: Stats) -> list[KV]:
         """Keys and values of references, (1, R, C) tokens at (1, R, 4) positions, in every block of the transformer."""
         stages = self.stages
         clean = [tokens.astype(mx.float32) for tokens in references]
@@ -70,7 +70,7 @@ class ReferenceEncoder:
         growing = stages.kv_bytes(tokens.shape[1])
         need = Need(*(part + growing for part in stages.transformer_need(Pass(0, 0, tokens.shape[1]))))
         with stages.use("transformer", need, stats, what="references") as transformer:
-            kv = transformer.keep_references(tokens, *self.rope(0, position_ids))
+            kv = transformer.encode_reference_kv(tokens, *self.rope(0, position_ids))
             mx.eval(kv)
         self._kv = contents, kv
         return kv

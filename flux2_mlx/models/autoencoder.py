@@ -1,12 +1,13 @@
-"""The FLUX.2 autoencoder: 32 latent channels at an eighth of the picture's size, NHWC throughout.
+"""The FLUX.2 autoencoder: 32 latent channels at an eighth of the image's size, NHWC throughout.
 
 Features: residual blocks of GroupNorm, SiLU and 3x3 convolutions; one attention layer in the middle, its queries
 taken in chunks so that the scores stay small; quantization convolutions on both sides; the statistics that normalize
 the packed latents. The small decoder is the same code with fewer channels.
 
-Large pictures are computed in strips of rows, which come from above and below with the row that a convolution needs
-beyond them; a norm's statistics are those of all strips together, so the result is that of the undivided picture. Each
-layer gives its input's strips up one by one as it makes its own, so that about one activation is in memory at a time.
+Large images are computed in tiles, some rows of full width each, with a halo: the rows above and below that a
+convolution needs. A norm's statistics are those of all tiles together, so the result is that of the undivided image.
+Each layer gives its input's tiles up one by one as it makes its own, so that about one activation is in memory at a
+time.
 
 Reference: diffusers' AutoencoderKLFlux2. Attribute names are its checkpoint keys, with ``quant_conv`` inside Encoder
 and ``post_quant_conv`` inside Decoder.
@@ -24,121 +25,123 @@ from .config import AutoEncoderConfig
 
 # Attention scores that exist at one time, in elements: 256 MB in float32.
 SCORES_AT_ONCE = 2**26
-# Of a strip, in a layer's wider side. A picture with no more than that is one strip.
-STRIP_BYTES = 2**25
-STRIP_ROWS = 16  # or a multiple of it: so many can be halved three times
+# Largest tile, in bytes, of the wider of a layer's input and output. A smaller image is one tile.
+TILE_BYTES = 2**25
+TILE_ROWS = 16  # heights of tiles are multiples of it, so that they can be halved three times
 
-Strips = list[mx.array]  # of (B, rows, W, C), from top to bottom; whoever is given them empties the list
+# (B, rows, W, C) each, from top to bottom. A function that is given tiles empties the list: held by the caller's frame,
+# they would all stay in memory until it returns.
+Tiles = list[mx.array]
 
 
-def in_strips(strips: Strips, channels: int, scale: int = 1) -> Strips:
-    """The same picture, strips divided that are too large for a layer with so many channels, whose output is ``scale``
-    times as high and wide.
+def tile(tiles: Tiles, channels: int, scale: int = 1) -> Tiles:
+    """Divide tiles that are too large for a layer whose output has so many channels, and ``scale`` times the height and
+    width.
     """
-    batch, _, width, own = strips[0].shape
-    row = batch * width * max(own, scale * scale * channels) * strips[0].itemsize
-    rows = max(1, STRIP_BYTES // row // STRIP_ROWS) * STRIP_ROWS
-    divided = [strip[:, top : top + rows] for strip in strips for top in range(0, strip.shape[1], rows)]
-    strips.clear()
+    batch, _, width, channels_in = tiles[0].shape
+    row = batch * width * max(channels_in, scale * scale * channels) * tiles[0].itemsize
+    rows = max(1, TILE_BYTES // row // TILE_ROWS) * TILE_ROWS
+    divided = [part[:, top : top + rows] for part in tiles for top in range(0, part.shape[1], rows)]
+    tiles.clear()
     return divided
 
 
-def joined(strips: Strips) -> mx.array:
-    x = strips[0] if len(strips) == 1 else mx.concatenate(strips, axis=1)
-    strips.clear()
+def concat(tiles: Tiles) -> mx.array:
+    x = tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=1)
+    tiles.clear()
     return x
 
 
-def computed(strip: mx.array, now: bool) -> mx.array:
-    """The strip itself, in memory if it is one of several, so that what it was made of can go."""
-    if now:
-        mx.eval(strip)
-    return strip
+def eval_if(condition: bool, x: mx.array) -> mx.array:
+    """x, evaluated where it is one tile of several, so that what it was computed from can be freed."""
+    if condition:
+        mx.eval(x)
+    return x
 
 
-def with_neighbours(
-    strips: Strips, prepare: Callable[[mx.array], mx.array], above: int = 1
+def with_halo(
+    tiles: Tiles, prepare: Callable[[mx.array], mx.array], above: int = 1
 ) -> Iterator[tuple[mx.array, mx.array]]:
-    """Of each strip, (it prepared, with the row below and, unless ``above`` is 0, the row above; itself). Beyond the
-    picture rows are zero.
+    """For each tile (B, R, W, C) its prepared form with one row more below and ``above`` (0 or 1) rows more above,
+    (B, above + R + 1, W, C), and the tile itself. Rows beyond the image are zero, as a convolution's padding is.
     """
-    edge = mx.zeros_like(strips[0][:, :1])
+    edge = mx.zeros_like(tiles[0][:, :1])
     before = [edge] * above
-    while strips:
-        x = strips.pop(0)
+    while tiles:
+        x = tiles.pop(0)
         ready = prepare(x)
-        below = prepare(strips[0][:, :1]) if strips else edge
+        below = prepare(tiles[0][:, :1]) if tiles else edge
         yield mx.concatenate([*before, ready, below], axis=1), x
         before = [ready[:, -1:]] * above
 
 
-# Compiled functions are one kernel each, or what lies between would be written out in float32.
+# Each of the compiled functions is one kernel; uncompiled, its intermediates would be written out in float32.
 
 
 @partial(mx.compile, shapeless=True)
-def squares(x: mx.array, mean: mx.array) -> mx.array:
+def squared_deviation(x: mx.array, mean: mx.array) -> mx.array:
     return mx.square(x.astype(mx.float32) - mean)
 
 
 @partial(mx.compile, shapeless=True)
-def scaled(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+def scale_shift(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
     return (x.astype(mx.float32) * scale + shift).astype(x.dtype)
 
 
 @partial(mx.compile, shapeless=True)
-def scaled_silu(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+def scale_shift_silu(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
     y = x.astype(mx.float32) * scale + shift
     return (y * mx.sigmoid(y)).astype(x.dtype)
 
 
 class GroupNorm(nn.Module):
-    """GroupNorm over a whole picture that is in strips, computed in float32, and SiLU after it unless that is left."""
+    """GroupNorm over an image that is in tiles, computed in float32, followed by SiLU unless ``silu`` is false."""
 
     def __init__(self, config: AutoEncoderConfig, channels: int, silu: bool = True):
         super().__init__()
         self.groups, self.eps = config.norm_num_groups, config.norm_eps
         self.weight = mx.ones((channels,))
         self.bias = mx.zeros((channels,))
-        self._apply = scaled_silu if silu else scaled
+        self._apply = scale_shift_silu if silu else scale_shift
 
-    def over(self, strips: Sequence[mx.array]) -> Callable[[mx.array], mx.array]:
-        """The norm with the statistics of these strips, as a function of a strip or of rows of one."""
-        rows = sum(strip.shape[1] for strip in strips)
-        shares, means, variances = [], [], []  # of each strip and channel
-        for x in strips:
+    def over(self, tiles: Sequence[mx.array]) -> Callable[[mx.array], mx.array]:
+        """The norm with the statistics of these tiles, a function that is applied to each, or to rows of one."""
+        rows = sum(x.shape[1] for x in tiles)
+        shares, means, variances = [], [], []  # per tile; means and variances are (B, 1, 1, C)
+        for x in tiles:
             shares.append(x.shape[1] / rows)
             means.append(x.astype(mx.float32).mean((1, 2), keepdims=True))
-            variances.append(squares(x, means[-1]).mean((1, 2), keepdims=True))
-            if len(strips) > 1:  # or each would keep its strip in float32
+            variances.append(squared_deviation(x, means[-1]).mean((1, 2), keepdims=True))
+            if len(tiles) > 1:  # left lazy, they would keep every tile in float32
                 mx.eval(means[-1], variances[-1])
 
         def pooled(values: Sequence[mx.array]) -> mx.array:
-            """The mean over strips and the channels of a group, (B, 1, 1, C)."""
+            """The mean over tiles and over the channels of a group, (B, 1, 1, C)."""
             whole = sum((share * value for share, value in zip(shares, values, strict=True)), mx.array(0.0))
             grouped = whole.reshape(len(whole), 1, 1, self.groups, -1)
             return mx.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape).reshape(whole.shape)
 
         mean = pooled(means)
-        # Chan, Golub and LeVeque: within strips and channels, and between them.
+        # Chan, Golub and LeVeque: the variance within tiles and channels, and that of their means.
         variance = pooled([v + (m - mean) ** 2 for m, v in zip(means, variances, strict=True)])
         scale = mx.rsqrt(variance + self.eps) * self.weight
         shift = self.bias - mean * scale
         return lambda x: self._apply(x, scale, shift)
 
 
-def convolve(conv: nn.Conv2d, rows: mx.array) -> mx.array:
-    """A 3x3 convolution of rows that have their neighbours above and below: (B, R + 2, W, C) to (B, R, W, C)."""
+def conv3x3(conv: nn.Conv2d, rows: mx.array) -> mx.array:
+    """A 3x3 convolution of rows with their halo: (B, R + 2, W, C) to (B, R, W, channels_out)."""
     return mx.conv2d(rows, conv.weight, stride=1, padding=(0, 1)) + conv.bias
 
 
-def convolved(strips: Strips, conv: nn.Conv2d, prepare: Callable[[mx.array], mx.array] = lambda x: x) -> Strips:
-    """prepare, then a 3x3 convolution with a padding of 1."""
-    many = len(strips) > 1
-    return [computed(convolve(conv, rows), many) for rows, _ in with_neighbours(strips, prepare)]
+def conv3x3_tiles(tiles: Tiles, conv: nn.Conv2d, prepare: Callable[[mx.array], mx.array] = lambda x: x) -> Tiles:
+    """prepare, then a 3x3 convolution with a padding of 1, of all tiles."""
+    many = len(tiles) > 1
+    return [eval_if(many, conv3x3(conv, rows)) for rows, _ in with_halo(tiles, prepare)]
 
 
 class ResnetBlock(nn.Module):
-    """Strips with channels_in to strips with channels_out."""
+    """Twice norm, SiLU and 3x3 convolution, beside a shortcut: tiles of channels_in to tiles of channels_out."""
 
     def __init__(self, config: AutoEncoderConfig, channels_in: int, channels_out: int):
         super().__init__()
@@ -149,20 +152,20 @@ class ResnetBlock(nn.Module):
         if channels_in != channels_out:
             self.conv_shortcut = nn.Conv2d(channels_in, channels_out, 1)
 
-    def __call__(self, strips: Strips) -> Strips:
-        strips = in_strips(strips, self.conv1.weight.shape[0])
-        many = len(strips) > 1
-        norm1 = self.norm1.over(strips)
-        inner, beside = [], []
-        for rows, x in with_neighbours(strips, norm1):
-            inner.append(computed(convolve(self.conv1, rows), many))
-            beside.append(computed(self.conv_shortcut(x), many) if "conv_shortcut" in self else x)
+    def __call__(self, tiles: Tiles) -> Tiles:
+        tiles = tile(tiles, self.conv1.weight.shape[0])
+        many = len(tiles) > 1
+        norm1 = self.norm1.over(tiles)
+        inner, shortcut = [], []
+        for rows, x in with_halo(tiles, norm1):
+            inner.append(eval_if(many, conv3x3(self.conv1, rows)))
+            shortcut.append(eval_if(many, self.conv_shortcut(x)) if "conv_shortcut" in self else x)
         norm2 = self.norm2.over(inner)
-        return [computed(convolve(self.conv2, rows) + beside.pop(0), many) for rows, _ in with_neighbours(inner, norm2)]
+        return [eval_if(many, conv3x3(self.conv2, rows) + shortcut.pop(0)) for rows, _ in with_halo(inner, norm2)]
 
 
 class Attention(nn.Module):
-    """One head over all positions, which are few here: strips to a single strip of the same channels."""
+    """One head over all positions, which are few at this depth: tiles to a single tile of the same channels."""
 
     def __init__(self, config: AutoEncoderConfig, channels: int):
         super().__init__()
@@ -172,15 +175,15 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = [nn.Linear(channels, channels)]
 
-    def __call__(self, strips: Strips) -> Strips:
-        x = joined(strips)
+    def __call__(self, tiles: Tiles) -> Tiles:
+        x = concat(tiles)
         batch, height, width, channels = x.shape
         h = self.group_norm.over([x])(x).reshape(batch, 1, height * width, channels)
         q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
         rows = max(1, SCORES_AT_ONCE // (batch * height * width))
         many = rows < height * width
         chunks = [
-            computed(mx.fast.scaled_dot_product_attention(q[:, :, i : i + rows], k, v, scale=channels**-0.5), many)
+            eval_if(many, mx.fast.scaled_dot_product_attention(q[:, :, i : i + rows], k, v, scale=channels**-0.5))
             for i in range(0, height * width, rows)
         ]
         return [x + self.to_out[0](mx.concatenate(chunks, axis=2)).reshape(x.shape)]
@@ -192,23 +195,23 @@ class MidBlock(nn.Module):
         self.resnets = [ResnetBlock(config, channels, channels) for _ in range(2)]
         self.attentions = [Attention(config, channels)]
 
-    def __call__(self, strips: Strips) -> Strips:
-        return self.resnets[1](self.attentions[0](self.resnets[0](strips)))
+    def __call__(self, tiles: Tiles) -> Tiles:
+        return self.resnets[1](self.attentions[0](self.resnets[0](tiles)))
 
 
 class Downsample(nn.Module):
-    """Halve height and width; one row and one column of zeros are added below and at the right only."""
+    """Halve height and width by a convolution with zeros below and at the right only, as diffusers pads."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def __call__(self, strips: Strips) -> Strips:
-        strips = in_strips(strips, self.conv.weight.shape[0])
-        many = len(strips) > 1
+    def __call__(self, tiles: Tiles) -> Tiles:
+        tiles = tile(tiles, self.conv.weight.shape[0])
+        many = len(tiles) > 1
         return [
-            computed(self.conv(mx.pad(rows, [(0, 0), (0, 0), (0, 1), (0, 0)])), many)
-            for rows, _ in with_neighbours(strips, lambda x: x, above=0)
+            eval_if(many, self.conv(mx.pad(rows, [(0, 0), (0, 0), (0, 1), (0, 0)])))
+            for rows, _ in with_halo(tiles, lambda x: x, above=0)
         ]
 
 
@@ -219,15 +222,15 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def __call__(self, strips: Strips) -> Strips:
-        strips = in_strips(strips, self.conv.weight.shape[0], scale=2)
-        many = len(strips) > 1
-        doubled = (doubled_rows(rows)[:, 1:-1] for rows, _ in with_neighbours(strips, lambda x: x))
-        return [computed(convolve(self.conv, rows), many) for rows in doubled]
+    def __call__(self, tiles: Tiles) -> Tiles:
+        tiles = tile(tiles, self.conv.weight.shape[0], scale=2)
+        many = len(tiles) > 1
+        doubled = (nearest_2x(rows)[:, 1:-1] for rows, _ in with_halo(tiles, lambda x: x))
+        return [eval_if(many, conv3x3(self.conv, rows)) for rows in doubled]
 
 
-def doubled_rows(x: mx.array) -> mx.array:
-    """Each pixel of (B, R, W, C) as 2 x 2: (B, 2R, 2W, C)."""
+def nearest_2x(x: mx.array) -> mx.array:
+    """Nearest-neighbour upsampling: (B, R, W, C) to (B, 2R, 2W, C)."""
     batch, rows, width, channels = x.shape
     x = mx.broadcast_to(x[:, :, None, :, None], (batch, rows, 2, width, 2, channels))
     return x.reshape(batch, 2 * rows, 2 * width, channels)
@@ -243,10 +246,10 @@ class DownBlock(nn.Module):
         if not last:
             self.downsamplers = [Downsample(channels_out)]
 
-    def __call__(self, strips: Strips) -> Strips:
+    def __call__(self, tiles: Tiles) -> Tiles:
         for resnet in self.resnets:
-            strips = resnet(strips)
-        return self.downsamplers[0](strips) if "downsamplers" in self else strips
+            tiles = resnet(tiles)
+        return self.downsamplers[0](tiles) if "downsamplers" in self else tiles
 
 
 class UpBlock(nn.Module):
@@ -259,14 +262,14 @@ class UpBlock(nn.Module):
         if not last:
             self.upsamplers = [Upsample(channels_out)]
 
-    def __call__(self, strips: Strips) -> Strips:
+    def __call__(self, tiles: Tiles) -> Tiles:
         for resnet in self.resnets:
-            strips = resnet(strips)
-        return self.upsamplers[0](strips) if "upsamplers" in self else strips
+            tiles = resnet(tiles)
+        return self.upsamplers[0](tiles) if "upsamplers" in self else tiles
 
 
 class Encoder(nn.Module):
-    """Picture to latent: (B, H, W, 3) in -1..1 to the mean of the posterior, (B, H/8, W/8, latent_channels)."""
+    """Image to latent: (B, H, W, 3) in -1..1 to the mean of the posterior, (B, H/8, W/8, latent_channels)."""
 
     def __init__(self, config: AutoEncoderConfig):
         super().__init__()
@@ -284,18 +287,18 @@ class Encoder(nn.Module):
 
     def __call__(self, image: mx.array) -> mx.array:
         image = image.astype(self.conv_in.weight.dtype)
-        strips = convolved(in_strips([image], self.conv_in.weight.shape[0]), self.conv_in)
+        tiles = conv3x3_tiles(tile([image], self.conv_in.weight.shape[0]), self.conv_in)
         for block in self.down_blocks:
-            strips = block(strips)
-        strips = self.mid_block(strips)
-        norm = self.conv_norm_out.over(strips)
-        x = joined(convolved(strips, self.conv_out, norm))
+            tiles = block(tiles)
+        tiles = self.mid_block(tiles)
+        norm = self.conv_norm_out.over(tiles)
+        x = concat(conv3x3_tiles(tiles, self.conv_out, norm))
         mean, _log_variance = mx.split(self.quant_conv(x), 2, axis=-1)
         return mean
 
 
 class Decoder(nn.Module):
-    """Latent to picture: z (B, h, w, latent_channels) to (B, 8h, 8w, 3), about -1..1.
+    """Latent to image: z (B, h, w, latent_channels) to (B, 8h, 8w, 3), about -1..1.
 
     z is what the encoder gives; latents of the sampler are brought there by LatentStatistics.denormalize first.
     """
@@ -315,17 +318,17 @@ class Decoder(nn.Module):
 
     def __call__(self, z: mx.array) -> mx.array:
         z = self.post_quant_conv(z.astype(self.conv_in.weight.dtype))
-        strips = self.mid_block(convolved(in_strips([z], self.conv_in.weight.shape[0]), self.conv_in))
+        tiles = self.mid_block(conv3x3_tiles(tile([z], self.conv_in.weight.shape[0]), self.conv_in))
         for block in self.up_blocks:
-            strips = block(strips)
-        norm = self.conv_norm_out.over(strips)
-        return joined(convolved(strips, self.conv_out, norm))
+            tiles = block(tiles)
+        norm = self.conv_norm_out.over(tiles)
+        return concat(conv3x3_tiles(tiles, self.conv_out, norm))
 
 
 class LatentStatistics(nn.Module):
     """Mean and variance of the packed latents (a BatchNorm without weights), in float32.
 
-    The transformer works on normalized packed latents: encoded pictures are normalized before it, and its result is
+    The transformer works on normalized packed latents: encoded images are normalized before it, and its result is
     denormalized after the last step. Noise is neither.
     """
 

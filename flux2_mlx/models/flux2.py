@@ -5,8 +5,8 @@ Features, in reading order:
 - double blocks: image and text have their own weights and attend jointly, text tokens first;
 - single blocks: one fused projection to q, k, v, gate and up; attention and feed-forward in parallel;
 - RMSNorm on q and k, rotary positions of four axes, SwiGLU, LayerNorm without weights, no biases anywhere;
-- in klein-9b-kv references see neither text nor picture nor noise level: what is seen of them is kept;
-- elsewhere what is seen of text or of references in a first step can stand for them in later ones.
+- in klein-9b-kv references attend to themselves alone, at noise level 0, so that their KV is computed once;
+- elsewhere KV of the text or of the references in the first step can be frozen for the later ones.
 
 Reference: diffusers' Flux2Transformer2DModel, whose checkpoint keys are the attribute names here.
 """
@@ -21,9 +21,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import FluxKleinParams
-from .first_block_cache import StepCache
-from .kv_cache import Kept, Reuse
-from .layers import Linear, outputs, run_block
+from .first_block_cache import FirstBlockCache
+from .kv_cache import KV, BlockKV, FrozenKV, KVReader, KVRecorder
+from .layers import BlockRunner, Linear, outputs, run_block
 from .rope import four_axes, rope_table, rotate
 
 FLOAT16_MAX = 65504.0
@@ -44,80 +44,66 @@ def timestep_embedding(timesteps: mx.array, channels: int) -> mx.array:
     return mx.concatenate([mx.cos(angle), mx.sin(angle)], axis=-1)
 
 
-# Compiled functions are one kernel each, or what lies between would be written out.
+# Each of the compiled functions is one kernel; uncompiled, its intermediates would be written to memory.
 
 
 @partial(mx.compile, shapeless=True)
-def scaled_and_shifted(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
+def scale_shift(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
+    """(1 + scale) * x + shift in the dtype of shift."""
     return ((1 + scale) * x + shift).astype(shift.dtype)
 
 
 def modulate(x: mx.array, shift: mx.array, scale: mx.array, eps: float) -> mx.array:
-    """(1 + scale) * LayerNorm(x) + shift, in the dtype of these; x (B, N, D), shift and scale (B or 1, 1, D)."""
-    if len(shift) == 1:  # the norm's own weight and bias, in one kernel
+    """(1 + scale) * LayerNorm(x) + shift in the dtype of shift; x (B, N, D), shift and scale (B or 1, 1, D)."""
+    if len(shift) == 1:  # scale and shift serve as the norm's weight and bias, which makes it one kernel
         return mx.fast.layer_norm(x, 1 + scale[0, 0], shift[0, 0], eps).astype(shift.dtype)
-    return scaled_and_shifted(mx.fast.layer_norm(x, None, None, eps), shift, scale)
+    return scale_shift(mx.fast.layer_norm(x, None, None, eps), shift, scale)
 
 
 @partial(mx.compile, shapeless=True)
 def add_gated(x: mx.array, gate: mx.array, change: mx.array) -> mx.array:
-    """x + gate * change in the dtype of x; what overflowed float16 in the change is its largest number."""
+    """x + gate * change in the dtype of x; a change in float16 is clipped to its range first, as diffusers does."""
     if change.dtype == mx.float16:
         change = mx.clip(change, -FLOAT16_MAX, FLOAT16_MAX)
     return x + gate.astype(x.dtype) * change.astype(x.dtype)
 
 
 @partial(mx.compile, shapeless=True)
-def gated(gate: mx.array, up: mx.array) -> mx.array:
+def silu_mul(gate: mx.array, up: mx.array) -> mx.array:
     return gate * mx.sigmoid(gate) * up
 
 
 def swiglu(layer: nn.Module, x: mx.array, start: int, hidden: int) -> mx.array:
-    """silu(gate) * up, both by a linear layer whose outputs they are from ``start`` on: (..., in) to (..., hidden)."""
+    """silu(gate) * up, (..., in) to (..., hidden); gate and up are outputs of one linear layer, from ``start`` on."""
     gate = outputs(layer, x, start, start + hidden)
-    x = mx.depends(x, gate)  # of a packed layer, one part is unpacked at a time
-    return gated(gate, outputs(layer, x, start + hidden, start + 2 * hidden))
+    x = mx.depends(x, gate)  # up waits for gate, so that of a packed layer one part is unpacked at a time
+    return silu_mul(gate, outputs(layer, x, start + hidden, start + 2 * hidden))
 
 
 def split_heads(x: mx.array, heads: int, norm: Callable[[mx.array], mx.array] = lambda x: x) -> mx.array:
-    """(B, N, heads * D) to (B, heads, N, D), a view, of what the norm of each head gives."""
+    """(B, N, heads * D) to (B, heads, N, D), with the norm applied to each head."""
     batch, tokens, _ = x.shape
-    return norm(x.reshape(batch, tokens, heads, -1)).transpose(0, 2, 1, 3)  # of a view, a norm on Metal makes a copy
+    # The norm comes before the transposition: on Metal a norm of a transposed view copies it first.
+    return norm(x.reshape(batch, tokens, heads, -1)).transpose(0, 2, 1, 3)
 
 
-def attend(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    cos: mx.array,
-    sin: mx.array,
-    references: Kept | None = None,
-    rows: slice | None = None,
-) -> tuple[mx.array, Kept]:
-    """Rotate q and k, attend over all tokens and kept ones, join the heads.
+def attend(q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array, kv: BlockKV | None = None) -> mx.array:
+    """Rotate q and k, attend, join the heads.
 
     Args:
-        q, k, v: (B, heads, N, D).
-        cos, sin: of the N tokens.
-        references: of tokens that are not among the N.
-        rows: those of the N tokens whose keys and values are to be kept.
+        q, k, v: (B, heads, N, head_dim).
+        cos, sin: (B or 1, N, head_dim / 2), of the N tokens.
+        kv: takes the rotated k and v, and gives what is attended to; without it, these.
 
     Returns:
-        (B, N, heads * D), and rotated keys and values: of the rows, without what they are views of, else of all.
+        (B, N, heads * head_dim).
     """
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    own = k, v
-    kept = own if rows is None else (mx.contiguous(k[:, :, rows]), mx.contiguous(v[:, :, rows]))
-    if rows is not None:
-        q = mx.depends(q, kept)  # or the whole of them would stay until somebody asks for the rows
-    if references is not None:
-        k, v = (
-            mx.concatenate([ours, mx.broadcast_to(theirs, (len(ours), *theirs.shape[1:]))], axis=2)
-            for ours, theirs in zip(own, references, strict=True)
-        )
+    if kv is not None:
+        k, v = kv.update_and_fetch(k, v)
     out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
     batch, _, tokens, _ = out.shape
-    return out.transpose(0, 2, 1, 3).reshape(batch, tokens, -1), kept
+    return out.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
 
 
 class TimestepEmbedder(nn.Module):
@@ -166,7 +152,8 @@ class FeedForward(nn.Module):
 class DoubleAttention(nn.Module):
     """Joint attention of the text and the image stream, each with its own projections.
 
-    img (B, S, D) and txt (B, L, D) to their attention outputs, of the same shapes, and keys and values; see attend.
+    img (B, S, D) and txt (B, L, D) to their attention outputs, of the same shapes. Where txt is None, the image stream
+    attends alone, and None comes back for the text.
     """
 
     def __init__(self, params: FluxKleinParams):
@@ -187,41 +174,34 @@ class DoubleAttention(nn.Module):
         self.to_add_out = Linear(dims, dims)
 
     def __call__(
-        self,
-        img: mx.array,
-        txt: mx.array,
-        cos: mx.array,
-        sin: mx.array,
-        references: Kept | None = None,
-        rows: slice | None = None,
-    ) -> tuple[mx.array, mx.array, Kept]:
-        heads, tokens = self.heads, txt.shape[1]
-        txt_q = split_heads(self.add_q_proj(txt), heads, self.norm_added_q)
-        txt_k = split_heads(self.add_k_proj(txt), heads, self.norm_added_k)
-        txt_v = split_heads(self.add_v_proj(txt), heads)
-        img_q, img_k, img_v = self.heads_of(img)
-        q = mx.concatenate([txt_q, img_q], axis=2)  # (B, heads, L + S, head_dim), text first
-        k = mx.concatenate([txt_k, img_k], axis=2)
-        v = mx.concatenate([txt_v, img_v], axis=2)
-        out, kept = attend(q, k, v, cos, sin, references, rows)
-        return self.to_out[0](out[:, tokens:]), self.to_add_out(out[:, :tokens]), kept
+        self, img: mx.array, txt: mx.array | None, cos: mx.array, sin: mx.array, kv: BlockKV | None = None
+    ) -> tuple[mx.array, mx.array | None]:
+        qkv = self.image_qkv(img)
+        if txt is None:
+            return self.to_out[0](attend(*qkv, cos, sin, kv)), None
+        q, k, v = (mx.concatenate([*pair], axis=2) for pair in zip(self.text_qkv(txt), qkv, strict=True))
+        out, tokens = attend(q, k, v, cos, sin, kv), txt.shape[1]  # (B, L + S, D), text first
+        return self.to_out[0](out[:, tokens:]), self.to_add_out(out[:, :tokens])
 
-    def alone(
-        self, img: mx.array, cos: mx.array, sin: mx.array, references: Kept | None, rows: slice | None
-    ) -> tuple[mx.array, Kept]:
-        """The image stream without text, and its keys and values."""
-        out, kept = attend(*self.heads_of(img), cos, sin, references, rows)
-        return self.to_out[0](out), kept
-
-    def heads_of(self, img: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    def image_qkv(self, img: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """q, k and v of image tokens, each (B, heads, S, head_dim)."""
         q = split_heads(self.to_q(img), self.heads, self.norm_q)
         k = split_heads(self.to_k(img), self.heads, self.norm_k)
         return q, k, split_heads(self.to_v(img), self.heads)
 
+    def text_qkv(self, txt: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """q, k and v of text tokens, each (B, heads, L, head_dim)."""
+        q = split_heads(self.add_q_proj(txt), self.heads, self.norm_added_q)
+        k = split_heads(self.add_k_proj(txt), self.heads, self.norm_added_k)
+        return q, k, split_heads(self.add_v_proj(txt), self.heads)
+
 
 class DoubleBlock(nn.Module):
-    """Attention and feed-forward of both streams: img (B, S, D), txt (B, L, D), and six modulation vectors of each."""
+    """Attention and feed-forward of both streams: img (B, S, D) and txt (B, L, D) to the same shapes.
+
+    Each stream has six modulation vectors, (B, 1, D). Where txt is None, its modulation is not looked at, the image
+    stream runs alone, and None comes back for the text.
+    """
 
     def __init__(self, params: FluxKleinParams):
         super().__init__()
@@ -233,65 +213,29 @@ class DoubleBlock(nn.Module):
     def __call__(
         self,
         img: mx.array,
-        txt: mx.array,
-        img_mod: list[mx.array],
-        txt_mod: list[mx.array],
+        txt: mx.array | None,
+        img_mod: Sequence[mx.array],
+        txt_mod: Sequence[mx.array],
         cos: mx.array,
         sin: mx.array,
-        references: Kept | None = None,
-    ) -> tuple[mx.array, mx.array]:
-        img, txt, _ = self.keeping(img, txt, img_mod, txt_mod, cos, sin, references, None)
-        return img, txt
-
-    def keeping(
-        self,
-        img: mx.array,
-        txt: mx.array,
-        img_mod: list[mx.array],
-        txt_mod: list[mx.array],
-        cos: mx.array,
-        sin: mx.array,
-        references: Kept | None,
-        rows: slice | None,
-    ) -> tuple[mx.array, mx.array, Kept]:
-        """The same, and keys and values; see attend."""
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod
-        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod
+        kv: BlockKV | None = None,
+    ) -> tuple[mx.array, mx.array | None]:
         eps = self.eps
-        img_attn, txt_attn, kept = self.attn(
-            modulate(img, img_shift1, img_scale1, eps),
-            modulate(txt, txt_shift1, txt_scale1, eps),
-            cos,
-            sin,
-            references,
-            rows,
-        )
-        img = add_gated(img, img_gate1, img_attn)
-        txt = add_gated(txt, txt_gate1, txt_attn)
-        img = add_gated(img, img_gate2, self.ff(modulate(img, img_shift2, img_scale2, eps)))
-        txt = add_gated(txt, txt_gate2, self.ff_context(modulate(txt, txt_shift2, txt_scale2, eps)))
-        return img, txt, kept
-
-    def alone(
-        self,
-        img: mx.array,
-        mod: list[mx.array],
-        cos: mx.array,
-        sin: mx.array,
-        references: Kept | None = None,
-        rows: slice | None = None,
-    ) -> tuple[mx.array, Kept]:
-        """The image stream without text, and its keys and values; see attend."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = mod
-        attn, kept = self.attn.alone(modulate(img, shift1, scale1, self.eps), cos, sin, references, rows)
-        img = add_gated(img, gate1, attn)
-        return add_gated(img, gate2, self.ff(modulate(img, shift2, scale2, self.eps))), kept
+        shift1, scale1, gate1, shift2, scale2, gate2 = img_mod
+        img_in = modulate(img, shift1, scale1, eps)
+        txt_in = None if txt is None else modulate(txt, txt_mod[0], txt_mod[1], eps)
+        img_attn, txt_attn = self.attn(img_in, txt_in, cos, sin, kv)
+        img = add_gated(img, gate1, img_attn)
+        img = add_gated(img, gate2, self.ff(modulate(img, shift2, scale2, eps)))
+        if txt is not None and txt_attn is not None:
+            _, _, gate1, shift2, scale2, gate2 = txt_mod
+            txt = add_gated(txt, gate1, txt_attn)
+            txt = add_gated(txt, gate2, self.ff_context(modulate(txt, shift2, scale2, eps)))
+        return img, txt
 
 
 class SingleAttention(nn.Module):
-    """Attention and feed-forward side by side, from one projection in and one out: (B, N, D) to (B, N, D), and keys
-    and values; see attend.
-    """
+    """Attention and feed-forward side by side, from one projection in and one out: x (B, N, D) to the same shape."""
 
     def __init__(self, params: FluxKleinParams):
         super().__init__()
@@ -302,19 +246,18 @@ class SingleAttention(nn.Module):
         self.norm_k = nn.RMSNorm(params.head_dim, params.eps)
         self.to_out = Linear(dims + hidden, dims)
 
-    def __call__(
-        self, x: mx.array, cos: mx.array, sin: mx.array, references: Kept | None = None, rows: slice | None = None
-    ) -> tuple[mx.array, Kept]:
+    def __call__(self, x: mx.array, cos: mx.array, sin: mx.array, kv: BlockKV | None = None) -> mx.array:
         dims, proj = self.dims, self.to_qkv_mlp_proj
         q, k, v = (outputs(proj, x, part * dims, (part + 1) * dims) for part in range(3))
         q, k = split_heads(q, self.heads, self.norm_q), split_heads(k, self.heads, self.norm_k)
-        out, kept = attend(q, k, split_heads(v, self.heads), cos, sin, references, rows)
-        x = mx.depends(x, out)  # or gate and up are made before attention has done with q, k and v
-        return self.to_out(mx.concatenate([out, swiglu(proj, x, 3 * dims, self.hidden)], axis=-1)), kept
+        out = attend(q, k, split_heads(v, self.heads), cos, sin, kv)
+        # Gate and up wait for attention: made beside it, they would be in memory together with q, k and v.
+        x = mx.depends(x, out)
+        return self.to_out(mx.concatenate([out, swiglu(proj, x, 3 * dims, self.hidden)], axis=-1))
 
 
 class SingleBlock(nn.Module):
-    """One stream of text and image tokens (B, L + S, D), and its three modulation vectors."""
+    """One stream of text and image tokens, x (B, L + S, D) to the same shape, and its three modulation vectors."""
 
     def __init__(self, params: FluxKleinParams):
         super().__init__()
@@ -322,23 +265,10 @@ class SingleBlock(nn.Module):
         self.attn = SingleAttention(params)
 
     def __call__(
-        self, x: mx.array, mod: list[mx.array], cos: mx.array, sin: mx.array, references: Kept | None = None
+        self, x: mx.array, mod: Sequence[mx.array], cos: mx.array, sin: mx.array, kv: BlockKV | None = None
     ) -> mx.array:
-        return self.alone(x, mod, cos, sin, references)[0]
-
-    def alone(
-        self,
-        x: mx.array,
-        mod: list[mx.array],
-        cos: mx.array,
-        sin: mx.array,
-        references: Kept | None = None,
-        rows: slice | None = None,
-    ) -> tuple[mx.array, Kept]:
-        """The same, and keys and values; see attend."""
         shift, scale, gate = mod
-        attn, kept = self.attn(modulate(x, shift, scale, self.eps), cos, sin, references, rows)
-        return add_gated(x, gate, attn), kept
+        return add_gated(x, gate, self.attn(modulate(x, shift, scale, self.eps), cos, sin, kv))
 
 
 class FinalNorm(nn.Module):
@@ -358,6 +288,9 @@ class FluxKlein(nn.Module):
     """The velocity network: noisy image tokens, prompt embeddings and noise level to velocity.
 
     Weights are random until loaded, and lazy: constructing the 4B or 9B model allocates nothing.
+
+    Attributes:
+        block_runner: calls the blocks; streaming and training replace it.
     """
 
     def __init__(self, params: FluxKleinParams):
@@ -374,7 +307,7 @@ class FluxKlein(nn.Module):
         self.single_transformer_blocks = [SingleBlock(params) for _ in range(params.depth_single)]
         self.norm_out = FinalNorm(dims, params.eps)
         self.proj_out = Linear(dims, params.in_channels)
-        self._run = run_block
+        self.block_runner: BlockRunner = run_block
 
     @staticmethod
     def compute_rope(
@@ -383,7 +316,7 @@ class FluxKlein(nn.Module):
         axes_dims: tuple[int, ...] = FluxKleinParams.axes_dims_rope,
         theta: float = FluxKleinParams.rope_theta,
     ) -> tuple[mx.array, mx.array]:
-        """Rotation tables of one picture's tokens, text first; constant over its steps.
+        """Rotation tables of one image's tokens, text first; the same in all of its steps.
 
         Args:
             txt_ids: (L, 4) or (B, L, 4) positions (T, H, W, L); to three columns L = 0, 1, 2, ... is added.
@@ -426,97 +359,92 @@ class FluxKlein(nn.Module):
         timesteps: mx.array,
         rope_cos: mx.array,
         rope_sin: mx.array,
-        references: Sequence[Kept] | None = None,
-        cache: StepCache | None = None,
-        reuse: Reuse | None = None,
+        *,
+        reference_kv: Sequence[KV] | None = None,
+        cache: FirstBlockCache | None = None,
+        frozen: FrozenKV | None = None,
     ) -> mx.array:
-        """The same with tables that were made once for the picture.
+        """As calling the model, with rotation tables that were made once for the image.
 
         Args:
             img, txt, timesteps: as above.
             rope_cos, rope_sin: (B or 1, L + S, head_dim / 2) from compute_rope.
-            references: from keep_references, of tokens that are then not in img.
-            cache: of this pass in earlier steps, by which all blocks but the first may be left out. What comes back for
-                reference tokens in img then means nothing.
-            reuse: of this pass in earlier steps, in place of text or references; those are given all the same, and what
-                comes back in a later step is without these references.
+            reference_kv: from encode_reference_kv, of references whose tokens are not in img.
+            cache: of this pass in earlier steps, which may leave out all blocks but the first. What comes back for
+                reference tokens in img is then not their velocity.
+            frozen: records KV in the first step, and replaces the frozen tokens in later ones. These are given in every
+                step; where references are frozen, later steps give back the image's tokens alone.
 
         Returns:
             (B, S, in_channels), in the weights' dtype.
         """
-        dtype, text = self._dtype, txt.shape[1]
-        rows, is_alone = None, False
-        if reuse is not None and not reuse.kept:
-            rows, _ = reuse.rows(text)
-        elif reuse is not None:
-            references, is_alone = reuse.kept, reuse.what == "text"
-            img = img if is_alone else img[:, : reuse.tokens]
-            rope_cos, rope_sin = (table[:, reuse.rows(text)[1]] for table in (rope_cos, rope_sin))
-        temb = self.time_guidance_embed(timesteps, dtype)
+        text: mx.array | None = txt
+        recorded, live = (None, None) if frozen is None else frozen.split(txt.shape[1])
+        if frozen is not None and frozen.kv:
+            rope_cos, rope_sin = rope_cos[:, live], rope_sin[:, live]
+            recorded, reference_kv = None, frozen.kv
+            text = None if frozen.tokens == "text" else txt
+            img = img if text is None else img[:, : frozen.image_tokens]
+        kv = self._block_kv(reference_kv, recorded)
+        temb = self.time_guidance_embed(timesteps, self.dtype)
         img_mod = self.double_stream_modulation_img(temb)
         txt_mod = self.double_stream_modulation_txt(temb)
         single_mod = self.single_stream_modulation(temb)
 
-        x = self._residual(self.x_embedder(img.astype(dtype)))
-        c = self._residual(self.context_embedder(txt.astype(dtype)))  # not computed where nothing asks for it
-        blocks = len(self.transformer_blocks)
-        kept = [None] * (blocks + len(self.single_transformer_blocks)) if references is None else references
+        x = self._residual(self.x_embedder(img.astype(self.dtype)))
+        c = None if text is None else self._residual(self.context_embedder(text.astype(self.dtype)))
         if cache is not None:
-            cache.begin(x, timesteps)
-        for k, (double, seen) in enumerate(zip(self.transformer_blocks, kept[:blocks], strict=True)):
-            decides = k == 0 and cache is not None
-            if reuse is not None and rows is not None:
-                x, c, own = self._run(double, x, c, img_mod, txt_mod, rope_cos, rope_sin, seen, rows, method="keeping")
-                reuse.kept.append(own)
-            elif is_alone:
-                x, _ = self._run(double, x, img_mod, rope_cos, rope_sin, seen, method="alone")
-            else:
-                x, c = self._run(double, x, c, img_mod, txt_mod, rope_cos, rope_sin, seen, may_end=decides)
-            if cache is not None and decides and (again := cache.again(x)) is not None:
-                return self.proj_out(self.norm_out(again, temb))
-        z = x if is_alone else mx.concatenate([c, x], axis=1)
-        for single, seen in zip(self.single_transformer_blocks, kept[blocks:], strict=True):
-            if reuse is not None and rows is not None:
-                z, own = self._run(single, z, single_mod, rope_cos, rope_sin, seen, rows, method="alone")
-                reuse.kept.append(own)
-            else:
-                z = self._run(single, z, single_mod, rope_cos, rope_sin, seen)
-        x = z if is_alone else z[:, text:]
+            cache.start(x, timesteps)
+        for k, double in enumerate(self.transformer_blocks):
+            may_end = k == 0 and cache is not None
+            x, c = self.block_runner(double, x, c, img_mod, txt_mod, rope_cos, rope_sin, kv[k], may_end=may_end)
+            if k == 0 and cache is not None and (predicted := cache.predict(x)) is not None:
+                return self.proj_out(self.norm_out(predicted, temb))
+        x = x if c is None else mx.concatenate([c, x], axis=1)
+        for k, single in enumerate(self.single_transformer_blocks, self.params.depth):
+            x = self.block_runner(single, x, single_mod, rope_cos, rope_sin, kv[k])
+        x = x if c is None else x[:, c.shape[1] :]
         if cache is not None:
-            x = cache.keep(x)
+            x = cache.update(x)
+        if frozen is not None and not frozen.kv:
+            frozen.kv = [recorder.kv for recorder in kv if isinstance(recorder, KVRecorder)]
         return self.proj_out(self.norm_out(x, temb))
 
-    def keep_references(self, references: mx.array, rope_cos: mx.array, rope_sin: mx.array) -> list[Kept]:
-        """What text and picture see of reference tokens that see neither of them nor the noise level, as klein-9b-kv is
-        trained for: it serves every prompt, step and size.
+    def _block_kv(self, reference_kv: Sequence[KV] | None, recorded: slice | None) -> Sequence[BlockKV | None]:
+        """What each block, double blocks first, does with its keys and values."""
+        blocks = self.params.depth + self.params.depth_single
+        if recorded is not None:
+            return [KVRecorder(recorded) for _ in range(blocks)]
+        return [None] * blocks if reference_kv is None else [KVReader(kv) for kv in reference_kv]
 
-        Reference: diffusers' Flux2KleinKVPipeline, which gets the same in its first step.
+    def encode_reference_kv(self, references: mx.array, rope_cos: mx.array, rope_sin: mx.array) -> list[KV]:
+        """KV of reference tokens that attend to themselves alone, at noise level 0, as klein-9b-kv is trained for: the
+        same for every prompt, step and size of the image. diffusers' Flux2KleinKVPipeline makes it in its first step.
 
         Args:
             references: (1, R, in_channels) clean tokens.
             rope_cos, rope_sin: (1, R, head_dim / 2) from compute_rope, with no text.
 
         Returns:
-            of every block the rotated keys and the values, each (1, heads, R, head_dim).
+            of every block (keys, values), each (1, heads, R, head_dim), keys rotated.
         """
-        dtype = self._dtype
-        temb = self.time_guidance_embed(mx.zeros((1,)), dtype)
+        temb = self.time_guidance_embed(mx.zeros((1,)), self.dtype)
         img_mod, single_mod = self.double_stream_modulation_img(temb), self.single_stream_modulation(temb)
-        x = self._residual(self.x_embedder(references.astype(dtype)))
-        kept = []
-        blocks = [(block, img_mod) for block in self.transformer_blocks]
-        for block, mod in [*blocks, *((block, single_mod) for block in self.single_transformer_blocks)]:
-            x, seen = self._run(block, x, mod, rope_cos, rope_sin, None, slice(None), method="alone")
-            kept.append(seen)
-        return kept
+        x = self._residual(self.x_embedder(references.astype(self.dtype)))
+        kv = self._block_kv(None, slice(None))
+        for k, double in enumerate(self.transformer_blocks):
+            x, _ = self.block_runner(double, x, None, img_mod, (), rope_cos, rope_sin, kv[k])
+        for k, single in enumerate(self.single_transformer_blocks, self.params.depth):
+            x = self.block_runner(single, x, single_mod, rope_cos, rope_sin, kv[k])
+        return [recorder.kv for recorder in kv if isinstance(recorder, KVRecorder)]
 
     @staticmethod
     def _residual(x: mx.array) -> mx.array:
-        """The stream that blocks add to: of float16, whose range it leaves, in float32."""
+        """The stream that blocks add to, in float32 for activations in float16, whose range it leaves."""
         return x.astype(mx.float32) if x.dtype == mx.float16 else x
 
     @property
-    def _dtype(self) -> mx.Dtype:
-        """Of the activations: that of the norms, which are never packed, as matrices may be."""
+    def dtype(self) -> mx.Dtype:
+        """The activations' dtype: that of the norms, which unlike matrices are never packed."""
         dtype: mx.Dtype = self.single_transformer_blocks[0].attn.norm_q.weight.dtype
         return dtype

@@ -1,31 +1,78 @@
-"""Keys and values of tokens that several passes attend to."""
+"""Keys and values that outlive a pass: of references that were encoded once, and of tokens that are frozen after the
+first step.
+
+A block asks a BlockKV what its tokens attend to, as mlx-lm's models ask their cache.
+"""
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import mlx.core as mx
 
-# Rotated keys and values (B or 1, heads, R, D) of tokens in one block.
-Kept = tuple[mx.array, mx.array]
+# Rotated keys, and values, of tokens in one block: each (B or 1, heads, tokens, head_dim).
+KV = tuple[mx.array, mx.array]
 
 
-class Reuse:
-    """What is seen of the text or of the references in a picture's first step, for those after it, which then leave
-    these tokens out; a fresh one has the next step computed.
+class BlockKV(Protocol):
+    """What a block does with its keys and values besides attending to them."""
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> KV:
+        """Take the block's own rotated keys and values, (B, heads, N, head_dim), and give those to attend to."""
+        ...
+
+
+class KVReader:
+    """Lets a block's tokens attend to other tokens' KV too, behind their own."""
+
+    def __init__(self, kv: KV):
+        self.kv = kv
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> KV:
+        other_keys, other_values = (mx.broadcast_to(other, (len(keys), *other.shape[1:])) for other in self.kv)
+        return mx.concatenate([keys, other_keys], axis=2), mx.concatenate([values, other_values], axis=2)
+
+
+class KVRecorder:
+    """Keeps the KV of some of a block's tokens, which attend as ever.
 
     Args:
-        what: "text" or "references".
-        tokens: of the picture, which come between them.
+        tokens: which of the block's.
 
     Attributes:
-        kept: of every block, what is seen of them; empty until there was a step.
+        kv: theirs, after the block was called.
     """
 
-    def __init__(self, what: str, tokens: int):
-        self.what, self.tokens = what, tokens
-        self.kept: list[Kept] = []
+    def __init__(self, tokens: slice):
+        self.tokens = tokens
+        self.kv: KV
 
-    def rows(self, text: int) -> tuple[slice, slice]:
-        """Which are kept, and the others, of so many text tokens and the image tokens behind them."""
-        if self.what == "text":
-            return slice(text), slice(text, None)
-        return slice(text + self.tokens, None), slice(text + self.tokens)
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> KV:
+        # Copies, since views would keep every token's keys and values in memory.
+        self.kv = mx.contiguous(keys[:, :, self.tokens]), mx.contiguous(values[:, :, self.tokens])
+        # Attention waits for the copies: made later, they would keep the whole keys and values until then.
+        keys, values = mx.depends([keys, values], list(self.kv))
+        return keys, values
+
+
+class FrozenKV:
+    """KV of the text or of the references, recorded in an image's first step and attended to in later steps, which
+    leave these tokens out. diffusers' TextKVCacheConfig does the same for the text.
+
+    Args:
+        tokens: which are frozen, "text" or "references".
+        image_tokens: how many the image has; the sequence is text, image, references.
+
+    Attributes:
+        kv: of every block; empty until the first step, which records it.
+    """
+
+    def __init__(self, tokens: str, image_tokens: int):
+        self.tokens, self.image_tokens = tokens, image_tokens
+        self.kv: list[KV] = []
+
+    def split(self, text_tokens: int) -> tuple[slice, slice]:
+        """(frozen, live) parts of the sequence."""
+        if self.tokens == "text":
+            return slice(text_tokens), slice(text_tokens, None)
+        return slice(text_tokens + self.image_tokens, None), slice(text_tokens + self.image_tokens)

@@ -1,48 +1,78 @@
-"""What the models' blocks share: how they are called, and their linear layers."""
+"""What the models share: how they call their blocks, and their linear layers."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
 
-def run_block(block: nn.Module, *arguments: Any, method: str = "__call__", may_end: bool = False) -> Any:
-    """What the block's method gives for its arguments. Streaming puts its own way in the place of this one: it reads
-    the next block meanwhile, unless the pass may end with this one.
-    """
-    return getattr(block, method)(*arguments)
+class BlockRunner(Protocol):
+    """How a model calls its blocks; another one is assigned to ``model.block_runner`` to stream or recompute them."""
+
+    def __call__(self, block: nn.Module, *arguments: Any, may_end: bool = False) -> Any:
+        """Give what the block gives for the arguments.
+
+        Args:
+            arguments: arrays, lists of them, a BlockKV or None.
+            may_end: whether the model may call no block after this one, so that reading ahead could be in vain.
+        """
+        ...
+
+
+def run_block(block: nn.Module, *arguments: Any, may_end: bool = False) -> Any:
+    return block(*arguments)
+
+
+class LinearAdapter(Protocol):
+    """A change of a linear layer that stands beside its weight: LoRA, LoKr, DoRA; see adapters.deltas."""
+
+    def __call__(self, x: mx.array, base: mx.array, out: mx.array, start: int, stop: int | None) -> mx.array:
+        """Give ``out`` with this adapter's change added.
+
+        Args:
+            x: (..., inputs) the layer's input.
+            base: (..., stop - start) what the weight's rows start to stop give for x, without any adapter.
+            out: base with the changes of the adapters before this one.
+            start, stop: rows of the weight; a stop of None means all from start on.
+        """
+        ...
 
 
 class Linear(nn.Linear):
     """x (..., inputs) to (..., outputs), without bias.
 
     Attributes:
-        deltas: where LoRAs are loaded, what they add; see added.
+        deltas: the adapters beside the weight, each a LinearAdapter. Absent where there are none: an nn.Module is a
+            dict of its parameters, and a checkpoint must have all of them.
     """
+
+    deltas: list[nn.Module]
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return added(self, x, x @ self.weight.T)
+        return apply_adapters(self, x, x @ self.weight.T)
 
     def outputs(self, x: mx.array, start: int, stop: int) -> mx.array:
-        """Those from start to stop: (..., stop - start)."""
-        return added(self, x, x @ self.weight[start:stop].T, start, stop)
+        """Rows start to stop of the weight applied to x: (..., inputs) to (..., stop - start)."""
+        return apply_adapters(self, x, x @ self.weight[start:stop].T, start, stop)
 
 
-def added(layer: nn.Module, x: mx.array, out: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
-    """What a layer with ``deltas`` gives for x, where its weight alone gives ``out``: outputs from start to stop."""
-    base = out
-    for delta in layer.get("deltas", ()):
-        out = delta(x, base, out, start, stop)
+def apply_adapters(layer: nn.Module, x: mx.array, base: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
+    """What a layer's rows start to stop give for x, with its adapters; ``base`` is what they give without any."""
+    out = base
+    adapters: Sequence[LinearAdapter] = layer.get("deltas", ())
+    for adapter in adapters:
+        out = adapter(x, base, out, start, stop)
     return out
 
 
 def outputs(layer: nn.Module, x: mx.array, start: int, stop: int) -> mx.array:
-    """Outputs start to stop of a linear layer without bias: (..., in) to (..., stop - start).
+    """Outputs start to stop of a linear layer without bias: (..., inputs) to (..., stop - start).
 
     The wide layers are multiplied in parts, so that neither all of their outputs nor, of a packed one, all of its
     unpacked weight is in memory at one time. A layer of another kind, which a caller may have put there, computes all.

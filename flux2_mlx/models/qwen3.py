@@ -12,11 +12,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import Qwen3Config
-from .layers import Linear, run_block
+from .layers import BlockRunner, Linear, run_block
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: (B, L, hidden) to (B, L, hidden); mask (B or 1, 1, L, L), true where a row may look."""
+    """Grouped-query attention: (B, L, hidden) to (B, L, hidden); mask (B or 1, 1, L, L), true where a token attends."""
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
@@ -78,13 +78,17 @@ class Qwen3Model(nn.Module):
 
 
 class Qwen3TextEncoder(nn.Module):
-    """Token ids to prompt embeddings."""
+    """Token ids to prompt embeddings.
+
+    Attributes:
+        block_runner: calls the layers; streaming replaces it.
+    """
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
         self.config = config
         self.model = Qwen3Model(config)
-        self._run = run_block
+        self.block_runner: BlockRunner = run_block
 
     def __call__(self, input_ids: mx.array, attention_mask: mx.array | None = None) -> mx.array:
         """Encode padded prompts.
@@ -101,11 +105,11 @@ class Qwen3TextEncoder(nn.Module):
         mask = mx.tril(mx.ones((tokens, tokens), dtype=mx.bool_))[None, None]  # (1, 1, L, L)
         if attention_mask is not None:
             mask = mask & attention_mask.astype(mx.bool_)[:, None, None]  # (B, 1, L, L)
-        dtype = self.model.layers[0].input_layernorm.weight.dtype  # never packed, as the embedding may be
+        dtype = self.model.layers[0].input_layernorm.weight.dtype  # norms are never packed, the embedding may be
         x = self.model.embed_tokens(input_ids).astype(dtype)
         taps = []
         for i, layer in enumerate(self.model.layers):
-            x = self._run(layer, x, mask)
+            x = self.block_runner(layer, x, mask)
             if i in self.config.tapped_layers:
                 taps.append(x)
         return mx.concatenate(taps, axis=-1)

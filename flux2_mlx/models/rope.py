@@ -72,14 +72,15 @@ def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
         cos, sin: (B or 1, N, head_dim / 2) from rope_table.
     """
     pairs = x.reshape(*x.shape[:-1], -1, 2)
-    turned = _turned(pairs, pairs[..., ::-1], cos[:, None, :, :, None], sin[:, None, :, :, None], SIGNS)
-    return turned.reshape(x.shape)
+    rotated = _rotate_pairs(pairs, pairs[..., ::-1], cos[:, None, :, :, None], sin[:, None, :, :, None], SIGNS)
+    return rotated.reshape(x.shape)
 
 
 SIGNS = mx.array([-1.0, 1.0])
 
 
-@partial(mx.compile, shapeless=True)  # one kernel, or the float32 of every product would be written out
-def _turned(pairs: mx.array, swapped: mx.array, cos: mx.array, sin: mx.array, signs: mx.array) -> mx.array:
-    turned = pairs.astype(mx.float32) * cos + swapped.astype(mx.float32) * (sin * signs)
-    return turned.astype(pairs.dtype)
+# Compiled it is one kernel; uncompiled, every product would be written out in float32.
+@partial(mx.compile, shapeless=True)
+def _rotate_pairs(pairs: mx.array, swapped: mx.array, cos: mx.array, sin: mx.array, signs: mx.array) -> mx.array:
+    rotated = pairs.astype(mx.float32) * cos + swapped.astype(mx.float32) * (sin * signs)
+    return rotated.astype(pairs.dtype)

@@ -1,8 +1,8 @@
 """TAEF2, a tiny decoder for previews: 32 latent channels at an eighth of the size to RGB, NHWC, 1.3 M parameters.
 
-Features: blocks of three 3x3 convolutions with ReLU and a residual; those at the lowest resolution first add what a
-GroupNorm over the whole picture makes of their input; nearest upsampling between them. It takes latents whose
-statistics were not undone, as the transformer gives them.
+Features: blocks of three 3x3 convolutions with ReLU and a residual; those at the lowest resolution first add a branch
+with a GroupNorm, which sees the whole image; nearest upsampling between them. It takes normalized latents, as the
+transformer gives them.
 
 Reference: madebyollin's taesd, whose indices in ``decoder`` are those of ``layers`` here.
 """
@@ -17,7 +17,7 @@ POOLED, POOL_GROUPS = 4 * CHANNELS, 4
 
 
 class Clamp(nn.Module):
-    """3 tanh(x / 3), which keeps within -3..3."""
+    """3 tanh(x / 3): within -3..3, and nearly x about 0."""
 
     def __call__(self, x: mx.array) -> mx.array:
         return 3 * mx.tanh(x / 3)
@@ -28,7 +28,7 @@ def conv(channels_in: int, channels_out: int, bias: bool = True) -> nn.Conv2d:
 
 
 class Block(nn.Module):
-    """(B, h, w, C) to the same shape; with ``pools`` the whole picture counts."""
+    """(B, h, w, 64) to the same shape; with ``pools``, values depend on the whole image through the GroupNorm."""
 
     def __init__(self, pools: bool):
         super().__init__()

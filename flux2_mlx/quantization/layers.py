@@ -19,7 +19,7 @@ import mlx.nn as nn
 from ..device import machine_name
 from ..disk_cache import read_table, write_table
 from ..errors import InputError
-from ..models.layers import Linear, added
+from ..models.layers import Linear, apply_adapters
 from .packing import Packing, pack, unpack
 from .spec import Quantization
 
@@ -55,7 +55,7 @@ class QuantizedLinear(nn.Module):
     def outputs(self, x: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
         """Those from start to stop: (..., stop - start)."""
         multiply = self.dense if x.size // x.shape[-1] >= self.dense_rows else self.fused
-        return added(self, x, multiply(x, start, stop), start, stop)
+        return apply_adapters(self, x, multiply(x, start, stop), start, stop)
 
     def dense(self, x: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
         weight, scales, biases = self._rows(start, stop)

@@ -88,7 +88,7 @@ def packing_in(weights: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-# Of the transformer's layers, those that are multiplied in parts (models.blocks.outputs) with the share of the largest
+# Of the transformer's layers, those that are multiplied in parts (models.layers.outputs) with the share of the largest
 # part, and those that only ever see one row, and so are not unpacked.
 IN_PARTS = {"to_qkv_mlp_proj": 1 / 3, "linear_in": 1 / 2}
 ONE_ROW = re.compile(r"(\w+_modulation(_\w+)?|norm_out|time_guidance_embed)\.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from ..device import on_gpu
-from ..models.autoencoder import STRIP_BYTES
+from ..models.autoencoder import TILE_BYTES
 from ..models.config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
 from ..sampling.latents import PIXELS_PER_TOKEN
 
@@ -178,6 +178,6 @@ def _strips(widest: int, dtype: mx.Dtype, on_cpu: int) -> int:
     also the unfolded input of a 3x3 convolution (bytes an element), and where there are several, the next one in and
     out.
     """
-    strip = min(widest, STRIP_BYTES // dtype.size)
+    strip = min(widest, TILE_BYTES // dtype.size)
     beside = 0 if strip == widest else 2 * dtype.size
     return widest * dtype.size + strip * ((12 if on_gpu() else on_cpu) + beside)

@@ -71,11 +71,11 @@ def stream(model: nn.Module, load: Callable[[], nn.Module], dtype: mx.Dtype) -> 
         )
     yield from materialize(model, lambda name: not name.startswith(paths))
     tune(model, dtype, lambda path: not path.startswith(paths))
-    model._run = _Blocks(model, load, dtype)
+    model.block_runner = _Blocks(model, load, dtype)
 
 
 def is_streamed(model: nn.Module) -> bool:
-    return isinstance(getattr(model, "_run", None), _Blocks)
+    return isinstance(getattr(model, "block_runner", None), _Blocks)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
@@ -83,7 +83,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
 
 
 class _Blocks:
-    """How a streamed model calls its blocks: (block, its arguments) to what the block gives."""
+    """The block runner of a streamed model: it reads each block from disk, while the one before it is computed."""
 
     def __init__(self, model: nn.Module, load: Callable[[], nn.Module], dtype: mx.Dtype):
         self.load, self.dtype = load, dtype
@@ -92,12 +92,12 @@ class _Blocks:
         self.numbers = {id(modules[path[:-1]]): k for k, path in enumerate(self.paths)}
         self.fresh: nn.Module = nn.Module()  # whose blocks are read in this pass
 
-    def __call__(self, block: nn.Module, *arguments: Any, method: str = "__call__", may_end: bool = False) -> Any:
+    def __call__(self, block: nn.Module, *arguments: Any, may_end: bool = False) -> Any:
         number = self.numbers[id(block)]
         if number == 0:
             self.fresh = self.load()
         own = self._take(self.paths[number])
-        out = getattr(own, method)(*arguments)
+        out = own(*arguments)
         mx.async_eval(out)
         for path in () if may_end else self.paths[number + 1 : number + 2]:
             if not to_be_converted(self.fresh, path):

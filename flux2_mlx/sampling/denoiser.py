@@ -13,9 +13,9 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from ..models.first_block_cache import StepCache
+from ..models.first_block_cache import FirstBlockCache
 from ..models.flux2 import FluxKlein
-from ..models.kv_cache import Kept, Reuse
+from ..models.kv_cache import KV, FrozenKV
 from .schedules import StepPlan
 
 
@@ -42,7 +42,7 @@ class Denoiser:
     rope: tuple[mx.array, mx.array]
     num_tokens: int
     references: Sequence[mx.array] = ()
-    reference_kv: Sequence[Kept] | None = None
+    reference_kv: Sequence[KV] | None = None
 
     def __call__(
         self,
@@ -50,14 +50,14 @@ class Denoiser:
         txt: mx.array,
         step: StepPlan,
         *,
-        cache: StepCache | None = None,
-        frozen: Reuse | None = None,
+        cache: FirstBlockCache | None = None,
+        frozen: FrozenKV | None = None,
     ) -> mx.array:
         references = [mx.broadcast_to(tokens, (len(x), *tokens.shape[1:])) for tokens in self.references]
         img = mx.concatenate([x, *references], axis=1)
         with self.use() as transformer:
             v = transformer.forward_with_rope(
-                img, txt, mx.array([step.sigma]), *self.rope, self.reference_kv, cache, frozen
+                img, txt, mx.array([step.sigma]), *self.rope, reference_kv=self.reference_kv, cache=cache, frozen=frozen
             )
             v = v[:, : self.num_tokens].astype(mx.float32)
             mx.eval(v)
@@ -74,8 +74,8 @@ class CachedDenoiser:
     """
 
     denoiser: Denoiser
-    new_cache: Callable[[], StepCache]
-    cache: StepCache | None = None
+    new_cache: Callable[[], FirstBlockCache]
+    cache: FirstBlockCache | None = None
 
     def __call__(self, x: mx.array, txt: mx.array, step: StepPlan) -> mx.array:
         if step.restarts:
@@ -90,10 +90,10 @@ class FrozenDenoiser:
     """Keys and values of text or references are those of the first step; they are given back after the last one."""
 
     denoiser: Denoiser
-    frozen: Reuse
+    frozen: FrozenKV
 
     def __call__(self, x: mx.array, txt: mx.array, step: StepPlan) -> mx.array:
         v = self.denoiser(x, txt, step, frozen=self.frozen)
         if step.is_last:
-            self.frozen.kept.clear()
+            self.frozen.kv.clear()
         return v

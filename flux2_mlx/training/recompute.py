@@ -1,4 +1,4 @@
-"""Gradient checkpointing: blocks are computed again in the backward pass."""
+"""Gradient checkpointing: the backward pass recomputes each block."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 
-def run_again(block: nn.Module, *arguments: Any, method: str = "__call__", may_end: bool = False) -> Any:
-    """As models.blocks.run_block, but the backward pass computes the block again, instead of keeping what is inside.
+def checkpoint_block(block: nn.Module, *arguments: Any, may_end: bool = False) -> Any:
+    """A block runner (see models.layers) whose backward pass computes the block again, so that its intermediates are
+    not kept. Arguments are arrays, lists of them or None: training passes no KV.
 
-    One block after another: its computing again waits for the gradient of its outputs, and the block before it for the
-    gradients of its weights. MLX's own checkpointing leaves the order open, and then holds the insides of several.
+    One block is recomputed after another: it waits for the gradient of its outputs, and the block before it for the
+    gradients of its weights. MLX's own checkpointing leaves the order open, and then holds intermediates of several.
     """
     weights, inputs = named_arrays(block.trainable_parameters()), named_arrays(arguments)
     count = len(weights)
@@ -21,7 +22,7 @@ def run_again(block: nn.Module, *arguments: Any, method: str = "__call__", may_e
     def forward(*arrays: mx.array) -> list[mx.array]:
         block.update(tree_unflatten(list(zip(weights, arrays[:count], strict=True))) if weights else {})
         given = dict(zip(inputs, arrays[count:], strict=True))
-        out = getattr(block, method)(*tree_map_with_path(lambda name, _: given.get(name), arguments))
+        out = block(*tree_map_with_path(lambda name, _: given.get(name), arguments))
         return list(out) if isinstance(out, tuple) else [out]
 
     checkpointed = mx.custom_function(forward)

@@ -37,7 +37,7 @@ from .dataset import Batches, Example, Size
 from .latent_cache import Encoded, pictures_of, save_arrays
 from .losses import draw_timesteps, flow_loss, learning_rate_at, noised_velocity
 from .options import FREE, TrainingOptions
-from .recompute import named_arrays, run_again
+from .recompute import checkpoint_block, named_arrays
 
 # ---------------------------------------------------------------------------------------------------- steps
 
@@ -102,7 +102,7 @@ class Trainer:
         self.batches = Batches(examples, options.batch_size, options.seed)
         self.adapters = add_adapters(model, options)
         if options.grad_checkpoint:
-            model._run = run_again
+            model.block_runner = checkpoint_block
         # torch's AdamW corrects the bias of the first steps; MLX's does so where it is asked to.
         self.optimizer = optim.AdamW(options.learning_rate, weight_decay=options.weight_decay, bias_correction=True)
         self.optimizer.init(model.trainable_parameters())
@@ -223,7 +223,7 @@ class Trainer:
         Raises:
             InputError: for a failure to write.
         """
-        arrays, dtype = self.learned(), self.model._dtype
+        arrays, dtype = self.learned(), self.model.dtype
         layers = {layer: (arrays[f"{layer}.deltas.0.down"], arrays[f"{layer}.deltas.0.up"]) for layer in self.adapters}
         alpha = self.options.rank if self.options.alpha is None else self.options.alpha
         written, metadata = lora_arrays(layers, alpha, self.options.names)

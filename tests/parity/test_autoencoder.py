@@ -64,13 +64,13 @@ def test_attention_in_chunks_equals_attention_at_once(model, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(144, 96), (208, 64), (16, 80)])
-def test_strips_equal_the_undivided_picture(model, monkeypatch, size):
+def test_tiles_equal_the_undivided_picture(model, monkeypatch, size):
     """Statistics are those of the whole picture, and rows meet their neighbours: no seam, at any size."""
     height, width = size
     ours, image = ported(model), random((2, height, width, 3))
     z = random((2, height // 8, width // 8, 32), -2, 2)
     latents, picture = ours.encoder(image), ours.decoder(z)
-    monkeypatch.setattr(module, "STRIP_BYTES", 1)
+    monkeypatch.setattr(module, "TILE_BYTES", 1)
     assert relative_error(ours.encoder(image), to_torch(latents)) <= 1e-5
     assert relative_error(ours.decoder(z), to_torch(picture)) <= 1e-5
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_strips_equal_the_undivided_picture(model, monkeypatch, size):
     assert relative_error(ours.decoder(z), nhwc(expected)) <= 1e-5
 
 
-def test_strips_keep_to_one_activation(monkeypatch):
+def test_tiles_keep_to_one_activation(monkeypatch):
     """The widest activation is the last but one, at the picture's size. The CPU backend also unfolds what it convolves,
     nine times its size, so undivided it takes much more.
     """
@@ -87,27 +87,27 @@ def test_strips_keep_to_one_activation(monkeypatch):
     z = mx.zeros((1, 32, 8, 32))
     mx.eval(decoder.parameters(), z)
     peaks = {}
-    for strip_bytes in (2**30, 2**18):
-        monkeypatch.setattr(module, "STRIP_BYTES", strip_bytes)
+    for tile_bytes in (2**30, 2**18):
+        monkeypatch.setattr(module, "TILE_BYTES", tile_bytes)
         before = mx.get_active_memory()
         mx.reset_peak_memory()
         mx.eval(decoder(z))
-        peaks[strip_bytes] = mx.get_peak_memory() - before
+        peaks[tile_bytes] = mx.get_peak_memory() - before
     widest = 256 * 64 * 64 * 4
     assert peaks[2**30] > 20 * widest
     assert peaks[2**18] < 3 * widest
 
 
-def test_statistics_keep_no_strip_in_float32():
+def test_statistics_keep_no_tile_in_float32():
     ours = module.GroupNorm(AutoEncoderConfig(norm_num_groups=8), 64, silu=False)
-    strips = [mx.full((1, 16, 64, 64), k, mx.bfloat16) for k in range(16)]
-    mx.eval(ours.parameters(), strips)
+    tiles = [mx.full((1, 16, 64, 64), k, mx.bfloat16) for k in range(16)]
+    mx.eval(ours.parameters(), tiles)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    norm = ours.over(strips)
-    assert mx.get_active_memory() - before < strips[0].nbytes
-    assert mx.get_peak_memory() - before < 6 * strips[0].nbytes  # a strip in float32, and what its statistics need
-    assert mx.allclose(norm(strips[0]), mx.array(-1.627), atol=1e-2).item()  # -7.5 / sqrt(21.25)
+    norm = ours.over(tiles)
+    assert mx.get_active_memory() - before < tiles[0].nbytes
+    assert mx.get_peak_memory() - before < 6 * tiles[0].nbytes  # a tile in float32, and what its statistics need
+    assert mx.allclose(norm(tiles[0]), mx.array(-1.627), atol=1e-2).item()  # -7.5 / sqrt(21.25)
 
 
 def test_norms_of_faint_inputs(model):

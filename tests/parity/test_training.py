@@ -21,7 +21,7 @@ from flux2_mlx.training.adapter import add_adapters
 from flux2_mlx.training.latent_cache import save_arrays
 from flux2_mlx.training.losses import flow_loss
 from flux2_mlx.training.options import TrainingOptions
-from flux2_mlx.training.recompute import run_again
+from flux2_mlx.training.recompute import checkpoint_block
 from tests import tiny
 from tests.parity.compare import assert_same_picture, relative_error, to_mlx, to_torch
 from tests.parity.test_transformer import inputs, ported, theirs
@@ -118,7 +118,7 @@ def test_loss_and_gradients_equal_torch(plain, packed, references, again):
     expected.backward()
     adapters = adapted(ours, layers)
     if again:
-        ours._run = run_again
+        ours.block_runner = checkpoint_block
     loss, gradients = nn.value_and_grad(ours, lambda *values: flow_loss(ours, *values))(*given)
     assert abs(loss.item() - expected.item()) <= 1e-5 * expected.item()
     found = dict(tree_flatten(gradients))
