@@ -45,9 +45,9 @@ from .conditioning.tokenizer import Qwen3Tokenizer
 from .device import machine_memory, stage_dtype, weight_bytes, weights_of, wired, within
 from .disk_cache import read_prompt, write_prompt
 from .errors import CheckpointError, InputError
-from .imaging.inpaint import repainting_of
+from .imaging.inpaint import inpaint_from
 from .imaging.preprocess import init_array, reference_array, reference_size, to_pil, to_unit
-from .imaging.preview import preview_map, preview_of
+from .imaging.preview import preview_map, render_preview
 from .models.autoencoder import AutoEncoder
 from .models.first_block_cache import StepCache
 from .models.flux2 import FluxKlein
@@ -627,10 +627,10 @@ class Flux2Pipeline:
             expand=expand,
         )
         pictures: list[Any] = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
-        repainting = repainting_of(init_image, mask, mask_blur, mask_padding, expand)
+        repainting = inpaint_from(init_image, mask, mask_blur, mask_padding, expand)
         references = [reference_array(picture) for picture in pictures]
         sizes = [(picture.shape[1], picture.shape[2]) for picture in references]
-        begun = init_image if repainting is None else repainting.picture
+        begun = init_image if repainting is None else repainting.image
         models = [*([] if begun is None else [reference_size(begun)]), *sizes]
         height, width = drawn_size(height, width, models, self.checkpoint.autoencoder.sample_size)
         if repainting is not None:
@@ -725,7 +725,7 @@ class Flux2Pipeline:
             embeds = [prompt_embeds[k // num_images][None] for k in range(total)]
         init = repainted = None
         if repainting is not None:
-            init, repainted = repainting.array((height, width)), repainting.tokens((height, width))
+            init, repainted = repainting.array((height, width)), repainting.mask_tokens((height, width))
         elif init_image is not None:
             init = init_array(init_image, (height, width))
         return Request(
@@ -1064,7 +1064,7 @@ class Flux2Pipeline:
                 return to_pil(np.array(mx.clip(self.preview_decoder(z)[0].astype(mx.float32), 0, 1)))
         if self._preview_map is None:
             self._preview_map = preview_map(self.checkpoint, self.dtype)
-        return preview_of(latents, self._preview_map, settings.height, settings.width)
+        return render_preview(latents, self._preview_map, settings.height, settings.width)
 
     def _unpack(self, latents: mx.array, settings: Settings) -> mx.array:
         return unpack_latents(self.autoencoder.bn.denormalize(latents), settings.height, settings.width)

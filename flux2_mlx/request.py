@@ -14,7 +14,7 @@ import numpy as np
 
 from ._version import __version__
 from .errors import InputError
-from .imaging.inpaint import Repainting
+from .imaging.inpaint import Inpaint
 from .options import MIN_SIDE, check_size
 from .sampling.latents import PIXELS_PER_TOKEN, initial_noise, pack_channels_first
 from .sampling.schedules import custom_sigmas, schedule_sigmas
@@ -141,7 +141,7 @@ class Request:
     latents: list[mx.array] | None  # one (1, S, C) a picture
     references: list[mx.array]  # (1, H, W, 3)
     init: mx.array | None  # (1, H, W, 3)
-    repainting: Repainting | None
+    repainting: Inpaint | None
     repainted: mx.array | None  # (1, S, 1), how much of each token
     start: int  # the first step that is done
     uses_guidance: bool

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from .imaging.inpaint import Repainting
+from .imaging.inpaint import Inpaint
 from .imaging.preprocess import to_pil
 from .request import Settings
 from .runtime.stats import Stats
@@ -39,7 +39,7 @@ class Step:
     stats: Stats
     _decode: Callable[[mx.array, Settings, Stats], mx.array] = field(repr=False)
     _preview: Callable[[mx.array, Settings, Stats], Image.Image] = field(repr=False)
-    _repainting: Repainting | None = field(repr=False)
+    _repainting: Inpaint | None = field(repr=False)
 
     @property
     def is_last(self) -> bool:
@@ -66,7 +66,7 @@ class Step:
         return self._pasted(self._preview(self.denoised, self.settings, self.stats))
 
     def _pasted(self, drawn: Image.Image) -> Image.Image:
-        return drawn if self._repainting is None else self._repainting.paste(drawn)
+        return drawn if self._repainting is None else self._repainting.composite(drawn)
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def test_all_faults_are_told_at_once(tmp_path, capsys, monkeypatch):
     assert told.keys() == pictures | {"4.txt", "5.txt", "stray.txt"}
     assert told["0.png"] == told["1.png"] == "the caption is empty; write one, or give a trigger word"
     assert "truncated" in told["2.png"]
-    assert "no picture of a known format" in told["3.png"]
+    assert "no image of a known format" in told["3.png"]
     assert "not UTF-8" in told["4.txt"]
     assert told["5.txt"] == "200,000 bytes are no caption"
     assert "too small" in told["6.png"]

@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 
 from ..errors import InputError
 from ..imaging.files import open_image
-from ..imaging.preprocess import picture_array, reference_size
+from ..imaging.preprocess import image_array, reference_size
 from ..sampling.latents import PIXELS_PER_TOKEN
 
 METADATA = "metadata.jsonl"
@@ -293,7 +293,7 @@ def bucket(height: int, width: int, resolution: int) -> Size:
 def fitted(image: Image.Image, size: Size) -> mx.array:
     """A picture at a size: scaled to cover it (Lanczos), cropped around the centre; (1, H, W, 3) in -1..1, float32."""
     height, width = size
-    return picture_array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+    return image_array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
 
 
 class Batches:

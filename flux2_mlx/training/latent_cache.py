@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from .._version import __version__
 from ..device import stage_dtype, within
 from ..disk_cache import digest_of
-from ..imaging.files import open_image, written_beside
+from ..imaging.files import atomic_write, open_image
 from ..pipeline import Flux2Pipeline
 from ..runtime.activations import encoder_bytes
 from ..sampling.latents import pack_latents
@@ -123,6 +123,6 @@ def save_arrays(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[st
     Raises:
         InputError: for a full disk or another failure to write.
     """
-    with written_beside(path) as temporary:
+    with atomic_write(path) as temporary:
         mx.save_safetensors(str(temporary), dict(arrays), dict(metadata))
         temporary.replace(path)

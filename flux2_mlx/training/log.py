@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..imaging.files import written_beside
+from ..imaging.files import atomic_write
 from .trainer import Progress
 
 SMOOTHED = 50  # steps whose losses are averaged to be looked at
@@ -92,12 +92,12 @@ def curve(losses: Sequence[float], size: tuple[int, int] = (960, 480)) -> Image.
 
 
 def write_text(path: Path, text: str) -> None:
-    with written_beside(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
 
 
 def write_image(path: Path, image: Image.Image) -> None:
-    with written_beside(path) as temporary:
+    with atomic_write(path) as temporary:
         image.save(temporary, format="PNG")
         temporary.replace(path)
