@@ -36,7 +36,7 @@ import numpy as np
 
 from benchmarks.common import TINY, loaded, machine, process_peak_gb, randomized
 from flux2_mlx import AutoEncoder, FluxKlein, FluxKleinParams, Quantization, Qwen3TextEncoder, image_ids, text_ids
-from flux2_mlx.device import machine_memory, on_gpu, weights_of, within
+from flux2_mlx.device import machine_memory, memory_limit, on_gpu, weights_of
 from flux2_mlx.options import DTYPES
 from flux2_mlx.quantization.layers import quantize
 from flux2_mlx.quantization.recipes import mixed
@@ -127,7 +127,7 @@ def memory(params: FluxKleinParams, options: TrainingOptions, length: int) -> tu
     model = packed(cast(FluxKlein, randomized(FluxKlein(params), dtype)), options)
     plan = planned(model, options, length)
     trainer = trainer_of(model, options, Drawn(params, length, dtype))
-    with within(before + plan.weights + plan.working, plan.working):
+    with memory_limit(before + plan.weights + plan.working, plan.working):
         seconds, peak = timed(trainer.take_step)
     figures = figures_of(plan, peak - before, scores_bytes(params, options, tokens))
     return figures | {"seconds": seconds}, peak - before - plan.weights
@@ -280,7 +280,7 @@ def against(params: FluxKleinParams, options: TrainingOptions, length: int, repe
     trainer = trainer_of(model, options, encoded)
 
     def step() -> None:
-        with within(machine_memory(), plan.working):  # as flux2-lora does
+        with memory_limit(machine_memory(), plan.working):  # as flux2-lora does
             trainer.take_step()
 
     steps = {"flux2_mlx": step, "mflux": mflux_step(peer, list(trainer.adapters), options, encoded)}

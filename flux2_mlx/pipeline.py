@@ -42,7 +42,7 @@ from .checkpoints.load import (
     to_be_converted,
 )
 from .conditioning.tokenizer import Qwen3Tokenizer
-from .device import machine_memory, stage_dtype, weight_bytes, weights_of, wired, within
+from .device import machine_memory, memory_limit, stage_dtype, weight_bytes, weights_of, wired_limit
 from .disk_cache import read_prompt, write_prompt
 from .errors import CheckpointError, InputError
 from .imaging.inpaint import inpaint_from
@@ -794,7 +794,7 @@ class Flux2Pipeline:
             raise InputError(f"{name} keeps its references already, as klein-9b-kv does{more}")
 
     def _drawn(self, run: Request) -> Iterator[Step]:
-        with wired(self.memory_limit):
+        with wired_limit(self.memory_limit):
             try:
                 yield from self._steps(run)
             except GeneratorExit:  # the caller stops before the end: give back what the steps worked on
@@ -1071,7 +1071,7 @@ class Flux2Pipeline:
 
     @contextmanager
     def _working(self, part: str, working_bytes: int, stats: Stats) -> Iterator[None]:
-        with within(self.memory_limit, working_bytes), stats.measure(part):
+        with memory_limit(self.memory_limit, working_bytes), stats.measure(part):
             yield
 
     def _prepare(

@@ -22,7 +22,7 @@ from PIL import Image
 from benchmarks.nano_world import random_task, render
 from examples import teach_nano
 from flux2_mlx import Flux2Pipeline, FluxKlein, FluxKleinParams, InputError, Quantization, image_ids, text_ids
-from flux2_mlx.device import weight_bytes, within
+from flux2_mlx.device import memory_limit, weight_bytes
 from flux2_mlx.lora import main, parse
 from flux2_mlx.models.qwen3 import Qwen3TextEncoder
 from flux2_mlx.quantization.layers import QuantizedLinear, quantize
@@ -687,7 +687,7 @@ def test_training_needs_what_the_plan_says(side, length, batch, dtype, packed, a
     unpacked = largest_dense_bytes(model, dtype)
     working = training_bytes(params, length + tokens, dtype, batch, again=again, packed=packed) + unpacked
     gradients = nn.value_and_grad(model, lambda *values: flow_loss(model, *values))
-    with within(before + working, working):
+    with memory_limit(before + working, working):
         mx.reset_peak_memory()
         mx.eval(gradients(clean, noise, mx.full((batch,), 0.5), None, txt, rope))
         peak = mx.get_peak_memory() - before

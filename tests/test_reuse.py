@@ -13,7 +13,7 @@ from PIL import Image
 
 from benchmarks.nano_score import draw, unseen_edits, unseen_tasks
 from flux2_mlx import Flux2Pipeline, FluxKlein, FluxKleinParams, InputError
-from flux2_mlx.device import within
+from flux2_mlx.device import memory_limit
 from flux2_mlx.generate import main
 from flux2_mlx.models.kv_cache import Reuse
 from flux2_mlx.options import REUSED
@@ -241,7 +241,7 @@ def test_a_picture_takes_the_memory_that_is_planned(what, memory):
     held = kept_bytes(params, 128, mx.float32)
     most, reuse, there = max(transformer_bytes(params, 512, mx.float32, reused=128)), Reuse(what, 256), 0
     for sigma in (0.9, 0.8):
-        with within(before + most, most - there):
+        with memory_limit(before + most, most - there):
             mx.reset_peak_memory()
             velocity = model.forward_with_rope(img, txt, mx.array([sigma]), *rope, reuse=reuse)
             mx.eval(velocity)

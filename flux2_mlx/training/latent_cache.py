@@ -11,7 +11,7 @@ import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
 from .._version import __version__
-from ..device import stage_dtype, within
+from ..device import memory_limit, stage_dtype
 from ..disk_cache import digest_of
 from ..imaging.files import atomic_write, open_image
 from ..pipeline import Flux2Pipeline
@@ -66,7 +66,7 @@ class Encoded:
             file = self._picture_file(path, size)
             if not _is_whole(file):
                 working = encoder_bytes(config, *size, stage_dtype("autoencoder", self.pipe.dtype))
-                with within(self.pipe.memory_limit, working):
+                with memory_limit(self.pipe.memory_limit, working):
                     latents = autoencoder.encoder(fitted(open_image(path), size))
                     _write(file, autoencoder.bn.normalize(pack_latents(latents)))
             yield 1

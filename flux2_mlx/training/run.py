@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..checkpoints.load import materialize
 from ..cli.common import MODEL_OPTIONS
-from ..device import weight_bytes, wired, within
+from ..device import memory_limit, weight_bytes, wired_limit
 from ..errors import InputError
 from ..models.autoencoder import AutoEncoder
 from ..models.flux2 import FluxKlein
@@ -84,7 +84,7 @@ def train(options: TrainingOptions, run: argparse.Namespace) -> bool:
         log.cut(trainer.step)
         write_text(output / CONFIG, json.dumps(options.metadata(), indent=2) + "\n")
     working = plan.stages[-1].working
-    with wired(pipe.memory_limit), within(pipe.memory_limit, working), _interrupts() as interrupted:
+    with wired_limit(pipe.memory_limit), memory_limit(pipe.memory_limit, working), _interrupts() as interrupted:
         is_stopped = _steps(trainer, log, identity, validation, interrupted, quiet, is_first)
     if is_stopped and is_first:
         print(f"interrupted after step {trainer.step}; flux2-lora --resume {output} goes on", file=sys.stderr)
