@@ -44,10 +44,10 @@ from flux2_mlx.runtime.activations import training_bytes
 from flux2_mlx.runtime.plan import Stage
 from flux2_mlx.sampling.latents import PIXELS_PER_TOKEN
 from flux2_mlx.training.dataset import Example, Size
-from flux2_mlx.training.latent_cache import Encoded
+from flux2_mlx.training.latent_cache import LatentCache
 from flux2_mlx.training.options import DTYPES as TRAINED
 from flux2_mlx.training.options import TrainingOptions
-from flux2_mlx.training.run import plan_of
+from flux2_mlx.training.run import plan_training
 from flux2_mlx.training.trainer import Trainer
 
 MFLUX = "0.24.0"
@@ -57,16 +57,16 @@ COLUMNS = ("planned GB", "measured GB", "ratio", "scores GB", "seconds")
 
 
 class Drawn:
-    """Random numbers in the place of training.Encoded's files."""
+    """Random numbers in the place of training.LatentCache's files."""
 
     def __init__(self, params: FluxKleinParams, length: int, dtype: mx.Dtype):
         self.params, self.length = params, length
         self.txt = mx.random.normal((1, length, params.txt_embed_dim)).astype(dtype)
 
-    def prompt(self, text: str) -> mx.array:
+    def prompt_embeds(self, text: str) -> mx.array:
         return self.txt
 
-    def picture(self, path: Path, size: Size) -> mx.array:
+    def latents(self, path: Path, size: Size) -> mx.array:
         tokens = size[0] * size[1] // PIXELS_PER_TOKEN**2
         return mx.random.normal((1, tokens, self.params.in_channels), key=mx.random.key(0))
 
@@ -75,7 +75,7 @@ def planned(model: FluxKlein, options: TrainingOptions, length: int) -> Stage:
     """Training, as flux2-lora plans it. The encoders' stages, which are others, may be of any size."""
     modules = Qwen3TextEncoder(TINY[1]), model, AutoEncoder(TINY[2])
     size = options.resolution, options.resolution
-    return plan_of(modules, options, DTYPES[str(options.dtype)], length, [(size,)], 0).stages[-1]
+    return plan_training(modules, options, DTYPES[str(options.dtype)], length, [(size,)], 0).stages[-1]
 
 
 def scores_bytes(params: FluxKleinParams, options: TrainingOptions, tokens: int) -> int:
@@ -85,7 +85,7 @@ def scores_bytes(params: FluxKleinParams, options: TrainingOptions, tokens: int)
     none = SimpleNamespace(**{name: getattr(params, name) for name in ("hidden_size", "mlp_hidden")})
     none.depth, none.depth_single, none.num_heads = params.depth, params.depth_single, 0
     shapes = tokens, DTYPES[str(options.dtype)], options.batch_size
-    given = partial(training_bytes, again=options.grad_checkpoint, packed=False)
+    given = partial(training_bytes, recompute=options.grad_checkpoint, packed=False)
     return given(params, *shapes) - given(cast(FluxKleinParams, none), *shapes)
 
 
@@ -103,7 +103,7 @@ def trainer_of(model: FluxKlein, options: TrainingOptions, encoded: Drawn) -> Tr
     loaded(model)
     size = options.resolution, options.resolution
     examples = [Example(Path(str(k)), "a red circle", (), size, ()) for k in range(options.batch_size)]
-    trainer = Trainer(model, options, examples, cast(Encoded, encoded))
+    trainer = Trainer(model, options, examples, cast(LatentCache, encoded))
     mx.eval(model.parameters(), trainer.optimizer.state, encoded.txt)
     mx.clear_cache()
     return trainer
@@ -233,7 +233,7 @@ def mflux_step(peer: nn.Module, paths: Sequence[str], options: TrainingOptions, 
     config = ModelConfig.flux2_klein_base_4b()
     Flux2BaseTrainingAdapter.__init__(adapter, model_config=config, quantize=None, model_factory=lambda *_: whole)
     places = {"text_ids": text_ids(encoded.length), "img_ids": image_ids(side, side)}
-    clean, given = encoded.picture(Path(), (side, side)).astype(encoded.txt.dtype), {"prompt_embeds": encoded.txt}
+    clean, given = encoded.latents(Path(), (side, side)).astype(encoded.txt.dtype), {"prompt_embeds": encoded.txt}
     items = [DataItem(k, "", "", clean, given | places, side, side) for k in range(options.batch_size)]
     optimizer, rng = Optimizer.from_spec(spec), random.Random(options.seed)
     loaded(peer)
@@ -259,7 +259,7 @@ def mflux_step(peer: nn.Module, paths: Sequence[str], options: TrainingOptions, 
 
 def compared(model: FluxKlein, peer: nn.Module, encoded: Drawn, side: int) -> float:
     """The relative error of mflux's velocity to this library's."""
-    x, places = encoded.picture(Path(), (side, side)), (text_ids(encoded.length), image_ids(side, side))
+    x, places = encoded.latents(Path(), (side, side)), (text_ids(encoded.length), image_ids(side, side))
     rope = FluxKlein.compute_rope(*places, model.params.axes_dims_rope, model.params.rope_theta)
     ours = model.forward_with_rope(x, encoded.txt, mx.array([0.7]), *rope).astype(mx.float32)
     theirs = peer(x.astype(encoded.txt.dtype), encoded.txt, mx.array(700.0), places[1], places[0]).astype(mx.float32)

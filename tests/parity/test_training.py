@@ -21,7 +21,7 @@ from flux2_mlx.training.adapter import add_adapters
 from flux2_mlx.training.latent_cache import save_arrays
 from flux2_mlx.training.losses import flow_loss
 from flux2_mlx.training.options import TrainingOptions
-from flux2_mlx.training.recompute import run_again
+from flux2_mlx.training.recompute import checkpoint_block
 from tests import tiny
 from tests.parity.compare import assert_same_picture, relative_error, to_mlx, to_torch
 from tests.parity.test_transformer import inputs, ported, theirs
@@ -99,10 +99,10 @@ def plain():
     return tiny.transformer()
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("references", [(), ((96, 64), (64, 64))], ids=["", "references"])
 @pytest.mark.parametrize("packed", [None, 1, 1 << 30], ids=["dense", "unpacked", "fused"])
-def test_loss_and_gradients_equal_torch(plain, packed, references, again):
+def test_loss_and_gradients_equal_torch(plain, packed, references, recompute):
     ours, weights = ported(plain), plain.state_dict()
     if packed is not None:
         ours = QuantizedFluxKlein.from_unquantized(ours, group_size=32)
@@ -117,8 +117,8 @@ def test_loss_and_gradients_equal_torch(plain, packed, references, again):
     expected = loss_of(model, given, ids)
     expected.backward()
     adapters = adapted(ours, layers)
-    if again:
-        ours._run = run_again
+    if recompute:
+        ours._run = checkpoint_block
     loss, gradients = nn.value_and_grad(ours, lambda *values: flow_loss(ours, *values))(*given)
     assert abs(loss.item() - expected.item()) <= 1e-5 * expected.item()
     found = dict(tree_flatten(gradients))
