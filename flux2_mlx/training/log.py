@@ -71,7 +71,7 @@ def plot_losses(losses: Sequence[float], size: tuple[int, int] = (960, 480)) -> 
     width, height = size
     left, top, right, bottom = 64, 16, width - 16, height - 32
     image = Image.new("RGB", size, "white")
-    drawing = ImageDraw.Draw(image)
+    canvas = ImageDraw.Draw(image)
     means = [float(np.mean(losses[max(0, k + 1 - SMOOTHED) : k + 1])) for k in range(len(losses))]
     low, high = min(losses), max(losses)
     high = high if high > low else low + 1
@@ -82,13 +82,13 @@ def plot_losses(losses: Sequence[float], size: tuple[int, int] = (960, 480)) -> 
 
     for value in np.linspace(low, high, 5):
         y = bottom - (value - low) * (bottom - top) / (high - low)
-        drawing.line([(left, y), (right, y)], fill=(225, 225, 225))
-        drawing.text((8, y - 6), f"{value:.4f}", fill=(90, 90, 90))
+        canvas.line([(left, y), (right, y)], fill=(225, 225, 225))
+        canvas.text((8, y - 6), f"{value:.4f}", fill=(90, 90, 90))
     for k in np.linspace(1, len(losses), 5).round():
         x = left + (k - 1) * (right - left) / max(1, len(losses) - 1)
-        drawing.text((x - 12, bottom + 8), f"{k:.0f}", fill=(90, 90, 90))
-    drawing.line(points(losses), fill=(170, 200, 235), width=1)
-    drawing.line(points(means), fill=(20, 80, 160), width=3)
+        canvas.text((x - 12, bottom + 8), f"{k:.0f}", fill=(90, 90, 90))
+    canvas.line(points(losses), fill=(170, 200, 235), width=1)
+    canvas.line(points(means), fill=(20, 80, 160), width=3)
     return image
 
 

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: the backward pass computes blocks again instead of storing their activations."""
+"""Gradient checkpointing: blocks are computed again in the backward pass."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 
 def checkpoint_block(block: nn.Module, *arguments: Any, method: str = "__call__", may_end: bool = False) -> Any:
-    """As models.layers.run_block, but the backward pass computes the block again instead of storing its activations.
+    """As models.blocks.run_block, but the backward pass computes the block again, instead of keeping what is inside.
 
-    Blocks are recomputed one after another: each waits for the gradient of its outputs, and the block before it for
-    the gradients of its weights. MLX's own checkpointing leaves the order open, so that the activations of several
-    blocks are in memory at once.
+    One block after another: its computing again waits for the gradient of its outputs, and the block before it for the
+    gradients of its weights. MLX's own checkpointing leaves the order open, and then holds the insides of several.
     """
     weights, inputs = named_arrays(block.trainable_parameters()), named_arrays(arguments)
     count = len(weights)
@@ -38,5 +37,5 @@ def checkpoint_block(block: nn.Module, *arguments: Any, method: str = "__call__"
 
 
 def named_arrays(tree: Any) -> dict[str, mx.array]:
-    """The arrays of a tree by their dotted paths in it."""
+    """The arrays of a tree by their names in it."""
     return {name: array for name, array in cast("list[tuple[str, Any]]", tree_flatten(tree)) if array is not None}
