@@ -1,23 +1,28 @@
-"""The stages of benchmarks.peers in this library, mflux, torch (diffusers, transformers); the floor of a step, and
-decoding without strips.
+"""What a stage is in this library, mflux, mlx-vlm and torch (diffusers, transformers); the floor of a step, decoding
+without strips, and the ways of this library to start.
 
 A stage is a function of arrays, made from this library's module: the text encoder of (ids, mask), a step of (tokens,
-prompt embeddings, noise level), decoding of tokens. mflux and the floor compute with the very arrays of that module's
-weights, which are in memory once; torch with copies.
+prompt embeddings, noise level), decoding of tokens. The MLX peers and the floor compute with the very arrays of that
+module's weights, which are in memory once; torch with copies.
 
 mflux runs as its own Flux2Klein.generate_image runs it: its step compiled (not on M1 and M2), its decoder in strips.
-What differs: it makes the tables of rotations in every step, in float32, where this library makes them once for a
-picture, in float64; of float16 it computes attention and feed-forward alone, as with its --compute-precision; and here
-its q and k norms are given the checkpoint's epsilon, 1e-6, where its own is 1e-5. torch computes one layer of the text
-encoder more, since transformers normalizes the output of the last one.
+mlx-vlm runs as its own Flux2Image.generate_array does, but for its decoder's tiles, which change the image and are off.
+What differs: both make the tables of rotations in every step, in float32, where this library makes them once for an
+image, in float64; of float16 mflux computes attention and feed-forward alone, as with its --compute-precision, and
+mlx-vlm nothing; and here their q and k norms are given the checkpoint's epsilon, 1e-6, where their own is 1e-5. torch
+computes one layer of the text encoder more, since transformers normalizes the output of the last one.
 """
 
 from __future__ import annotations
 
+import os
+import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -25,6 +30,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from benchmarks.common import Case, Run, loaded, mlx_meter, rope_of, velocity
 from flux2_mlx import (
     AutoEncoder,
     FluxKlein,
@@ -32,6 +38,7 @@ from flux2_mlx import (
     Qwen3Config,
     Qwen3TextEncoder,
     image_ids,
+    open_checkpoint,
     text_ids,
     unpack_latents,
 )
@@ -39,70 +46,88 @@ from flux2_mlx.device import stage_dtype, weights_of
 from flux2_mlx.models import autoencoder
 from flux2_mlx.models.names.autoencoder import diffusers_vae
 
-MFLUX = "0.24.0"
-INSTALL = {
-    "mflux": f"pip install --no-deps mflux=={MFLUX} && pip install matplotlib opencv-python piexif platformdirs regex "
-    "requests toml torch tqdm transformers",
-    "torch": 'pip install -e ".[dev]"',
-}
-
-Run = Callable[..., Any]
-
 
 @dataclass(frozen=True)
-class Case:
-    """What is computed: a picture's size in pixels, its text's in tokens, the transformer's shape and dtype."""
+class Library:
+    """A peer made with MLX: its version that is known here, how to install it, and where its modules are."""
 
-    width: int
-    height: int
-    text_length: int
-    params: FluxKleinParams
-    dtype: mx.Dtype
+    version: str
+    install: str
+    text_encoder: str
+    transformer: str
+    vae: str
+    decoder: str
+    config: str
 
-    @property
-    def tokens(self) -> int:
-        return self.width * self.height // 256
+
+MLX_PEERS = {
+    "mflux": Library(
+        "0.24.0",
+        "pip install --no-deps mflux==0.24.0 && pip install matplotlib opencv-python piexif platformdirs regex "
+        "requests toml torch tqdm transformers",
+        "mflux.models.flux2.model.flux2_text_encoder.qwen3_text_encoder",
+        "mflux.models.flux2.model.flux2_transformer.transformer",
+        "mflux.models.flux2.model.flux2_vae.vae",
+        "mflux.models.flux2.model.flux2_vae.decoder.decoder",
+        "mflux.models.common.config.model_config",
+    ),
+    "mlx-vlm": Library(
+        "0.7.10",
+        "pip install --no-deps mlx-vlm==0.7.10 && pip install jinja2 requests tqdm transformers",
+        "mlx_vlm.models.flux2.qwen.text_encoder",
+        "mlx_vlm.models.flux2.transformer.transformer",
+        "mlx_vlm.models.flux2.vae.vae",
+        "mlx_vlm.models.flux2.vae.decoder.decoder",
+        "mlx_vlm.models.flux2.constants",
+    ),
+}
+INSTALL = {name: peer.install for name, peer in MLX_PEERS.items()} | {"torch": 'pip install -e ".[dev]"'}
+PACKAGES = {"torch": ("torch", "diffusers", "transformers"), **{name: (name,) for name in MLX_PEERS}}
 
 
 def missing(name: str) -> str | None:
     """Why a peer cannot be measured here, and what to install; None where it can."""
     try:
-        if name == "mflux":
-            from mflux.models.flux2.variants import Flux2Klein  # noqa: F401
-
-            if version("mflux") != MFLUX:
-                raise ImportError(f"this is mflux {version('mflux')}")
-        elif name == "torch":
+        if name == "torch":
             from diffusers import Flux2KleinPipeline  # noqa: F401
+        elif name in MLX_PEERS:
+            peer = MLX_PEERS[name]
+            import_module(peer.transformer)
+            if version(name) != peer.version:
+                raise ImportError(f"this is {name} {version(name)}")
     except ImportError as error:
         return f"--against {name}: {error}; install it: {INSTALL[name]}"
     return None
 
 
-def finished(result: Any) -> Any:
-    """The same, computed."""
-    if isinstance(result, mx.array):
-        mx.eval(result)
-    else:
-        synchronize()
-    return result
+def forget_files(model: str) -> None:
+    """Let the system forget what it holds in memory of a checkpoint's files; where it can't, `sudo purge` does."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for source in open_checkpoint(model).sources.values():
+        for file in source.files:
+            handle = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(handle)
 
 
 def as_numpy(result: Any) -> np.ndarray:
     return np.array(result.astype(mx.float32)) if isinstance(result, mx.array) else result.float().cpu().numpy()
 
 
-def peak_of(name: str) -> Callable[[], int | None]:
+def meter_of(name: str) -> Callable[[], tuple[int | None, int | None]]:
     """What tells the most bytes that its arrays take from here on."""
     if name != "torch":
-        mx.reset_peak_memory()
-        return mx.get_peak_memory
+        return mlx_meter(name)
     import torch
 
     if not torch.cuda.is_available():
-        return lambda: None
+        return lambda: (None, None)
     torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.max_memory_allocated
+    return lambda: (torch.cuda.max_memory_allocated(), None)
 
 
 # ------------------------------------------------------------------------------------------------- this library
@@ -113,11 +138,8 @@ def ours_encode(module: Qwen3TextEncoder, case: Case) -> Run:
 
 
 def ours_step(module: FluxKlein, case: Case) -> Run:
-    params = case.params
-    rope = FluxKlein.compute_rope(
-        text_ids(case.text_length), image_ids(case.height, case.width), params.axes_dims_rope, params.rope_theta
-    )
-    return lambda x, txt, sigma: module.forward_with_rope(x, txt, mx.array([sigma]), *rope)
+    rope = rope_of(case.params, case.text_length, image_ids(case.height, case.width))
+    return lambda x, txt, sigma: velocity(module, x, txt, sigma, rope)
 
 
 def ours_decode(module: AutoEncoder, case: Case) -> Run:
@@ -125,7 +147,7 @@ def ours_decode(module: AutoEncoder, case: Case) -> Run:
 
 
 def undivided_decode(module: AutoEncoder, case: Case) -> Run:
-    """The same with the whole picture as one strip."""
+    """The same with the whole image as one strip."""
     decode = ours_decode(module, case)
 
     def run(x: mx.array) -> mx.array:
@@ -135,34 +157,46 @@ def undivided_decode(module: AutoEncoder, case: Case) -> Run:
     return run
 
 
-# -------------------------------------------------------------------------------------------------------- mflux
+# --------------------------------------------------------------------------------------------- mflux and mlx-vlm
 
 
-def in_mflux(peer: nn.Module, module: nn.Module, dtype: mx.Dtype) -> nn.Module:
-    """mflux's module with the weights of this library's. What is not among these is never computed."""
-    from mflux.models.common.config.model_config import ModelConfig
-
-    ModelConfig.precision = dtype
-    renamed = {
-        re.sub(
-            r"(?<=attn\.to_out)\.0|(?<=attentions\.0\.to_out)\.0|timestep_embedder\.|^model\.|^decoder\.(?=post_quant)"
-            r"|^encoder\.(?=quant)",
-            "",
-            name,
-        ): array.astype(dtype)
-        for name, array in weights_of(module).items()
+def peer_class(name: str, part: str) -> Any:
+    """The class of an MLX peer's module; all of them have the same names in both."""
+    called = {
+        "text_encoder": "Qwen3TextEncoder",
+        "transformer": "Flux2Transformer",
+        "vae": "Flux2VAE",
+        "decoder": "Flux2Decoder",
+        "config": "ModelConfig",
     }
+    return getattr(import_module(getattr(MLX_PEERS[name], part)), called[part])
+
+
+def peer_name(name: str) -> str:
+    """What both peers call a weight of this library."""
+    return re.sub(
+        r"(?<=attn\.to_out)\.0|(?<=attentions\.0\.to_out)\.0|timestep_embedder\.|^model\.|^decoder\.(?=post_quant)"
+        r"|^encoder\.(?=quant)",
+        "",
+        name,
+    )
+
+
+def with_weights(name: str, peer: nn.Module, module: nn.Module, dtype: mx.Dtype) -> Any:
+    """A peer's module with the weights of this library's. What is not among these is never computed."""
+    peer_class(name, "config").precision = dtype
+    renamed = {peer_name(path): array.astype(dtype) for path, array in weights_of(module).items()}
     peer.load_weights(list(renamed.items()), strict=False)
     return peer
 
 
-def mflux_text_encoder(config: Qwen3Config) -> dict[str, Any]:
-    """Its shape in mflux's words, but for the number of layers."""
+def text_encoder_shape(config: Qwen3Config) -> dict[str, Any]:
+    """In the peers' words, but for the number of layers."""
     return {name: value for name, value in asdict(config).items() if name != "tapped_layers"}
 
 
-def mflux_transformer(params: FluxKleinParams) -> dict[str, Any]:
-    """Its shape in mflux's words."""
+def transformer_shape(params: FluxKleinParams) -> dict[str, Any]:
+    """In the peers' words."""
     return {
         "in_channels": params.in_channels,
         "num_layers": params.depth,
@@ -177,53 +211,142 @@ def mflux_transformer(params: FluxKleinParams) -> dict[str, Any]:
     }
 
 
-def mflux_encode(module: Qwen3TextEncoder, case: Case) -> Run:
-    from mflux.models.flux2.model.flux2_text_encoder.qwen3_text_encoder import Qwen3TextEncoder as Peer
+def peer_transformer(name: str, module: FluxKlein, dtype: mx.Dtype) -> Any:
+    """An MLX peer's transformer that computes what this library's does."""
+    peer = with_weights(name, peer_class(name, "transformer")(**transformer_shape(module.params)), module, dtype)
+    for path, layer in peer.named_modules():
+        if re.search(r"norm_(added_)?[qk]$", path):
+            layer.eps = module.params.eps
+    return peer
 
-    peer = Peer(num_hidden_layers=module.config.num_layers, **mflux_text_encoder(module.config))
-    return in_mflux(peer, module, stage_dtype("text_encoder", case.dtype)).get_prompt_embeds
+
+def peer_encode(name: str) -> Callable[[Qwen3TextEncoder, Case], Run]:
+    def build(module: Qwen3TextEncoder, case: Case) -> Run:
+        shape, taps = text_encoder_shape(module.config), [tap + 1 for tap in module.config.tapped_layers]
+        peer = peer_class(name, "text_encoder")(num_hidden_layers=module.config.num_layers, **shape)
+        with_weights(name, peer, module, stage_dtype("text_encoder", case.dtype))
+        return lambda ids, mask: peer.get_prompt_embeds(ids, mask, tuple(taps))
+
+    return build
 
 
 def mflux_step(module: FluxKlein, case: Case) -> Run:
     from mflux.models.common.compute_precision import ComputePrecision
-    from mflux.models.flux2.model.flux2_transformer.transformer import Flux2Transformer
     from mflux.models.flux2.variants import Flux2Klein
 
-    params, dtype = case.params, stage_dtype("text_encoder", case.dtype)
-    peer = in_mflux(Flux2Transformer(**mflux_transformer(params)), module, dtype)
+    dtype = stage_dtype("text_encoder", case.dtype)
+    peer = peer_transformer("mflux", module, dtype)
     if case.dtype == mx.float16:
         peer.apply_compute_precision(ComputePrecision(mx.float16))
-    for path, layer in peer.named_modules():
-        if re.search(r"norm_(added_)?[qk]$", path):
-            layer.eps = params.eps
     predict = Flux2Klein._predict(peer)
-    places = {"latent_ids": image_ids(case.height, case.width), "text_ids": text_ids(case.text_length)}
+    positions = {"latent_ids": image_ids(case.height, case.width), "text_ids": text_ids(case.text_length)}
     unguided = {"negative_prompt_embeds": None, "negative_text_ids": None, "guidance": 1.0}
     return lambda x, txt, sigma: predict(
-        latents=x.astype(dtype), prompt_embeds=txt.astype(dtype), timestep=mx.array(1000 * sigma), **places, **unguided
+        latents=x.astype(dtype),
+        prompt_embeds=txt.astype(dtype),
+        timestep=mx.array(1000 * sigma),
+        **positions,
+        **unguided,
     )
 
 
-def mflux_decode(module: AutoEncoder, case: Case) -> Run:
-    from mflux.models.common.vae.block_decoder import VAEBlockDecoder
-    from mflux.models.flux2.model.flux2_vae.decoder.decoder import Flux2Decoder
-    from mflux.models.flux2.model.flux2_vae.vae import Flux2VAE
+def mlx_vlm_step(module: FluxKlein, case: Case) -> Run:
+    dtype = stage_dtype("text_encoder", case.dtype)
+    peer = peer_transformer("mlx-vlm", module, dtype)
+    positions = {"img_ids": image_ids(case.height, case.width), "txt_ids": text_ids(case.text_length)}
+    return lambda x, txt, sigma: peer(x.astype(dtype), txt.astype(dtype), mx.array(1000 * sigma), **positions)
 
-    config, dtype = module.config, stage_dtype("autoencoder", case.dtype)
-    peer = Flux2VAE()
-    peer.decoder = Flux2Decoder(
-        block_out_channels=config.decoder_channels,
-        layers_per_block=config.layers_per_block,
-        norm_num_groups=config.norm_num_groups,
+
+def peer_decode(name: str) -> Callable[[AutoEncoder, Case], Run]:
+    def build(module: AutoEncoder, case: Case) -> Run:
+        config, dtype = module.config, stage_dtype("autoencoder", case.dtype)
+        peer = peer_class(name, "vae")()
+        peer.decoder = peer_class(name, "decoder")(
+            block_out_channels=config.decoder_channels,
+            layers_per_block=config.layers_per_block,
+            norm_num_groups=config.norm_num_groups,
+        )
+        if name == "mflux":
+            from mflux.models.common.vae.block_decoder import VAEBlockDecoder
+
+            peer.decode_mode = VAEBlockDecoder.LOW_MEMORY
+        with_weights(name, peer, module, dtype)
+
+        def decode(x: mx.array) -> mx.array:
+            packed = x.reshape(1, case.height // 16, case.width // 16, -1).transpose(0, 3, 1, 2)
+            image: mx.array = peer.decode_packed_latents(packed.astype(dtype))
+            return image.transpose(0, 2, 3, 1)
+
+        return decode
+
+    return build
+
+
+def mflux_training_step(peer: nn.Module, paths: Sequence[str], options: Any, clean: mx.array, txt: mx.array) -> Run:
+    """A step of mflux's training, by its own loop.
+
+    Args:
+        peer: its transformer.
+        paths: of the layers that are trained, in this library's words.
+        options: this library's TrainingOptions.
+        clean: tokens of the square image that is learned.
+        txt: prompt embeddings.
+    """
+    from mflux.models.common.config.model_config import ModelConfig
+    from mflux.models.common.training.dataset.batch import Batch, DataItem
+    from mflux.models.common.training.lora.target_injector import inject_lora_targets
+    from mflux.models.common.training.optimization.optimizer import Optimizer
+    from mflux.models.common.training.state import training_spec as specs
+    from mflux.models.common.training.trainer import TrainingTrainer
+    from mflux.models.flux2.training_adapter.flux2_base_training_adapter import Flux2BaseTrainingAdapter
+    from mflux.models.flux2.training_adapter.flux2_training_adapter import Flux2TrainingAdapter
+
+    targets = [specs.LoraTargetSpec(peer_name(path), options.rank) for path in paths]
+    side = options.resolution
+    spec = specs.TrainingSpec(
+        model="flux2-klein-base-4b",
+        model_path=None,
+        seed=options.seed,
+        steps=40,
+        guidance=1.0,
+        quantize=options.quantize,
+        training_loop=specs.TrainingLoopSpec(num_epochs=1, batch_size=options.batch_size),
+        optimizer=specs.OptimizerSpec("AdamW", options.learning_rate, max_grad_norm=options.clip),
+        checkpoint=None,
+        monitoring=None,
+        lora_layers=specs.LoraLayersSpec(targets),
+        statistics=None,
+        data=[],
+        gradient_checkpointing=options.grad_checkpoint,
     )
-    peer.decode_mode = VAEBlockDecoder.LOW_MEMORY
-    in_mflux(peer, module, dtype)
+    inject_lora_targets(peer, targets)
+    whole = nn.Module()
+    whole.transformer, whole.vae, whole.text_encoder = peer, nn.Module(), nn.Module()
+    adapter = Flux2TrainingAdapter.__new__(Flux2TrainingAdapter)  # its own __init__ reads a checkpoint
+    config = ModelConfig.flux2_klein_base_4b()
+    Flux2BaseTrainingAdapter.__init__(adapter, model_config=config, quantize=None, model_factory=lambda *_: whole)
+    given = {"prompt_embeds": txt, "text_ids": text_ids(txt.shape[1]), "img_ids": image_ids(side, side)}
+    items = [DataItem(k, "", "", clean, given, side, side) for k in range(options.batch_size)]
+    optimizer, rng = Optimizer.from_spec(spec), random.Random(options.seed)
+    loaded(peer)
+    mx.eval(clean, given)
 
-    def decode(x: mx.array) -> mx.array:
-        packed = x.reshape(1, case.height // 16, case.width // 16, -1).transpose(0, 3, 1, 2)
-        return peer.decode_packed_latents(packed.astype(dtype)).transpose(0, 2, 3, 1)
+    class Once(list[Any]):
+        """Its iterator over batches, of which there is one."""
 
-    return decode
+        num_iterations = 1
+
+        def total_number_of_steps(self) -> int:
+            return 1
+
+    state = SimpleNamespace(
+        iterator=Once([Batch(items, rng)]),
+        optimizer=optimizer,
+        should_generate_image=lambda _: False,
+        should_save=lambda _: False,
+        save=lambda *_: None,
+    )
+    return lambda: TrainingTrainer.train(adapter=adapter, training_spec=spec, training_state=state)
 
 
 # -------------------------------------------------------------------------------------------------------- torch
@@ -233,13 +356,6 @@ def torch_device() -> Any:
     import torch
 
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-
-
-def synchronize() -> None:
-    import torch
-
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
 
 
 def as_torch(array: Any) -> Any:
@@ -266,10 +382,18 @@ def in_torch(peer: Any, weights: dict[str, mx.array]) -> Any:
     return peer
 
 
-def without_gradients(run: Run) -> Run:
+def finished(run: Run) -> Run:
+    """Without gradients, and waited for."""
     import torch
 
-    return torch.inference_mode()(run)
+    @torch.inference_mode()
+    def run_and_wait(*inputs: Any) -> Any:
+        result = run(*inputs)
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        return result
+
+    return run_and_wait
 
 
 def torch_encode(module: Qwen3TextEncoder, case: Case) -> Run:
@@ -285,7 +409,7 @@ def torch_encode(module: Qwen3TextEncoder, case: Case) -> Run:
         states = peer(ids, mask, output_hidden_states=True, use_cache=False).hidden_states
         return torch.cat([states[tap + 1] for tap in config.tapped_layers], dim=-1)
 
-    return without_gradients(encode)
+    return finished(encode)
 
 
 def torch_step(module: FluxKlein, case: Case) -> Run:
@@ -303,7 +427,7 @@ def torch_step(module: FluxKlein, case: Case) -> Run:
         x, txt = x.to(peer.dtype), txt.to(peer.dtype)
         return peer(x, encoder_hidden_states=txt, timestep=time, guidance=None, return_dict=False, **places)[0]
 
-    return without_gradients(step)
+    return finished(step)
 
 
 def torch_decode(module: AutoEncoder, case: Case) -> Run:
@@ -318,7 +442,7 @@ def torch_decode(module: AutoEncoder, case: Case) -> Run:
         latents = Flux2KleinPipeline._unpatchify_latents(packed).to(peer.dtype)
         return peer.decode(latents, return_dict=False)[0].permute(0, 2, 3, 1)
 
-    return without_gradients(decode)
+    return finished(decode)
 
 
 # -------------------------------------------------------------------------------------------------------- floor
@@ -384,8 +508,22 @@ def floor(module: FluxKlein, case: Case) -> Run:
 # Of each contender the stages that it has.
 CONTENDERS: dict[str, dict[str, Callable[..., Run]]] = {
     "flux2_mlx": {"text_encoder": ours_encode, "step": ours_step, "decode": ours_decode},
-    "mflux": {"text_encoder": mflux_encode, "step": mflux_step, "decode": mflux_decode},
+    "mflux": {"text_encoder": peer_encode("mflux"), "step": mflux_step, "decode": peer_decode("mflux")},
+    "mlx-vlm": {"text_encoder": peer_encode("mlx-vlm"), "step": mlx_vlm_step, "decode": peer_decode("mlx-vlm")},
     "torch": {"text_encoder": torch_encode, "step": torch_step, "decode": torch_decode},
     "floor": {"step": floor},
     "undivided": {"decode": undivided_decode},
 }
+# Of each whole library the process of benchmarks.cold that it runs in, and what is special of it: whether the system
+# forgets the files first, and what with_flux2_mlx is told.
+STARTS: dict[str, tuple[str, bool, dict[str, Any]]] = {
+    "flux2_mlx": ("flux2_mlx", False, {}),
+    "cold": ("flux2_mlx", True, {}),
+    "cold-unread": ("flux2_mlx", True, {"read_ahead": False}),
+    "known-prompt": ("flux2_mlx", False, {"cache": True}),
+    "mflux": ("mflux", False, {}),
+    "mlx-vlm": ("mlx-vlm", False, {}),
+    "torch": ("torch", False, {}),
+}
+# Of each peer that trains, how a step is made; mlx-vlm has no training of FLUX.2.
+TRAINERS: dict[str, Callable[..., Run]] = {"mflux": mflux_training_step}

@@ -1,20 +1,20 @@
 """How many kernels does a step launch on a GPU, and how many bytes do they move? No GPU needed, and no weights.
 
-python -m benchmarks.kernels --model klein-4b --size 1024
-python -m benchmarks.kernels --model klein-4b --size 1024 --mflux        # beside mflux, where it is installed
+    python -m benchmarks.kernels --model klein-4b --size 1024
+    python -m benchmarks.kernels --model klein-4b --size 1024 --against mflux mlx-vlm      # where they are installed
 
-Counted is the graph that MLX is given. An operation of mx.fast and a compiled function are one kernel, a concatenation
-is one for each part, a view is none. mflux compiles its whole step; that is counted as if MLX fused all that it may:
-elementwise operations with what alone reads them. Copies that a backend makes by itself are not in it, nor are weights
-among the bytes. Ends with a line of JSON.
+Counted is the graph that MLX is given. An operation of mx.fast and a compiled function of the library are one kernel,
+an activation of mlx.nn is its parts, a concatenation is one for each part, a view is none. mflux compiles its whole
+step; that is counted as if MLX fused all that it may: elementwise operations with what alone reads them. mlx-vlm's
+step is not compiled. Copies that a backend makes by itself are not in it, nor are weights among the bytes. Ends with a
+line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,10 +24,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from benchmarks.common import TINY, machine, process_peak_gb
-from flux2_mlx import FluxKlein, FluxKleinParams, image_ids, text_ids
-from flux2_mlx.models import flux2 as transformer
-from flux2_mlx.models import rope
+from benchmarks.common import TINY, print_json
+from benchmarks.contenders import MLX_PEERS, missing, peer_class, transformer_shape
+from flux2_mlx import FluxKleinParams, image_ids, text_ids
 from flux2_mlx.options import DTYPES
 
 MODELS = {"klein-4b": FluxKleinParams.klein_4b(), "klein-9b": FluxKleinParams.klein_9b(), "tiny": TINY[0]}
@@ -36,6 +35,7 @@ VIEWS = {"Broadcast", "Reshape", "Transpose", "Split", "Slice", "ExpandDims", "S
 # Of the primitives that a step has, those that mx.compile joins.
 ELEMENTWISE = {"Add", "Subtract", "Multiply", "Divide", "Maximum", "Sigmoid", "AsType", "Select", "Exp", "Sin", "Cos"}
 ELEMENTWISE |= {"Negative", "LessEqual", "Arange"}
+LIBRARIES = {"flux2_mlx", "mflux", "mlx_vlm"}  # packages that record what they compile
 Operation = dict[str, Any]  # as mx.export_function tells it
 
 
@@ -64,25 +64,29 @@ class Recorder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """mx.fast, and what this library compiles, as one operation each."""
+        """mx.fast, and what a library compiles, as one operation each: in modules that are imported here, for the first
+        time as it seems to them, and are gone afterwards.
+        """
 
         def compile(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
             return self.one(function, function.__name__)
 
-        kept = {name: getattr(mx.fast, name) for name in FAST}, mx.compile
+        fast, usual_compile = {name: getattr(mx.fast, name) for name in FAST}, mx.compile
+        modules = {name: module for name, module in sys.modules.items() if name.split(".")[0] in LIBRARIES}
         try:
-            for name, function in kept[0].items():
+            for name, function in fast.items():
                 setattr(mx.fast, name, self.one(function, name))
             mx.compile, mx.depends = compile, lambda arrays, _: arrays  # type: ignore[assignment]
-            importlib.reload(rope)
-            importlib.reload(transformer)
+            for name in modules:
+                del sys.modules[name]
             yield
         finally:
-            for name, function in kept[0].items():
+            for name, function in fast.items():
                 setattr(mx.fast, name, function)
-            mx.compile, mx.depends = kept[1], self._depends
-            importlib.reload(rope)
-            importlib.reload(transformer)
+            mx.compile, mx.depends = usual_compile, self._depends
+            for name in [name for name in sys.modules if name.split(".")[0] in LIBRARIES]:
+                del sys.modules[name]
+            sys.modules.update(modules)
 
 
 class Graph:
@@ -168,9 +172,12 @@ def hollow(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
 
 def own_step(recorder: Recorder, params: FluxKleinParams, dtype: mx.Dtype, side: int, length: int) -> Graph:
     """This library's step, as the sampler runs it."""
-    tables = FluxKlein.compute_rope(text_ids(length), image_ids(side, side), params.axes_dims_rope, params.rope_theta)
     with recorder.recording():
-        model = hollow(transformer.FluxKlein(params), dtype)
+        from flux2_mlx import FluxKlein
+
+        ids = text_ids(length), image_ids(side, side)
+        tables = FluxKlein.compute_rope(*ids, params.axes_dims_rope, params.rope_theta)
+        model: Any = hollow(FluxKlein(params), dtype)
         return Graph(recorder, model.forward_with_rope, *inputs(params, dtype, side, length), mx.zeros((1,)), *tables)
 
 
@@ -180,23 +187,12 @@ def inputs(params: FluxKleinParams, dtype: mx.Dtype, side: int, length: int) -> 
     return mx.zeros((1, tokens, params.in_channels), dtype), mx.zeros((1, length, params.txt_embed_dim), dtype)
 
 
-def mflux_step(recorder: Recorder, params: FluxKleinParams, dtype: mx.Dtype, side: int, length: int) -> Graph:
-    """mflux's step."""
+def peer_step(name: str, recorder: Recorder, params: FluxKleinParams, dtype: mx.Dtype, side: int, length: int) -> Graph:
+    """The step of an MLX peer."""
     ids = image_ids(side, side), text_ids(length)
     with recorder.recording():
-        from mflux.models.flux2.model.flux2_transformer.transformer import (
-            Flux2Transformer,
-        )  # it keeps mx.fast's by name
-
-        model = hollow(
-            Flux2Transformer(
-                num_layers=params.depth,
-                num_single_layers=params.depth_single,
-                num_attention_heads=params.num_heads,
-                joint_attention_dim=params.txt_embed_dim,
-            ),
-            dtype,
-        )
+        peer_class(name, "config").precision = dtype
+        model = hollow(peer_class(name, "transformer")(**transformer_shape(params)), dtype)
         return Graph(recorder, model, *inputs(params, dtype, side, length), mx.zeros((1,)), *ids)
 
 
@@ -206,31 +202,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=1024, help="width and height (%(default)s)")
     parser.add_argument("--text-length", type=int, default=512)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
-    parser.add_argument("--mflux", action="store_true", help="beside it; needs pip install mflux")
+    parser.add_argument("--against", nargs="+", choices=tuple(MLX_PEERS), default=(), help="beside them")
     arguments = parser.parse_args(argv)
+    absent = [line for line in map(missing, arguments.against) if line]
+    if absent:
+        parser.exit(2, "\n".join(absent) + "\n")
     recorder = Recorder()
     shapes = MODELS[arguments.model], DTYPES[arguments.dtype], arguments.size, arguments.text_length
     steps = {"flux2_mlx": own_step(recorder, *shapes).kernels(fuse=False)}
-    if arguments.mflux:
-        steps["mflux"] = mflux_step(recorder, *shapes).kernels(fuse=True)
+    for name in arguments.against:
+        steps[name] = peer_step(name, recorder, *shapes).kernels(fuse=name == "mflux")
     report = {}
     for name, (kinds, moved) in steps.items():
         report[name] = {"kernels": sum(kinds.values()), "gigabytes": moved / 1e9, "kinds": dict(kinds.most_common())}
         print(f"{name:12}{sum(kinds.values()):6} kernels{moved / 1e9:10.3f} GB beside weights")
         for kind, count in kinds.most_common():
             print(f"  {kind:32}{count:6}")
-    variant = vars(arguments)
-    print(
-        json.dumps(
-            {
-                "benchmark": "kernels",
-                "variant": variant,
-                "steps": report,
-                "process_peak_gb": process_peak_gb(),
-                **machine(),
-            }
-        )
-    )
+    print_json("kernels", arguments, {"steps": report})
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.nano_score import contact_sheet, draw, rates, unseen_tasks
-from benchmarks.nano_world import COLOURS, HOME, LANDSCAPE, Task, landscape_task, random_task, render
+from examples.nano_score import contact_sheet, draw, rates, unseen_tasks
+from examples.nano_world import COLOURS, HOME, LANDSCAPE, Task, landscape_task, random_task, render
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.lora import main as train
 

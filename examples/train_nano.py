@@ -1,6 +1,6 @@
 """Make the checkpoint of nano again, from a seed: python -m examples.train_nano FOLDER
 
-Four stages, each trained with torch on the world of benchmarks/nano_world.py, and each resumed where it was left when
+Four stages, each trained with torch on the world of examples/nano_world.py, and each resumed where it was left when
 the command is given again: the tokenizer, the autoencoder, the text encoder (by telling from a caption what stands
 where) and the transformer (by rectified flow on the autoencoder's latents). Sheets of samples appear in FOLDER/sheets,
 the finished checkpoint, in the diffusers layout, in FOLDER/nano. Needs the extra "dev".
@@ -38,7 +38,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.nano_world import (
+from examples.nano_world import (
     COLOURS,
     EDITS,
     HOME,
@@ -580,7 +580,7 @@ def velocity(model: Callable[..., tuple[Tensor]], x: Tensor, t: Tensor, batch: B
     tokens = x if batch.references is None else torch.cat([x, batch.references], dim=1)
     text_ids = torch.zeros(text.shape[1], 4, device=x.device)
     text_ids[:, 3] = torch.arange(text.shape[1])
-    out = model(tokens, text, t, ids, text_ids, return_dict=False)[0]
+    out = model(tokens, text.to(tokens.dtype), t, ids, text_ids, return_dict=False)[0]
     return out[:, : x.shape[1]].float()
 
 

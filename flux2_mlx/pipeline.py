@@ -9,49 +9,30 @@ Reference: diffusers' Flux2KleinPipeline, whose argument names are accepted besi
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
 import secrets
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-from itertools import pairwise
-from pathlib import Path
-from threading import Event, Thread
 from typing import Any, cast
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
 
-from ._version import __version__
-from .adapters.lora import Lora, attach, attached, check_scale, merging, open_lora
+from .adapters.lora import Lora, check_scale, open_lora
 from .checkpoints.checkpoint import Checkpoint, open_checkpoint
-from .checkpoints.files import read_through
-from .checkpoints.load import (
-    load_autoencoder,
-    load_preview_decoder,
-    load_text_encoder,
-    load_transformer,
-    materialize,
-    to_be_converted,
-)
+from .conditioning.references import ReferenceEncoder
+from .conditioning.text import PromptEncoder
 from .conditioning.tokenizer import Qwen3Tokenizer
-from .device import machine_memory, memory_limit, stage_dtype, weight_bytes, weights_of, wired_limit
-from .disk_cache import read_prompt, write_prompt
-from .errors import CheckpointError, InputError
+from .decoding import LatentDecoder
+from .device import machine_memory
+from .errors import InputError
+from .generation import Generator
 from .imaging.inpaint import inpaint_from
-from .imaging.preprocess import init_array, reference_array, reference_size, to_pil, to_unit
-from .imaging.preview import preview_map, render_preview
+from .imaging.preprocess import init_array, reference_array, reference_size
 from .models.autoencoder import AutoEncoder
-from .models.first_block_cache import StepCache
 from .models.flux2 import FluxKlein
-from .models.kv_cache import Kept, Reuse
 from .models.qwen3 import Qwen3TextEncoder
 from .models.taef2 import TinyDecoder
 from .options import (
@@ -66,7 +47,6 @@ from .options import (
     dtype_of,
     one_of_two,
 )
-from .quantization.layers import tune
 from .quantization.spec import Quantization, options_of, parse_options
 from .request import (
     TENS_OF_STEPS,
@@ -77,32 +57,16 @@ from .request import (
     first_step,
     given_latents,
     noise_levels,
-    request_noise,
     usual_guidance,
     usual_strength,
 )
 from .results import Result, Step
-from .runtime.activations import (
-    decoder_bytes,
-    encoder_bytes,
-    kept_bytes,
-    preview_bytes,
-    reused_tokens,
-    text_encoder_bytes,
-    transformer_bytes,
-)
-from .runtime.plan import Plan, Stage, make_plan, stage_of
-from .runtime.stats import Stats, not_finite
-from .runtime.streaming import is_streamed, stream
-from .sampling.guidance import guide
-from .sampling.latents import PIXELS_PER_TOKEN, image_ids, pack_latents, text_ids, unpack_latents
-from .sampling.samplers import euler_step, noised
-
-STAGES = ("text_encoder", "transformer", "autoencoder")
-
-
-# Of the passes of a step: its only one or the prompt's, and in turn with it the negative prompt's.
-Caches = tuple[StepCache | None, StepCache | None]
+from .runtime.activations import Workload
+from .runtime.plan import Plan, make_plan
+from .runtime.residency import STAGES, Stages
+from .runtime.stats import Stats
+from .sampling.latents import PIXELS_PER_TOKEN
+from .sampling.schedules import plan_steps
 
 
 class Flux2Pipeline:
@@ -142,30 +106,77 @@ class Flux2Pipeline:
         check_memory(memory, memory_limit)
         if group is not None and group.size() != 2:
             raise InputError(f"guidance has two passes to share, and the group has {group.size()} processes")
-        self.checkpoint = checkpoint
-        self.dtype = dtype_of(dtype)
-        self.quantize = dict(quantize or {})
-        self.cache = cache
-        self.memory = memory
-        self.group = group
-        self.progress = progress
-        self.memory_limit = machine_memory() if memory_limit is None else int(memory_limit)
+        self.stages = Stages(
+            checkpoint,
+            dtype=dtype_of(dtype),
+            quantize=quantize or {},
+            memory=memory,
+            memory_limit=machine_memory() if memory_limit is None else int(memory_limit),
+            progress=progress,
+        )
         self.tokenizer = Qwen3Tokenizer(checkpoint.tokenizer)
-        self.text_encoder: Qwen3TextEncoder
-        self.transformer: FluxKlein
-        self.autoencoder: AutoEncoder
-        self._loaded: dict[str, set[int]] = {}  # of each stage, id of the modules that are in memory
-        self._embeddings: dict[tuple[str, int], mx.array] = {}  # of the last call
-        self._ahead: dict[tuple[str, int], mx.array] = {}  # of the last encode
-        self._pictures: dict[bytes, mx.array] = {}  # tokens of those given to the last call, by content
-        self._kept: tuple[list[bytes], list[Kept]] = [], []  # of the last call's references: contents, keys and values
-        self.loras: dict[str, Lora] = {}
-        self._preview_map: np.ndarray | None = None
-        self.preview_decoder: TinyDecoder | None = None
-        if preview_decoder is not None:
-            self.preview_decoder = load_preview_decoder(preview_decoder, stage_dtype("autoencoder", self.dtype))
-        for stage in STAGES:
-            self._open(stage)
+        self._prompts = PromptEncoder(self.stages, self.tokenizer, uses_disk=cache)
+        self._decoder = LatentDecoder(self.stages, preview_decoder)
+        references = ReferenceEncoder(self.stages)
+        self._generator = Generator(self.stages, self._prompts, references, self._decoder, group)
+
+    # What the stages own, under the pipeline's names.
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.stages.checkpoint
+
+    @property
+    def text_encoder(self) -> Qwen3TextEncoder:
+        return self.stages.text_encoder
+
+    @property
+    def transformer(self) -> FluxKlein:
+        return self.stages.transformer
+
+    @property
+    def autoencoder(self) -> AutoEncoder:
+        return self.stages.autoencoder
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self.stages.dtype
+
+    @property
+    def quantize(self) -> Mapping[str, Quantization]:
+        return self.stages.quantize
+
+    @property
+    def loras(self) -> Mapping[str, Lora]:
+        return self.stages.loras
+
+    @property
+    def memory(self) -> str:
+        return self.stages.memory
+
+    @property
+    def memory_limit(self) -> int:
+        return self.stages.memory_limit
+
+    @memory_limit.setter
+    def memory_limit(self, limit: int) -> None:
+        self.stages.memory_limit = limit
+
+    @property
+    def progress(self) -> bool:
+        return self.stages.progress
+
+    @property
+    def cache(self) -> bool:
+        return self._prompts.uses_disk
+
+    @property
+    def group(self) -> mx.distributed.Group | None:
+        return self._generator.group
+
+    @property
+    def preview_decoder(self) -> TinyDecoder | None:
+        return self._decoder.preview_decoder
 
     @classmethod
     def from_pretrained(
@@ -271,21 +282,17 @@ class Flux2Pipeline:
         if max_sequence_length is not None:
             check_whole("max_sequence_length", max_sequence_length, 1, MAX_POSITIONS)
         height, width = drawn_size(height, width, references, self.checkpoint.autoencoder.sample_size)
-        return make_plan(
-            self.text_encoder,
-            self.transformer,
-            self.autoencoder,
-            dtype=self.dtype,
-            height=height,
-            width=width,
-            length=max_sequence_length or self.tokenizer.default_length,
-            references=references,
-            keeps_references=self.checkpoint.has_kv_cache,
+        workload = Workload(
+            height,
+            width,
+            max_sequence_length or self.tokenizer.default_length,
+            references,
+            self.checkpoint.has_kv_cache,
             caches_steps=step_cache is not None,
-            reuse=reuse,
-            limit=self.memory_limit,
-            memory=self.memory,
+            frozen=reuse,
         )
+        modules = self.text_encoder, self.transformer, self.autoencoder
+        return make_plan(*modules, workload, dtype=self.dtype, limit=self.memory_limit, memory=self.memory)
 
     def encode(self, prompts: Sequence[str], max_sequence_length: int | None = None) -> list[mx.array]:
         """Encode prompts of calls to come, which then need no text encoder; kept until the next call of this.
@@ -304,9 +311,7 @@ class Flux2Pipeline:
         check_whole("max_sequence_length", length, 1, MAX_POSITIONS)
         for prompt in prompts:
             check_prompt(prompt)
-        encoded = self._encode(prompts, length, Stats())
-        self._ahead = {(text, length): embeds for text, embeds in encoded.items()}
-        return [encoded[text] for text in prompts]
+        return self._prompts.encode_ahead(prompts, length)
 
     # ------------------------------------------------------------------------------------------------ LoRAs
 
@@ -344,7 +349,7 @@ class Flux2Pipeline:
         weights = self.checkpoint.sources["transformer"].weights
         model = FluxKlein(self.checkpoint.transformer)
         lora = open_lora(where, model, weights, scale=scale, merge=merge, partial=partial)
-        self._change_loras({**self.loras, name: lora})
+        self.stages.set_loras({**self.loras, name: lora})
         return lora
 
     def set_lora(self, name: str, scale: float) -> None:
@@ -354,7 +359,7 @@ class Flux2Pipeline:
             InputError: for a name that is not loaded, or a scale that is none.
         """
         check_scale(scale)
-        self._change_loras({**self.loras, name: replace(self._lora(name), scale=float(scale))})
+        self.stages.set_loras({**self.loras, name: replace(self._lora(name), scale=float(scale))})
 
     def unload_lora(self, name: str | None = None) -> None:
         """Draw without a LoRA again, or without any unless it is named; the weights are what they were.
@@ -364,30 +369,12 @@ class Flux2Pipeline:
         """
         if name is not None:
             self._lora(name)
-        self._change_loras({} if name is None else {own: lora for own, lora in self.loras.items() if own != name})
+        self.stages.set_loras({} if name is None else {own: lora for own, lora in self.loras.items() if own != name})
 
     def _lora(self, name: str) -> Lora:
         if name not in self.loras:
             raise InputError(f"no LoRA {name!r} is loaded, only {', '.join(self.loras) or 'none'}")
         return self.loras[name]
-
-    def _change_loras(self, loras: dict[str, Lora]) -> None:
-        merged = tuple(lora for lora in loras.values() if lora.merge)
-        if merged != self.checkpoint.sources["transformer"].changes:
-            checkpoint = merging(self.checkpoint, merged)
-            checkpoint.sources["transformer"].weights()  # or what is packed would be refused when it is too late
-            self.checkpoint, self.loras = checkpoint, loras
-            self.unload("transformer")
-            return
-        self.loras = loras
-        self._kept = [], []
-        attach(self.transformer, self._beside())
-        if self._loaded["transformer"] and not is_streamed(self.transformer):
-            mx.eval(attached(self.transformer))
-
-    def _beside(self) -> list[Lora]:
-        """The LoRAs that are not merged."""
-        return [lora for lora in self.loras.values() if not lora.merge]
 
     # ------------------------------------------------------------------------------------------------ drawing
 
@@ -420,7 +407,7 @@ class Flux2Pipeline:
             elif output_type == "np":
                 images.append(step.array())
             else:
-                images.append(self._unpack(step.latents, step.settings))
+                images.append(self._decoder.unpack(step.latents, step.settings))
         joined: Any = images
         if output_type == "np":
             joined = np.stack(images)
@@ -554,7 +541,7 @@ class Flux2Pipeline:
             prompt_embeds=prompt_embeds,
             latents=latents,
         )
-        return self._drawn(run)
+        return self._generator.generate(run)
 
     def _validate(
         self,
@@ -730,15 +717,14 @@ class Flux2Pipeline:
             init = init_array(init_image, (height, width))
         return Request(
             settings,
-            levels,
+            plan_steps(levels, start, uses_cfg=guidance > 1, interval=guidance_interval),
             embeds,
             given,
             references,
             init,
             repainting,
             repainted,
-            start,
-            uses_guidance=guidance > 1,
+            uses_cfg=guidance > 1,
             batch_size=batch_size,
         )
 
@@ -793,393 +779,6 @@ class Flux2Pipeline:
             more = "" if reuse == "references" else ", and reuse of the text beside them costs too much of the picture"
             raise InputError(f"{name} keeps its references already, as klein-9b-kv does{more}")
 
-    def _drawn(self, run: Request) -> Iterator[Step]:
-        with wired_limit(self.memory_limit):
-            try:
-                yield from self._steps(run)
-            except GeneratorExit:  # the caller stops before the end: give back what the steps worked on
-                mx.clear_cache()
-                raise
-
-    def _steps(self, run: Request) -> Iterator[Step]:
-        """Encode, then draw picture after picture."""
-        stats = Stats()
-        first = run.pictures[0]
-        prompts = [] if run.prompt_embeds else [settings.prompt for settings in run.pictures]
-        negative = [first.negative_prompt] if run.uses_guidance else []
-        encoded = self._encode([*prompts, *negative], first.max_sequence_length, stats)
-        given = [*run.references, *([] if run.init is None else [run.init])]
-        references = self._encode_pictures(given, stats)
-        sizes = [(pixels.shape[1], pixels.shape[2]) for pixels in run.references]
-        init = None if run.init is None else references.pop().astype(mx.float32)
-        if init is not None and run.repainting is not None:
-            references, sizes = [init, *references], [(first.height, first.width), *sizes]
-        params = self.checkpoint.transformer
-        reference_tokens = sum(tokens.shape[1] for tokens in references)
-        image_tokens = (first.height // PIXELS_PER_TOKEN) * (first.width // PIXELS_PER_TOKEN)
-        live = first.max_sequence_length + image_tokens  # tokens of a step
-        grids = [image_ids(*size, reference=k) for k, size in enumerate(sizes)]
-        kept, kept_tokens, seen = None, 0, [image_ids(first.height, first.width)]
-        if self.checkpoint.has_kv_cache and references:
-            kept, kept_tokens = self._keep(references, grids, stats), reference_tokens
-            references = []
-        else:
-            live += reference_tokens
-            seen += grids
-        cos, sin = self._rope(first.max_sequence_length, seen)
-        held = kept_bytes(params, kept_tokens, self.dtype)
-
-        def velocity(
-            x: mx.array, txt: mx.array, sigma: float, cache: StepCache | None, reuse: Reuse | None = None
-        ) -> mx.array:
-            """Of pictures' tokens, (B, S, 128), with a prompt's embeddings (B, L, D) for each."""
-            seen = [mx.broadcast_to(tokens, (len(x), *tokens.shape[1:])) for tokens in references]
-            img = mx.concatenate([x, *seen], axis=1)
-            v = self.transformer.forward_with_rope(img, txt, mx.array([sigma]), cos, sin, kept, cache, reuse)
-            return v[:, :image_tokens].astype(mx.float32)
-
-        cached = 0 if first.step_cache is None else image_tokens  # of each row of a pass
-        reused = reused_tokens(first.reuse, first.max_sequence_length, reference_tokens)
-        two_passes = run.uses_guidance and self.group is None
-        both = two_passes and self._has_room(live, kept_tokens, 2, cached, reused)
-        rows = 2 if both else 1  # of a picture in a pass
-        cached *= 2 if two_passes and not both else 1
-        count = self._pictures_in_a_pass(run, live, kept_tokens, rows, cached, reused)
-        working = transformer_bytes(params, live, self.dtype, count * rows, kept_tokens, cached, reused)
-
-        def guided(x: mx.array, txt: mx.array, away: mx.array, sigma: float, caches: Caches) -> mx.array:
-            """The velocity with guidance: both passes in one, on two machines, or in turn."""
-            if both:
-                v = velocity(mx.concatenate([x, x]), mx.concatenate([txt, away]), sigma, caches[0])
-                v, v_away = mx.split(v, 2)
-            elif self.group is not None:
-                own = velocity(x, (txt, away)[self.group.rank()], sigma, caches[0])
-                v, v_away = mx.split(mx.distributed.all_gather(own, group=self.group), 2)
-            else:
-                v = velocity(x, txt, sigma, caches[0])
-                mx.eval(v)  # or intermediates of both passes would be in memory
-                v_away = velocity(x, away, sigma, caches[1])
-            return guide(v, v_away, first.guidance, first.guidance_rescale)
-
-        def fresh() -> Caches:
-            """Of the passes in turn, so that the next step is computed; none where there is no step cache."""
-            if first.step_cache is None:
-                return None, None
-            leader = StepCache(first.step_cache, image_tokens, group=self.group)
-            return leader, StepCache(first.step_cache, image_tokens, leader=leader)
-
-        sigmas = run.sigmas[run.start :]
-        low, high = first.guidance_interval or (0, 1)
-        self._prepare("transformer", "", stats, *working, held=held)  # before the bar of the steps, for its own
-        with self._bar("drawing", len(run.pictures) * (len(sigmas) - 1), unit="step") as bar:
-            for start in range(0, len(run.pictures), count):
-                pictures = list(enumerate(run.pictures))[start : start + count]
-                txt = mx.concatenate(
-                    [run.prompt_embeds[k] if run.prompt_embeds else encoded[drawn.prompt] for k, drawn in pictures]
-                )
-                away = mx.broadcast_to(encoded[first.negative_prompt], txt.shape) if run.uses_guidance else txt
-                x = noise = mx.concatenate(
-                    [
-                        run.latents[k] if run.latents else request_noise(drawn, params.in_channels)
-                        for k, drawn in pictures
-                    ]
-                )
-                if init is not None:
-                    x = noised(init, noise, sigmas[0])
-                caches: Caches = None, None
-                reuse = None if first.reuse is None else Reuse(first.reuse, image_tokens)
-                was_guided = None
-                for i, (sigma, sigma_next) in enumerate(pairwise(sigmas), run.start + 1):
-                    # Again, since a caller may have decoded a picture in between and so unloaded the transformer.
-                    there = count * kept_bytes(params, reused, self.dtype) if reuse is not None and reuse.kept else 0
-                    left = (part - there for part in working)
-                    needed = self._prepare("transformer", "", stats, *left, held=held + there)
-                    with self._working("denoise", needed, stats):
-                        is_guided = run.uses_guidance and low <= sigma <= high
-                        if i == first.num_steps:
-                            caches = None, None
-                        elif is_guided != was_guided:
-                            caches, was_guided = fresh(), is_guided
-                        if is_guided:
-                            v = guided(x, txt, away, sigma, caches)
-                        else:
-                            v = velocity(x, txt, sigma, caches[0], reuse)
-                        x = euler_step(x, v, sigma, sigma_next)
-                        denoised = x - sigma_next * v
-                        if init is not None and run.repainted is not None:
-                            x = _masked(x, noised(init, noise, sigma_next), run.repainted)
-                            denoised = _masked(denoised, init, run.repainted)
-                        finite = mx.isfinite(x).all()
-                        mx.eval(x, denoised, finite)
-                        if i == first.num_steps:
-                            reuse = None
-                    if not finite.item():
-                        raise FloatingPointError(not_finite(f"step {i} of {first.num_steps}", first.dtype))
-                    is_reused = caches[0] is not None and caches[0].is_used
-                    stats.steps["reused" if is_reused else "computed"] += len(pictures)
-                    for row, (k, drawn) in enumerate(pictures):
-                        part = slice(row, row + 1)
-                        bar.update()
-                        yield Step(
-                            k,
-                            i,
-                            sigma_next,
-                            x[part],
-                            denoised[part],
-                            drawn,
-                            stats,
-                            self._decode,
-                            self._preview,
-                            run.repainting,
-                        )
-
-    def _pictures_in_a_pass(self, run: Request, tokens: int, kept: int, rows: int, cached: int, reused: int) -> int:
-        """How many pictures are drawn at a time, each with so many rows of tokens."""
-        most = run.batch_size
-        if most is None:
-            stage = self._transformer_stage(tokens, kept, rows, cached, reused)
-            most = len(run.pictures) if stage.is_streamed(self.memory, self.memory_limit) else 1
-        most = min(most, len(run.pictures))
-        counts = range(most, 1, -1)
-        fitting = next((count for count in counts if self._has_room(tokens, kept, count * rows, cached, reused)), 1)
-        if self.group is None:
-            return fitting
-        both = mx.distributed.all_gather(mx.array([fitting]), group=self.group)  # which have to take the same
-        return int(np.array(both).min())
-
-    # ------------------------------------------------------------------------------------------------ stages
-
-    def _encode(self, prompts: Sequence[str], length: int, stats: Stats) -> dict[str, mx.array]:
-        """Prompt embeddings (1, L, D) of each distinct prompt; those of the last call, and of the last encode, are not
-        computed again.
-        """
-        known = self._embeddings | self._ahead
-        kept = {text: known[text, length] for text in prompts if (text, length) in known}
-        new = [text for text in dict.fromkeys(prompts) if text not in kept]
-        if new:
-            config = self.checkpoint.text_encoder
-            ids, mask = self.tokenizer(new, length)
-            largest = int(np.array(ids).max())
-            if largest >= config.vocab_size:
-                raise CheckpointError(
-                    f"{self.checkpoint.tokenizer}: the tokenizer gives token {largest}, but the text encoder knows "
-                    f"{config.vocab_size}; they do not belong together"
-                )
-            rows = {text: (ids[row : row + 1], mask[row : row + 1]) for row, text in enumerate(new)}
-            keys = {text: self._prompt_key(*row) for text, row in rows.items()} if self.cache else {}
-            for text, key in keys.items():
-                embeds = read_prompt(*key)
-                if embeds is not None:
-                    kept[text] = embeds
-                    del rows[text]
-            if rows:
-                working = text_encoder_bytes(config, length, stage_dtype("text_encoder", self.dtype))
-                needed = self._prepare("text_encoder", "", stats, working)
-                with self._reading_ahead(), self._working("text_encoder", needed, stats):
-                    for text, row in rows.items():
-                        kept[text] = self.text_encoder(*row)
-                        mx.eval(kept[text])
-                        if self.cache:
-                            write_prompt(*keys[text], kept[text])
-        if prompts:
-            self._embeddings = {(text, length): embeds for text, embeds in kept.items()}
-        return kept
-
-    def _prompt_key(self, ids: mx.array, mask: mx.array) -> tuple[Sequence[Path], object]:
-        """All that the embeddings of these tokens depend on: files of weights, and the rest."""
-        source = self.checkpoint.sources["text_encoder"]
-        module = {name: (array.shape, array.dtype) for name, array in weights_of(self.text_encoder).items()}
-        tokens = np.array(ids).tobytes(), np.array(mask).tobytes()
-        return source.files, (__version__, mx.default_device(), source.config, module, tokens)
-
-    def _encode_pictures(self, pictures: Sequence[mx.array], stats: Stats) -> list[mx.array]:
-        """Clean, normalized tokens (1, R, 128) of each given picture (1, H, W, 3); those of the last call are not
-        computed again.
-        """
-        keys = [
-            hashlib.sha256(repr(pixels.shape).encode() + np.array(pixels).tobytes()).digest() for pixels in pictures
-        ]
-        tokens = {key: self._pictures[key] for key in keys if key in self._pictures}
-        for key, pixels in zip(keys, pictures, strict=True):
-            if key in tokens:
-                continue
-            height, width = pixels.shape[1:3]
-            working = encoder_bytes(self.checkpoint.autoencoder, height, width, stage_dtype("autoencoder", self.dtype))
-            needed = self._prepare("autoencoder", "encoder", stats, working)
-            with self._working("references", needed, stats):
-                tokens[key] = self.autoencoder.bn.normalize(pack_latents(self.autoencoder.encoder(pixels)))
-                mx.eval(tokens[key])
-        if pictures:
-            self._pictures = tokens
-        return [tokens[key] for key in keys]
-
-    def _keep(self, references: Sequence[mx.array], grids: Sequence[mx.array], stats: Stats) -> list[Kept]:
-        """Keys and values of references, (1, R, 128) tokens at (1, R, 4) positions, in every block of the transformer;
-        those of the last call are not computed again.
-        """
-        contents = [
-            hashlib.sha256(np.array(part).tobytes()).digest()
-            for part in (*(tokens.astype(mx.float32) for tokens in references), *grids)
-        ]
-        known, kept = self._kept
-        if known == contents:
-            return kept
-        del kept
-        self._kept = [], []
-        tokens = mx.concatenate(list(references), axis=1)
-        params, count = self.checkpoint.transformer, tokens.shape[1]
-        growing = kept_bytes(params, count, self.dtype)
-        working = [part + growing for part in transformer_bytes(params, count, self.dtype)]
-        needed = self._prepare("transformer", "", stats, *working)
-        with self._working("references", needed, stats):
-            kept = self.transformer.keep_references(tokens, *self._rope(0, grids))
-            mx.eval(kept)
-        self._kept = contents, kept
-        return kept
-
-    def _rope(self, length: int, grids: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
-        """Tables for so many text tokens and for image tokens at these positions."""
-        params, positions = self.checkpoint.transformer, mx.concatenate(list(grids), axis=1)
-        return FluxKlein.compute_rope(text_ids(length), positions, params.axes_dims_rope, params.rope_theta)
-
-    def _decode(self, latents: mx.array, settings: Settings, stats: Stats) -> mx.array:
-        """Sampled tokens (1, S, 128) to a picture (1, H, W, 3) in 0..1, float32."""
-        dtype = stage_dtype("autoencoder", self.dtype)
-        working = decoder_bytes(self.checkpoint.autoencoder, settings.height, settings.width, dtype)
-        needed = self._prepare("autoencoder", "decoder", stats, working)
-        with self._working("decode", needed, stats):
-            decoded = self.autoencoder.decoder(self._unpack(latents, settings))
-            image, finite = to_unit(decoded), mx.isfinite(decoded).all()
-            mx.eval(image, finite)
-        if not finite.item():
-            raise FloatingPointError(not_finite("the decoder", dtype_name(stage_dtype("autoencoder", self.dtype))))
-        return image
-
-    def _preview(self, latents: mx.array, settings: Settings, stats: Stats) -> Image.Image:
-        """Sampled tokens (1, S, 128) as a coarse picture, or by the preview decoder."""
-        if self.preview_decoder is not None:
-            dtype = stage_dtype("autoencoder", self.dtype)
-            z = unpack_latents(latents, settings.height, settings.width).astype(dtype)
-            with self._working("preview", preview_bytes(settings.height, settings.width, dtype), stats):
-                return to_pil(np.array(mx.clip(self.preview_decoder(z)[0].astype(mx.float32), 0, 1)))
-        if self._preview_map is None:
-            self._preview_map = preview_map(self.checkpoint, self.dtype)
-        return render_preview(latents, self._preview_map, settings.height, settings.width)
-
-    def _unpack(self, latents: mx.array, settings: Settings) -> mx.array:
-        return unpack_latents(self.autoencoder.bn.denormalize(latents), settings.height, settings.width)
-
-    @contextmanager
-    def _working(self, part: str, working_bytes: int, stats: Stats) -> Iterator[None]:
-        with memory_limit(self.memory_limit, working_bytes), stats.measure(part):
-            yield
-
-    def _prepare(
-        self, name: str, part: str, stats: Stats, intermediates: int, attention: int = 0, *, held: int = 0
-    ) -> int:
-        """Bring a stage, or a part of one, into memory; other stages out of it as far as the mode and the limit say.
-        What is too large even alone is streamed, if it has blocks, or loaded all the same, with a UserWarning.
-
-        Args:
-            intermediates, attention: see plan.stage_of.
-            held: bytes of what is in memory already and stays there.
-
-        Returns:
-            the intermediates' bytes, the largest unpacked matrix among them.
-        """
-        dtype, module = stage_dtype(name, self.dtype), self._module(name, part)
-        stage = stage_of(name.replace("_", " "), module, dtype, intermediates, attention)
-        streams = stage.is_streamed(self.memory, self.memory_limit - held)
-        if self._loaded[name] and streams != is_streamed(module):  # as for a picture of another size
-            self._open(name)
-            module = self._module(name, part)
-        weights, is_loaded = stage.streamed if streams else stage.weights, id(module) in self._loaded[name]
-        self._make_room(name, stage.working + (weights if streams or not is_loaded else 0), held)
-        if is_loaded:
-            return stage.working
-        needed = weights + stage.working + (mx.get_active_memory() if self.memory == "resident" else held)
-        if needed > self.memory_limit:
-            warnings.warn(
-                f"the {stage.name} needs about {needed / 1e9:.1f} GB and this machine gives "
-                f"{self.memory_limit / 1e9:.1f} GB; it will be slow, or fail, for want of memory",
-                stacklevel=2,
-            )
-        if streams and to_be_converted(module):
-            warnings.warn(
-                f"the {stage.name} is streamed and its weights are converted in every pass over them; "
-                "python -m flux2_mlx.convert does it once",
-                stacklevel=2,
-            )
-        loading = stream(module, partial(self._built, name), dtype) if streams else materialize(module)
-        with (
-            self._bar(f"loading {stage.name}", weights, unit="B", unit_scale=True) as bar,
-            self._working("load", 0, stats),
-        ):
-            try:
-                for count in loading:
-                    bar.update(count)
-                if not streams:
-                    tune(module, dtype)
-            except BaseException:
-                self._open(name)  # half of a packed layer would go unnoticed
-                raise
-        mx.clear_cache()  # what was read to be converted
-        self._loaded[name].add(id(module))
-        return stage.working
-
-    def _has_room(self, tokens: int, kept: int, batch: int, cached: int, reused: int) -> bool:
-        """Whether the transformer can take so many rows of tokens in one pass, beside the keys and values of ``kept``
-        references and what is cached or reused of earlier steps, and nothing is unloaded or streamed for that which
-        would not be for one.
-        """
-        limit = self.memory_limit - kept_bytes(self.checkpoint.transformer, kept, self.dtype)
-        stage, all_rows = (self._transformer_stage(tokens, kept, rows, cached, reused) for rows in (1, batch))
-        weights = stage.streamed if stage.is_streamed(self.memory, limit) else stage.weights
-        alone = weights + stage.working
-        others = [name for name in STAGES if name != "transformer" and self._loaded[name]]
-        others_bytes = sum(weight_bytes(getattr(self, name)) for name in others)
-        if self.memory in ("staged", "streamed") or (self.memory == "auto" and others_bytes + alone > limit):
-            others_bytes = 0
-        return others_bytes + weights + all_rows.working <= limit
-
-    def _transformer_stage(self, tokens: int, kept: int, batch: int, cached: int = 0, reused: int = 0) -> Stage:
-        working = transformer_bytes(self.checkpoint.transformer, tokens, self.dtype, batch, kept, cached, reused)
-        return stage_of("transformer", self.transformer, self.dtype, *working)
-
-    def _module(self, name: str, part: str) -> nn.Module:
-        stage: nn.Module = getattr(self, name)
-        return getattr(stage, part) if part else stage
-
-    def _make_room(self, name: str, wanted: int, held: int) -> None:
-        """Unload other stages: none, all, or as far as it takes to have so many bytes; then forget the references that
-        are kept, unless they are held.
-        """
-        room = {"resident": math.inf, "auto": self.memory_limit}.get(self.memory, 0)
-        for other in STAGES:
-            if mx.get_active_memory() + wanted <= room:
-                break
-            if other != name and self._loaded[other]:
-                self._open(other)
-                mx.clear_cache()
-        if not held and mx.get_active_memory() + wanted > self.memory_limit:
-            self._kept = [], []
-
-    @contextmanager
-    def _reading_ahead(self) -> Iterator[None]:
-        """Meanwhile read the transformer's files, which are wanted next, unless it is loaded or they leave no room."""
-        stop = Event()
-        if not self._loaded["transformer"]:
-            files = self.checkpoint.sources["transformer"].files
-            room = self.memory_limit - mx.get_active_memory()
-            Thread(target=read_through, args=(files, room, stop), daemon=True).start()
-        try:
-            yield
-        finally:
-            stop.set()
-
-    def _bar(self, what: str, total: int, **options: Any) -> tqdm:
-        return tqdm(desc=what, total=total, leave=False, disable=not self.progress, **options)
-
     def unload(self, stage: str | None = None) -> None:
         """Give a stage's memory back ("text_encoder", "transformer", "autoencoder"; all unless named). Its weights
         are read again when it is next needed.
@@ -1189,29 +788,4 @@ class Flux2Pipeline:
         """
         if stage is not None:
             check_choice("stage", stage, STAGES)
-        for name in STAGES if stage is None else (stage,):
-            self._open(name)
-            if name == "transformer":
-                self._kept = [], []
-        mx.clear_cache()
-
-    def _open(self, stage: str) -> None:
-        """Build a stage with lazy weights; those of an earlier build are given back."""
-        setattr(self, stage, self._built(stage))
-        self._loaded[stage] = set()
-
-    def _built(self, stage: str) -> Any:
-        """A stage's module with lazy weights."""
-        dtype, how = stage_dtype(stage, self.dtype), self.quantize.get(stage)
-        if stage == "autoencoder":
-            return load_autoencoder(self.checkpoint, dtype)
-        if stage == "text_encoder":
-            return load_text_encoder(self.checkpoint, dtype, how)
-        transformer = load_transformer(self.checkpoint, dtype, how)
-        attach(transformer, self._beside())
-        return transformer
-
-
-def _masked(x: mx.array, kept: mx.array, repainted: mx.array) -> mx.array:
-    """x where it is repainted, else what is kept: all (1, S, C) but repainted, (1, S, 1) in 0..1."""
-    return repainted * x + (1 - repainted) * kept
+        self.stages.unload(stage)

@@ -17,7 +17,7 @@ from .errors import InputError
 from .imaging.inpaint import Inpaint
 from .options import MIN_SIDE, check_size
 from .sampling.latents import PIXELS_PER_TOKEN, initial_noise, pack_channels_first
-from .sampling.schedules import custom_sigmas, schedule_sigmas
+from .sampling.schedules import StepPlan, custom_sigmas, schedule_sigmas
 
 # What a call may be given that no file carries, and the command's option for it.
 INPUTS = {"image": "--image", "init_image": "--init-image", "mask": "--mask", "prompt_embeds": "", "latents": ""}
@@ -133,18 +133,30 @@ class Settings:
 
 @dataclass(frozen=True)
 class Request:
-    """A validated call: one Settings a picture, and what the pictures share."""
+    """A call, checked and resolved.
 
-    pictures: list[Settings]
-    sigmas: list[float]
-    prompt_embeds: list[mx.array] | None  # one (1, L, D) a picture
-    latents: list[mx.array] | None  # one (1, S, C) a picture
-    references: list[mx.array]  # (1, H, W, 3)
-    init: mx.array | None  # (1, H, W, 3)
-    repainting: Inpaint | None
-    repainted: mx.array | None  # (1, S, 1), how much of each token
-    start: int  # the first step that is done
-    uses_guidance: bool
+    Attributes:
+        settings: one an image.
+        steps: of every image.
+        prompt_embeds: (1, L, D) an image, in place of prompts.
+        latents: (1, S, C) an image, in place of noise.
+        references: (1, H, W, 3) each, in -1..1.
+        init_image: (1, H, W, 3) in -1..1, if any.
+        inpaint: what the mask of the init image says, if there is one.
+        mask_tokens: (1, S, 1), how much of each token is generated anew.
+        uses_cfg: whether there is classifier-free guidance.
+        batch_size: the most images in a pass; None for one, or as many as fit where the transformer is streamed.
+    """
+
+    settings: list[Settings]
+    steps: list[StepPlan]
+    prompt_embeds: list[mx.array] | None
+    latents: list[mx.array] | None
+    references: list[mx.array]
+    init_image: mx.array | None
+    inpaint: Inpaint | None
+    mask_tokens: mx.array | None
+    uses_cfg: bool
     batch_size: int | None
 
 

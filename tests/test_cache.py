@@ -8,10 +8,11 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from flux2_mlx import Flux2Pipeline, pipeline
+from flux2_mlx import Flux2Pipeline, Qwen3TextEncoder
 from flux2_mlx import disk_cache as cache
 from flux2_mlx.checkpoints.files import read_through
 from flux2_mlx.generate import main
+from flux2_mlx.runtime import residency
 from tests import tiny
 
 SIZE = {"height": 64, "width": 64, "num_steps": 1, "output_type": "np", "seed": 1, "max_sequence_length": 16}
@@ -37,7 +38,7 @@ def test_a_prompt_that_was_drawn_before_needs_no_text_encoder(checkpoint, folder
     picture, encoded = draw(checkpoint)
     assert encoded
     assert len(kept(folder)) == 1
-    monkeypatch.setattr(pipeline.Qwen3TextEncoder, "__call__", None)
+    monkeypatch.setattr(Qwen3TextEncoder, "__call__", None)
     again, encoded = draw(checkpoint)
     assert not encoded
     assert np.array_equal(again, picture)
@@ -172,7 +173,7 @@ def test_files_are_read_to_their_end_where_there_is_room(tmp_path):
 
 def test_the_transformer_is_read_while_the_text_encoder_works(checkpoint, monkeypatch):
     asked = []
-    monkeypatch.setattr(pipeline, "read_through", lambda files, room, stop: asked.append(files))
+    monkeypatch.setattr(residency, "read_through", lambda files, room, stop: asked.append(files))
     pipe = Flux2Pipeline.from_pretrained(checkpoint)
     sources = pipe.checkpoint.sources
     pipe("a fox", **SIZE)

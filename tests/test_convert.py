@@ -12,12 +12,12 @@ from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from safetensors.torch import load_file
 
 from flux2_mlx import Flux2Pipeline, InputError, Quantization, open_checkpoint
-from flux2_mlx.checkpoints import write as writing
 from flux2_mlx.checkpoints.load import load_autoencoder, load_text_encoder, load_transformer, materialize
 from flux2_mlx.checkpoints.sanitize import sanitize_vae_weights
 from flux2_mlx.convert import main
 from flux2_mlx.device import weights_of
 from flux2_mlx.models.names.autoencoder import bfl_vae
+from flux2_mlx.models.names.autoencoder import write as writing
 from tests import formats, tiny
 
 LOADERS = {"transformer": load_transformer, "text_encoder": load_text_encoder, "vae": load_autoencoder}

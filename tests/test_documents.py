@@ -1,42 +1,92 @@
-"""README, examples and benchmarks do what they print, on a tiny checkpoint."""
+"""README, docs and examples do what they print, on a tiny checkpoint.
 
+Of README and docs/*.md:
+
+- ```python blocks run, those of a page in their order, with "klein-4b" replaced by a tiny checkpoint;
+- commands in ```bash blocks that generate run on that checkpoint, each once, in small;
+- all commands of this package, those in ```sh blocks too (which need the Hub, several machines or minutes), are taken
+  by their command's parser, and every long option in running text is one of some command's.
+"""
+
+import argparse
+import importlib
 import json
-import os
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
-from benchmarks import peers
 from flux2_mlx import RELEASED
 from flux2_mlx.generate import main
-from tests import tiny
+from tests import loras, tiny
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
+README = PAGES["README.md"]
+# Whose links are followed.
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+SCRIPTS = dict(re.findall(r'^(flux2-\w+) = "(flux2_mlx\.\w+):main"$', PROJECT, re.MULTILINE))
 
-# Sizes of the README, cut down so that reference BLAS draws them in a moment.
+# Sizes of the documents, cut down so that reference BLAS computes them in a moment.
 SMALLER = {
     "(1, 1024, 128)": "(1, 16, 128)",
-    "image_ids(512, 512)": "image_ids(64, 64)",
+    "text_ids(512), image_ids(512, 512)": "text_ids(64), image_ids(64, 64)",
     "height=512, width=512": "height=64, width=64",
+    "width=512, height=512": "width=64, height=64",
     "width=1024, height=768": "width=96, height=64",
 }
+# What a user types into a search box, and finds here.
+SEARCHED = (
+    "img2img",
+    "inpaint",
+    "outpaint",
+    "CFG",
+    "classifier-free",
+    "LoRA strength",
+    "out of memory",
+    "offline",
+    "gated",
+    "scheduler",
+    "troubleshooting",
+)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def commands() -> list[str]:
-    """The command lines of the README that draw."""
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [line for line in lines if re.match(r"(python -m flux2_mlx\.generate|flux2-generate) ", line)]
+def commands(*languages: str) -> list[str]:
+    """This package's command lines in the documents' blocks of these languages, each once."""
+    text = "".join(block for page in PAGES.values() for language in languages for block in blocks(language, page))
+    lines = re.split(r"\n| && ", text.replace("\\\n", " "))
+    found = [re.search(r"(?:^|(?<=\s))(?:python -m flux2_mlx\.\w+|flux2-\w+) .*", line) for line in lines]
+    return list(dict.fromkeys(match[0] for match in found if match))
+
+
+def split(command: str) -> tuple[str, list[str]]:
+    """The module of a command line, and its arguments."""
+    words = shlex.split(command, comments=True)
+    return (words[2], words[3:]) if words[0] == "python" else (SCRIPTS[words[0]], words[1:])
+
+
+def is_run(command: str) -> bool:
+    return split(command)[0] == "flux2_mlx.generate"
+
+
+def slugs(text: str) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -46,9 +96,11 @@ def size_of(path: Path) -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def klein(tmp_path_factory):
-    """A tiny checkpoint with heads of 128, so that compute_rope's defaults fit it, and small pictures."""
+    """A tiny checkpoint with heads of 128, so that compute_rope's defaults fit it, and small images."""
     folder = tmp_path_factory.mktemp("readme") / "klein"
     tiny.pipeline(heads=1, head_dim=128, sample_size=64).save_pretrained(folder)
+    config = folder / "tokenizer" / "tokenizer_config.json"
+    tiny.rewrite(config, json.dumps({**json.loads(config.read_text()), "model_max_length": 64}))
     return folder
 
 
@@ -57,37 +109,72 @@ def elsewhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def test_python_examples_run_in_order(klein, tmp_path, capsys):
-    assert len(blocks("python")) >= 3
+@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if blocks("python", text)])
+def test_python_examples_run_in_order(page, klein, tmp_path, capsys):
+    weights = load_file(klein / "transformer" / "diffusion_pytorch_model.safetensors")
+    loras.write(tmp_path / "style.safetensors", weights, layers=("img_in",))
     namespace: dict = {}
-    for code in blocks("python"):
+    for code in blocks("python", PAGES[page]):
         code = code.replace('"klein-4b"', repr(str(klein)))
         for large, little in SMALLER.items():
             code = code.replace(large, little)
-        exec(compile(code, "README.md", "exec"), namespace)
-    assert namespace["image"].shape == (1, 64, 64, 3)
-    assert size_of(tmp_path / "fox.png") == (96, 64)
-    assert "step 4 of 4" in capsys.readouterr().out
+        exec(compile(code, page, "exec"), namespace)
+    if page in ("README.md", "docs/python.md"):
+        assert size_of(tmp_path / "fox.png") == (96, 64)
+        assert "step 4 of 4" in capsys.readouterr().out
+    if page == "docs/python.md":
+        assert namespace["image"].shape == (1, 64, 64, 3)
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", [command for command in commands("bash") if is_run(command)])
 def test_command_examples_run(command, klein, tmp_path, capsys):
     (tmp_path / "prompt.txt").write_text("a red fox")
+    (tmp_path / "jobs.jsonl").write_text("".join(blocks("json", PAGES["docs/batch.md"])).replace("768", "64"))
+    module, arguments = split(command)
     side = "128" if "--expand" in command else "64"  # or it would be too elongated
     for picture in set(re.findall(r"--(?:from-image|image|init-image|mask) (\S+)", command)):
         drawn = ["a fox", "--output", picture, "--model", str(klein), "--width", side, "--height", side]
         assert main([*drawn, "--max-sequence-length", "16"]) == 0
-    arguments = shlex.split(command, comments=True)
-    arguments = arguments[3:] if arguments[0] == "python" else arguments[1:]
     small = ["--model", str(klein), "--height", "64", "--max-sequence-length", "16"]
     if "--expand" not in command:
         small += ["--width", "64"]
-    assert main([*arguments, *small]) == 0
+    assert importlib.import_module(module).main([*arguments, *small]) == 0
     assert ("memory: " if "--plan" in command else "seed ") in capsys.readouterr().out
 
 
-def test_the_readme_has_commands():
-    assert len(commands()) >= 5
+class Taken(BaseException):
+    """A parser took a command line."""
+
+
+@pytest.mark.parametrize("command", commands("bash", "sh"))
+def test_commands_are_taken_by_their_parsers(command, monkeypatch):
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(parser, argv=None, namespace=None):
+        parse(parser, argv, namespace)
+        raise Taken
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    module, arguments = split(command)
+    with pytest.raises(Taken):
+        importlib.import_module(module).main(arguments)
+
+
+def test_options_in_the_text_exist(capsys):
+    known = {"--help", "--force-reinstall", "--no-deps"}  # the last two are pip's
+    for module in SCRIPTS.values():
+        with pytest.raises(SystemExit):
+            importlib.import_module(module).main(["--help"])
+        known |= set(re.findall(r"--[a-z][\w-]+", re.sub(r"-\n\s+", "-", capsys.readouterr().out)))
+    for page, text in PAGES.items():
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+        unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", prose)) - known
+        assert not unknown, f"{page}: {unknown}"
+
+
+def test_the_documents_have_commands():
+    assert len([command for command in commands("bash") if is_run(command)]) >= 15
+    assert {split(command)[0] for command in commands("bash", "sh")} == set(SCRIPTS.values())
 
 
 def test_every_released_model_is_in_the_readme():
@@ -96,10 +183,47 @@ def test_every_released_model_is_in_the_readme():
         assert repo in README
 
 
-def test_links_inside_the_project_lead_somewhere():
-    for document in ROOT.glob("*.md"):
-        for target in re.findall(r"\]\((?!http|#|mailto)([^)#]+)", document.read_text(encoding="utf-8")):
-            assert (ROOT / target).exists(), f"{document.name}: {target}"
+def test_options_by_memory_are_those_of_the_plan(capsys):
+    rows = re.findall(r"^\| (\d+) GB \| `(--model .*?)` \| ([\d.]+) of ([\d.]+) \| (.*?) \|$", README, re.MULTILINE)
+    assert {int(memory) for memory, *_ in rows} == {8, 16, 24, 32, 64}
+    size = ["--dtype", "bfloat16", "--width", "1024", "--height", "1024"]
+    for memory, options, needed, limit, stays in rows:
+        assert float(limit) <= 2 / 3 * int(memory)
+        assert main(["--plan", *size, "--memory-limit", limit, *options.split()]) == 0
+        mode = {"everything": "resident", "one stage at a time": "staged"}[stays]
+        assert f"memory: {mode}, about {needed} of {limit} GB" in capsys.readouterr().out
+
+
+def test_the_readme_is_short():
+    assert len(README.encode()) <= 9000
+
+
+def test_every_page_is_in_the_readme():
+    for page in [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")]:
+        name = page.relative_to(ROOT).as_posix()
+        assert name == "README.md" or re.search(rf"\]\({name}[)#]", README), f"README.md has no link to {name}"
+
+
+@pytest.mark.parametrize("word", SEARCHED)
+def test_what_users_search_for_is_found(word):
+    assert word.lower() in "\n".join(PAGES.values()).lower()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_inside_the_project_lead_somewhere(document):
+    text = document.read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\((?!https?:|mailto:)([^)#]*)#?([^)]*)\)", text):
+        path = document.parent / target if target else document
+        assert path.exists(), f"{target} does not exist"
+        assert not anchor or anchor in slugs(path.read_text(encoding="utf-8")), f"{target} has no heading #{anchor}"
+
+
+def test_every_trap_names_tests_that_exist():
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    for name in re.findall(r"`(test_\w+)`", (ROOT / "NOTES.md").read_text(encoding="utf-8")):
+        assert re.search(rf"def {name}\b", text), f"NOTES.md: there is no {name}"
+    for name in re.findall(r"`((?:parity/)?test_\w+\.py)`", (ROOT / "NOTES.md").read_text(encoding="utf-8")):
+        assert (ROOT / "tests" / name).exists(), f"NOTES.md: there is no {name}"
 
 
 @pytest.mark.parametrize(
@@ -121,129 +245,5 @@ def test_examples_run(script, files, checkpoint, tmp_path, monkeypatch):
 
 def test_every_example_is_tested():
     tested = {mark.args[1][i][0] for mark in test_examples_run.pytestmark for i in range(len(mark.args[1]))}
-    tested |= {"train_nano.py", "teach_nano.py"}  # by test_nano.py, test_lora.py
+    tested |= {"train_nano.py", "teach_nano.py", "nano_world.py", "nano_score.py"}  # by test_nano.py, test_lora.py
     assert tested == {path.name for path in (ROOT / "examples").glob("*.py")}
-
-
-# Where a benchmark's report has what it measured.
-FIGURES = {"stages": "stages", "full_size": "parts", "packed_step": "ratio", "packing": "ways", "start": "seconds"}
-FIGURES |= {"memory_plan": "stages", "passes": "passes", "kernels": "steps", "roofline": "stages", "peers": "ratios"}
-FIGURES |= {"step_cache": "figures", "training": "whole"}
-# Of a step of klein-4b, 1024 x 1024: a change that needs more says so here.
-BUDGET = {"kernels": 514, "gigabytes": 38}
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["stages", "--random", "tiny", "--size", "64", "--text-length", "16", "--repeats", "1"],
-        ["stages", "--model", "CHECKPOINT", "--size", "64", "--text-length", "16", "--repeats", "0"],
-        ["full_size", "--tiny", "--size", "64", "--steps", "1"],
-        ["packed_step", "--tiny", "--tokens", "516", "--repeats", "1", "--lora", "4"],
-        ["packing", "--model", "CHECKPOINT", "--captions", "1", "--ranks", "1", "--layers"],
-        [
-            "peers",
-            "--random",
-            "tiny",
-            "--size",
-            "64",
-            "--text-length",
-            "16",
-            "--repeats",
-            "1",
-            "--against",
-            "floor",
-            "--against",
-            "undivided",
-        ],
-        ["passes", "--model", "tiny", "--size", "64", "--reference", "64", "--batch", "2", "--repeats", "1"],
-        ["kernels"],
-        ["training", "--tiny", "--size", "64", "--text-length", "16", "--depth-single", "1", "2"],
-        ["memory_plan", "FOLDER", "--tiny", "--size", "64", "--text-length", "16", "--memory", "streamed"],
-        ["roofline", "--size", "64", "--steps", "1"],
-        ["roofline", "--model", "klein-9b-kv", "--references", "1", "--quantize", "4", "--chip", "M4 Max"],
-        ["step_cache", "--captions", "1", "--edits", "1", "--steps", "12", "--thresholds", "0.3", "--fewer", "6"],
-        ["start", "--model", "CHECKPOINT", "--size", "64", "--text-length", "16", "--steps", "1", "--repeats", "1"],
-    ],
-    ids=lambda arguments: " ".join(arguments[:3]),
-)
-def test_benchmarks_end_with_a_json_line(arguments, checkpoint, tmp_path):
-    folders = {"CHECKPOINT": str(checkpoint), "FOLDER": str(tmp_path / "made")}
-    script, *options = [folders.get(word, word) for word in arguments]
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{script}", *options],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONWARNINGS": "error"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert report["benchmark"] == script
-    assert {"chip", "os", "mlx", "process_peak_gb"} <= report.keys()
-    figures = report[FIGURES[script]]
-    assert figures
-    if script in ("stages", "full_size"):
-        assert all(part["peak_gb"] > 0 for part in figures.values())
-    if script == "kernels":
-        assert all(0.9 * most < figures["flux2_mlx"][what] <= most for what, most in BUDGET.items())
-
-
-def test_full_parity_compares_both_sides(damaged):
-    """On a checkpoint that is there already, here a tiny one, the benchmark draws with both and compares."""
-    command = [sys.executable, "-m", "benchmarks.full_parity", str(damaged), "--size", "64"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert report["benchmark"] == "full_parity"
-    assert report["parts"].keys() == {"diffusers", "mlx"}
-    assert report["max_levels"] <= 1
-    assert 0 < report["relative_error"] < 1e-4
-
-
-def test_peers_compares_with_diffusers(checkpoint, tmp_path):
-    """Stage by stage and in whole pictures, and what is written makes a page."""
-    command = [sys.executable, "-m", "benchmarks.peers", "--model", str(checkpoint), "--width", "64", "--height", "96"]
-    command += [
-        "--text-length",
-        "16",
-        "--steps",
-        "1",
-        "--repeats",
-        "1",
-        "--dtype",
-        "float32",
-        "--output",
-        str(tmp_path),
-    ]
-    done = subprocess.run(
-        [*command, "--against", "torch", "--against", "floor"], cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert list(report["stages"]) == ["text_encoder", "step", "decode", "loop", "cold start", "whole picture"]
-    assert report["stages"]["step"].keys() == {"flux2_mlx", "torch", "floor"}
-    assert all(stage.keys() >= {"flux2_mlx", "torch"} for stage in report["stages"].values())
-    assert all(stage["torch"]["median_s"] > 0 for stage in report["ratios"].values())
-    assert report["stages"]["cold start"]["torch"]["min_s"] > report["stages"]["whole picture"]["torch"]["min_s"]
-    assert all(0 < report["errors"][stage]["torch"] < 1e-5 for stage in ("text_encoder", "step", "decode"))
-    (written,) = tmp_path.glob("*.json")
-    assert json.loads(written.read_text()) == report
-    peers.main(["--collect", "--output", str(tmp_path)])
-    assert written.with_suffix(".md").name in (tmp_path / "README.md").read_text()
-
-
-def test_a_missing_peer_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "mflux", None)
-    with pytest.raises(SystemExit) as stopped:
-        peers.main(["--random", "tiny"])
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "pip install --no-deps mflux==0.24.0" in line
-
-
-def test_results_are_what_their_json_files_say():
-    assert (peers.RESULTS / "README.md").read_text() == peers.collected(peers.RESULTS)
-    for file in peers.RESULTS.glob("*.json"):
-        assert file.with_suffix(".md").read_text() == peers.page(json.loads(file.read_text()))

@@ -26,7 +26,6 @@ from flux2_mlx import (
     sanitize_qwen3_weights,
     sanitize_vae_weights,
 )
-from flux2_mlx.checkpoints import checkpoint as weights_module
 from flux2_mlx.checkpoints.files import load_files
 from flux2_mlx.checkpoints.formats.gguf import read_gguf
 from flux2_mlx.checkpoints.load import (
@@ -37,6 +36,7 @@ from flux2_mlx.checkpoints.load import (
     materialize,
 )
 from flux2_mlx.device import weights_of
+from flux2_mlx.models.names.autoencoder import checkpoint as weights_module
 from flux2_mlx.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from flux2_mlx.quantization.packing import unpack
 from flux2_mlx.quantization.spec import Quantization

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from benchmarks.nano_world import random_task, render
 from examples import teach_nano
+from examples.nano_world import random_task, render
 from flux2_mlx import Flux2Pipeline, FluxKlein, FluxKleinParams, InputError, Quantization, image_ids, text_ids
 from flux2_mlx.device import memory_limit, weight_bytes
 from flux2_mlx.lora import main, parse
@@ -455,6 +455,16 @@ def test_a_run_writes_what_it_says(pictures, tmp_path, capsys):
     assert f"{output} has a run: --resume {output} goes on with it" in capsys.readouterr().err
 
 
+def test_the_example_runs(tmp_path, monkeypatch):
+    """A step teaches nothing; what many do is the nightly test's to say."""
+    monkeypatch.setattr(teach_nano, "PICTURES", 3)
+    found = teach_nano.main([str(tmp_path), "--steps", "1", "--batch-size", "1", "--captions", "1", "--quiet"])
+    assert found.keys() == {f"{what}, {when}" for what in ("landscapes", "others") for when in ("before", "after")}
+    assert len(log(tmp_path / "run")) == 1
+    assert (tmp_path / "teach_nano.png").is_file()
+
+
+@pytest.mark.nightly
 def test_nano_learns_a_word_and_keeps_the_old_ones(tmp_path):
     """The example, shortened."""
     words = ["--steps", "80", "--learning-rate", "1e-2", "--warmup", "5", "--batch-size", "2"]
@@ -471,7 +481,7 @@ def test_nano_learns_a_word_and_keeps_the_old_ones(tmp_path):
 
 def test_going_on_is_never_having_stopped(pictures, tmp_path, capsys):
     preserved = write_captions(tmp_path / "captions.txt", "a blue star", "a red cross", "a green disc")
-    for name, steps in (("whole", 5), ("parts", 5)):
+    for name, steps in (("whole", 4), ("parts", 4)):
         words = ["--steps", steps, "--save-every", 2, *RANDOM, "--preserve", preserved]
         if name == "whole":
             assert train(pictures, tmp_path / name, *words) == 0
@@ -671,6 +681,10 @@ def test_captions_to_preserve_that_are_refused(pictures, tmp_path, capsys):
     ],
 )
 def test_training_needs_what_the_plan_says(side, length, batch, dtype, packed, recompute, memory):
+    """The plan says what operations in order need. MLX's CPU backend dispatches ten kernels, two for an operation,
+    before it looks at the memory again, so that on a busy machine the outputs of five operations more are there: none
+    wider than what a feed-forward layer is made of, or attention's scores.
+    """
     params = FluxKleinParams(hidden_size=384, num_heads=3, txt_embed_dim=960, depth=1, depth_single=3)
     model = FluxKlein(params)
     model.set_dtype(dtype)
@@ -680,6 +694,8 @@ def test_training_needs_what_the_plan_says(side, length, batch, dtype, packed, r
     if recompute:
         model._run = checkpoint_block
     tokens = side * side // 256
+    widest = max(params.mlp_hidden, params.num_heads * (length + tokens))
+    ahead = 5 * batch * (length + tokens) * widest * dtype.size
     rope = FluxKlein.compute_rope(text_ids(length), image_ids(side, side))
     clean, noise, txt = (mx.random.normal((batch, n, c)) for n, c in ((tokens, 128), (tokens, 128), (length, 960)))
     mx.eval(model.parameters(), clean, noise, txt, *rope)
@@ -692,8 +708,8 @@ def test_training_needs_what_the_plan_says(side, length, batch, dtype, packed, r
         mx.eval(gradients(clean, noise, mx.full((batch,), 0.5), None, txt, rope))
         peak = mx.get_peak_memory() - before
     weights = weight_bytes(model)
-    assert 0.85 <= (peak + weights) / (working + weights) <= 1.15
-    assert 0.7 <= peak / working <= 1.15
+    assert 0.85 * (working + weights) <= peak + weights
+    assert 0.7 * working <= peak <= 1.05 * working + ahead
 
 
 def test_a_base_model_is_trained_in_ten_gigabytes(capsys, monkeypatch):

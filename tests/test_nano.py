@@ -17,9 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import nano_score, nano_world
-from benchmarks.nano_world import COLOURS, EDITS, PLACES, SHAPES, SIZES, Scene, Thing, judge, random_task, render
-from examples import train_nano
+from benchmarks import quality
+from examples import nano_score, nano_world, train_nano
+from examples.nano_world import COLOURS, EDITS, PLACES, SHAPES, SIZES, Scene, Thing, judge, random_task, render
 from flux2_mlx import Flux2Pipeline
 from flux2_mlx.checkpoints.checkpoint import open_checkpoint
 from flux2_mlx.checkpoints.files import read_header
@@ -162,7 +162,6 @@ class Interrupted(Exception):
 
 def train_a_line(folder, stop_at=None):
     training = train_nano.Training(folder, 0, 1.0)
-    training.dtype = torch.float32  # whichever was faster just now
     torch.manual_seed(0)
     module = torch.nn.ModuleDict({"blocks": torch.nn.Linear(4, 4), "out": torch.nn.Linear(4, 1)})  # for both optimizers
 
@@ -175,6 +174,15 @@ def train_a_line(folder, stop_at=None):
     return torch.cat([p.flatten() for p in module.parameters()])
 
 
+@pytest.fixture(scope="module")
+def in_float32():
+    """Nothing is timed to find the faster dtype, which on a busy machine is one or the other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_nano, "fastest_dtype", lambda device: torch.float32)
+        yield
+
+
+@pytest.mark.usefixtures("in_float32")
 def test_training_goes_on_with_the_same_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(train_nano, "SAVE_EVERY", 0)
     whole = train_a_line(tmp_path / "whole")
@@ -184,12 +192,15 @@ def test_training_goes_on_with_the_same_numbers(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def untrained(tmp_path_factory):
-    """What a few steps of each stage make: the pictures are noise, the checkpoint is complete."""
-    folder = tmp_path_factory.mktemp("training")
+def untrained(tmp_path_factory, in_float32):
+    """What two steps of each stage make: the pictures are noise, the checkpoint is complete."""
+    folder, sample = tmp_path_factory.mktemp("training"), train_nano.sample
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's and transformers', which are not this project's
-        patch.setattr(sys, "argv", ["train_nano", str(folder), "--speed", "0.0005"])
+        patch.setattr(sys, "argv", ["train_nano", str(folder), "--speed", "0.0001"])
+        patch.setattr(train_nano, "HOME", (64, 64))
+        patch.setattr(train_nano, "SIDES", (64,))
+        patch.setattr(train_nano, "sample", lambda model, batch, noise, steps: sample(model, batch, noise, 1))
         train_nano.main()
     return folder
 
@@ -199,7 +210,7 @@ def test_training_ends_in_a_checkpoint_that_draws(untrained):
     files = [path for path in (untrained / "nano").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 12_000_000
     result = Flux2Pipeline.from_pretrained(untrained / "nano")("a red circle", seed=0)
-    assert result.images[0].size == (128, 128)
+    assert result.images[0].size == (64, 64)
     assert result.settings[0].max_sequence_length == train_nano.TEXT_LENGTH
 
 
@@ -223,11 +234,10 @@ def test_captions_fit_the_text_length(untrained):
 
 def test_the_score_ends_with_a_json_line_and_a_sheet(untrained, tmp_path, capsys):
     sheet, model = tmp_path / "sheet.png", str(untrained / "nano")
-    variant = ["--model", model, "--quantize", "8", "--guidance", "1.5", "--steps", "2"]
-    variant += ["--step-cache", "0"]
-    nano_score.main(["--captions", "2", "--edits", "2", "--sheet", str(sheet), *variant])
+    variant = ["guidance=1.5", "num_steps=2", "step_cache=0", "--model", model, "--quantize", "8"]
+    quality.main([*variant, "--captions", "2", "--edits", "2", "--sheet", str(sheet)])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert report["benchmark"] == "nano_score"
+    assert report["benchmark"] == "quality"
     assert report["variant"]["quantize"] == "8"
     assert report["figures"].keys() >= nano_score.BOUNDS.keys()
     with Image.open(sheet) as picture:
@@ -236,7 +246,7 @@ def test_the_score_ends_with_a_json_line_and_a_sheet(untrained, tmp_path, capsys
 
 def test_quantization_reaches_the_drawing_model(untrained):
     options = ["--model", str(untrained / "nano"), "--quantize", "4", "--group-size", "128"]
-    pipe = nano_score.open_variant(nano_score.build_parser().parse_args(options))
+    pipe = quality.open_variant(quality.build_parser().parse_args(options))
     assert pipe.transformer.transformer_blocks[0].attn.to_q.how.bits == 4
     assert pipe.text_encoder.model.layers[0].mlp.up_proj.how.group_size == 128
 
@@ -249,10 +259,11 @@ def nano():
     return Flux2Pipeline.from_pretrained("nano")
 
 
-def test_nano_draws_what_training_never_saw(nano):
-    """Two of some fifty things may be wrong, where the bounds are for hundreds."""
-    figures = nano_score.rates(nano_score.draw(nano, nano_score.unseen_tasks(32)))
-    assert {part: figure for part, figure in figures.items() if figure < nano_score.BOUNDS.get(part, 0) - 2} == {}
+@pytest.mark.parametrize(("count", "slack"), [(8, 8), pytest.param(32, 2, marks=pytest.mark.nightly)])
+def test_nano_draws_what_training_never_saw(nano, count, slack):
+    """One or two of the things may be wrong, some thirteen or fifty, where the bounds are for hundreds."""
+    figures = nano_score.rates(nano_score.draw(nano, nano_score.unseen_tasks(count)))
+    assert {part: figure for part, figure in figures.items() if figure < nano_score.BOUNDS.get(part, 0) - slack} == {}
 
 
 @pytest.mark.parametrize("size", [(96, 96), (112, 160), (192, 192)])
@@ -264,9 +275,13 @@ def test_nano_draws_other_sizes(nano, size):
     assert figures["place"] >= 75
 
 
-def test_nano_edits(nano):
-    drawn = nano_score.draw(nano, nano_score.unseen_edits(20))
-    assert nano_score.rates(drawn)["whole"] >= nano_score.BOUNDS["edits"]
+@pytest.mark.parametrize(
+    ("count", "least"), [(4, 50), pytest.param(20, nano_score.BOUNDS["edits"], marks=pytest.mark.nightly)]
+)
+def test_nano_edits(nano, count, least):
+    """Whole pictures: of four, half of them, where one that edits nothing has none."""
+    drawn = nano_score.draw(nano, nano_score.unseen_edits(count))
+    assert nano_score.rates(drawn)["whole"] >= least
 
 
 LEFT = Thing("circle", "blue", "medium", "left")

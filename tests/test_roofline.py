@@ -23,6 +23,7 @@ from flux2_mlx.models.flux2 import FluxKlein
 from flux2_mlx.models.kv_cache import Reuse
 from flux2_mlx.models.layers import Linear
 from flux2_mlx.runtime import roofline
+from flux2_mlx.runtime.activations import Workload
 from flux2_mlx.runtime.plan import Plan, Stage, between, make_plan
 from flux2_mlx.runtime.released import released_modules
 from flux2_mlx.runtime.roofline import (
@@ -30,10 +31,11 @@ from flux2_mlx.runtime.roofline import (
     Work,
     decoder_work,
     encoder_work,
-    keeping_work,
+    image_work,
     known_speeds,
+    later_work,
     measure,
-    picture_work,
+    reference_kv_work,
     text_encoder_work,
     transformer_work,
 )
@@ -131,10 +133,10 @@ def test_flop_of_our_own_modules(done, name):
     assert tuple(done.values()) == kinds(transformer_work(transformer.params, 512, 4096, mx.float32))
     done |= dict.fromkeys(done, 0)
     kept = transformer.keep_references(img, *FluxKlein.compute_rope(mx.zeros((1, 0, 4)), mx.zeros((1, 4096, 4))))
-    assert tuple(done.values()) == kinds(keeping_work(transformer.params, 4096, mx.float32))
+    assert tuple(done.values()) == kinds(reference_kv_work(transformer.params, 4096, mx.float32))
     done |= dict.fromkeys(done, 0)
     transformer.forward_with_rope(img, txt, mx.array([0.5]), *rope, kept)
-    assert tuple(done.values()) == kinds(transformer_work(transformer.params, 512, 4096, mx.float32, kept=4096))
+    assert tuple(done.values()) == kinds(transformer_work(transformer.params, 512, 4096, mx.float32, kv=4096))
     for what, text, image in (("text", 0, 4096), ("references", 512, 3072)):
         reuse = Reuse(what, 3072)
         transformer.forward_with_rope(img, txt, mx.array([0.5]), *rope, reuse=reuse)
@@ -142,7 +144,7 @@ def test_flop_of_our_own_modules(done, name):
         transformer.forward_with_rope(img, txt, mx.array([0.5]), *rope, reuse=reuse)
         if what == "text":  # which is called, but not evaluated
             done["matmul"] -= 2 * txt.size * transformer.params.hidden_size
-        work = transformer_work(transformer.params, text, image, mx.float32, kept=4608 - text - image)
+        work = transformer_work(transformer.params, text, image, mx.float32, kv=4608 - text - image)
         assert tuple(done.values()) == kinds(work)
 
 
@@ -196,13 +198,13 @@ def test_the_table_of_the_other_stages():
 
 
 def test_weights_are_read_once_and_packed_ones_are_unpacked():
-    size = {"dtype": mx.bfloat16, "height": 256, "width": 256, "length": 512}
-    dense = picture_work(*released_modules("klein-4b", mx.bfloat16, {}), **size)
+    workload = Workload(256, 256, 512)
+    dense = image_work(*released_modules("klein-4b", mx.bfloat16, {}), workload, mx.bfloat16)
     assert dense["transformer"].weights == 7_751_089_152
     assert dense["text encoder"].weights == 6_228_176_384 - 2 * 151936 * 2560  # of the embedding few rows are read
     how = {"transformer": Quantization(4), "text_encoder": Quantization(4)}
     modules = released_modules("klein-4b", mx.bfloat16, how)
-    packed = picture_work(*modules, **size)
+    packed = image_work(*modules, workload, mx.bfloat16)
     assert packed["transformer"].weights == weight_bytes(modules[1])
     blocks, ends = (2 * 5 + 20) * 13 * 3072**2, (128 + 128 + 7680) * 3072
     layers = 27 * (2560 * 6144 + 4096 * 2560 + 3 * 2560 * 9728)
@@ -213,24 +215,29 @@ def test_weights_are_read_once_and_packed_ones_are_unpacked():
 
 def test_references_are_work():
     modules = released_modules("klein-9b", mx.bfloat16, {})
-    size = {"dtype": mx.bfloat16, "height": 256, "width": 256, "length": 512, "references": [(512, 512), (256, 512)]}
     params, config = modules[1].params, modules[2].config
-    work, kept = (picture_work(*modules, **size, keeps_references=keeps) for keeps in (False, True))
+    work, kept = (
+        image_work(*modules, Workload(256, 256, 512, [(512, 512), (256, 512)], has_kv_cache), mx.bfloat16)
+        for has_kv_cache in (False, True)
+    )
     encoding = encoder_work(config, 512, 512, mx.bfloat16) + encoder_work(config, 256, 512, mx.bfloat16)
     assert work["references"].flops == encoding.flops
-    assert kept["references"].flops == encoding.flops + keeping_work(params, 1536, mx.bfloat16).flops
+    assert kept["references"].flops == encoding.flops + reference_kv_work(params, 1536, mx.bfloat16).flops
     assert work["transformer"].flops == transformer_work(params, 512, 256 + 1536, mx.bfloat16).flops
-    assert kept["transformer"].flops == transformer_work(params, 512, 256, mx.bfloat16, kept=1536).flops
+    assert kept["transformer"].flops == transformer_work(params, 512, 256, mx.bfloat16, kv=1536).flops
 
 
-def test_reused_tokens_are_work_of_the_first_pass_alone():
+def test_frozen_tokens_are_work_of_the_first_pass_alone():
     modules = released_modules("klein-4b", mx.bfloat16, {})
-    size = {"dtype": mx.bfloat16, "height": 256, "width": 256, "length": 512, "references": [(512, 512)]}
-    text, references = (picture_work(*modules, **size, reuse=what) for what in ("text", "references"))
-    params = modules[1].params
-    assert text["transformer"] == references["transformer"] == picture_work(*modules, **size)["transformer"]
-    assert text["later passes"].flops == transformer_work(params, 0, 256 + 1024, mx.bfloat16, kept=512).flops
-    assert references["later passes"].flops == transformer_work(params, 512, 256, mx.bfloat16, kept=1024).flops
+    params, sizes = modules[1].params, [(512, 512)]
+    plain, text, references = (Workload(256, 256, 512, sizes, frozen=what) for what in (None, "text", "references"))
+    works = [image_work(*modules, workload, mx.bfloat16)["transformer"] for workload in (plain, text, references)]
+    assert works[0] == works[1] == works[2]
+    assert later_work(modules[1], plain, mx.bfloat16) is None
+    expected = transformer_work(params, 0, 256 + 1024, mx.bfloat16, kv=512).flops
+    assert later_work(modules[1], text, mx.bfloat16).flops == expected
+    expected = transformer_work(params, 512, 256, mx.bfloat16, kv=1024).flops
+    assert later_work(modules[1], references, mx.bfloat16).flops == expected
 
 
 def test_seconds_lie_between_all_at_once_and_all_in_turn():
@@ -252,7 +259,7 @@ def test_what_two_durations_look_like():
 def test_a_picture_takes_its_passes():
     stages = [Stage(name, 1, 1, 1, (1.0, 2.0)) for name in ("text encoder", "references", "transformer", "decoder")]
     assert Plan(tuple(stages), 1).seconds(2, 8) == (12.0, 24.0)
-    faster = replace(stages[2], later=(0.5, 1.25))
+    faster = replace(stages[2], later_seconds=(0.5, 1.25))
     assert Plan((*stages[:2], faster, stages[3]), 1).seconds(2, 8) == (8.5, 18.75)
     assert "seconds" in str(Plan(tuple(stages), 1))
     stages[1] = replace(stages[1], seconds=None)
@@ -360,7 +367,7 @@ def test_a_plan_tells_seconds_once_the_machine_is_measured(measured, checkpoint,
 def test_seconds_of_a_released_model(measured, capsys):
     measure(mx.bfloat16)
     plan = make_plan(
-        *released_modules("klein-4b", mx.bfloat16, {}), dtype=mx.bfloat16, height=256, width=256, length=512, limit=0
+        *released_modules("klein-4b", mx.bfloat16, {}), Workload(256, 256, 512), dtype=mx.bfloat16, limit=0
     )
     by_hand = (4.917e12 - 0.181e12) / SPEEDS.matmul + 0.181e12 / SPEEDS.attention
     assert plan.stages[1].seconds[0] == pytest.approx(by_hand, rel=1e-3)

@@ -9,7 +9,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from flux2_mlx import FluxSampler, FluxSamplerConfig, InputError
-from flux2_mlx.sampling.guidance import guide
+from flux2_mlx.sampling.guidance import apply_cfg
 from flux2_mlx.sampling.schedules import (
     check_sigmas,
     comfy_sigmas,
@@ -116,7 +116,7 @@ def test_guidance_equals_diffusers(rescale):
     v, away = (rng.standard_normal((2, 5, 8)).astype(np.float32) for _ in range(2))
     guided = torch.tensor(away) + 4 * torch.tensor(v - away)
     expected = rescale_noise_cfg(guided, torch.tensor(v), rescale)
-    assert np.array(guide(mx.array(v), mx.array(away), 4.0, rescale)) == pytest.approx(expected.numpy(), abs=1e-5)
+    assert np.array(apply_cfg(mx.array(v), mx.array(away), 4.0, rescale)) == pytest.approx(expected.numpy(), abs=1e-5)
 
 
 def test_every_schedule_begins_at_one():

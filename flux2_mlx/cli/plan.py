@@ -12,6 +12,7 @@ from ..models.config import AutoEncoderConfig
 from ..options import dtype_of
 from ..quantization.spec import parse_options
 from ..request import first_step, noise_levels, usual_guidance, usual_strength
+from ..runtime.activations import Workload
 from ..runtime.plan import Plan, between, make_plan
 from ..runtime.released import download_bytes, released_modules
 from ..runtime.roofline import measure
@@ -39,16 +40,19 @@ def print_plan(arguments: argparse.Namespace) -> None:
     packed = parse_options(arguments.quantize, arguments.quantize_text_encoder, arguments.group_size)
     side = AutoEncoderConfig.sample_size
     height, width, references = sizes_of(arguments, side)
+    workload = Workload(
+        height,
+        width,
+        arguments.max_sequence_length or MAX_SEQUENCE_LENGTH,
+        references,
+        name == KV if arguments.kv_cache is None else arguments.kv_cache,
+        caches_steps=arguments.step_cache is not None,
+        frozen=arguments.reuse,
+    )
     plan = make_plan(
         *released_modules(name, dtype, packed),
+        workload,
         dtype=dtype,
-        height=height,
-        width=width,
-        references=references,
-        keeps_references=name == KV if arguments.kv_cache is None else arguments.kv_cache,
-        caches_steps=arguments.step_cache is not None,
-        reuse=arguments.reuse,
-        length=arguments.max_sequence_length or MAX_SEQUENCE_LENGTH,
         limit=arguments.memory_limit or machine_memory(),
         memory=arguments.memory,
     )

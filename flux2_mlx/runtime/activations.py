@@ -1,16 +1,98 @@
-"""Memory: what this machine gives MLX, what each stage needs, and keeping to it."""
+"""Bytes of each stage's activations."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
 from ..device import on_gpu
 from ..models.autoencoder import STRIP_BYTES
 from ..models.config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
+from ..sampling.latents import PIXELS_PER_TOKEN
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass through the transformer, in tokens.
+
+    Attributes:
+        text, image, references: tokens that go through the blocks, of each row.
+        rows: of the batch.
+        kv: reference tokens whose keys and values are attended to in place of them (klein-9b-kv).
+        caches: First Block Caches of a row: 1, or 2 where CFG takes its passes in turn.
+        frozen: "text" or "references", whose keys and values later passes take from the first; see FrozenKV.
+    """
+
+    text: int
+    image: int
+    references: int = 0
+    rows: int = 1
+    kv: int = 0
+    caches: int = 0
+    frozen: str | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.text + self.image + self.references
+
+    @property
+    def frozen_tokens(self) -> int:
+        return {"text": self.text, "references": self.references}.get(self.frozen or "", 0)
+
+    @property
+    def first(self) -> Pass:
+        """The first pass, in which nothing is frozen yet."""
+        return replace(self, frozen=None)
+
+    @property
+    def later(self) -> Pass:
+        """A pass after the first: of frozen tokens there are keys and values alone."""
+        gone = {self.frozen: 0} if self.frozen else {}
+        return replace(self, frozen=None, kv=self.kv + self.frozen_tokens, **gone)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What of an image decides the memory and the time that it takes.
+
+    Attributes:
+        height, width: in pixels.
+        text: tokens of the prompt.
+        reference_sizes: (height, width) of each reference image, as it is encoded.
+        has_kv_cache: whether the references' keys and values are kept in place of their tokens (klein-9b-kv).
+        caches_steps: whether there is a First Block Cache, counted for both passes of CFG.
+        frozen: see Pass.
+    """
+
+    height: int
+    width: int
+    text: int
+    reference_sizes: Sequence[tuple[int, int]] = ()
+    has_kv_cache: bool = False
+    caches_steps: bool = False
+    frozen: str | None = None
+
+    @property
+    def references(self) -> int:
+        """Tokens of all references."""
+        return sum(height * width for height, width in self.reference_sizes) // PIXELS_PER_TOKEN**2
+
+    @property
+    def kv(self) -> int:
+        """Reference tokens that are kept as keys and values."""
+        return self.references if self.has_kv_cache else 0
+
+    def denoising(self, rows: int = 1, caches: int = 0) -> Pass:
+        """A pass of denoising."""
+        image = self.height * self.width // PIXELS_PER_TOKEN**2
+        references = self.references - self.kv
+        return Pass(self.text, image, references, rows, self.kv, caches, None if self.kv else self.frozen)
 
 
 def text_encoder_bytes(config: Qwen3Config, length: int, dtype: mx.Dtype) -> int:
-    """Intermediates of encoding one prompt of ``length`` tokens: those of a feed-forward layer, or on the CPU, where
+    """Activations of encoding one prompt of ``length`` tokens: those of a feed-forward layer, or on the CPU, where
     they are more, attention's scores with what they are made of.
     """
     feed_forward = length * (3 * config.intermediate_size + config.hidden_size) * dtype.size
@@ -21,39 +103,37 @@ def text_encoder_bytes(config: Qwen3Config, length: int, dtype: mx.Dtype) -> int
     return max(feed_forward, (heads * length**2 + rows) * dtype.size + length**2)
 
 
-def transformer_bytes(
-    params: FluxKleinParams,
-    tokens: int,
-    dtype: mx.Dtype,
-    batch: int = 1,
-    kept: int = 0,
-    cached: int = 0,
-    reused: int = 0,
-) -> tuple[int, int]:
-    """Intermediates of one step over ``tokens`` text and image tokens: ten times the input of a single block, keys and
-    values together with those of ``kept`` reference tokens, three changes of ``cached`` image tokens (see StepCache);
-    and those of attention, during which no matrix is unpacked, where its scores are written out, as on the CPU. One
-    input more in float16, whose residuals are in float32. Of tokens that are ``reused`` later steps have the keys and
-    values alone (see Reuse), which are counted here, beside the step that needs more.
+def transformer_bytes(params: FluxKleinParams, one: Pass, dtype: mx.Dtype) -> tuple[int, int]:
+    """Activations of one pass through the transformer, in bytes: (those beside an unpacked matrix, those of attention,
+    during which no matrix is unpacked).
+
+    In units of one row of the hidden size a token, the first are
+        10 a token: a single block's input, norm, q, k, v, gate and up, and what they give (11 in float16, whose
+           residual stream is in float32);
+        2 a token and a token of ``kv``, where there is any: keys and values of both, joined;
+        3 an image token and cache: the changes that a First Block Cache holds.
+    Attention has two units less a token, and its scores where they are written out, as on the CPU: heads * tokens *
+    keys. Of frozen tokens later passes have the keys and values alone, which are counted beside the pass that needs
+    more.
     """
-    if reused:
-        steps = [transformer_bytes(params, tokens, dtype, batch, kept, cached)]
-        steps.append(transformer_bytes(params, tokens - reused, dtype, batch, kept + reused, cached))
-        held = batch * kept_bytes(params, reused, dtype)
-        intermediates, attention = (max(parts) + held for parts in zip(*steps, strict=True))
-        return intermediates, attention
-    unit, scores = tokens * params.hidden_size, params.num_heads * tokens * (tokens + kept)
-    units = 11 if dtype == mx.float16 else 10
-    beside = (2 * (tokens + kept if kept else 0) + 3 * cached) * params.hidden_size
-    return batch * (units * unit + beside) * dtype.size, (
-        0 if on_gpu() else batch * ((units - 2) * unit + beside + scores) * dtype.size
-    )
+    if one.frozen_tokens:
+        frozen_bytes = one.rows * kv_bytes(params, one.frozen_tokens, dtype)
+        passes = [transformer_bytes(params, own, dtype) for own in (one.first, one.later)]
+        activations, attention = (max(parts) + frozen_bytes for parts in zip(*passes, strict=True))
+        return activations, attention
+    tokens, units = one.tokens, 11 if dtype == mx.float16 else 10
+    beside = (2 * (tokens + one.kv if one.kv else 0) + 3 * one.caches * one.image) * params.hidden_size
+    activations = one.rows * (units * tokens * params.hidden_size + beside) * dtype.size
+    if on_gpu():
+        return activations, 0
+    scores = params.num_heads * tokens * (tokens + one.kv)
+    return activations, one.rows * ((units - 2) * tokens * params.hidden_size + beside + scores) * dtype.size
 
 
 def training_bytes(
     params: FluxKleinParams, tokens: int, dtype: mx.Dtype, batch: int, *, recompute: bool, packed: bool
 ) -> int:
-    """Intermediates of the loss of pictures with so many text and image tokens each, and of its gradients, as measured
+    """Activations of the loss of images with so many text and image tokens each, and of its gradients, as measured
     on the CPU backend, where attention's backward pass writes out its scores; a fused one needs less.
 
     Args:
@@ -71,30 +151,25 @@ def training_bytes(
     return int(unit * (16 + blocks * (22 + 1.3 * scores) + half) + doubles * single)
 
 
-def reused_tokens(reuse: str | None, text: int, references: int) -> int:
-    """How many of so many tokens later steps leave out; see models.transformer.Reuse."""
-    return {"text": text, "references": references}.get(reuse or "", 0)
-
-
-def kept_bytes(params: FluxKleinParams, tokens: int, dtype: mx.Dtype) -> int:
+def kv_bytes(params: FluxKleinParams, tokens: int, dtype: mx.Dtype) -> int:
     """Keys and values of so many tokens in every block."""
     return 2 * (params.depth + params.depth_single) * tokens * params.hidden_size * dtype.size
 
 
 def preview_bytes(height: int, width: int, dtype: mx.Dtype) -> int:
-    """Intermediates of TAEF2's decoder: four times its activations at the picture's size; on the CPU backend, which
+    """Activations of TAEF2's decoder: four times its activations at the image's size; on the CPU backend, which
     writes out what a convolution sees, thirteen times.
     """
     return (4 if on_gpu() else 13) * height * width * 64 * dtype.size
 
 
 def decoder_bytes(config: AutoEncoderConfig, height: int, width: int, dtype: mx.Dtype) -> int:
-    """Intermediates of decoding a picture, whose widest activation has its size and the second of the channels."""
+    """Activations of decoding an image, whose widest activation has its size and the second of the channels."""
     return _strips(height * width * config.decoder_channels[1], dtype, 46)
 
 
 def encoder_bytes(config: AutoEncoderConfig, height: int, width: int, dtype: mx.Dtype) -> int:
-    """Intermediates of encoding a picture, whose widest activation has its size and the first of the channels."""
+    """Activations of encoding an image, whose widest activation has its size and the first of the channels."""
     return _strips(height * width * config.block_out_channels[0], dtype, 52)
 
 

@@ -1,6 +1,6 @@
-"""The memory plan: what each stage of a picture needs, and so which of them can stay loaded.
+"""The memory plan: what each stage of an image needs, and so which of them can stay loaded.
 
-modules with lazy weights, size of the picture -> make_plan -> Plan -> mode, peak bytes, a table
+modules with lazy weights, workload -> make_plan -> Plan -> mode, peak bytes, a table
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from ..models.flux2 import FluxKlein
 from ..models.qwen3 import Qwen3TextEncoder
 from ..quantization.recipes import largest_dense_bytes
 from .activations import (
+    Pass,
+    Workload,
     decoder_bytes,
     encoder_bytes,
-    kept_bytes,
-    reused_tokens,
+    kv_bytes,
     text_encoder_bytes,
     training_bytes,
     transformer_bytes,
 )
-from .roofline import known_speeds, picture_work
+from .roofline import image_work, known_speeds, later_work
 from .streaming import streamed_bytes
 
 # Resident: all stages stay loaded. Staged: one at a time. Streamed: one at a time, of text encoder and transformer one
@@ -41,9 +42,9 @@ class Stage:
     Attributes:
         weights: of all of it.
         streamed: weights in memory together when its blocks are streamed; equal where it has none.
-        working: intermediates, one packed matrix unpacked among them.
+        working: activations, one packed matrix unpacked among them.
         seconds: the least and the most that it takes once, its weights loaded, on a machine whose speed was measured.
-        later: the same of each time after the first, where it is less.
+        later_seconds: per pass once keys and values are frozen; None if every pass costs the same.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Stage:
     streamed: int
     working: int
     seconds: tuple[float, float] | None = None
-    later: tuple[float, float] | None = None
+    later_seconds: tuple[float, float] | None = None
 
     def is_streamed(self, memory: str, limit: int) -> bool:
         """Whether its blocks are read from disk in this mode (of MODES), where there are so many bytes."""
@@ -61,7 +62,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a picture needs.
+    """What an image needs.
 
     Attributes:
         stages: in the order in which they work.
@@ -106,7 +107,7 @@ class Plan:
         for stage in self.stages:
             if stage.seconds is None:
                 return None
-            again, later = times.get(stage.name, 1) - 1, stage.later or stage.seconds
+            again, later = times.get(stage.name, 1) - 1, stage.later_seconds or stage.seconds
             least += stage.seconds[0] + again * later[0]
             most += stage.seconds[1] + again * later[1]
         return least, most
@@ -159,11 +160,14 @@ class TrainingPlan(Plan):
         return f"{line}, which is too much; fewer bits (quantize), a lower resolution or smaller batches need less"
 
 
-def stage_of(name: str, module: nn.Module, dtype: mx.Dtype, intermediates: int, attention: int = 0) -> Stage:
-    """What a module needs that computes in dtype, with so many bytes of intermediates beside an unpacked matrix, or so
-    many at attention, if those are more; its weights are not read.
+def stage_of(name: str, module: nn.Module, dtype: mx.Dtype, activations: int, attention: int = 0) -> Stage:
+    """What a module needs that computes in ``dtype``; its weights are not read.
+
+    Args:
+        activations: bytes, beside the largest unpacked matrix.
+        attention: bytes during attention, when no matrix is unpacked, if those are more.
     """
-    working = max(intermediates + largest_dense_bytes(module, dtype), attention)
+    working = max(activations + largest_dense_bytes(module, dtype), attention)
     return Stage(name, weight_bytes(module), streamed_bytes(module), working)
 
 
@@ -171,71 +175,42 @@ def make_plan(
     text_encoder: Qwen3TextEncoder,
     transformer: FluxKlein,
     autoencoder: AutoEncoder,
+    workload: Workload,
     *,
     dtype: mx.Dtype,
-    height: int,
-    width: int,
-    length: int,
-    references: Sequence[tuple[int, int]] = (),
-    keeps_references: bool = False,
-    caches_steps: bool = False,
-    reuse: str | None = None,
     limit: int,
     memory: str = "auto",
 ) -> Plan:
-    """Plan one picture; the modules' weights are not read.
+    """Plan one image; the modules' weights are not read.
 
     Args:
-        dtype: of the transformer's activations; see memory.stage_dtype for the others'.
-        height, width: in pixels.
-        length: tokens of the prompt.
-        references: (height, width) of each reference picture, as it is encoded.
-        keeps_references: whether their keys and values are kept in place of their tokens (klein-9b-kv).
-        caches_steps: whether there is a step cache, counted for both passes of guidance.
-        reuse: what later steps take from the first, "text" or "references".
+        dtype: of the transformer's activations; see device.stage_dtype for the others'.
         limit: bytes that there are.
         memory: of MODES.
     """
-    tokens, seen = length + height * width // 256, sum(h * w for h, w in references) // 256
-    cached = 2 * (height * width // 256) if caches_steps else 0
-    pictures, config = stage_dtype("autoencoder", dtype), autoencoder.config
-
-    text_dtype = stage_dtype("text_encoder", dtype)
-    working = text_encoder_bytes(text_encoder.config, length, text_dtype)
-    stages = [stage_of("text encoder", text_encoder, text_dtype, working)]
-    if references:
-        working = max(encoder_bytes(config, h, w, pictures) for h, w in references)
-        stages.append(stage_of("references", autoencoder.encoder, pictures, working))
-    params = transformer.params
-    held = kept_bytes(params, seen, dtype) if keeps_references else 0
-    if keeps_references:
-        own = transformer_bytes(params, tokens, dtype, kept=seen, cached=cached)
-        passes = [own, transformer_bytes(params, seen, dtype)]
-    else:
-        reused = reused_tokens(reuse, length, seen)
-        passes = [transformer_bytes(params, tokens + seen, dtype, cached=cached, reused=reused)]
-    intermediates, attention = (max(parts) + held for parts in zip(*passes, strict=True))
-    stages.append(stage_of("transformer", transformer, dtype, intermediates, attention))
-    working = decoder_bytes(config, height, width, pictures) + held
-    stages.append(stage_of("decoder", autoencoder.decoder, pictures, working))
-    work = picture_work(
-        text_encoder,
-        transformer,
-        autoencoder,
-        dtype=dtype,
-        height=height,
-        width=width,
-        length=length,
-        references=references,
-        keeps_references=keeps_references,
-        reuse=reuse,
-    )
+    params, config = transformer.params, autoencoder.config
+    text_dtype, image_dtype = stage_dtype("text_encoder", dtype), stage_dtype("autoencoder", dtype)
+    height, width, sizes = workload.height, workload.width, workload.reference_sizes
+    encoding = text_encoder_bytes(text_encoder.config, workload.text, text_dtype)
+    stages = [stage_of("text encoder", text_encoder, text_dtype, encoding)]
+    if sizes:
+        most = max(encoder_bytes(config, *size, image_dtype) for size in sizes)
+        stages.append(stage_of("references", autoencoder.encoder, image_dtype, most))
+    passes = [transformer_bytes(params, workload.denoising(caches=2 if workload.caches_steps else 0), dtype)]
+    if workload.kv:
+        passes.append(transformer_bytes(params, Pass(0, 0, workload.kv), dtype))
+    pinned = kv_bytes(params, workload.kv, dtype)
+    activations, attention = (max(parts) + pinned for parts in zip(*passes, strict=True))
+    stages.append(stage_of("transformer", transformer, dtype, activations, attention))
+    decoding = decoder_bytes(config, height, width, image_dtype) + pinned
+    stages.append(stage_of("decoder", autoencoder.decoder, image_dtype, decoding))
+    work = image_work(text_encoder, transformer, autoencoder, workload, dtype)
+    later = later_work(transformer, workload, dtype)
     for k, stage in enumerate(stages):
-        speeds = known_speeds(dtype if stage.name == "transformer" else pictures)
+        speeds = known_speeds(dtype if stage.name == "transformer" else image_dtype)
         if speeds is not None:
-            later = work.get("later passes") if stage.name == "transformer" else None
-            seconds = work[stage.name].seconds(speeds)
-            stages[k] = replace(stage, seconds=seconds, later=None if later is None else later.seconds(speeds))
+            after = later.seconds(speeds) if later is not None and stage.name == "transformer" else None
+            stages[k] = replace(stage, seconds=work[stage.name].seconds(speeds), later_seconds=after)
     return Plan(tuple(stages), limit, memory)
 
 

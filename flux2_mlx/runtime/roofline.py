@@ -1,6 +1,6 @@
 """What a stage computes and moves, and how long a machine takes for it whose speed was measured.
 
-modules, size of the picture -> picture_work -> Work of each stage -> seconds at Speeds
+modules, workload -> image_work -> Work of each stage -> seconds at Speeds
 
 FLOP (two for each multiplication with its addition) are exact; bytes of intermediates are an estimate, of what the
 operations in models/ read and write, one after another, each operand from memory.
@@ -9,7 +9,7 @@ Reference for the FLOP: torch's FlopCounterMode on the modules of diffusers and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 from itertools import pairwise
 
@@ -24,6 +24,7 @@ from ..models.flux2 import FluxKlein
 from ..models.qwen3 import Qwen3TextEncoder
 from ..quantization.layers import shortest_seconds
 from ..quantization.recipes import dense_bytes
+from .activations import Workload
 
 TABLE = "speeds"  # in the cache folder
 
@@ -107,20 +108,20 @@ def text_encoder_work(config: Qwen3Config, length: int, dtype: mx.Dtype) -> Work
     )
 
 
-def transformer_work(params: FluxKleinParams, text: int, image: int, dtype: mx.Dtype, kept: int = 0) -> Work:
-    """One pass over so many tokens of text and image (references among these), beside the keys and values of ``kept``
+def transformer_work(params: FluxKleinParams, text: int, image: int, dtype: mx.Dtype, kv: int = 0) -> Work:
+    """One pass over so many tokens of text and image (references among these), beside the keys and values of ``kv``
     tokens, without the weights.
     """
     dims, tokens = params.hidden_size, text + image
     # Of the modulations, and of the last norm, in units of a square matrix.
     temb = params.timestep_channels * dims + (1 + 6 + 6 + 3 + 2) * dims**2
     ends = 2 * params.in_channels * dims * image + params.txt_embed_dim * dims * text
-    return _blocks(params, tokens, tokens + kept, dtype) + Work(matmul=2 * (temb + ends))
+    return _blocks(params, tokens, tokens + kv, dtype) + Work(matmul=2 * (temb + ends))
 
 
-def keeping_work(params: FluxKleinParams, tokens: int, dtype: mx.Dtype) -> Work:
-    """The pass that keeps so many reference tokens, the last block counted whole, though its keys and values are all
-    that is made of it.
+def reference_kv_work(params: FluxKleinParams, tokens: int, dtype: mx.Dtype) -> Work:
+    """The pass that makes the keys and values of so many reference tokens; its last block is counted whole, though
+    keys and values are all that is made of it.
     """
     dims = params.hidden_size
     temb = params.timestep_channels * dims + (1 + 6 + 3) * dims**2
@@ -138,7 +139,7 @@ def _blocks(params: FluxKleinParams, tokens: int, seen: int, dtype: mx.Dtype) ->
 
 
 def decoder_work(config: AutoEncoderConfig, height: int, width: int, dtype: mx.Dtype) -> Work:
-    """Decoding a picture, without the weights."""
+    """Decoding an image, without the weights."""
     channels, latent = config.decoder_channels[::-1], config.latent_channels
     pixels = height * width // 64
     work = _conv(pixels, latent, latent, dtype, kernel=1) + _conv(pixels, latent, channels[0], dtype)
@@ -152,7 +153,7 @@ def decoder_work(config: AutoEncoderConfig, height: int, width: int, dtype: mx.D
 
 
 def encoder_work(config: AutoEncoderConfig, height: int, width: int, dtype: mx.Dtype) -> Work:
-    """Encoding a picture, without the weights."""
+    """Encoding an image, without the weights."""
     channels, moments = config.block_out_channels, 2 * config.latent_channels
     pixels = height * width
     work = _conv(pixels, config.in_channels, channels[0], dtype)
@@ -195,47 +196,46 @@ def _middle(pixels: int, channels: int, dtype: mx.Dtype) -> Work:
     return _resnets(pixels, channels, channels, 2, dtype) + _norm(pixels, channels) + attention
 
 
-def picture_work(
+def image_work(
     text_encoder: Qwen3TextEncoder,
     transformer: FluxKlein,
     autoencoder: AutoEncoder,
-    *,
+    workload: Workload,
     dtype: mx.Dtype,
-    height: int,
-    width: int,
-    length: int,
-    references: Sequence[tuple[int, int]] = (),
-    keeps_references: bool = False,
-    reuse: str | None = None,
 ) -> dict[str, Work]:
-    """What each stage of a picture does, by the plan's names: for one prompt, all references, one pass of the
-    transformer, one picture; where there is ``reuse``, passes after the first do that of "later passes". Weights of
-    modules are not read. Arguments as plan.make_plan has them.
+    """What each stage of an image does, by the plan's names: for one prompt, all references, one pass of the
+    transformer (the first), one image. Weights of modules are not read.
     """
-    image, seen = height * width // 256, sum(h * w for h, w in references) // 256
-    text_dtype, pictures = stage_dtype("text_encoder", dtype), stage_dtype("autoencoder", dtype)
-    params, config = transformer.params, autoencoder.config
-
-    def reading(module: nn.Module, dtype: mx.Dtype, but: int = 0) -> Work:
-        """A module's weights, of which packed ones are unpacked."""
-        return Work(weights=weight_bytes(module) - but, intermediates=2 * dense_bytes(module, dtype))
-
-    layers = reading(text_encoder, text_dtype, weight_bytes(text_encoder.model.embed_tokens))  # few rows of that
-    weights = reading(transformer, dtype)
-    work = {"text encoder": text_encoder_work(text_encoder.config, length, text_dtype) + layers}
-    if references:
-        encoder = reading(autoencoder.encoder, pictures)
-        work["references"] = sum((encoder_work(config, h, w, pictures) + encoder for h, w in references), Work())
-        if keeps_references:
-            work["references"] += keeping_work(params, seen, dtype) + weights
-    kept = seen if keeps_references else 0
-    work["transformer"] = transformer_work(params, length, image + seen - kept, dtype, kept) + weights
-    if reuse == "text":
-        work["later passes"] = transformer_work(params, 0, image + seen, dtype, length) + weights
-    elif reuse == "references":
-        work["later passes"] = transformer_work(params, length, image, dtype, seen) + weights
-    work["decoder"] = decoder_work(config, height, width, pictures) + reading(autoencoder.decoder, pictures)
+    text_dtype, image_dtype = stage_dtype("text_encoder", dtype), stage_dtype("autoencoder", dtype)
+    params, config, one = transformer.params, autoencoder.config, workload.denoising()
+    embedding = weight_bytes(text_encoder.model.embed_tokens)  # a few of its rows are read
+    encoding = text_encoder_work(text_encoder.config, workload.text, text_dtype)
+    work = {"text encoder": encoding + _reading(text_encoder, text_dtype, but=embedding)}
+    weights = _reading(transformer, dtype)
+    if workload.reference_sizes:
+        encoder = _reading(autoencoder.encoder, image_dtype)
+        encoded = [encoder_work(config, *size, image_dtype) + encoder for size in workload.reference_sizes]
+        work["references"] = sum(encoded, Work())
+        if workload.kv:
+            work["references"] += reference_kv_work(params, workload.kv, dtype) + weights
+    work["transformer"] = transformer_work(params, one.text, one.image + one.references, dtype, one.kv) + weights
+    decoding = decoder_work(config, workload.height, workload.width, image_dtype)
+    work["decoder"] = decoding + _reading(autoencoder.decoder, image_dtype)
     return work
+
+
+def later_work(transformer: FluxKlein, workload: Workload, dtype: mx.Dtype) -> Work | None:
+    """A pass of the transformer once keys and values are frozen; None where none are."""
+    if not workload.denoising().frozen_tokens:
+        return None
+    one = workload.denoising().later
+    work = transformer_work(transformer.params, one.text, one.image + one.references, dtype, one.kv)
+    return work + _reading(transformer, dtype)
+
+
+def _reading(module: nn.Module, dtype: mx.Dtype, but: int = 0) -> Work:
+    """Reading a module's weights, but for so many bytes of them; packed ones are unpacked."""
+    return Work(weights=weight_bytes(module) - but, intermediates=2 * dense_bytes(module, dtype))
 
 
 # ---------------------------------------------------------------------------------------------------- speeds

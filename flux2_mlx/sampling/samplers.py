@@ -5,23 +5,67 @@ Reference: Black Forest Labs' flux2 sampling and diffusers' FlowMatchEulerDiscre
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from ..errors import InputError
-from .schedules import linear_sigmas
+from .schedules import StepPlan, linear_sigmas
 
 
-def noised(clean: mx.array, noise: mx.array, sigma: float) -> mx.array:
-    """What a picture's tokens are at a noise level: (1 - sigma) * clean + sigma * noise."""
+def add_noise(clean: mx.array, noise: mx.array, sigma: float) -> mx.array:
+    """Clean tokens at a noise level: (1 - sigma) * clean + sigma * noise."""
     return (1 - sigma) * clean + sigma * noise
 
 
 def euler_step(x: mx.array, velocity: mx.array, sigma: float, sigma_next: float) -> mx.array:
     """x + (sigma_next - sigma) * velocity, in x's dtype or the wider of the two."""
     return x + (sigma_next - sigma) * velocity.astype(x.dtype)
+
+
+@dataclass(frozen=True)
+class MaskBlend:
+    """Inpainting: outside of the mask, tokens are those of the init image at the step's noise level.
+
+    Attributes:
+        clean, noise: (1, S, C) and (B, S, C).
+        mask: (1, S, 1) in 0..1, 1 where the image is generated anew.
+    """
+
+    clean: mx.array
+    noise: mx.array
+    mask: mx.array
+
+    def __call__(self, x: mx.array, sigma: float) -> mx.array:
+        """x (B, S, C) at a noise level, blended."""
+        return self.mask * x + (1 - self.mask) * add_noise(self.clean, self.noise, sigma)
+
+
+def sample_euler(
+    velocity: Callable[[mx.array, StepPlan], mx.array],
+    x: mx.array,
+    steps: Sequence[StepPlan],
+    blend: MaskBlend | None = None,
+) -> Iterator[tuple[StepPlan, mx.array, mx.array]]:
+    """Euler's steps along a rectified flow.
+
+    Args:
+        velocity: of tokens (B, S, C) in a step: noise minus image.
+        x: (B, S, C) tokens at the first step's noise level.
+        blend: of inpainting.
+
+    Yields:
+        each step with the tokens at its lower noise level, and the image that it foresees, both (B, S, C).
+    """
+    for step in steps:
+        v = velocity(x, step)
+        x = euler_step(x, v, step.sigma, step.sigma_next)
+        denoised = x - step.sigma_next * v
+        if blend is not None:
+            x, denoised = blend(x, step.sigma_next), blend(denoised, 0)
+        mx.eval(x, denoised)
+        yield step, x, denoised
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def _take_steps(
     mx.reset_peak_memory()
     with tqdm(desc="training", total=options.steps, initial=trainer.step, disable=not shows_bars, unit="step") as bar:
         if is_first and validation is not None and trainer.step == 0:
-            validation.draw(trainer)
+            validation.generate(trainer)
         while trainer.step < options.steps and not is_stopped:
             started = time.perf_counter()
             step = trainer.take_step()
@@ -156,7 +156,7 @@ def _take_steps(
             if trainer.step % options.save_every == 0 or is_last or is_stopped:
                 save()
             if validation is not None and not is_stopped and (trainer.step % options.validate_every == 0 or is_last):
-                validation.draw(trainer)
+                validation.generate(trainer)
     return is_stopped and trainer.step < options.steps
 
 

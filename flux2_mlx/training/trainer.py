@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,17 +26,12 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map, tree_map_with_path
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from ..adapters.keys import lora_arrays
 from ..errors import CheckpointError, InputError
-from ..imaging.preprocess import to_pil, to_unit
 from ..models.flux2 import FluxKlein
-from ..sampling.guidance import guide
-from ..sampling.latents import PIXELS_PER_TOKEN, image_ids, initial_noise, text_ids, unpack_latents
-from ..sampling.samplers import euler_step
-from ..sampling.schedules import flux2_sigmas
+from ..sampling.latents import image_ids, text_ids
 from .adapter import add_adapters
 from .dataset import BatchSampler, Example, Size
 from .latent_cache import LatentCache, save_arrays, sized_images
@@ -184,7 +179,7 @@ class Trainer:
             mx.array(timesteps.astype(np.float32)),
             mx.concatenate(references, axis=1) if references else None,
             txt,
-            self._rope(shape),
+            self.rope(shape),
         )
 
     def _preservation_inputs(self, number: int, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -209,42 +204,16 @@ class Trainer:
         for key, adapter in zip(keys, self.adapters.values(), strict=True):
             adapter.set_dropout_key(key)
 
-    def draw(
-        self, prompt: str, references: Sequence[tuple[Path, Size]], size: Size, steps: int, guidance: float
-    ) -> Image.Image:
-        """Draw an image with what has been learned, of encoded prompt and references, by the official schedule.
-
-        Args:
-            guidance: 1 draws without.
-        """
-        pipe, (height, width) = self.cache.pipe, size
-        seen = [self.cache.latents(*reference) for reference in references]
-        txt, away = self.cache.prompt_embeds(prompt), self.cache.prompt_embeds("")
-        rope = self._rope((size, *(shape for _, shape in references)))
-        tokens = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
-
-        def velocity(x: mx.array, txt: mx.array, sigma: float) -> mx.array:
-            v = self.model.forward_with_rope(mx.concatenate([x, *seen], axis=1), txt, mx.array([sigma]), *rope)
-            return v[:, :tokens].astype(mx.float32)
-
+    @contextmanager
+    def generating(self) -> Iterator[FluxKlein]:
+        """The model as it generates: without dropout, with the moving average where there is one."""
         trained = self._parameters()
         self.model.eval()
         self.model.load_weights(list(self.ema_or_current().items()), strict=False)
         try:
-            x = initial_noise(self.options.seed, height, width, self.model.params.in_channels)
-            for sigma, sigma_next in pairwise(flux2_sigmas(steps, tokens)):
-                v = velocity(x, txt, sigma)
-                if guidance > 1:
-                    mx.eval(v)  # or intermediates of both passes would be in memory
-                    v = guide(v, velocity(x, away, sigma), guidance)
-                x = euler_step(x, v, sigma, sigma_next)
-                mx.eval(x)
+            yield self.model
         finally:
             self.model.load_weights(list(trained.items()), strict=False)
-        latents = unpack_latents(pipe.autoencoder.bn.denormalize(x), height, width)
-        image = to_pil(np.array(to_unit(pipe.autoencoder.decoder(latents))[0]))
-        pipe.unload("autoencoder")
-        return image
 
     def ema_or_current(self) -> dict[str, mx.array]:
         """The parameters to save and generate with: the moving average with ``options.ema``, else the current ones."""
@@ -319,7 +288,8 @@ class Trainer:
     def _parameters(self) -> dict[str, mx.array]:
         return named_arrays(self.model.trainable_parameters())
 
-    def _rope(self, shape: Sequence[Size]) -> tuple[mx.array, mx.array]:
+    def rope(self, shape: Sequence[Size]) -> tuple[mx.array, mx.array]:
+        """Tables of text, image and references, by the (height, width) of each."""
         params = self.model.params
         grids = [image_ids(*size, reference=k - 1 if k else None) for k, size in enumerate(shape)]
         ids = mx.concatenate(grids, axis=1)

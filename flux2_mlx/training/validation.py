@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from ..errors import InputError
 from ..imaging.files import open_image
-from ..imaging.preprocess import reference_size
+from ..imaging.preprocess import reference_size, to_pil, to_unit
 from ..pipeline import Flux2Pipeline
-from ..sampling.latents import PIXELS_PER_TOKEN
+from ..request import usual_guidance
+from ..sampling.denoiser import Denoiser
+from ..sampling.guidance import Guidance, sequential
+from ..sampling.latents import PIXELS_PER_TOKEN, initial_noise, unpack_latents
+from ..sampling.samplers import sample_euler
+from ..sampling.schedules import flux2_sigmas, plan_steps
 from .dataset import Size, bucket
 from .log import write_image
 from .options import TrainingOptions
@@ -18,7 +28,7 @@ from .trainer import Trainer
 
 @dataclass(frozen=True)
 class Validation:
-    """What is drawn now and then, always from the same noise."""
+    """An image that is generated now and then, always from the same noise, to see what has been learned."""
 
     prompt: str
     references: list[tuple[Path, Size]]
@@ -28,10 +38,10 @@ class Validation:
 
     @classmethod
     def of(cls, options: TrainingOptions, pipe: Flux2Pipeline) -> Validation | None:
-        """As the options say, with what drawing takes for the model.
+        """As the options say, with the model's own guidance.
 
         Raises:
-            InputError: for a picture that cannot be read.
+            InputError: for an image that cannot be read.
         """
         if options.validation_prompt is None:
             return None
@@ -47,11 +57,30 @@ class Validation:
         size = references[0][1] if references else (side, side)
         is_distilled = pipe.checkpoint.is_distilled
         steps = options.validation_steps or (4 if is_distilled else 25)
-        return cls(options.validation_prompt, references, size, steps, 1.0 if is_distilled else 4.0)
+        return cls(options.validation_prompt, references, size, steps, usual_guidance(is_distilled))
 
-    def draw(self, trainer: Trainer) -> None:
-        """Draw it, as samples/step-000250.png of the run's folder."""
+    def generate(self, trainer: Trainer) -> None:
+        """Generate it with what has been learned, as samples/step-000250.png of the run's folder."""
         folder = Path(trainer.options.output) / "samples"
         folder.mkdir(exist_ok=True)
-        picture = trainer.draw(self.prompt, self.references, self.size, self.steps, self.guidance)
-        write_image(folder / f"step-{trainer.step:06}.png", picture)
+        write_image(folder / f"step-{trainer.step:06}.png", self._image(trainer))
+
+    def _image(self, trainer: Trainer) -> Image.Image:
+        cache, (height, width) = trainer.cache, self.size
+        tokens = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
+        references = [cache.latents(*reference) for reference in self.references]
+        rope = trainer.rope((self.size, *(size for _, size in self.references)))
+        noise = initial_noise(trainer.options.seed, height, width, trainer.model.params.in_channels)
+        steps = plan_steps(flux2_sigmas(self.steps, tokens), uses_cfg=self.guidance > 1)
+        with trainer.generating() as model:
+            denoiser = Denoiser(lambda: nullcontext(model), rope, tokens, references)
+            passes = sequential(denoiser, denoiser)
+            velocity = Guidance(
+                denoiser, passes, cache.prompt_embeds(self.prompt), cache.prompt_embeds(""), self.guidance
+            )
+            ((_, latents, _),) = deque(sample_euler(velocity, noise, steps), maxlen=1)
+        autoencoder = cache.pipe.autoencoder
+        decoded = autoencoder.decoder(unpack_latents(autoencoder.bn.denormalize(latents), height, width))
+        image = to_pil(np.array(to_unit(decoded)[0]))
+        cache.pipe.unload("autoencoder")
+        return image

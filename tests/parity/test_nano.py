@@ -9,7 +9,7 @@ from diffusers import Flux2KleinPipeline
 from PIL import Image
 
 import flux2_mlx
-from benchmarks.nano_world import Scene, Thing, judge, render
+from examples.nano_world import Scene, Thing, judge, render
 from flux2_mlx import Flux2Pipeline
 from tests.parity.compare import assert_same_picture
 

@@ -1,7 +1,7 @@
 """Does the full klein-4b draw what diffusers draws? A checkpoint of the true shapes in random bfloat16 weights, written
 by diffusers, drawn by both in float32 from the same seed: levels of difference, seconds and peak memory of each.
 
-    python -m benchmarks.full_parity FOLDER        # needs the dev extra, 17 GB of disk and 24 GB of memory
+    python -m benchmarks.parity FOLDER        # needs the dev extra, 17 GB of disk and 24 GB of memory
 
 Each side runs in a process of its own, one stage in memory at a time. The checkpoint stays in FOLDER for another run.
 """
@@ -11,22 +11,22 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import subprocess
-import sys
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.common import machine, process_peak_gb
+from benchmarks.common import child, print_json, print_row, process_peak_gb
 
 PROMPT = "a red fox"
 SEED = 7
 TOKENIZER = Path(__file__).parents[1] / "tests" / "data" / "qwen3-tokenizer"
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, size: int) -> None:
     """A klein-4b of random weights, by diffusers' own save_pretrained."""
     import torch
     from diffusers import (
@@ -108,41 +108,35 @@ def draw_with_mlx(folder: Path, size: int) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--only", choices=("write", "diffusers", "mlx"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     folder, size = arguments.folder, arguments.size
-    if arguments.only == "write":
-        write(folder)
-    elif arguments.only:
-        draw = draw_with_diffusers if arguments.only == "diffusers" else draw_with_mlx
-        print(json.dumps(draw(folder, size)))
-    else:
-
-        def side(name: str) -> str:
-            command = [sys.executable, "-m", "benchmarks.full_parity", str(folder), "--size", str(size), "--only", name]
-            return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-        if not (folder / "model_index.json").is_file():
-            side("write")
-        figures = {}
-        for name in ("diffusers", "mlx"):
-            figures[name] = json.loads(side(name).splitlines()[-1])
-            print(f"{name:10}", {key: round(value, 2) for key, value in figures[name].items()}, flush=True)
-        theirs, ours = (np.load(folder / f"{name}.npy") for name in ("diffusers", "mlx"))
-        levels = np.abs(np.round(ours * 255) - np.round(theirs * 255))
-        comparison = {
-            "relative_error": float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)),
-            "max_levels": int(levels.max()),
-            "values_off": float((levels > 0).mean()),
-            "std_levels": float(255 * theirs.std()),
-        }
-        print(comparison)
-        Image.fromarray((ours * 255).round().astype(np.uint8)).save(folder / "mlx.png")
-        print(json.dumps({"benchmark": "full_parity", "size": size, "parts": figures, **comparison, **machine()}))
+    if arguments.only:
+        sides = {"write": write, "diffusers": draw_with_diffusers, "mlx": draw_with_mlx}
+        print(json.dumps(sides[arguments.only](folder, size)))
+        return
+    side = partial(child, "benchmarks.parity", str(folder), "--size", str(size), "--only")
+    if not (folder / "model_index.json").is_file():
+        side("write")
+    figures = {}
+    for name in ("diffusers", "mlx"):
+        figures[name] = side(name)
+        print_row(name, (f"{key} {value:.2f}" for key, value in figures[name].items()), width=30, first=10)
+    theirs, ours = (np.load(folder / f"{name}.npy") for name in ("diffusers", "mlx"))
+    levels = np.abs(np.round(ours * 255) - np.round(theirs * 255))
+    comparison = {
+        "relative_error": float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)),
+        "max_levels": int(levels.max()),
+        "values_off": float((levels > 0).mean()),
+        "std_levels": float(255 * theirs.std()),
+    }
+    print(comparison)
+    Image.fromarray((ours * 255).round().astype(np.uint8)).save(folder / "mlx.png")
+    print_json("parity", arguments, {"parts": figures, **comparison})
 
 
 if __name__ == "__main__":

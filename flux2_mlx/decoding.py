@@ -1,0 +1,72 @@
+"""Latents to images: the decoder at full size, and coarse previews."""
+
+from __future__ import annotations
+
+import os
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from .checkpoints.load import load_preview_decoder
+from .device import memory_limit, stage_dtype
+from .imaging.preprocess import to_pil, to_unit
+from .imaging.preview import preview_map, render_preview
+from .options import dtype_name
+from .request import Settings
+from .runtime.activations import decoder_bytes, preview_bytes
+from .runtime.residency import Need, Stages
+from .runtime.stats import Stats, not_finite
+from .sampling.latents import unpack_latents
+
+
+class LatentDecoder:
+    """Decodes sampled tokens (1, S, C).
+
+    Args:
+        preview_decoder: TAEF2's weights for previews, a safetensors file or "owner/name/file" on the Hub.
+
+    Attributes:
+        preview_decoder: TAEF2, if its weights were given.
+
+    Caches:
+        _preview_map: the linear map of coarse previews, fitted when one is first wanted; it never changes.
+    """
+
+    def __init__(self, stages: Stages, preview_decoder: str | os.PathLike[str] | None):
+        self.stages = stages
+        self.dtype = stage_dtype("autoencoder", stages.dtype)
+        self.preview_decoder = None if preview_decoder is None else load_preview_decoder(preview_decoder, self.dtype)
+        self._preview_map: np.ndarray | None = None
+
+    def unpack(self, latents: mx.array, settings: Settings) -> mx.array:
+        """What the decoder takes, (1, H/8, W/8, 32), of sampled tokens."""
+        denormalized = self.stages.autoencoder.bn.denormalize(latents)
+        return unpack_latents(denormalized, settings.height, settings.width)
+
+    def decode(self, latents: mx.array, settings: Settings, stats: Stats) -> mx.array:
+        """An image (1, H, W, 3) in 0..1, float32.
+
+        Raises:
+            FloatingPointError: where the decoder's output is not finite.
+        """
+        config = self.stages.checkpoint.autoencoder
+        need = Need(decoder_bytes(config, settings.height, settings.width, self.dtype))
+        with self.stages.use("autoencoder", need, stats, what="decode", part="decoder") as decoder:
+            decoded = decoder(self.unpack(latents, settings))
+            image, finite = to_unit(decoded), mx.isfinite(decoded).all()
+            mx.eval(image, finite)
+        if not finite.item():
+            raise FloatingPointError(not_finite("the decoder", dtype_name(self.dtype)))
+        return image
+
+    def preview(self, latents: mx.array, settings: Settings, stats: Stats) -> Image.Image:
+        """A coarse image, an eighth of the resolution, enlarged; or by the preview decoder."""
+        if self.preview_decoder is not None:
+            z = unpack_latents(latents, settings.height, settings.width).astype(self.dtype)
+            activation_bytes = preview_bytes(settings.height, settings.width, self.dtype)
+            with memory_limit(self.stages.memory_limit, activation_bytes), stats.measure("preview"):
+                return to_pil(np.array(mx.clip(self.preview_decoder(z)[0].astype(mx.float32), 0, 1)))
+        if self._preview_map is None:
+            self._preview_map = preview_map(self.stages.checkpoint, self.stages.dtype)
+        return render_preview(latents, self._preview_map, settings.height, settings.width)

@@ -1,0 +1,227 @@
+"""Generation: a resolved request to the steps of its images.
+
+request -> Conditioning (prompt embeddings, references, rope) -> for each batch: noise, velocity, Euler's steps -> Step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from tqdm.auto import tqdm
+
+from .conditioning.references import ReferenceEncoder
+from .conditioning.text import PromptEncoder
+from .decoding import LatentDecoder
+from .device import wired_limit
+from .models.first_block_cache import StepCache
+from .models.kv_cache import Kept, Reuse
+from .request import Request, request_noise
+from .results import Step
+from .runtime.activations import Pass, Workload
+from .runtime.residency import Need, Stages
+from .runtime.stats import Stats, not_finite
+from .sampling.denoiser import CachedDenoiser, Denoiser, FrozenDenoiser, Velocity
+from .sampling.guidance import Guidance, batched, distributed, sequential
+from .sampling.latents import image_ids
+from .sampling.samplers import MaskBlend, add_noise, sample_euler
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the transformer is given beside the noisy tokens, for all images of a request.
+
+    Attributes:
+        embeddings: (1, L, D) of each image's prompt.
+        negative: (1, L, D) of the negative prompt, where there is CFG.
+        init: clean tokens (1, S, C) of the init image, if any.
+        references: clean tokens (1, R, C) of references that go through every pass.
+        reference_kv: keys and values of references, in place of those.
+        rope: tables of text, image and references.
+        one: a pass for one image without CFG.
+    """
+
+    embeddings: list[mx.array]
+    negative: mx.array | None
+    init: mx.array | None
+    references: list[mx.array]
+    reference_kv: list[Kept] | None
+    rope: tuple[mx.array, mx.array]
+    one: Pass
+
+
+@dataclass
+class Generator:
+    """Generates the images of requests.
+
+    Attributes:
+        group: two processes that take a pass of CFG each, if any.
+    """
+
+    stages: Stages
+    prompts: PromptEncoder
+    references: ReferenceEncoder
+    decoder: LatentDecoder
+    group: mx.distributed.Group | None = None
+
+    def generate(self, request: Request) -> Iterator[Step]:
+        """Every step of every image; those of images that share a pass in turn.
+
+        Raises:
+            FloatingPointError: where the latents stop being finite.
+        """
+        with wired_limit(self.stages.memory_limit):
+            try:
+                yield from self._generate(request)
+            except GeneratorExit:  # the caller stops before the end: give back what the steps worked on
+                mx.clear_cache()
+                raise
+
+    def _generate(self, request: Request) -> Iterator[Step]:
+        stats = Stats()
+        shared = self._condition(request, stats)
+        two_passes = request.uses_cfg and self.group is None
+        is_batched = two_passes and self.stages.fits(replace(shared.one, rows=2))
+        caches = shared.one.caches * (2 if two_passes and not is_batched else 1)
+        one = replace(shared.one, rows=2 if is_batched else 1, caches=caches)
+        count = self._images_per_pass(request, one)
+        one = replace(one, rows=count * one.rows)
+        self.stages.prepare("transformer", self._need(one), stats)  # before the bar of the steps, for its own bar
+        total = len(request.settings) * len(request.steps)
+        with self.stages.bar("generating", total, unit="step") as bar:
+            for start in range(0, len(request.settings), count):
+                images = range(start, min(start + count, len(request.settings)))
+                yield from self._generate_batch(request, shared, one, images, is_batched, stats, bar)
+
+    def _generate_batch(
+        self,
+        request: Request,
+        shared: Conditioning,
+        one: Pass,
+        images: range,
+        is_batched: bool,
+        stats: Stats,
+        bar: tqdm,
+    ) -> Iterator[Step]:
+        """The images that share a pass."""
+        first, channels = request.settings[0], self.stages.checkpoint.transformer.in_channels
+        frozen = None if first.reuse is None else Reuse(first.reuse, one.image)
+
+        def use() -> AbstractContextManager[Any]:
+            is_frozen = frozen is not None and bool(frozen.kept)
+            return self.stages.use("transformer", self._need(one, is_frozen), stats, what="denoise")
+
+        denoiser = Denoiser(use, shared.rope, one.image, shared.references, shared.reference_kv)
+        velocity = self._velocity(request, shared, denoiser, frozen, images, is_batched)
+        x = noise = mx.concatenate(
+            [request.latents[k] if request.latents else request_noise(request.settings[k], channels) for k in images]
+        )
+        blend = None
+        if shared.init is not None:
+            x = add_noise(shared.init, noise, request.steps[0].sigma)
+            blend = None if request.mask_tokens is None else MaskBlend(shared.init, noise, request.mask_tokens)
+        for step, latents, denoised in sample_euler(velocity, x, request.steps, blend):
+            if not mx.isfinite(latents).all().item():
+                raise FloatingPointError(not_finite(f"step {step.index} of {first.num_steps}", first.dtype))
+            cache = velocity.cond.cache if isinstance(velocity.cond, CachedDenoiser) else None
+            stats.steps["reused" if cache is not None and cache.is_used else "computed"] += len(images)
+            for row, k in enumerate(images):
+                part = slice(row, row + 1)
+                bar.update()
+                yield Step(
+                    k,
+                    step.index,
+                    step.sigma_next,
+                    latents[part],
+                    denoised[part],
+                    request.settings[k],
+                    stats,
+                    self.decoder,
+                    request.inpaint,
+                )
+
+    def _velocity(
+        self,
+        request: Request,
+        shared: Conditioning,
+        denoiser: Denoiser,
+        frozen: Reuse | None,
+        images: range,
+        is_batched: bool,
+    ) -> Guidance:
+        """The denoiser with what the request asks for around it: caches, then CFG."""
+        first, tokens = request.settings[0], denoiser.num_tokens
+        threshold = first.step_cache
+        cond: Velocity = denoiser
+        uncond: Velocity = denoiser
+        if frozen is not None:
+            cond = FrozenDenoiser(denoiser, frozen)
+        elif threshold is not None:
+            leader = CachedDenoiser(denoiser, lambda: StepCache(threshold, tokens, group=self.group))
+            cond = leader
+            uncond = CachedDenoiser(denoiser, lambda: StepCache(threshold, tokens, leader=leader.cache))
+        if self.group is not None:
+            passes = distributed(cond, self.group)
+        else:
+            passes = batched(cond) if is_batched else sequential(cond, uncond)
+        txt = mx.concatenate([shared.embeddings[k] for k in images])
+        negative = txt if shared.negative is None else mx.broadcast_to(shared.negative, txt.shape)
+        return Guidance(cond, passes, txt, negative, first.guidance, first.guidance_rescale)
+
+    def _condition(self, request: Request, stats: Stats) -> Conditioning:
+        """Encode prompts, references and the init image."""
+        first = request.settings[0]
+        length, size = first.max_sequence_length, (first.height, first.width)
+        prompts = [] if request.prompt_embeds else [settings.prompt for settings in request.settings]
+        negative = [first.negative_prompt] if request.uses_cfg else []
+        encoded = self.prompts.encode([*prompts, *negative], length, stats)
+        init_images = [] if request.init_image is None else [request.init_image]
+        references = self.references.encode([*request.references, *init_images], stats)
+        sizes = [(pixels.shape[1], pixels.shape[2]) for pixels in request.references]
+        init = references.pop().astype(mx.float32) if init_images else None
+        if init is not None and request.inpaint is not None:
+            references, sizes = [init, *references], [size, *sizes]
+        position_ids = [image_ids(*own, reference=k) for k, own in enumerate(sizes)]
+        workload = Workload(
+            *size,
+            length,
+            sizes,
+            self.stages.checkpoint.has_kv_cache,
+            frozen=first.reuse,
+        )
+        one = workload.denoising(caches=0 if first.step_cache is None else 1)
+        reference_kv = None
+        if one.kv:
+            reference_kv = self.references.encode_kv(references, position_ids, stats)
+            references, position_ids = [], []
+        return Conditioning(
+            request.prompt_embeds or [encoded[prompt] for prompt in prompts],
+            encoded[first.negative_prompt] if negative else None,
+            init,
+            references,
+            reference_kv,
+            self.references.rope(length, [image_ids(*size), *position_ids]),
+            one,
+        )
+
+    def _need(self, one: Pass, is_frozen: bool = False) -> Need:
+        """What a pass needs beside the weights; ``is_frozen``: frozen keys and values are in memory already."""
+        frozen_bytes = one.rows * self.stages.kv_bytes(one.frozen_tokens) if is_frozen else 0
+        activations, attention = (part - frozen_bytes for part in self.stages.transformer_need(one))
+        return Need(activations, attention, pinned=self.stages.kv_bytes(one.kv) + frozen_bytes)
+
+    def _images_per_pass(self, request: Request, one: Pass) -> int:
+        """How many images go through the transformer together, each with the rows of ``one``."""
+        most = request.batch_size
+        if most is None:  # a streamed transformer is read once for all of them
+            most = len(request.settings) if self.stages.streams_transformer(one) else 1
+        counts = range(min(most, len(request.settings)), 1, -1)
+        fitting = next((count for count in counts if self.stages.fits(replace(one, rows=count * one.rows))), 1)
+        if self.group is None:
+            return fitting
+        both = mx.distributed.all_gather(mx.array([fitting]), group=self.group)  # processes have to take the same
+        return int(np.array(both).min())

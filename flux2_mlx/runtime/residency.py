@@ -1,0 +1,302 @@
+"""Residency: which stages are in memory. The one owner of what is loaded, unloaded, streamed, read ahead and adapted.
+
+A stage is a model of a checkpoint. It is built with lazy weights, brought into memory when it is first used, and goes
+back to the checkpoint's files where another stage needs the room. Whoever needs a stage borrows it with ``use`` and
+does not keep it.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from threading import Event, Thread
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from tqdm.auto import tqdm
+
+from ..adapters.lora import Lora, attach, attached, merging
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.files import read_through
+from ..checkpoints.load import load_autoencoder, load_text_encoder, load_transformer, materialize, to_be_converted
+from ..device import memory_limit, stage_dtype, weight_bytes
+from ..models.autoencoder import AutoEncoder
+from ..models.flux2 import FluxKlein
+from ..models.qwen3 import Qwen3TextEncoder
+from ..quantization.layers import tune
+from ..quantization.spec import Quantization
+from .activations import Pass, kv_bytes, transformer_bytes
+from .plan import Stage, stage_of
+from .stats import Stats
+from .streaming import is_streamed, stream
+
+STAGES = ("text_encoder", "transformer", "autoencoder")
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a use of a stage takes beside its weights, in bytes.
+
+    Attributes:
+        activations, attention: see plan.stage_of.
+        pinned: of what is in memory already and stays there, as keys and values of references.
+    """
+
+    activations: int
+    attention: int = 0
+    pinned: int = 0
+
+
+class Stages:
+    """The stages of a checkpoint and their residency.
+
+    Attributes:
+        checkpoint: whose weights they are; another one once LoRAs are fused.
+        dtype: of the transformer; see device.stage_dtype for the others'.
+        quantize: how each stage is packed that the checkpoint holds dense.
+        memory: what stays loaded, one of plan.MODES.
+        memory_limit: bytes that loaded stages and their activations may take together.
+        loras: adapters of the transformer by name.
+        evict: called where memory is short though all other stages are unloaded, and when the transformer's weights
+            change: its owner gives back what the transformer computed for calls to come.
+
+    State of its own: ``_modules``, the stages by name, their weights lazy or loaded; ``_loaded``, of each stage the ids
+    of the modules that are in memory (the whole stage, or encoder and decoder of the autoencoder).
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: mx.Dtype,
+        quantize: Mapping[str, Quantization],
+        memory: str,
+        memory_limit: int,
+        progress: bool,
+    ):
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.quantize = dict(quantize)
+        self.memory = memory
+        self.memory_limit = memory_limit
+        self.progress = progress
+        self.loras: dict[str, Lora] = {}
+        self.evict: Callable[[], None] = lambda: None
+        self._modules: dict[str, nn.Module] = {}
+        self._loaded: dict[str, set[int]] = {}
+        for name in STAGES:
+            self._open(name)
+
+    @property
+    def text_encoder(self) -> Qwen3TextEncoder:
+        return cast(Qwen3TextEncoder, self._modules["text_encoder"])
+
+    @property
+    def transformer(self) -> FluxKlein:
+        return cast(FluxKlein, self._modules["transformer"])
+
+    @property
+    def autoencoder(self) -> AutoEncoder:
+        return cast(AutoEncoder, self._modules["autoencoder"])
+
+    # ------------------------------------------------------------------------------------------------ use
+
+    @contextmanager
+    def use(self, name: str, need: Need, stats: Stats, *, what: str, part: str = "") -> Iterator[Any]:
+        """Lend a stage, loaded, and keep MLX to the memory limit meanwhile.
+
+        Args:
+            name: of STAGES.
+            need: bytes beside its weights.
+            stats: where the time and the peak are counted, under ``what``; loading under "load".
+            part: "encoder" or "decoder" of the autoencoder.
+
+        Yields:
+            the module.
+        """
+        activation_bytes = self.prepare(name, need, stats, part=part)
+        with memory_limit(self.memory_limit, activation_bytes), stats.measure(what):
+            yield self._module(name, part)
+
+    def prepare(self, name: str, need: Need, stats: Stats, *, part: str = "") -> int:
+        """Bring a stage, or a part of one, into memory; other stages out of it as far as mode and limit say.
+
+        What is too large even alone is streamed, if it has blocks, or loaded all the same, with a UserWarning.
+
+        Returns:
+            the bytes of its activations, the largest unpacked matrix among them.
+        """
+        dtype, module = stage_dtype(name, self.dtype), self._module(name, part)
+        stage = stage_of(name.replace("_", " "), module, dtype, need.activations, need.attention)
+        streams = stage.is_streamed(self.memory, self.memory_limit - need.pinned)
+        if self._loaded[name] and streams != is_streamed(module):  # as for an image of another size
+            self._open(name)
+            module = self._module(name, part)
+        weights, is_loaded = stage.streamed if streams else stage.weights, self.is_loaded(name, part)
+        self._make_room(name, stage.working + (weights if streams or not is_loaded else 0), need.pinned)
+        if is_loaded:
+            return stage.working
+        self._warn(stage, weights, need.pinned, module if streams else None)
+        self._load(name, module, stage, weights, stats, streams=streams)
+        return stage.working
+
+    def _load(self, name: str, module: nn.Module, stage: Stage, weights: int, stats: Stats, *, streams: bool) -> None:
+        """Read a module's weights, or of a streamed one those outside of its blocks."""
+        dtype = stage_dtype(name, self.dtype)
+        loading = stream(module, partial(self._built, name), dtype) if streams else materialize(module)
+        with (
+            self.bar(f"loading {stage.name}", weights, unit="B", unit_scale=True) as bar,
+            memory_limit(self.memory_limit, 0),
+            stats.measure("load"),
+        ):
+            try:
+                for count in loading:
+                    bar.update(count)
+                if not streams:
+                    tune(module, dtype)
+            except BaseException:
+                self._open(name)  # half of a packed layer would go unnoticed
+                raise
+        mx.clear_cache()  # what was read to be converted
+        self._loaded[name].add(id(module))
+
+    def _warn(self, stage: Stage, weights: int, pinned: int, streamed: nn.Module | None) -> None:
+        """Warn of what will be slow: too little memory, or a streamed module that is converted in every pass."""
+        needed = weights + stage.working + (mx.get_active_memory() if self.memory == "resident" else pinned)
+        if needed > self.memory_limit:
+            warnings.warn(
+                f"the {stage.name} needs about {needed / 1e9:.1f} GB and this machine gives "
+                f"{self.memory_limit / 1e9:.1f} GB; it will be slow, or fail, for want of memory",
+                stacklevel=2,
+            )
+        if streamed is not None and to_be_converted(streamed):
+            warnings.warn(
+                f"the {stage.name} is streamed and its weights are converted in every pass over them; "
+                "python -m flux2_mlx.convert does it once",
+                stacklevel=2,
+            )
+
+    def _make_room(self, name: str, wanted: int, pinned: int) -> None:
+        """Unload other stages (none, all, or as far as it takes to have so many bytes); then evict, unless pinned."""
+        room = {"resident": math.inf, "auto": self.memory_limit}.get(self.memory, 0)
+        for other in STAGES:
+            if mx.get_active_memory() + wanted <= room:
+                break
+            if other != name and self._loaded[other]:
+                self._open(other)
+                mx.clear_cache()
+        if not pinned and mx.get_active_memory() + wanted > self.memory_limit:
+            self.evict()
+
+    @contextmanager
+    def reading_ahead(self, name: str) -> Iterator[None]:
+        """Meanwhile read the files of a stage that is wanted next, unless it is loaded or they leave no room."""
+        stop = Event()
+        if not self._loaded[name]:
+            files = self.checkpoint.sources[name].files
+            room = self.memory_limit - mx.get_active_memory()
+            Thread(target=read_through, args=(files, room, stop), daemon=True).start()
+        try:
+            yield
+        finally:
+            stop.set()
+
+    def unload(self, name: str | None = None) -> None:
+        """Give a stage's memory back, or that of all; its weights are read again when it is next used."""
+        for own in STAGES if name is None else (name,):
+            self._open(own)
+            if own == "transformer":
+                self.evict()
+        mx.clear_cache()
+
+    def loaded(self) -> set[str]:
+        """Which stages are in memory, whole or in part."""
+        return {name for name in STAGES if self._loaded[name]}
+
+    def is_loaded(self, name: str, part: str = "") -> bool:
+        """Whether a stage, or a part of one, is in memory."""
+        return id(self._module(name, part)) in self._loaded[name]
+
+    def bar(self, what: str, total: int, **options: Any) -> tqdm:
+        """A progress bar on standard error, where there is to be one."""
+        return tqdm(desc=what, total=total, leave=False, disable=not self.progress, **options)
+
+    # ------------------------------------------------------------------------------------------------ room
+
+    def transformer_stage(self, one: Pass) -> Stage:
+        """What the transformer needs for a pass."""
+        return stage_of("transformer", self.transformer, self.dtype, *self.transformer_need(one))
+
+    def transformer_need(self, one: Pass) -> tuple[int, int]:
+        """Bytes of a pass: activations, and those of attention."""
+        return transformer_bytes(self.checkpoint.transformer, one, self.dtype)
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes of the keys and values of so many tokens in every block of the transformer."""
+        return kv_bytes(self.checkpoint.transformer, tokens, self.dtype)
+
+    def streams_transformer(self, one: Pass) -> bool:
+        """Whether the transformer is streamed for such a pass."""
+        return self.transformer_stage(one).is_streamed(self.memory, self.memory_limit)
+
+    def fits(self, one: Pass) -> bool:
+        """Whether a pass of so many rows fits, with nothing unloaded or streamed for it that stays for one row."""
+        limit = self.memory_limit - self.kv_bytes(one.kv)
+        stage = self.transformer_stage(replace(one, rows=1))
+        weights = stage.streamed if stage.is_streamed(self.memory, limit) else stage.weights
+        others = self.loaded() - {"transformer"}
+        others_bytes = sum(weight_bytes(self._modules[name]) for name in others)
+        alone = others_bytes + weights + stage.working
+        if self.memory in ("staged", "streamed") or (self.memory == "auto" and alone > limit):
+            others_bytes = 0
+        return others_bytes + weights + self.transformer_stage(one).working <= limit
+
+    # ------------------------------------------------------------------------------------------------ adapters
+
+    def set_loras(self, loras: Mapping[str, Lora]) -> None:
+        """Generate with these LoRAs and no others: fused into the weights, which are then read again, or beside them.
+
+        Raises:
+            CheckpointError: for fusing into weights that the checkpoint holds packed; nothing changes then.
+        """
+        fused = tuple(lora for lora in loras.values() if lora.merge)
+        if fused != self.checkpoint.sources["transformer"].changes:
+            checkpoint = merging(self.checkpoint, fused)
+            checkpoint.sources["transformer"].weights()  # or what is packed would be refused when it is too late
+            self.checkpoint, self.loras = checkpoint, dict(loras)
+            self.unload("transformer")
+            return
+        self.loras = dict(loras)
+        self.evict()
+        attach(self.transformer, self._beside())
+        if self._loaded["transformer"] and not is_streamed(self.transformer):
+            mx.eval(attached(self.transformer))
+
+    def _beside(self) -> list[Lora]:
+        return [lora for lora in self.loras.values() if not lora.merge]
+
+    # ------------------------------------------------------------------------------------------------ modules
+
+    def _module(self, name: str, part: str) -> nn.Module:
+        return getattr(self._modules[name], part) if part else self._modules[name]
+
+    def _open(self, name: str) -> None:
+        """Build a stage with lazy weights; those of an earlier build are given back."""
+        self._modules[name] = self._built(name)
+        self._loaded[name] = set()
+
+    def _built(self, name: str) -> Any:
+        """A stage's module with lazy weights."""
+        dtype, spec = stage_dtype(name, self.dtype), self.quantize.get(name)
+        if name == "autoencoder":
+            return load_autoencoder(self.checkpoint, dtype)
+        if name == "text_encoder":
+            return load_text_encoder(self.checkpoint, dtype, spec)
+        transformer = load_transformer(self.checkpoint, dtype, spec)
+        attach(transformer, self._beside())
+        return transformer

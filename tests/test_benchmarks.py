@@ -1,0 +1,123 @@
+"""Benchmarks run, at the smallest sizes, and end with a line of JSON; what takes longer is nightly."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import compare, kernels, parity, plan, quality, step, training
+
+TINY = ["--random", "tiny", "--size", "64", "--text-length", "16", "--repeats", "1"]
+# Of a step of klein-4b, 1024 x 1024: a change that needs more says so here.
+BUDGET = {"kernels": 514, "gigabytes": 38}
+# A benchmark, its options, and where its report has what it measured. CHECKPOINT and FOLDER stand for folders.
+SMOKE = [
+    (step, [*TINY, "--quantize", "4", "--lora", "4", "--reference", "64", "--kv", "--batch", "2"], "ratios"),
+    (
+        step,
+        ["--model", "CHECKPOINT", "--size", "64", "--text-length", "16", "--steps", "2", "--repeats", "0"],
+        "stages",
+    ),
+    (compare, [*TINY, "--against", "floor", "--against", "undivided"], "ratios"),
+    (plan, ["FOLDER", "--tiny", "--size", "64", "--text-length", "16", "--memory", "streamed"], "stages"),
+    (plan, ["--model", "klein-9b-kv", "--references", "1", "--quantize", "4", "--chip", "M4 Max"], "stages"),
+    (kernels, [], "steps"),
+]
+WHOLE = ["--model", "CHECKPOINT", "--size", "64", "--text-length", "16", "--steps", "1", "--repeats", "1"]
+IN_TURN = ["num_steps=12", "--captions", "1", "--edits", "1", "--beside", "step_cache=0.3", "--beside", "num_steps=6"]
+NIGHTLY = [
+    (
+        compare,
+        [*WHOLE, "--stages", "start", *(w for n in ("cold-unread", "known-prompt") for w in ("--against", n))],
+        "ratios",
+    ),
+    (plan, ["--size", "64", "--steps", "1"], "stages"),
+    (quality, ["--model", "CHECKPOINT", "--ways", "--captions", "1", "--ranks", "1", "--layers"], "ways"),
+    (quality, IN_TURN, "figures"),
+    (training, ["--tiny", "--size", "64", "--text-length", "16", "--depth-single", "1", "2"], "whole"),
+]
+
+
+def run(benchmark, options, capsys):
+    """Its report."""
+    benchmark.main(options)
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["benchmark"] == benchmark.__name__.removeprefix("benchmarks.")
+    assert {"chip", "os", "mlx", "process_peak_gb"} <= report.keys()
+    return report
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "options", "measured"),
+    [*SMOKE, *(pytest.param(*case, marks=pytest.mark.nightly) for case in NIGHTLY)],
+    ids=lambda value: value.__name__ if hasattr(value, "main") else None,
+)
+def test_benchmarks_end_with_a_json_line(benchmark, options, measured, checkpoint, tmp_path, capsys):
+    folders = {"CHECKPOINT": str(checkpoint), "FOLDER": str(tmp_path / "made")}
+    report = run(benchmark, [folders.get(word, word) for word in options], capsys)
+    assert report[measured]
+    if benchmark is step:
+        assert all(figures["peak_gb"] > 0 for figures in report["stages"].values())
+    if benchmark is kernels:
+        own = report["steps"]["flux2_mlx"]
+        assert all(0.9 * most < own[what] <= most for what, most in BUDGET.items())
+
+
+@pytest.mark.nightly
+def test_parity_compares_both_sides(damaged, capsys):
+    """On a checkpoint that is there already, here a tiny one, the benchmark draws with both and compares."""
+    report = run(parity, [str(damaged), "--size", "64"], capsys)
+    assert report["parts"].keys() == {"diffusers", "mlx"}
+    assert report["max_levels"] <= 1
+    assert 0 < report["relative_error"] < 1e-4
+
+
+@pytest.mark.nightly
+def test_compare_compares_with_diffusers(checkpoint, tmp_path, capsys):
+    """Stage by stage and in whole images, and what is written makes a page."""
+    options = ["--model", str(checkpoint), "--width", "64", "--height", "96", "--text-length", "16", "--steps", "1"]
+    options += ["--repeats", "1", "--dtype", "float32", "--output", str(tmp_path)]
+    report = run(compare, [*options, "--against", "torch", "--against", "floor"], capsys)
+    assert list(report["stages"]) == ["text_encoder", "step", "decode", "loop", "cold start", "next image"]
+    assert report["stages"]["step"].keys() == {"flux2_mlx", "torch", "floor"}
+    assert all(stage.keys() >= {"flux2_mlx", "torch"} for stage in report["stages"].values())
+    assert all(stage["torch"]["median_s"] > 0 for stage in report["ratios"].values())
+    assert report["stages"]["cold start"]["torch"]["min_s"] > report["stages"]["next image"]["torch"]["min_s"]
+    assert all(0 < report["errors"][stage]["torch"] < 1e-5 for stage in ("text_encoder", "step", "decode"))
+    (written,) = tmp_path.glob("*.json")
+    assert json.loads(written.read_text()).items() <= report.items()  # but for the process's peak
+    compare.main(["--collect", "--output", str(tmp_path)])
+    assert written.name in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("peer", "package"), [("mflux", "mflux==0.24.0"), ("mlx-vlm", "mlx-vlm==0.7.10")])
+def test_a_missing_peer_says_what_to_install(peer, package, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, peer.replace("-", "_"), None)
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(["--random", "tiny", "--against", peer])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"pip install --no-deps {package}" in line
+
+
+def test_what_a_peer_cannot_do_is_said(capsys):
+    with pytest.raises(SystemExit):
+        training.main(["--against", "mlx-vlm"])
+    assert "mlx-vlm 0.7.10 cannot train FLUX.2" in capsys.readouterr().err
+
+
+def test_random_weights_have_nothing_to_start_from(capsys):
+    with pytest.raises(SystemExit):
+        compare.main(["--random", "tiny", "--against", "cold"])
+    assert "cold starts from files, which --random has not: give --model" in capsys.readouterr().err
+
+
+def test_counting_kernels_leaves_the_package_as_it_was():
+    from flux2_mlx import FluxKlein
+
+    kernels.own_step(kernels.Recorder(), kernels.MODELS["tiny"], kernels.DTYPES["float32"], 64, 16)
+    assert sys.modules["flux2_mlx"].FluxKlein is FluxKlein
+
+
+def test_results_are_what_their_json_files_say():
+    assert (compare.RESULTS / "README.md").read_text() == compare.collected(compare.RESULTS)
