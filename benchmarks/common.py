@@ -230,7 +230,7 @@ def velocity(
     model: Any, x: mx.array, txt: mx.array, sigma: float, rope: tuple[mx.array, mx.array], kv: Any = None
 ) -> mx.array:
     """A pass through the transformer; kv are a reference's keys and values that encode_kv made."""
-    v: mx.array = model.forward_with_rope(x, txt, mx.full((len(x),), sigma), *rope, kv)
+    v: mx.array = model.forward_with_rope(x, txt, mx.full((len(x),), sigma), *rope, reference_kv=kv)
     return v
 
 

@@ -45,32 +45,32 @@ from benchmarks.common import (
 )
 from benchmarks.contenders import MLX_PEERS, TRAINERS, missing, peer_transformer
 from flux2_mlx import AutoEncoder, FluxKlein, FluxKleinParams, Qwen3TextEncoder, image_ids, text_ids
-from flux2_mlx.device import machine_memory, on_gpu, within
+from flux2_mlx.device import machine_memory, memory_limit, on_gpu
 from flux2_mlx.options import DTYPES
 from flux2_mlx.runtime.activations import training_bytes
 from flux2_mlx.runtime.plan import Stage
 from flux2_mlx.sampling.latents import PIXELS_PER_TOKEN
 from flux2_mlx.training.dataset import Example, Size
-from flux2_mlx.training.latent_cache import Encoded
+from flux2_mlx.training.latent_cache import LatentCache
 from flux2_mlx.training.options import DTYPES as TRAINED
 from flux2_mlx.training.options import TrainingOptions
-from flux2_mlx.training.run import plan_of
+from flux2_mlx.training.run import plan_training
 from flux2_mlx.training.trainer import Trainer
 
 COLUMNS = ("planned GB", "measured GB", "ratio", "scores GB", "seconds")
 
 
 class Drawn:
-    """Random numbers in the place of training.Encoded's files."""
+    """Random numbers in the place of training.latent_cache.LatentCache's files."""
 
     def __init__(self, params: FluxKleinParams, length: int, dtype: mx.Dtype):
         self.params, self.length = params, length
         self.txt = mx.random.normal((1, length, params.txt_embed_dim)).astype(dtype)
 
-    def prompt(self, text: str) -> mx.array:
+    def prompt_embeds(self, text: str) -> mx.array:
         return self.txt
 
-    def picture(self, path: Path, size: Size) -> mx.array:
+    def latents(self, path: Path, size: Size) -> mx.array:
         tokens = size[0] * size[1] // PIXELS_PER_TOKEN**2
         return mx.random.normal((1, tokens, self.params.in_channels), key=mx.random.key(0))
 
@@ -79,7 +79,7 @@ def planned(model: FluxKlein, options: TrainingOptions, length: int) -> Stage:
     """Training, as flux2-lora plans it. The encoders' stages, which are others, may be of any size."""
     modules = Qwen3TextEncoder(TINY[1]), model, AutoEncoder(TINY[2])
     size = options.resolution, options.resolution
-    return plan_of(modules, options, DTYPES[str(options.dtype)], length, [(size,)], 0).stages[-1]
+    return plan_training(modules, options, DTYPES[str(options.dtype)], length, [(size,)], 0).stages[-1]
 
 
 def scores_bytes(params: FluxKleinParams, options: TrainingOptions, tokens: int) -> int:
@@ -89,7 +89,7 @@ def scores_bytes(params: FluxKleinParams, options: TrainingOptions, tokens: int)
     none = SimpleNamespace(**{name: getattr(params, name) for name in ("hidden_size", "mlp_hidden")})
     none.depth, none.depth_single, none.num_heads = params.depth, params.depth_single, 0
     shapes = tokens, DTYPES[str(options.dtype)], options.batch_size
-    given = partial(training_bytes, again=options.grad_checkpoint, packed=False)
+    given = partial(training_bytes, recompute=options.grad_checkpoint, packed=False)
     return given(params, *shapes) - given(cast(FluxKleinParams, none), *shapes)
 
 
@@ -104,7 +104,7 @@ def trainer_of(model: FluxKlein, options: TrainingOptions, encoded: Drawn) -> Tr
     loaded(model)
     size = options.resolution, options.resolution
     examples = [Example(Path(str(k)), "a red circle", (), size, ()) for k in range(options.batch_size)]
-    trainer = Trainer(model, options, examples, cast(Encoded, encoded))
+    trainer = Trainer(model, options, examples, cast(LatentCache, encoded))
     mx.eval(model.parameters(), trainer.optimizer.state, encoded.txt)
     mx.clear_cache()
     return trainer
@@ -120,7 +120,7 @@ def memory(params: FluxKleinParams, options: TrainingOptions, length: int) -> tu
     model = packed(cast(FluxKlein, randomized(FluxKlein(params), dtype)), options)
     plan = planned(model, options, length)
     trainer = trainer_of(model, options, Drawn(params, length, dtype))
-    with within(before + plan.weights + plan.working, plan.working):
+    with memory_limit(before + plan.weights + plan.working, plan.working):
         mx.reset_peak_memory()
         start = time.perf_counter()
         trainer.take_step()
@@ -144,7 +144,7 @@ def figures_of(plan: Stage, measured: float, scores: int) -> dict[str, float]:
 
 def error_of(peer: nn.Module, model: FluxKlein, encoded: Drawn, side: int) -> float:
     """The relative error of a peer's velocity to this library's."""
-    x, ids, txt = encoded.picture(Path(), (side, side)), image_ids(side, side), encoded.txt
+    x, ids, txt = encoded.latents(Path(), (side, side)), image_ids(side, side), encoded.txt
     ours = velocity(model, x, txt, 0.7, rope_of(model.params, encoded.length, ids)).astype(mx.float32)
     theirs = peer(x.astype(txt.dtype), txt, mx.array(700.0), ids, text_ids(encoded.length)).astype(mx.float32)
     return float(np.array(mx.linalg.norm(ours - theirs) / mx.linalg.norm(ours)))
@@ -164,10 +164,10 @@ def against(name: str, params: FluxKleinParams, options: TrainingOptions, length
     trainer = trainer_of(model, options, encoded)
 
     def step() -> None:
-        with within(machine_memory(), plan.working):  # as flux2-lora does
+        with memory_limit(machine_memory(), plan.working):  # as flux2-lora does
             trainer.take_step()
 
-    clean = encoded.picture(Path(), (options.resolution, options.resolution)).astype(dtype)
+    clean = encoded.latents(Path(), (options.resolution, options.resolution)).astype(dtype)
     runs = {"flux2_mlx": step, name: TRAINERS[name](peer, list(trainer.adapters), options, clean, encoded.txt)}
     del model, peer
     rows = take_turns(runs, repeats)

@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image
 
 from .checkpoints.load import load_preview_decoder
-from .device import stage_dtype, within
+from .device import memory_limit, stage_dtype
 from .imaging.preprocess import to_pil, to_unit
-from .imaging.preview import preview_map, preview_of
+from .imaging.preview import preview_map, render_preview
 from .options import dtype_name
 from .request import Settings
 from .runtime.activations import decoder_bytes, preview_bytes
@@ -65,8 +65,8 @@ class LatentDecoder:
         if self.preview_decoder is not None:
             z = unpack_latents(latents, settings.height, settings.width).astype(self.dtype)
             activation_bytes = preview_bytes(settings.height, settings.width, self.dtype)
-            with within(self.stages.memory_limit, activation_bytes), stats.measure("preview"):
+            with memory_limit(self.stages.memory_limit, activation_bytes), stats.measure("preview"):
                 return to_pil(np.array(mx.clip(self.preview_decoder(z)[0].astype(mx.float32), 0, 1)))
         if self._preview_map is None:
             self._preview_map = preview_map(self.stages.checkpoint, self.stages.dtype)
-        return preview_of(latents, self._preview_map, settings.height, settings.width)
+        return render_preview(latents, self._preview_map, settings.height, settings.width)

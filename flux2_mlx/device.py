@@ -1,4 +1,4 @@
-"""The machine: GPU or CPU, dtypes, how much memory there is, and keeping to it."""
+"""The machine: GPU or CPU, default dtypes, how much memory it has, and limits on what MLX takes of it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def on_gpu() -> bool:
 
 
 def machine_name() -> str:
-    """What a measurement depends on: chip, device and MLX's version."""
+    """Chip, device and MLX's version, as a measurement names its machine."""
     return f"{mx.device_info()['device_name']}, {mx.default_device()}, MLX {version('mlx')}"
 
 
 def recommended_memory() -> int:
-    """Bytes that MLX may hold: Metal's recommended working set, or three quarters of the memory."""
+    """Bytes that MLX may take: Metal's recommended working set, elsewhere three quarters of the memory."""
     info = mx.device_info()
     recommended = info.get("max_recommended_working_set_size") or 0
     if recommended:
@@ -38,15 +38,15 @@ def recommended_memory() -> int:
 
 
 def machine_memory() -> int:
-    """Bytes that the stages may hold together: what MLX may, as far as other programs leave it."""
+    """Bytes that the stages may take together: recommended_memory, or what other programs leave of it."""
     free = free_memory()
     own = mx.get_active_memory() + mx.get_cache_memory()
     return recommended_memory() if free is None else min(recommended_memory(), free + own)
 
 
 def free_memory() -> int | None:
-    """Bytes of the memory that CPU and GPU share which no program needs now: free, or soon to be had; None where the
-    system does not say it, or the GPU has a memory of its own.
+    """Bytes of the memory shared by CPU and GPU that are free or reclaimable; None where the system does not tell, or
+    the GPU has a memory of its own.
     """
     try:
         if sys.platform == "darwin":
@@ -59,27 +59,27 @@ def free_memory() -> int | None:
 
 
 def free_in_meminfo(text: str) -> int | None:
-    """Bytes, from Linux's /proc/meminfo."""
+    """Available bytes by the text of Linux's /proc/meminfo; None without that line."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
     return int(found[1]) * 1024 if found else None
 
 
 def free_in_vm_stat(text: str) -> int | None:
-    """Bytes, from what macOS's vm_stat prints: free pages, and inactive ones, which psutil counts as available too."""
+    """Available bytes by the output of macOS's vm_stat: free, speculative and inactive pages, as psutil counts them."""
     page = re.search(r"page size of (\d+) bytes", text)
     pages = re.findall(r"^Pages (?:free|inactive|speculative):\s+(\d+)\.", text, re.MULTILINE)
     return int(page[1]) * sum(map(int, pages)) if page and pages else None
 
 
 @contextmanager
-def within(limit: int, working: int) -> Iterator[None]:
-    """Let MLX keep to so many bytes meanwhile.
+def memory_limit(limit: int, activation_bytes: int) -> Iterator[None]:
+    """Keep MLX's memory within ``limit`` bytes while the body runs.
 
-    MLX computes ahead, which takes twice the intermediates and more. It waits once its own limit is passed, by what the
-    next operation needs: so that limit leaves room for the intermediates (``working``) of computing in order. Within
-    it MLX also keeps freed buffers.
+    MLX schedules operations ahead, which takes twice the activations of computing in order and more. It waits when an
+    operation would pass MLX's own limit, which is therefore set lower by ``activation_bytes``, those of computing in
+    order. Buffers that MLX has freed and caches count towards its limit too.
     """
-    before = mx.set_memory_limit(max(1, limit - working))
+    before = mx.set_memory_limit(max(1, limit - activation_bytes))
     try:
         yield
     finally:
@@ -87,8 +87,8 @@ def within(limit: int, working: int) -> Iterator[None]:
 
 
 @contextmanager
-def wired(limit: int) -> Iterator[None]:
-    """On a GPU, keep what MLX holds from being paged out meanwhile, up to so many bytes."""
+def wired_limit(limit: int) -> Iterator[None]:
+    """On a GPU, keep up to ``limit`` bytes of MLX's memory from being paged out while the body runs."""
     if not on_gpu():
         yield
         return
@@ -100,7 +100,7 @@ def wired(limit: int) -> Iterator[None]:
 
 
 def default_dtype() -> mx.Dtype:
-    """bfloat16 on a GPU that has it, float16 on M1 and M2, which emulate bfloat16, float32 on the CPU backend."""
+    """float32 on the CPU backend, float16 on M1 and M2, which emulate bfloat16, bfloat16 on every other GPU."""
     if not on_gpu():
         return mx.float32
     # Apple's GPU generations: g13 is M1, g14 is M2.
@@ -109,17 +109,17 @@ def default_dtype() -> mx.Dtype:
 
 
 def stage_dtype(stage: str, dtype: mx.Dtype) -> mx.Dtype:
-    """The dtype of a stage where the transformer has ``dtype``: in float16 the text encoder and the autoencoder stay
-    in bfloat16, whose range their activations need.
+    """The dtype of a stage in a pipeline of ``dtype``. In float16 the text encoder and the autoencoder
+    stay in bfloat16, since their activations leave float16's range.
     """
     return mx.bfloat16 if dtype == mx.float16 and stage != "transformer" else dtype
 
 
 def weights_of(module: nn.Module) -> dict[str, mx.array]:
-    """A module's weights by name, as they are: loaded or still lazy."""
+    """A module's weights by name, without evaluating them."""
     return cast("dict[str, mx.array]", tree_flatten(module.parameters(), destination={}))
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of a module's weights once they are loaded."""
+    """Bytes that a module's weights take when they are loaded."""
     return sum(array.nbytes for array in weights_of(module).values())

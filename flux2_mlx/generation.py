@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .conditioning.references import ReferenceEncoder
 from .conditioning.text import PromptEncoder
 from .decoding import LatentDecoder
-from .device import wired
+from .device import wired_limit
 from .models.first_block_cache import FirstBlockCache
 from .models.kv_cache import KV, FrozenKV
 from .request import Request, request_noise
@@ -74,7 +74,7 @@ class Generator:
         Raises:
             FloatingPointError: where the latents stop being finite.
         """
-        with wired(self.stages.memory_limit):
+        with wired_limit(self.stages.memory_limit):
             try:
                 yield from self._generate(request)
             except GeneratorExit:  # the caller stops before the end: give back what the steps worked on

@@ -32,7 +32,7 @@ from .runtime.released import released_modules
 from .sampling.latents import PIXELS_PER_TOKEN
 from .training.dataset import DataError, Size, read_dataset
 from .training.options import DECAYS, DTYPES, TIMESTEPS, TrainingOptions, training_dtype
-from .training.run import CONFIG, STATE, open_pipeline, plan_of, train
+from .training.run import CONFIG, STATE, open_pipeline, plan_training, train
 
 MAX_FAULTS = 20  # of a data set that are printed
 
@@ -193,17 +193,35 @@ def print_plan(options: TrainingOptions, run: argparse.Namespace) -> None:
     name = next((name for name, repo in RELEASED.items() if options.model in (name, repo)), None)
     others = [getattr(options, part) for part in PART_OPTIONS if part not in ("distilled", "kv_cache")]
     if name is None or any(others) or Path(options.model).exists():
-        pipe = open_pipeline(options, run)
+        allow = bool(run.allow_distilled) or run.resume is not None
+        pipe = open_pipeline(options, allow_distilled=allow, limit=run.memory_limit, progress=not run.quiet)
         modules = pipe.text_encoder, pipe.transformer, pipe.autoencoder
-        print(plan_of(modules, options, pipe.dtype, pipe.tokenizer.default_length, shapes, pipe.memory_limit))
+        print(plan_training(modules, options, pipe.dtype, pipe.tokenizer.default_length, shapes, pipe.memory_limit))
         return
     dtype = dtype_of(training_dtype(options.dtype))
     packed = parse_options(options.quantize, options.quantize_text_encoder, options.group_size)
     limit = run.memory_limit or machine_memory()
-    print(plan_of(released_modules(name, dtype, packed), options, dtype, MAX_SEQUENCE_LENGTH, shapes, limit))
+    print(plan_training(released_modules(name, dtype, packed), options, dtype, MAX_SEQUENCE_LENGTH, shapes, limit))
 
 
 # ---------------------------------------------------------------------------------------------------- command
+
+
+def run_training(options: TrainingOptions, run: argparse.Namespace) -> int:
+    """Train and print the LoRA's path; returns the exit code."""
+    result = train(
+        options,
+        resume=run.resume is not None,
+        allow_distilled=bool(run.allow_distilled),
+        limit=run.memory_limit,
+        progress=not run.quiet,
+        report=None if run.quiet else lambda line: print(line, file=sys.stderr),
+    )
+    if result.lora is not None and result.is_interrupted:
+        print(f"interrupted after step {result.step}; flux2-lora --resume {options.output} goes on", file=sys.stderr)
+    elif result.lora is not None:
+        print(result.lora)
+    return INTERRUPTED if result.is_interrupted else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -222,10 +240,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if run.plan:
                 print_plan(options, run)
                 return 0
-            return INTERRUPTED if train(options, run) else 0
+            return run_training(options, run)
         except DataError as error:
             count = len(error.faults)
-            print(f"error: {error.where} has {count} {'fault' if count == 1 else 'faults'}:", file=sys.stderr)
+            print(f"error: {error.source} has {count} {'fault' if count == 1 else 'faults'}:", file=sys.stderr)
             print("\n".join(f"  {fault}" for fault in error.faults[:MAX_FAULTS]), file=sys.stderr)
             if count > MAX_FAULTS:
                 print(f"  and {count - MAX_FAULTS} more", file=sys.stderr)

@@ -29,7 +29,7 @@ from .decoding import LatentDecoder
 from .device import machine_memory
 from .errors import InputError
 from .generation import Generator
-from .imaging.inpaint import repainting_of
+from .imaging.inpaint import inpaint_from
 from .imaging.preprocess import init_array, reference_array, reference_size
 from .models.autoencoder import AutoEncoder
 from .models.flux2 import FluxKlein
@@ -614,10 +614,10 @@ class Flux2Pipeline:
             expand=expand,
         )
         pictures: list[Any] = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
-        repainting = repainting_of(init_image, mask, mask_blur, mask_padding, expand)
+        repainting = inpaint_from(init_image, mask, mask_blur, mask_padding, expand)
         references = [reference_array(picture) for picture in pictures]
         sizes = [(picture.shape[1], picture.shape[2]) for picture in references]
-        begun = init_image if repainting is None else repainting.picture
+        begun = init_image if repainting is None else repainting.image
         models = [*([] if begun is None else [reference_size(begun)]), *sizes]
         height, width = drawn_size(height, width, models, self.checkpoint.autoencoder.sample_size)
         if repainting is not None:
@@ -712,7 +712,7 @@ class Flux2Pipeline:
             embeds = [prompt_embeds[k // num_images][None] for k in range(total)]
         init = repainted = None
         if repainting is not None:
-            init, repainted = repainting.array((height, width)), repainting.tokens((height, width))
+            init, repainted = repainting.array((height, width)), repainting.mask_tokens((height, width))
         elif init_image is not None:
             init = init_array(init_image, (height, width))
         return Request(

@@ -14,7 +14,7 @@ import numpy as np
 
 from ._version import __version__
 from .errors import InputError
-from .imaging.inpaint import Repainting
+from .imaging.inpaint import Inpaint
 from .options import MIN_SIDE, check_size
 from .sampling.latents import PIXELS_PER_TOKEN, initial_noise, pack_channels_first
 from .sampling.schedules import StepPlan, custom_sigmas, schedule_sigmas
@@ -154,7 +154,7 @@ class Request:
     latents: list[mx.array] | None
     references: list[mx.array]
     init_image: mx.array | None
-    inpaint: Repainting | None
+    inpaint: Inpaint | None
     mask_tokens: mx.array | None
     uses_cfg: bool
     batch_size: int | None

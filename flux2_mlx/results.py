@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from .decoding import LatentDecoder
-from .imaging.inpaint import Repainting
+from .imaging.inpaint import Inpaint
 from .imaging.preprocess import to_pil
 from .request import Settings
 from .runtime.stats import Stats
@@ -38,7 +38,7 @@ class Step:
     settings: Settings
     stats: Stats
     _decoder: LatentDecoder = field(repr=False)
-    _inpaint: Repainting | None = field(repr=False)
+    _inpaint: Inpaint | None = field(repr=False)
 
     @property
     def is_last(self) -> bool:
@@ -66,7 +66,7 @@ class Step:
 
     def _composite(self, image: Image.Image) -> Image.Image:
         """The image within its init image, where there is a mask."""
-        return image if self._inpaint is None else self._inpaint.paste(image)
+        return image if self._inpaint is None else self._inpaint.composite(image)
 
 
 @dataclass(frozen=True)

@@ -207,8 +207,8 @@ def test_masks_that_cannot_be_used_are_refused_before_the_model_is_opened(run, f
     begin = ["--init-image", "fox.png"]
     for options, expected in (
         (["--mask", "square.png"], "mask belongs to init_image"),
-        ([*begin, "--mask", "nowhere.png"], "cannot read nowhere.png"),
-        ([*begin, "--mask", "square.png"], "the mask is 64 x 64 and the picture 100 x 70"),
+        ([*begin, "--mask", "nowhere.png"], "nowhere.png: cannot be read"),
+        ([*begin, "--mask", "square.png"], "the mask is 64 x 64 and the image 100 x 70"),
         ([*begin, "--mask", "black.png"], "the mask is black everywhere"),
         ([*begin, "--mask", "alpha"], "has no transparency"),
         ([*begin, "--mask-padding", 8], "mask_blur and mask_padding belong to mask"),
@@ -260,9 +260,9 @@ def test_references_that_cannot_be_used_are_refused_before_the_model_is_opened(r
     fox.resize((900, 100)).save("long.png")
     nowhere = ["--image", "fox.png", "--image"]
     for name, expected in {
-        "small.png": "small.png: a picture of 70 x 60 is too small: at least 64 pixels a side",
-        "long.png": "long.png: a picture of 900 x 100 is too elongated: at most 8 to 1",
-        "nowhere.png": "cannot read nowhere.png: No such file",
+        "small.png": "small.png: an image of 70 x 60 is too small: at least 64 pixels a side",
+        "long.png": "long.png: an image of 900 x 100 is too elongated: at most 8 to 1",
+        "nowhere.png": "nowhere.png: cannot be read: No such file",
     }.items():
         refused(run("a", *nowhere, name, model="no/such/model"), expected)
 
@@ -466,7 +466,7 @@ def test_output_names():
         (["a", "--negative-prompt", "\udcff"], ["the prompt is not Unicode text: '\\udcff' at 0"]),
         (["a", "--prompt-file", "x.txt"], ["either as an argument or as --prompt-file"]),
         (["--prompt-file", "gone.txt"], ["cannot read gone.txt: No such file or directory"]),
-        (["--from-image", "gone.png"], ["cannot read gone.png: No such file or directory"]),
+        (["--from-image", "gone.png"], ["gone.png: cannot be read: No such file or directory"]),
     ],
 )
 def test_bad_input_is_refused_before_any_work(checkpoint, tmp_path, monkeypatch, capsys, arguments, expected):

@@ -134,7 +134,7 @@ def test_metadata_of_what_is_no_picture(tmp_path, content):
     path = tmp_path / "x.png"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(InputError, match=r"cannot read .*x\.png"):
+    with pytest.raises(InputError, match=r"x\.png: cannot be read"):
         read_metadata(path)
 
 
@@ -157,7 +157,7 @@ def test_a_decompression_bomb_is_refused(tmp_path):
     for kind, data in chunks:
         png += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     (tmp_path / "x.png").write_bytes(png)
-    with pytest.raises(InputError, match=r"cannot read .*x\.png: not a picture"):
+    with pytest.raises(InputError, match=r"x\.png: cannot be read: not an image"):
         read_metadata(tmp_path / "x.png")
 
 
@@ -251,7 +251,7 @@ def test_a_photo_with_a_preview_beside_it_is_a_picture(image, tmp_path):
 @pytest.mark.parametrize("suffix", [".gif", ".png", ".webp"])
 def test_a_film_is_refused(image, tmp_path, suffix):
     image.save(tmp_path / f"a{suffix}", save_all=True, append_images=[image.rotate(90)])
-    with pytest.raises(InputError, match=rf"a\{suffix} has several frames"):
+    with pytest.raises(InputError, match=rf"a\{suffix}: has several frames"):
         open_image(tmp_path / f"a{suffix}")
 
 
@@ -260,7 +260,7 @@ def test_half_a_file_is_refused(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(InputError, match=rf"cannot read .*a\{suffix}: "):
+    with pytest.raises(InputError, match=rf"a\{suffix}: cannot be read: "):
         open_image(path)
 
 
@@ -271,17 +271,17 @@ def test_what_is_no_picture_is_refused(image, tmp_path, monkeypatch):
     image.save(tmp_path / "d.png")
     Image.fromarray(np.full((4, 4), 200, np.int32)).save(tmp_path / "e.tiff")
     for name, expected in {
-        "a.png": "it is no picture of a known format$",
+        "a.png": "it is no image of a known format$",
         "b.heic": "HEIC; on a Mac, sips -s format png",
         "c.tiff": "no known range",
         "e.tiff": "no known range",
         "nowhere.png": "No such file",
         ".": "Is a directory",
     }.items():
-        with pytest.raises(InputError, match=rf"cannot read .*{expected}"):
+        with pytest.raises(InputError, match=rf"cannot be read: .*{expected}"):
             open_image(tmp_path / name)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
-    with pytest.raises(InputError, match=r"d\.png has more than 400 pixels; scale it down"):
+    with pytest.raises(InputError, match=r"d\.png: has more than 400 pixels; scale it down"):
         open_image(tmp_path / "d.png")
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
 from flux2_mlx import Flux2Pipeline, InputError
-from flux2_mlx.imaging.inpaint import Repainting, _padded
+from flux2_mlx.imaging.inpaint import Inpaint, _pad_box
 
 SMALL = {"num_steps": 2, "seed": 3, "max_sequence_length": 16}
 
@@ -60,8 +60,8 @@ def test_grey_is_blended(pipe):
 
 def test_a_blur_softens_the_mask():
     mask = mask_of(96, 64, (30, 12, 72, 52))
-    repainting = Repainting.of(random_picture(96, 64), mask, blur=3)
-    assert np.array_equal(np.asarray(repainting.mask), np.asarray(mask.filter(ImageFilter.GaussianBlur(3))))
+    inpaint = Inpaint.prepare(random_picture(96, 64), mask, blur=3)
+    assert np.array_equal(np.asarray(inpaint.mask), np.asarray(mask.filter(ImageFilter.GaussianBlur(3))))
 
 
 def test_arrays_and_latents_go_with_the_picture(pipe):
@@ -96,10 +96,10 @@ def test_a_picture_is_painted_on(pipe):
     assert np.array_equal(np.asarray(result.images[0])[:64, 20:], np.asarray(picture))
     assert result.settings[0].expand == expand
     assert (result.settings[0].width, result.settings[0].height) == (112, 64)
-    repainting = Repainting.of(picture, mask_of(96, 64, (0, 0, 9, 9)), expand=expand)
-    levels = np.asarray(repainting.picture)
+    inpaint = Inpaint.prepare(picture, mask_of(96, 64, (0, 0, 9, 9)), expand=expand)
+    levels = np.asarray(inpaint.image)
     assert np.array_equal(levels[:64, :20], np.repeat(np.asarray(picture)[:, :1], 20, axis=1))
-    shown = np.asarray(repainting.mask)
+    shown = np.asarray(inpaint.mask)
     assert shown[70, 100] == shown[5, 5] == shown[5, 25] == 255
     assert shown[30, 60] == 0
 
@@ -107,7 +107,7 @@ def test_a_picture_is_painted_on(pipe):
 def test_a_mask_of_another_size_and_of_other_kinds():
     picture = random_picture(200, 120)
     small = mask_of(100, 60, (10, 10, 50, 40))
-    scaled = np.asarray(Repainting.of(picture, small).mask)
+    scaled = np.asarray(Inpaint.prepare(picture, small).mask)
     assert scaled.shape == (120, 200)
     assert (scaled[22:78, 22:98] == 255).all()
     assert (scaled[82:] == 0).all()
@@ -119,16 +119,16 @@ def test_a_mask_of_another_size_and_of_other_kinds():
         strokes.getchannel("A").convert("RGB"),
         strokes.getchannel("A").convert("1"),
     ):
-        assert np.array_equal(np.asarray(Repainting.of(picture, mask).mask), np.asarray(strokes.getchannel("A")))
+        assert np.array_equal(np.asarray(Inpaint.prepare(picture, mask).mask), np.asarray(strokes.getchannel("A")))
 
 
 @given(st.data())
-def test_a_padded_box_holds_what_is_shown_and_has_the_pictures_shape(data):
+def test_a_pad_box_box_holds_what_is_shown_and_has_the_pictures_shape(data):
     width, height = (data.draw(st.integers(64, 300)) for _ in range(2))
     left, top = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
     right, bottom = data.draw(st.integers(left + 1, width)), data.draw(st.integers(top + 1, height))
     padding = data.draw(st.integers(0, 80))
-    box = _padded((left, top, right, bottom), padding, (width, height))
+    box = _pad_box((left, top, right, bottom), padding, (width, height))
     assert 0 <= box[0] <= max(left - padding, 0)
     assert min(right + padding, width) <= box[2] <= width
     assert 0 <= box[1] <= max(top - padding, 0)
@@ -137,13 +137,13 @@ def test_a_padded_box_holds_what_is_shown_and_has_the_pictures_shape(data):
     assert min(abs(wide * height / width - tall), abs(tall * width / height - wide)) <= 1
 
 
-def test_a_padded_part_is_drawn_as_large_as_the_whole(pipe):
+def test_a_pad_box_part_is_drawn_as_large_as_the_whole(pipe):
     """The region's pixels are what the transformer begins from, enlarged."""
     picture, mask = random_picture(192, 128), mask_of(192, 128, (60, 50, 80, 62))
-    repainting = Repainting.of(picture, mask, padding=10)
-    assert repainting.box == (46, 40, 94, 72) == (46, 40, 46 + 48, 40 + 32)
-    enlarged = picture.crop(repainting.box).resize((192, 128), Image.Resampling.LANCZOS)
-    assert mx.array_equal(repainting.array((128, 192)), mx.array(np.asarray(enlarged, np.float32)[None] / 255 * 2 - 1))
+    inpaint = Inpaint.prepare(picture, mask, padding=10)
+    assert inpaint.box == (46, 40, 94, 72) == (46, 40, 46 + 48, 40 + 32)
+    enlarged = picture.crop(inpaint.box).resize((192, 128), Image.Resampling.LANCZOS)
+    assert mx.array_equal(inpaint.array((128, 192)), mx.array(np.asarray(enlarged, np.float32)[None] / 255 * 2 - 1))
     settings = pipe("a", init_image=picture, mask=mask, mask_padding=10, **SMALL).settings[0]
     assert (settings.width, settings.height, settings.mask_padding) == (192, 128, 10)
 
@@ -160,11 +160,11 @@ PICTURE, MASK = random_picture(96, 64), mask_of(96, 64, (10, 10, 60, 50))
         ({"init_image": PICTURE, "mask_padding": 2}, "mask_blur and mask_padding belong to mask, or expand"),
         ({"init_image": PICTURE, "mask": Image.new("L", (96, 64))}, "the mask is black everywhere"),
         ({"init_image": PICTURE, "mask": mask_of(96, 64, (2, 2, 5, 5))}, r"too small, or too dark, .*--mask-padding"),
-        ({"init_image": PICTURE, "mask": Image.new("L", (64, 64), 255)}, "the mask is 64 x 64 and the picture 96 x 64"),
-        ({"init_image": PICTURE, "mask": "alpha"}, "the picture has no transparency"),
+        ({"init_image": PICTURE, "mask": Image.new("L", (64, 64), 255)}, "the mask is 64 x 64 and the image 96 x 64"),
+        ({"init_image": PICTURE, "mask": "alpha"}, "the image has no transparency"),
         ({"init_image": PICTURE, "mask": "mask.png"}, 'a mask must be a PIL.Image.Image or "alpha", got \'mask.png\''),
         ({"init_image": PICTURE, "mask": 5}, 'a mask must be a PIL.Image.Image or "alpha", got int'),
-        ({"init_image": "a.png", "mask": MASK}, "a picture must be a PIL.Image.Image, got str"),
+        ({"init_image": "a.png", "mask": MASK}, "an image must be a PIL.Image.Image, got str"),
         ({"init_image": PICTURE, "mask": MASK, "mask_blur": -1}, "mask_blur must be a number of pixels from 0"),
         ({"init_image": PICTURE, "mask": MASK, "mask_blur": "soft"}, "mask_blur must be a number of pixels from 0"),
         ({"init_image": PICTURE, "mask": MASK, "mask_padding": -1}, "mask_padding must be a whole number"),
@@ -173,8 +173,8 @@ PICTURE, MASK = random_picture(96, 64), mask_of(96, 64, (10, 10, 60, 50))
         ({"init_image": PICTURE, "expand": {"left": -1}}, "expand must give pixels"),
         ({"init_image": PICTURE, "expand": {"left": 0}}, "expand must give pixels"),
         ({"init_image": PICTURE, "expand": 16}, "expand must give pixels"),
-        ({"init_image": PICTURE, "expand": {"left": 1000}}, "a picture of 1096 x 64 is too elongated"),
-        ({"init_image": PICTURE, "mask": MASK, "height": 96, "width": 96}, "96 x 96 is not the shape of .* 96 x 64"),
+        ({"init_image": PICTURE, "expand": {"left": 1000}}, "an image of 1096 x 64 is too elongated"),
+        ({"init_image": PICTURE, "mask": MASK, "height": 96, "width": 96}, "96 x 96 has not the aspect of .* 96 x 64"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_repainted_is_refused(pipe, options, message):

@@ -22,7 +22,7 @@ from PIL import Image
 from examples import teach_nano
 from examples.nano_world import random_task, render
 from flux2_mlx import Flux2Pipeline, FluxKlein, FluxKleinParams, InputError, Quantization, image_ids, text_ids
-from flux2_mlx.device import weight_bytes, within
+from flux2_mlx.device import memory_limit, weight_bytes
 from flux2_mlx.lora import main, parse
 from flux2_mlx.models.qwen3 import Qwen3TextEncoder
 from flux2_mlx.quantization.layers import QuantizedLinear, quantize
@@ -30,9 +30,9 @@ from flux2_mlx.quantization.packing import pack_plainly
 from flux2_mlx.quantization.recipes import largest_dense_bytes
 from flux2_mlx.runtime.activations import training_bytes
 from flux2_mlx.sampling.schedules import flux2_sigmas
-from flux2_mlx.training.adapter import add_adapters, targeted
-from flux2_mlx.training.dataset import Batches, DataError, bucket, fingerprint, read_dataset
-from flux2_mlx.training.log import curve
+from flux2_mlx.training.adapter import add_adapters, target_layers
+from flux2_mlx.training.dataset import BatchSampler, DataError, bucket, fingerprint, read_dataset
+from flux2_mlx.training.log import plot_losses
 from flux2_mlx.training.losses import SHIFT_STEPS, draw_timesteps, flow_loss, learning_rate_at
 from flux2_mlx.training.options import TIMESTEPS, TrainingOptions
 from flux2_mlx.training.recompute import checkpoint_block
@@ -93,7 +93,7 @@ def train(pictures: Path, output: Path, *words: object) -> int:
 
 def test_a_folder_of_pictures(pictures):
     examples = read_dataset(pictures, 64, trigger="sks")
-    assert [example.picture.name for example in examples] == ["0.png", "1.png", "2.png", "3.png"]
+    assert [example.image.name for example in examples] == ["0.png", "1.png", "2.png", "3.png"]
     assert all(example.caption == f"sks, {(pictures / f'{k}.txt').read_text()}" for k, example in enumerate(examples))
     assert {example.size for example in examples} == {(64, 64)}
     assert [example.size for example in read_dataset(pictures, 512)] == [(64, 64), (64, 64), (64, 96), (80, 64)]
@@ -141,11 +141,11 @@ def test_all_faults_are_told_at_once(tmp_path, capsys, monkeypatch):
     assert told.keys() == pictures | {"4.txt", "5.txt", "stray.txt"}
     assert told["0.png"] == told["1.png"] == "the caption is empty; write one, or give a trigger word"
     assert "truncated" in told["2.png"]
-    assert "no picture of a known format" in told["3.png"]
+    assert "no image of a known format" in told["3.png"]
     assert "not UTF-8" in told["4.txt"]
     assert told["5.txt"] == "200,000 bytes are no caption"
     assert "too small" in told["6.png"]
-    assert told["stray.txt"] == "there is no picture of this name"
+    assert told["stray.txt"] == "there is no image of this name"
     assert told["pipe.png"] == told["folder.png"] == "there is no such file"
     assert not (tmp_path / "run").exists()
 
@@ -184,10 +184,10 @@ def test_lines_of_metadata_that_are_refused(tmp_path, line, message):
 
 def test_too_few_pictures(tmp_path):
     folder = write_pictures(tmp_path / "data", [(64, 64)] * 2)
-    with pytest.raises(DataError, match="2 pictures, and at least 3 are needed"):
+    with pytest.raises(DataError, match="2 images, and at least 3 are needed"):
         read_dataset(folder, 64)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"no pictures .* and no metadata\.jsonl"):
+    with pytest.raises(DataError, match=r"no images .* and no metadata\.jsonl"):
         read_dataset(tmp_path / "empty", 64)
     (folder / "metadata.jsonl").write_text("\n")
     with pytest.raises(DataError, match=r"metadata\.jsonl is empty"):
@@ -218,14 +218,14 @@ def test_usual_buckets():
 
 def test_every_epoch_has_every_picture_once(pictures):
     examples = read_dataset(pictures, 512)
-    batches = Batches(examples, 2, seed=5)
-    assert batches.per_epoch == 3  # two of one size, two of their own
+    batches = BatchSampler(examples, 2, seed=5)
+    assert batches.batches_per_epoch == 3  # two of one size, two of their own
     epochs = [[batches[3 * epoch + k] for k in range(3)] for epoch in range(20)]
     for epoch in epochs:
         assert sorted(number for batch in epoch for number in batch) == [0, 1, 2, 3]
         assert all(len({examples[k].shape for k in batch}) == 1 for batch in epoch)
     assert len({str(epoch) for epoch in epochs}) > 5
-    again = Batches(examples, 2, seed=5)
+    again = BatchSampler(examples, 2, seed=5)
     assert [again[k] for k in (50, 3, 4)] == [epochs[16][2], epochs[1][0], epochs[1][1]]
 
 
@@ -305,13 +305,13 @@ def test_steps_are_those_of_torch_adamw(pictures, tmp_path, monkeypatch):
 
 def test_targets():
     model = FluxKlein(FluxKleinParams(hidden_size=128, num_heads=1, txt_embed_dim=96, depth=1, depth_single=2))
-    blocks = targeted(model, [])
+    blocks = target_layers(model, [])
     assert len(blocks) == 12 + 2 * 2
     assert all("blocks" in path for path in blocks)
-    assert set(targeted(model, ["to_k", "proj_out"])) == {"transformer_blocks.0.attn.to_k", "proj_out"}
-    assert len(targeted(model, ["single_transformer_blocks.1"])) == 2
+    assert set(target_layers(model, ["to_k", "proj_out"])) == {"transformer_blocks.0.attn.to_k", "proj_out"}
+    assert len(target_layers(model, ["single_transformer_blocks.1"])) == 2
     with pytest.raises(InputError, match=r"no layer has 'to_queue' in its path; there are to_q"):
-        targeted(model, ["to_queue"])
+        target_layers(model, ["to_queue"])
 
 
 @pytest.mark.parametrize(("dropout", "bits"), [(0.0, None), (0.5, None), (0.0, 4), (0.0, 5)])
@@ -537,7 +537,7 @@ def test_going_on_otherwise_is_refused(tmp_path, capsys):
     caption = (folder / "0.txt").read_text()
     (folder / "0.txt").write_text("another")
     assert main(again) == 2
-    assert "was trained on other pictures or captions" in capsys.readouterr().err
+    assert "was trained on other images or captions" in capsys.readouterr().err
     (folder / "0.txt").write_text(caption)
     (tmp_path / "run" / STATE).write_bytes((tmp_path / "run" / STATE).read_bytes()[:-100])
     assert main(again) == 2
@@ -578,8 +578,8 @@ def test_numbers_that_are_not_finite_end_a_run(pictures, tmp_path, capsys, monke
 
 
 def test_a_curve_of_one_loss():
-    assert curve([0.5]).size == (960, 480)
-    assert len(np.unique(np.asarray(curve([0.5, 0.7, 0.6] * 40)))) > 3
+    assert plot_losses([0.5]).size == (960, 480)
+    assert len(np.unique(np.asarray(plot_losses([0.5, 0.7, 0.6] * 40)))) > 3
 
 
 # ------------------------------------------------------------------------------------------------ processes
@@ -646,7 +646,7 @@ def test_what_is_preserved_changes_less(pictures, tmp_path, capsys):
         assert np.abs(light[name].astype(float) - without[name]).max() <= 1e-4, name
     write_captions(preserved, "a blue star on the left")
     assert main(["--resume", str(tmp_path / "100"), "--steps", "9"]) == 2
-    assert "was trained on other pictures or captions" in capsys.readouterr().err
+    assert "was trained on other images or captions" in capsys.readouterr().err
 
 
 def test_captions_to_preserve_that_are_refused(pictures, tmp_path, capsys):
@@ -672,7 +672,7 @@ def test_captions_to_preserve_that_are_refused(pictures, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("side", "length", "batch", "dtype", "packed", "again"),
+    ("side", "length", "batch", "dtype", "packed", "recompute"),
     [
         (128, 192, 1, mx.float32, False, True),
         (192, 368, 1, mx.bfloat16, True, True),
@@ -680,7 +680,7 @@ def test_captions_to_preserve_that_are_refused(pictures, tmp_path, capsys):
         (128, 192, 1, mx.float32, False, False),
     ],
 )
-def test_training_needs_what_the_plan_says(side, length, batch, dtype, packed, again, memory):
+def test_training_needs_what_the_plan_says(side, length, batch, dtype, packed, recompute, memory):
     """The plan says what operations in order need. MLX's CPU backend dispatches ten kernels, two for an operation,
     before it looks at the memory again, so that on a busy machine the outputs of five operations more are there: none
     wider than what a feed-forward layer is made of, or attention's scores.
@@ -691,7 +691,7 @@ def test_training_needs_what_the_plan_says(side, length, batch, dtype, packed, a
     if packed:
         quantize(model, lambda *_: Quantization(4), pack_plainly)
     add_adapters(model, TrainingOptions("", "", rank=4))
-    if again:
+    if recompute:
         model.block_runner = checkpoint_block
     tokens = side * side // 256
     widest = max(params.mlp_hidden, params.num_heads * (length + tokens))
@@ -701,9 +701,9 @@ def test_training_needs_what_the_plan_says(side, length, batch, dtype, packed, a
     mx.eval(model.parameters(), clean, noise, txt, *rope)
     before = memory()
     unpacked = largest_dense_bytes(model, dtype)
-    working = training_bytes(params, length + tokens, dtype, batch, again=again, packed=packed) + unpacked
+    working = training_bytes(params, length + tokens, dtype, batch, recompute=recompute, packed=packed) + unpacked
     gradients = nn.value_and_grad(model, lambda *values: flow_loss(model, *values))
-    with within(before + working, working):
+    with memory_limit(before + working, working):
         mx.reset_peak_memory()
         mx.eval(gradients(clean, noise, mx.full((batch,), 0.5), None, txt, rope))
         peak = mx.get_peak_memory() - before

@@ -12,7 +12,14 @@ import pytest
 
 from flux2_mlx import AutoEncoderConfig, Flux2Pipeline, FluxKleinParams, InputError, Quantization, Qwen3Config
 from flux2_mlx.convert import main as convert
-from flux2_mlx.device import free_in_meminfo, free_in_vm_stat, machine_memory, recommended_memory, weight_bytes, within
+from flux2_mlx.device import (
+    free_in_meminfo,
+    free_in_vm_stat,
+    machine_memory,
+    memory_limit,
+    recommended_memory,
+    weight_bytes,
+)
 from flux2_mlx.generate import main
 from flux2_mlx.models.autoencoder import AutoEncoder
 from flux2_mlx.models.flux2 import FluxKlein
@@ -214,7 +221,7 @@ def peak_of(module, compute, working) -> int:
     """Bytes at the most, the module's weights among them, where there is room for them and the intermediates alone."""
     mx.eval(module.parameters())
     before = mx.get_active_memory() - weight_bytes(module)
-    with within(mx.get_active_memory() + working, working):
+    with memory_limit(mx.get_active_memory() + working, working):
         mx.reset_peak_memory()
         mx.eval(compute())
         return mx.get_peak_memory() - before
@@ -292,18 +299,18 @@ def test_released_models_are_planned_from_their_known_shapes(name, transformer, 
     assert download_bytes(name) > transformer + text_encoder
 
 
-def memory_limit() -> int:
+def current_limit() -> int:
     limit = mx.set_memory_limit(1)
     mx.set_memory_limit(limit)
     return limit
 
 
 def test_the_earlier_limit_returns():
-    before, inside = memory_limit(), None
-    with contextlib.suppress(ZeroDivisionError), within(12345, 345):
-        inside = memory_limit()
+    before, inside = current_limit(), None
+    with contextlib.suppress(ZeroDivisionError), memory_limit(12345, 345):
+        inside = current_limit()
         raise ZeroDivisionError
-    assert (inside, memory_limit()) == (12000, before)
+    assert (inside, current_limit()) == (12000, before)
 
 
 def test_on_a_gpu_memory_is_wired_while_pictures_are_drawn(checkpoint, monkeypatch):

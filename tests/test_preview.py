@@ -16,7 +16,7 @@ from flux2_mlx.disk_cache import cache_folder
 from flux2_mlx.generate import main
 from flux2_mlx.imaging import preview
 from flux2_mlx.imaging.files import PREVIEW_KEY, check_preview, save_preview
-from flux2_mlx.imaging.terminal import MAX_SIDE, escaped, protocol_of, sixel
+from flux2_mlx.imaging.terminal import MAX_SIDE, detect_protocol, encode, encode_sixel
 
 SMALL = {"height": 64, "width": 80, "num_steps": 3, "max_sequence_length": 16, "seed": 1}
 
@@ -178,7 +178,7 @@ def test_the_preview_file_is_rewritten_after_each_step(checkpoint, tmp_path, mon
     ],
 )
 def test_a_terminals_way_is_told_from_what_it_says(environment, expected):
-    assert protocol_of(environment) == expected
+    assert detect_protocol(environment) == expected
 
 
 @pytest.fixture
@@ -187,19 +187,19 @@ def picture():
 
 
 def test_kitty(picture):
-    text = escaped(picture, "kitty")
+    text = encode(picture, "kitty")
     parts = re.findall("\033_G([^;]*);([A-Za-z0-9+/=]*)\033\\\\", text)
     assert "".join(f"\033_G{keys};{data}\033\\" for keys, data in parts) + "\n" == text
     assert [keys for keys, _ in parts] == ["a=T,f=100,m=1", *["m=1"] * (len(parts) - 2), "m=0"]
     assert all(len(data) <= 4096 for _, data in parts)
     with Image.open(io.BytesIO(base64.b64decode("".join(data for _, data in parts)))) as shown:
         assert shown.size == (MAX_SIDE, 219)
-    small = escaped(picture.crop((0, 0, 8, 8)), "kitty")
+    small = encode(picture.crop((0, 0, 8, 8)), "kitty")
     assert small.startswith("\033_Ga=T,f=100,m=0;")
 
 
 def test_iterm2(picture):
-    size, data = re.fullmatch("\033]1337;File=inline=1;size=(\\d+):(.*)\a\n", escaped(picture, "iterm2")).groups()
+    size, data = re.fullmatch("\033]1337;File=inline=1;size=(\\d+):(.*)\a\n", encode(picture, "iterm2")).groups()
     assert len(base64.b64decode(data)) == int(size)
     with Image.open(io.BytesIO(base64.b64decode(data))) as shown:
         assert shown.size == (MAX_SIDE, 219)
@@ -233,9 +233,9 @@ def test_sixel():
     rng = np.random.default_rng(1)
     palette = np.array([(0, 0, 0), (255, 255, 255), (51, 102, 204), (255, 0, 0)], np.uint8)
     pixels = np.repeat(palette[rng.integers(0, 4, (14, 5))], 4, axis=1)
-    drawn = unsixel(sixel(Image.fromarray(pixels)))
+    drawn = unsixel(encode_sixel(Image.fromarray(pixels)))
     assert np.array_equal(drawn, (pixels.astype(int) * 100 + 127) // 255)
-    assert escaped(Image.fromarray(pixels), "sixel") == sixel(Image.fromarray(pixels))
+    assert encode(Image.fromarray(pixels), "sixel") == encode_sixel(Image.fromarray(pixels))
 
 
 def test_pictures_are_shown(checkpoint, tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from examples.nano_score import draw, unseen_edits, unseen_tasks
 from flux2_mlx import Flux2Pipeline, FluxKlein, FluxKleinParams, InputError
-from flux2_mlx.device import within
+from flux2_mlx.device import memory_limit
 from flux2_mlx.generate import main
 from flux2_mlx.models.kv_cache import FrozenKV
 from flux2_mlx.options import REUSED
@@ -195,7 +195,7 @@ def test_a_picture_takes_the_memory_that_is_planned(what, memory):
     most = max(transformer_bytes(params, Pass(128, 256, 128, frozen=what), mx.float32))
     reuse, there = FrozenKV(what, 256), 0
     for sigma in (0.9, 0.8):
-        with within(before + most, most - there):
+        with memory_limit(before + most, most - there):
             mx.reset_peak_memory()
             velocity = model.forward_with_rope(img, txt, mx.array([sigma]), *rope, frozen=reuse)
             mx.eval(velocity)

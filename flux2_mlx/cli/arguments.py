@@ -16,7 +16,7 @@ from ..adapters.lora import parse_lora
 from ..errors import InputError
 from ..families import NANO, RELEASED
 from ..imaging.files import FORMATS, check_output, check_preview, open_image, read_metadata
-from ..imaging.inpaint import ALPHA, SIDES, repainting_of
+from ..imaging.inpaint import ALPHA, SIDES, inpaint_from
 from ..imaging.preprocess import reference_size
 from ..imaging.terminal import PROTOCOLS
 from ..models.config import AutoEncoderConfig
@@ -285,7 +285,7 @@ def complete(
         raise InputError(f"a LoRA is given twice: {', '.join(given)}")
     if arguments.strength is not None and arguments.init_image is None:
         raise InputError("--strength belongs to --init-image, and none is given")
-    arguments.repainting = repainting_of(
+    arguments.repainting = inpaint_from(
         arguments.init_image, arguments.mask, arguments.mask_blur, arguments.mask_padding, arguments.expand
     )
     return arguments
@@ -370,7 +370,7 @@ def sizes_of(arguments: argparse.Namespace, side: int) -> tuple[int, int, list[t
     """Height and width to draw at, where ``side`` is what the model is for, and sizes of what the transformer sees."""
     references = [reference_size(image) for image in arguments.image]
     repainting = arguments.repainting
-    begun = arguments.init_image if repainting is None else repainting.picture
+    begun = arguments.init_image if repainting is None else repainting.image
     models = references if begun is None else [reference_size(begun), *references]
     height, width = drawn_size(arguments.height, arguments.width, models, side)
     if repainting is not None:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..adapters.lora import parse_lora
 from ..errors import InputError
 from ..imaging.files import save_image, save_preview
-from ..imaging.terminal import PROTOCOLS, escaped, protocol_of
+from ..imaging.terminal import PROTOCOLS, detect_protocol, encode
 from ..pipeline import Flux2Pipeline
 from ..request import Settings
 from ..results import Step
@@ -104,7 +104,7 @@ def draw(
         saves: whether it is this process that saves them.
         saved: is told of each picture once it is.
     """
-    protocol = protocol_of(os.environ) if arguments.show == "auto" else arguments.show
+    protocol = detect_protocol(os.environ) if arguments.show == "auto" else arguments.show
     if arguments.show and protocol is None:
         warnings.warn(
             f"this terminal is not known to show pictures; --show {', --show '.join(PROTOCOLS)} try one way",
@@ -121,7 +121,7 @@ def draw(
                 saved(picture, settings)
             tqdm.write(f"seed {settings.seed}  {written}")  # past the bars
             if protocol is not None:
-                tqdm.write(escaped(picture, protocol), end="")
+                tqdm.write(encode(picture, protocol), end="")
             sys.stdout.flush()
     stats = step.stats
     if not arguments.quiet:

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 from ..errors import CheckpointError
 from ..families import MAX_SEQUENCE_LENGTH
 
-BEFORE = "<|im_start|>user\n"
-AFTER = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+PROMPT_PREFIX = "<|im_start|>user\n"
+PROMPT_SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 PAD = "<|endoftext|>"
 
 
@@ -30,7 +30,7 @@ class Qwen3Tokenizer:
         folder: the checkpoint's ``tokenizer`` folder, with tokenizer.json.
 
     Attributes:
-        default_length: the tokens that a prompt is padded or cut to unless the caller says otherwise: 512, or the
+        default_length: the tokens that a prompt is padded or truncated to by default: 512, or the
             ``model_max_length`` of the folder's tokenizer_config.json where that is less.
 
     Raises:
@@ -54,9 +54,9 @@ class Qwen3Tokenizer:
         self.default_length = _default_length(folder / "tokenizer_config.json")
 
     def __call__(self, prompts: Sequence[str], max_sequence_length: int | None = None) -> tuple[mx.array, mx.array]:
-        """Tokenize prompts, each inserted verbatim; special tokens written in a prompt count as such.
+        """Tokenize prompts in the chat template. Special tokens written out in a prompt become special tokens.
 
-        A prompt that is too long loses its end, with a UserWarning that says which words.
+        A prompt that is too long is truncated, with a UserWarning that quotes the lost words.
 
         Returns:
             (ids, mask), each (B, max_sequence_length) int32; the mask is 1 for the prompt's tokens, 0 for padding.
@@ -66,24 +66,24 @@ class Qwen3Tokenizer:
         ids = np.full((len(prompts), max_sequence_length), self._pad, np.int32)
         mask = np.zeros_like(ids)
         for row, prompt in enumerate(prompts):
-            encoding = self._tokenizer.encode(BEFORE + prompt + AFTER, add_special_tokens=False)
-            kept = encoding.ids[:max_sequence_length]
+            encoding = self._tokenizer.encode(PROMPT_PREFIX + prompt + PROMPT_SUFFIX, add_special_tokens=False)
+            tokens = encoding.ids[:max_sequence_length]
             if len(encoding.ids) > max_sequence_length:
-                start = encoding.offsets[max_sequence_length][0] - len(BEFORE)
+                start = encoding.offsets[max_sequence_length][0] - len(PROMPT_PREFIX)
                 cut = prompt[max(start, 0) :]
-                what = f"cut off: {_abridged(cut)!r}" if cut else "the end-of-turn tokens were cut off"
+                what = f"cut off: {_abridge(cut)!r}" if cut else "the end-of-turn tokens were cut off"
                 warnings.warn(
                     f"the prompt has {len(encoding.ids)} tokens and max_sequence_length is "
                     f"{max_sequence_length}; {what}",
                     stacklevel=2,
                 )
-            ids[row, : len(kept)] = kept
-            mask[row, : len(kept)] = 1
+            ids[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = 1
         return mx.array(ids), mx.array(mask)
 
 
 def _default_length(path: Path) -> int:
-    """MAX_SEQUENCE_LENGTH, or less where the config says so. The file is optional, as what it says has defaults."""
+    """MAX_SEQUENCE_LENGTH, or model_max_length of this tokenizer_config.json where that is less; it may be missing."""
     try:
         config = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -98,5 +98,6 @@ def _default_length(path: Path) -> int:
     return int(min(longest, MAX_SEQUENCE_LENGTH))  # transformers writes 1e30 for "no limit"
 
 
-def _abridged(text: str, length: int = 80) -> str:
+def _abridge(text: str, length: int = 80) -> str:
+    """A text with its middle left out where it is longer than ``length``."""
     return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"

@@ -1,4 +1,4 @@
-"""Pictures: between PIL and arrays, reference pictures, and files that carry how they were made."""
+"""Image files: reading any format safely, and writing images with the settings that made them."""
 
 from __future__ import annotations
 
@@ -31,73 +31,78 @@ METADATA_KEY = "flux2_mlx"
 PREVIEW_KEY = "flux2_mlx preview"
 JPEG_EXIF_BYTES = 65_533
 
-# Formats of which a file with several frames is a film; others (MPO, TIFF) keep previews and pages beside the picture.
-FILMS = ("GIF", "PNG", "WEBP", "AVIF")
+# Formats in which several frames are an animation; in others (MPO, TIFF) they are previews and pages.
+ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
 _HEIC = re.compile(rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1)", re.DOTALL)
 
 
 def open_image(path: str | os.PathLike[str], *, alpha: bool = False) -> Image.Image:
-    """A picture from a file as RGB, turned upright as its EXIF says; transparent pixels become white, 16 bits 8.
+    """Read an image as 8-bit RGB, rotated as its EXIF orientation says; transparent pixels become white.
 
     Args:
-        alpha: keep transparency, as RGBA, where the file has it.
+        alpha: return RGBA for a file with transparency.
 
     Raises:
-        InputError: for a file that is no picture, is damaged, is a film, has 32-bit values, or too many pixels to be
-            read safely.
+        InputError: with the file as ``source``; for a file that is no image, or is damaged, animated, of 32-bit values,
+            or of too many pixels to be read safely.
     """
     name = os.fspath(path)
     try:
         with Image.open(path) as image:
-            if getattr(image, "is_animated", False) and image.format in FILMS:
-                raise InputError(f"{name} has several frames; save the one that is meant as a picture of its own")
+            if getattr(image, "is_animated", False) and image.format in ANIMATED:
+                raise InputError("has several frames; save the one that is meant as an image of its own", source=name)
             image.load()
             kind = image.format
             bits = image.tag_v2.get(BITSPERSAMPLE, (16,))[0] if isinstance(image, TiffImageFile) else 16
-            with contextlib.suppress(SyntaxError, ValueError, TypeError):  # a damaged EXIF turns nothing
+            with contextlib.suppress(SyntaxError, ValueError, TypeError):  # a damaged EXIF block is ignored
                 image = ImageOps.exif_transpose(image)
-            image = _eight_bits(image, name, kind, bits)
+            image = _to_eight_bits(image, name, kind, bits)
             return image if alpha else flatten(image)
     except InputError:
         raise
     except Image.DecompressionBombError:
-        raise InputError(f"{name} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; scale it down") from None
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise InputError(f"has more than {most:,} pixels; scale it down", source=name) from None
     except UnidentifiedImageError:
         with open(path, "rb") as file:
             is_heic = _HEIC.match(file.read(16)) is not None
         way_out = " but HEIC; on a Mac, sips -s format png FILE --out FILE.png makes a PNG of it" if is_heic else ""
-        raise InputError(f"cannot read {name}: it is no picture of a known format{way_out}") from None
-    except Exception as error:  # a damaged picture makes Pillow raise errors of many kinds
+        raise InputError(f"cannot be read: it is no image of a known format{way_out}", source=name) from None
+    except Exception as error:  # a damaged image makes Pillow raise errors of many kinds
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else "it is cut short or damaged"
-        raise InputError(f"cannot read {name}: {reason}") from None
+        raise InputError(f"cannot be read: {reason}", source=name) from None
 
 
-def _eight_bits(image: Image.Image, name: str, kind: str | None, bits: int) -> Image.Image:
-    """RGB or, with transparency, RGBA of a picture from a file of this format, with so many bits where that are more
-    than 8, which would suffer from a plain conversion.
+def _to_eight_bits(image: Image.Image, name: str, kind: str | None, bits: int) -> Image.Image:
+    """An image as 8-bit RGB, or RGBA with transparency.
+
+    Args:
+        name: the file's, for messages.
+        kind: the file's format, as Pillow calls it.
+        bits: of a channel's values, for images of more than 8.
     """
-    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):  # cut off at 255 otherwise
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):  # convert() would clip at 255
         levels = np.asarray(image, np.float64)
-        plain = Image.fromarray((levels / (2**bits - 1) * 255).round().astype(np.uint8)).convert("RGB")
-        if "transparency" in image.info:  # one level of all
+        rgb = Image.fromarray((levels / (2**bits - 1) * 255).round().astype(np.uint8)).convert("RGB")
+        if "transparency" in image.info:  # one level that stands for transparent
             opaque = (levels != image.info["transparency"]).astype(np.uint8) * 255
-            plain.putalpha(Image.fromarray(opaque))
-        return plain
+            rgb.putalpha(Image.fromarray(opaque))
+        return rgb
     if image.mode in ("I", "F"):
-        raise InputError(f"cannot read {name}: its values have no known range; save it with 8 or 16 bits")
+        raise InputError("cannot be read: its values have no known range; save it with 8 or 16 bits", source=name)
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
 def check_output(path: Path) -> None:
-    """Refuse, before any work, a file name that could not be written: its format, its folder.
+    """Refuse an image's file name that could not be written, before any work is done.
 
     Raises:
-        InputError: with the way out.
+        InputError: with the fault and the way out.
     """
     try:
         if b"\0" in os.fsencode(path):
             raise ValueError
-    except ValueError:  # half a character, as text that was cut has
+    except ValueError:  # a lone surrogate
         raise InputError(f"cannot write {str(path)!r}: that cannot be a file's name") from None
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"cannot write {path}: the suffix must be one of {', '.join(FORMATS)}")
@@ -112,10 +117,10 @@ def check_output(path: Path) -> None:
 
 
 def check_preview(path: Path) -> None:
-    """Refuse, before any work, a file for previews that could not be written, or is something else.
+    """Refuse a file for previews that could not be written or holds something else, before any work is done.
 
     Raises:
-        InputError: with the way out.
+        InputError: with the fault and the way out.
     """
     if path.suffix.lower() != ".png":
         raise InputError(f"a preview is a PNG file, got {path}")
@@ -124,24 +129,25 @@ def check_preview(path: Path) -> None:
         try:
             with Image.open(path) as image:
                 is_preview = PREVIEW_KEY in image.info
-        except Exception:  # no picture, or a damaged one
+        except Exception:  # no image, or a damaged one
             is_preview = False
         if not is_preview:
             raise InputError(f"{path} exists and is no preview; previews would replace it")
 
 
 def save_preview(image: Image.Image, path: Path) -> None:
-    """Write a picture over the preview before it, never half of one."""
+    """Write an image in the place of the preview before it."""
     info = PngImagePlugin.PngInfo()
     info.add_text(PREVIEW_KEY, "")
-    with written_beside(path) as temporary:
+    with atomic_write(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
-        temporary.replace(path)
 
 
 @contextlib.contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """A temporary file in the folder of one that is to be written, gone in the end unless it was renamed.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Let a file appear whole or not at all: yields a temporary path beside it, which replaces ``path`` at the end.
+
+    A body that moves the temporary file elsewhere decides itself where it goes; after an exception it is deleted.
 
     Raises:
         InputError: for a full disk or another failure to write.
@@ -154,6 +160,8 @@ def written_beside(path: Path) -> Iterator[Path]:
     try:
         temporary.chmod(0o666 & ~mask)  # mkstemp made it private
         yield temporary
+        if temporary.exists():
+            temporary.replace(path)
     except OSError as error:
         fault = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
         raise InputError(f"cannot write {path}: {fault}; choose another file") from None
@@ -163,22 +171,22 @@ def written_beside(path: Path) -> Iterator[Path]:
 
 
 def save_image(image: Image.Image, path: str | os.PathLike[str], metadata: Mapping[str, Any], parameters: str) -> Path:
-    """Write a picture with how it was made; never over an existing file, never half a file.
+    """Write an image with its settings as metadata; never over an existing file, never half a file.
 
     PNG carries both texts as text chunks; JPEG and WebP carry the JSON as ImageDescription and the line as
-    UserComment. JPEG has room for about 64 kB of it; with more, the picture is written without, and a warning.
+    UserComment. JPEG has room for about 64 kB of EXIF; longer metadata is left out with a warning.
 
     Args:
         image: 8-bit RGB.
-        path: where to; its suffix sets the format. Where the name is taken, "-2", "-3", ... is added.
-        metadata: written as JSON.
-        parameters: the line that other tools read.
+        path: the file; its suffix sets the format. "-2", "-3", ... is added to a name that exists.
+        metadata: the settings, written as JSON.
+        parameters: the settings in the line that other tools read.
 
     Returns:
         The path that was written.
 
     Raises:
-        InputError: for a full disk or another failure to write; nothing is left behind.
+        InputError: for a full disk or another failure to write; nothing stays on the disk.
     """
     path = Path(path)
     check_output(path)
@@ -198,14 +206,14 @@ def save_image(image: Image.Image, path: str | os.PathLike[str], metadata: Mappi
             warnings.warn(f"{path} does not say how it was made: the prompt is too long for a JPEG", stacklevel=2)
             exif = Image.Exif()
         options = {**options, "exif": exif}
-    with written_beside(path) as temporary:
+    with atomic_write(path) as temporary:
         image.save(temporary, format=kind, **options)
         return _move_to_free_name(temporary, path)
 
 
 def _move_to_free_name(temporary: Path, path: Path) -> Path:
-    """Give a finished file its name, or the first free numbered one. The name is claimed by an empty file first, since
-    a rename alone would replace what is there.
+    """Rename a finished file to ``path`` or the first free numbered name. An empty file claims the name first, since a
+    rename alone would replace another's file.
     """
     target, number = path, 1
     while True:
@@ -224,23 +232,23 @@ def _move_to_free_name(temporary: Path, path: Path) -> Path:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """How a picture of this package was made, from its file: the JSON that save_image wrote.
+    """The settings that save_image wrote into an image's file.
 
     Raises:
-        InputError: for a file that is no picture, or carries nothing of this package.
+        InputError: for a file that is no image, or has no settings of this package.
     """
     try:
         with Image.open(path) as image:
             text = image.info.get(METADATA_KEY) or image.getexif().get(ExifTags.Base.ImageDescription)
-    except Exception as error:  # a damaged picture makes Pillow raise errors of many kinds
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a picture"
-        raise InputError(f"cannot read {os.fspath(path)}: {reason}") from None
+    except Exception as error:  # a damaged image makes Pillow raise errors of many kinds
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an image"
+        raise InputError(f"cannot be read: {reason}", source=os.fspath(path)) from None
     try:
         metadata = json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
         raise InputError(
-            f"{os.fspath(path)} does not say how it was made; only pictures written by flux2_mlx can be repeated"
+            "does not say how it was made; only images written by flux2_mlx can be repeated", source=os.fspath(path)
         )
     return metadata

@@ -1,9 +1,9 @@
-"""Repainting a part of a picture (inpainting), and painting on beyond its edges (outpainting).
+"""Inpainting, which generates a masked part of an image anew, and outpainting, which extends an image beyond its edges.
 
-    picture, mask --expand--> larger picture, mask --box--> the region that is drawn --paste--> the picture, repainted
+    image, mask --expand--> larger image, mask --crop--> box, generated at a size of its own --composite--> image
 
-The region is drawn at a size of its own, scaled back and pasted through the mask, so pixels that the mask leaves black
-come back as they were. Reference: diffusers' Flux2KleinInpaintPipeline and its VaeImageProcessor.
+The box is scaled back and composited through the mask, so pixels that are black in the mask keep their values.
+Reference: diffusers' Flux2KleinInpaintPipeline and its VaeImageProcessor.
 """
 
 from __future__ import annotations
@@ -17,101 +17,102 @@ from PIL import Image, ImageFilter, ImageOps
 
 from ..errors import InputError
 from ..sampling.latents import PIXELS_PER_TOKEN
-from .preprocess import flatten, init_array, picture_array, reference_size
+from .preprocess import flatten, image_array, init_array, reference_size
 
-ALPHA = "alpha"  # in place of a mask: what is transparent in the picture
+ALPHA = "alpha"  # given for a mask: inpaint where the image is transparent
 SIDES = ("left", "top", "right", "bottom")
-MAX_MARGIN = 10_000  # pixels
-MAX_PIXELS = 2**28  # of a picture that was expanded
+MAX_MARGIN = 10_000  # pixels added on one side
+MAX_PIXELS = 2**28  # of an expanded image
 
 
 @dataclass(frozen=True)
-class Repainting:
-    """A picture and what of it is repainted.
+class Inpaint:
+    """An image and the part of it to inpaint.
 
     Attributes:
-        picture: RGB, expanded.
-        mask: of the same size, 8-bit: white is repainted, black kept, grey is blended.
-        box: (left, top, right, bottom) of the region that is drawn, of about the picture's aspect.
+        image: RGB, after outpainting's margins were added.
+        mask: 8-bit grey of the same size: white is inpainted, black is kept, grey is blended.
+        box: (left, top, right, bottom) of the region to generate, of about the image's aspect.
     """
 
-    picture: Image.Image
+    image: Image.Image
     mask: Image.Image
     box: tuple[int, int, int, int]
 
     @classmethod
-    def of(
+    def prepare(
         cls,
-        picture: Image.Image,
+        image: Image.Image,
         mask: Image.Image | str | None,
         *,
         blur: float = 0,
         padding: int | None = None,
         expand: Mapping[str, int] | None = None,
-    ) -> Repainting:
+    ) -> Inpaint:
         """
         Args:
-            picture: what is repainted.
-            mask: of the picture's size, or of its aspect; "alpha" for what is transparent in the picture; None with
-                expand, for what is added alone.
-            blur: radius in the picture's pixels of a Gaussian blur of the mask.
-            padding: pixels to draw around what the mask shows; None draws the whole picture.
-            expand: pixels to add on each of SIDES.
+            image: the image to inpaint.
+            mask: an image of the same size or aspect; "alpha" for the transparent part of ``image``; None, with
+                ``expand``, for the added margins alone.
+            blur: radius, in the image's pixels, of a Gaussian blur of the mask.
+            padding: margin in pixels around the mask's white part that is generated with it; None generates the whole
+                image.
+            expand: pixels to add on each of SIDES (outpainting).
 
         Raises:
-            InputError: for a mask that does not belong to the picture, or shows nothing.
+            InputError: for a mask of another aspect than the image, or one that is black everywhere.
         """
-        reference_size(picture)  # refuses what is no picture, or cannot be one
+        reference_size(image)  # raises for other types, and for sizes that cannot be encoded
         if mask is None:
-            shown = Image.new("L", picture.size)
+            levels = Image.new("L", image.size)
         elif isinstance(mask, str):
-            shown = _transparency(picture, mask)
+            levels = _transparency(image, mask)
         else:
-            shown = _levels_of(mask, picture.size)
-        picture = flatten(picture) if mask == ALPHA else picture.convert("RGB")
+            levels = _to_grey(mask, image.size)
+        image = flatten(image) if mask == ALPHA else image.convert("RGB")
         if expand is not None:
             edges = [int(expand.get(side, 0)) for side in SIDES]
             borders = ((edges[1], edges[3]), (edges[0], edges[2]))
-            width, height = picture.width + edges[0] + edges[2], picture.height + edges[1] + edges[3]
+            width, height = image.width + edges[0] + edges[2], image.height + edges[1] + edges[3]
             if width * height > MAX_PIXELS:
-                raise InputError(f"{width} x {height} is more than can be painted on; expand by less")
-            picture = Image.fromarray(np.pad(np.asarray(picture), (*borders, (0, 0)), mode="edge"))
-            shown = Image.fromarray(np.pad(np.asarray(shown), borders, constant_values=255))
+                raise InputError(f"{width} x {height} is more than can be outpainted; expand by less")
+            image = Image.fromarray(np.pad(np.asarray(image), (*borders, (0, 0)), mode="edge"))
+            levels = Image.fromarray(np.pad(np.asarray(levels), borders, constant_values=255))
         if blur:
-            shown = shown.filter(ImageFilter.GaussianBlur(blur))
-        found = shown.getbbox()
-        if found is None:
-            raise InputError("the mask is black everywhere: nothing would be repainted (white repaints)")
-        box = (0, 0, *picture.size) if padding is None else _padded(found, padding, picture.size)
-        return cls(picture, shown, box)
+            levels = levels.filter(ImageFilter.GaussianBlur(blur))
+        white_box = levels.getbbox()
+        if white_box is None:
+            raise InputError("the mask is black everywhere: nothing would be inpainted (white is)")
+        box = (0, 0, *image.size) if padding is None else _pad_box(white_box, padding, image.size)
+        return cls(image, levels, box)
 
     def check_aspect(self, height: int, width: int) -> None:
-        """Refuse a size to draw at that would stretch the picture by more than what a multiple of 16 is off.
+        """Refuse a size that would stretch the image by more than rounding its sides to multiples of 16 does.
 
         Raises:
             InputError: with the way out.
         """
-        wide, tall = self.picture.size
+        wide, tall = self.image.size
         if min(abs(width * tall / wide - height), abs(height * wide / tall - width)) >= PIXELS_PER_TOKEN:
             raise InputError(
-                f"{width} x {height} is not the shape of the picture that is repainted, {wide} x {tall}; give one of "
-                "width and height, and the other follows"
+                f"{width} x {height} has not the aspect of the image to inpaint, {wide} x {tall}; give one of width "
+                "and height, and the other follows"
             )
 
     def array(self, size: tuple[int, int]) -> mx.array:
-        """The region at a size (height, width) as (1, H, W, 3) in -1..1, float32."""
-        if self.box == (0, 0, *self.picture.size) and size == reference_size(self.picture):
-            return init_array(self.picture, size)
-        return picture_array(self.picture.crop(self.box).resize(size[::-1], Image.Resampling.LANCZOS))
+        """The box scaled to a size (height, width): (1, H, W, 3) in -1..1, float32."""
+        if self.box == (0, 0, *self.image.size) and size == reference_size(self.image):
+            return init_array(self.image, size)
+        return image_array(self.image.crop(self.box).resize(size[::-1], Image.Resampling.LANCZOS))
 
-    def tokens(self, size: tuple[int, int]) -> mx.array:
-        """How much of each token of the region is repainted at a size (height, width): (1, S, 1), of 0, 1/4, ..., 1.
+    def mask_tokens(self, size: tuple[int, int]) -> mx.array:
+        """The mask of the box's tokens at a size (height, width): (1, S, 1) in 0 (kept), 1/4, ..., 1 (inpainted).
 
-        The mask is made black and white, and a token is the mean of the four pixels in its middle: bilinear
-        interpolation to the grid of tokens, as in diffusers.
+        The scaled mask is thresholded at half, and a token gets the mean of the four pixels in its middle, which is
+        diffusers' bilinear interpolation to the grid of tokens.
 
         Raises:
-            InputError: where no token is.
+            InputError: for a mask of which no token is left.
         """
         height, width = size
         scaled = self.mask.crop(self.box).resize((width, height), Image.Resampling.LANCZOS)
@@ -121,42 +122,42 @@ class Repainting:
         tokens = grid[:, middle, :, middle].mean(axis=(1, 3))
         if not tokens.any():
             raise InputError(
-                f"the mask is too small, or too dark, to repaint anything at {width} x {height}; mask_padding "
-                "(--mask-padding 32) draws what it shows larger"
+                f"the mask is too small, or too dark, to inpaint anything at {width} x {height}; mask_padding "
+                "(--mask-padding 32) enlarges what it shows"
             )
         return mx.array(tokens.reshape(1, -1, 1))
 
-    def paste(self, drawn: Image.Image) -> Image.Image:
-        """The whole picture with the region as it was drawn, at any size, where the mask shows it."""
+    def composite(self, generated: Image.Image) -> Image.Image:
+        """The whole image, with the generated box (of any size) blended in where the mask is white."""
         left, top, right, bottom = self.box
-        whole = self.picture.copy()
-        whole.paste(drawn.resize((right - left, bottom - top), Image.Resampling.LANCZOS), (left, top))
-        return Image.composite(whole, self.picture, self.mask)
+        whole = self.image.copy()
+        whole.paste(generated.resize((right - left, bottom - top), Image.Resampling.LANCZOS), (left, top))
+        return Image.composite(whole, self.image, self.mask)
 
 
-def repainting_of(
-    picture: Image.Image | None,
+def inpaint_from(
+    image: Image.Image | None,
     mask: Image.Image | str | None,
     blur: float,
     padding: int | None,
     expand: Mapping[str, int] | None,
-) -> Repainting | None:
-    """The repainting that options of Flux2Pipeline.stream ask for, if any.
+) -> Inpaint | None:
+    """The Inpaint that these options of Flux2Pipeline.stream ask for, or None without mask and expand.
 
     Raises:
-        InputError: for options without what they belong to; see Repainting.of.
+        InputError: for an option without the one that it belongs to, and as Inpaint.prepare does.
     """
     if mask is None and expand is None:
         if blur or padding is not None:
             raise InputError("mask_blur and mask_padding belong to mask, or expand, and neither is given")
         return None
-    if picture is None:
+    if image is None:
         raise InputError(f"{'expand' if mask is None else 'mask'} belongs to init_image, and none is given")
-    return Repainting.of(picture, mask, blur=blur, padding=padding, expand=expand)
+    return Inpaint.prepare(image, mask, blur=blur, padding=padding, expand=expand)
 
 
 def check_expand(expand: Mapping[str, int] | None) -> None:
-    """Refuse what is no way to expand a picture.
+    """Refuse margins that are no mapping from some of SIDES to pixels.
 
     Raises:
         InputError: naming the value.
@@ -176,36 +177,36 @@ def check_expand(expand: Mapping[str, int] | None) -> None:
         )
 
 
-def _transparency(picture: Image.Image, name: str) -> Image.Image:
+def _transparency(image: Image.Image, name: str) -> Image.Image:
     if name != ALPHA:
         raise InputError(f'a mask must be a PIL.Image.Image or "{ALPHA}", got {name!r}')
-    if not picture.has_transparency_data:
-        raise InputError("the mask is to be what is transparent in the picture, and the picture has no transparency")
-    return ImageOps.invert(picture.convert("RGBA").getchannel("A"))
+    if not image.has_transparency_data:
+        raise InputError("the mask is to be the transparent part of the image, and the image has no transparency")
+    return ImageOps.invert(image.convert("RGBA").getchannel("A"))
 
 
-def _levels_of(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """A mask as 8-bit grey of a size (width, height); what is transparent in it is black."""
+def _to_grey(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A mask as 8-bit grey, scaled to a size (width, height); its own transparent pixels become black."""
     if not isinstance(mask, Image.Image):
         raise InputError(f'a mask must be a PIL.Image.Image or "{ALPHA}", got {type(mask).__name__}')
-    shown = flatten(mask, "black").convert("L")
-    if shown.size == size:
-        return shown
+    levels = flatten(mask, "black").convert("L")
+    if levels.size == size:
+        return levels
     if abs(mask.width * size[1] - mask.height * size[0]) > 0.01 * mask.width * size[1]:
         raise InputError(
-            f"the mask is {mask.width} x {mask.height} and the picture {size[0]} x {size[1]}; they must have the same "
-            "shape"
+            f"the mask is {mask.width} x {mask.height} and the image {size[0]} x {size[1]}; they must have the same "
+            "aspect"
         )
-    return shown.resize(size, Image.Resampling.BILINEAR)
+    return levels.resize(size, Image.Resampling.BILINEAR)
 
 
-def _padded(found: tuple[int, int, int, int], padding: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """A box (left, top, right, bottom), padded, and grown to the aspect of a picture of this size (width, height) that
-    it stays within.
+def _pad_box(box: tuple[int, int, int, int], padding: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """A box (left, top, right, bottom) with a margin, then grown to the aspect of the image of this size (width,
+    height), without leaving the image.
     """
     sides = [
         [max(low - padding, 0), min(high + padding, most)]
-        for low, high, most in zip(found[:2], found[2:], size, strict=True)
+        for low, high, most in zip(box[:2], box[2:], size, strict=True)
     ]
     lengths = [high - low for low, high in sides]
     scale = max(length / most for length, most in zip(lengths, size, strict=True))

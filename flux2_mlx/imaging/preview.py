@@ -1,7 +1,6 @@
-"""Cheap previews: a linear map from a token's 128 latent channels to the 2 x 2 pixels, of an eighth of the picture's
-size, that it stands for.
+"""Cheap previews at an eighth of the image's size: a linear map from a token's 128 latent channels to 2 x 2 pixels.
 
-The map is fitted once for each autoencoder, on its own latents of a few random pictures, and kept.
+The map is fitted once for each autoencoder, on its own latents of a few random images, and cached on disk.
 """
 
 from __future__ import annotations
@@ -16,55 +15,56 @@ from ..device import stage_dtype
 from ..disk_cache import digest_of, read_table, write_table
 from ..models.autoencoder import AutoEncoder
 from ..sampling.latents import PIXELS_PER_TOKEN, pack_latents, unpack_latents
-from .preprocess import picture_array, to_unit
+from .preprocess import image_array, to_unit
 
-PICTURES, SIDE = 16, 96  # that a map is fitted on
-NOISE = 0.3  # added to their latents, whose variance is 1: channels that say nothing must count for nothing
+PICTURES, SIDE = 16, 96  # number and side in pixels of the images that the map is fitted on
+NOISE = 0.3  # added to their latents, of variance 1, so that the map ignores channels without information
 RIDGE = 1e-2
-CELL = 2  # pixels a token, each way
+CELL = 2  # preview pixels a token, in each direction
 
 
 def preview_map(checkpoint: Checkpoint, dtype: mx.Dtype) -> np.ndarray:
-    """(C + 1, 12) from C latent channels and a 1 to 2 x 2 RGB pixels in 0..1: kept from an earlier run, or fitted.
+    """The map (C + 1, 12) from C latent channels and a constant 1 to 2 x 2 RGB pixels in 0..1: from the disk cache, or
+    fitted and written there.
 
     Args:
-        dtype: of the transformer; see memory.stage_dtype.
+        dtype: the transformer's; see device.stage_dtype.
     """
     source = checkpoint.sources["vae"]
     files = [*source.files, *([] if source.decoder is None else [source.decoder])]
     name = f"preview-{digest_of(files, (PICTURES, SIDE, NOISE, RIDGE))}"
     try:
-        kept = np.array(read_table(name).get("map"), np.float32)
+        cached = np.array(read_table(name).get("map"), np.float32)
     except (TypeError, ValueError):
-        kept = np.zeros(0, np.float32)
-    if kept.shape == (checkpoint.transformer.in_channels + 1, 3 * CELL**2) and np.isfinite(kept).all():
-        return kept
+        cached = np.zeros(0, np.float32)
+    if cached.shape == (checkpoint.transformer.in_channels + 1, 3 * CELL**2) and np.isfinite(cached).all():
+        return cached
     fitted = fit_map(load_autoencoder(checkpoint, stage_dtype("autoencoder", dtype)))
     write_table(name, {"map": fitted.tolist()})
     return fitted
 
 
 def fit_map(autoencoder: AutoEncoder) -> np.ndarray:
-    """The map, by ridge regression of what the decoder makes of noisy latents of random pictures, on these latents."""
+    """The map, by ridge regression of decoded pixels on the noisy latents of random images that gave them."""
     rows, pixels = [], []
     side = SIDE // PIXELS_PER_TOKEN
     for k in range(PICTURES):
         rng = np.random.default_rng(k)
-        tokens = autoencoder.bn.normalize(pack_latents(autoencoder.encoder(picture_array(random_picture(rng)))))
+        tokens = autoencoder.bn.normalize(pack_latents(autoencoder.encoder(image_array(random_image(rng)))))
         tokens = tokens.astype(mx.float32) + mx.array(NOISE * rng.standard_normal(tokens.shape, np.float32))
         decoded = to_unit(autoencoder.decoder(unpack_latents(autoencoder.bn.denormalize(tokens), SIDE, SIDE)))
         cell = PIXELS_PER_TOKEN // CELL
         small = np.array(decoded).reshape(side, CELL, cell, side, CELL, cell, 3).mean((2, 5))
         rows.append(np.array(tokens[0]))
         pixels.append(small.transpose(0, 2, 1, 3, 4).reshape(side * side, -1))
-    inputs, outputs = _with_one(np.concatenate(rows)), np.concatenate(pixels)
+    inputs, outputs = _append_one(np.concatenate(rows)), np.concatenate(pixels)
     penalty = RIDGE * len(inputs) * np.eye(inputs.shape[1])
     solved = np.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ outputs)
     return np.asarray(solved, np.float32)
 
 
-def random_picture(rng: np.random.Generator) -> Image.Image:
-    """Soft colours or the purest ones in blocks, and hard edges; SIDE x SIDE."""
+def random_image(rng: np.random.Generator) -> Image.Image:
+    """SIDE x SIDE pixels: a soft gradient or blocks of pure colours, with three rectangles of hard edges on it."""
     if rng.random() < 0.5:
         blocks = Image.fromarray(rng.integers(0, 2, (3, 3, 3), np.uint8) * 255)
         levels = np.array(blocks.resize((SIDE, SIDE), Image.Resampling.NEAREST))
@@ -78,14 +78,14 @@ def random_picture(rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(levels)
 
 
-def preview_of(tokens: mx.array, by: np.ndarray, height: int, width: int) -> Image.Image:
-    """A picture of height x width pixels, seen coarsely, from its tokens (1, S, C) and a map."""
+def render_preview(tokens: mx.array, linear_map: np.ndarray, height: int, width: int) -> Image.Image:
+    """A coarse image, scaled up to height x width pixels, from tokens (1, S, C) and the map of preview_map."""
     rows, columns = height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN
-    cells = _with_one(np.array(tokens[0].astype(mx.float32))) @ by
+    cells = _append_one(np.array(tokens[0].astype(mx.float32))) @ linear_map
     cells = cells.reshape(rows, columns, CELL, CELL, 3).transpose(0, 2, 1, 3, 4)
     levels = (np.clip(cells, 0, 1) * 255).round().astype(np.uint8).reshape(rows * CELL, columns * CELL, 3)
     return Image.fromarray(levels).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _with_one(rows: np.ndarray) -> np.ndarray:
+def _append_one(rows: np.ndarray) -> np.ndarray:
     return np.concatenate([rows, np.ones((len(rows), 1), rows.dtype)], axis=1)

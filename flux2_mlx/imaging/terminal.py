@@ -1,4 +1,4 @@
-"""Pictures in a terminal, in the three ways that terminals have for them.
+"""Images in a terminal, by one of three graphics protocols.
 
 kitty: https://sw.kovidgoyal.net/kitty/graphics-protocol
 iTerm2: https://iterm2.com/documentation-images.html
@@ -15,14 +15,14 @@ import numpy as np
 from PIL import Image
 
 PROTOCOLS = ("kitty", "iterm2", "sixel")
-MAX_SIDE = 512  # pixels that are sent
-CHUNK = 4096  # characters that kitty takes at a time
+MAX_SIDE = 512  # larger images are scaled down before they are sent
+CHUNK = 4096  # most characters of data in one escape sequence of kitty's protocol
 
 
-def protocol_of(environment: Mapping[str, str]) -> str | None:
-    """Which of PROTOCOLS the terminal understands, by what it says of itself; None where that is not known.
+def detect_protocol(environment: Mapping[str, str]) -> str | None:
+    """Which of PROTOCOLS the terminal understands, by its environment variables; None where they do not tell.
 
-    Within tmux and screen the outer terminal's words do not count.
+    None within tmux and screen, which do not pass the outer terminal's graphics on.
     """
     term, program = environment.get("TERM", ""), environment.get("TERM_PROGRAM", "")
     if "TMUX" in environment or term.startswith(("tmux", "screen")):
@@ -36,12 +36,12 @@ def protocol_of(environment: Mapping[str, str]) -> str | None:
     return None
 
 
-def escaped(image: Image.Image, protocol: str) -> str:
-    """A picture as the text that makes a terminal show it, at most MAX_SIDE pixels a side."""
+def encode(image: Image.Image, protocol: str) -> str:
+    """An image as the escape sequences that make a terminal show it, scaled down to MAX_SIDE pixels a side at most."""
     image = image.convert("RGB")
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     if protocol == "sixel":
-        return sixel(image)
+        return encode_sixel(image)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     text = base64.b64encode(buffer.getvalue()).decode()
@@ -55,8 +55,8 @@ def escaped(image: Image.Image, protocol: str) -> str:
     return "".join(parts) + "\n"
 
 
-def sixel(image: Image.Image) -> str:
-    """In 256 colours, band by band of six rows, each colour of a band after the other."""
+def encode_sixel(image: Image.Image) -> str:
+    """An image as sixels in 256 colours: bands of six rows, and within a band one colour after the other."""
     indexed = image.quantize(256)
     palette = np.array(indexed.getpalette(), np.int64).reshape(-1, 3)
     pixels = np.asarray(indexed)
@@ -69,13 +69,13 @@ def sixel(image: Image.Image) -> str:
         bits = 1 << np.arange(len(band))[:, None]
         for number in np.unique(band):
             columns = ((band == number) * bits).sum(axis=0)
-            parts.append(f"#{number}{_runs(columns)}$")
+            parts.append(f"#{number}{_run_length(columns)}$")
         parts.append("-")
     return "".join(parts) + "\033\\\n"
 
 
-def _runs(columns: np.ndarray) -> str:
-    """Six-pixel columns as characters, more than three of the same as a count and one."""
+def _run_length(columns: np.ndarray) -> str:
+    """Six-pixel columns as characters; a run of more than three of the same is written as a count and one."""
     starts = np.flatnonzero(np.diff(columns, prepend=-1))
     counts = np.diff(starts, append=len(columns))
     parts = []

@@ -131,21 +131,21 @@ def transformer_bytes(params: FluxKleinParams, one: Pass, dtype: mx.Dtype) -> tu
 
 
 def training_bytes(
-    params: FluxKleinParams, tokens: int, dtype: mx.Dtype, batch: int, *, again: bool, packed: bool
+    params: FluxKleinParams, tokens: int, dtype: mx.Dtype, batch: int, *, recompute: bool, packed: bool
 ) -> int:
     """Activations of the loss of images with so many text and image tokens each, and of its gradients, as measured
     on the CPU backend, where attention's backward pass writes out its scores; a fused one needs less.
 
     Args:
-        again: whether blocks are computed again in the backward pass; then their inputs are kept, and the insides of
-            one, else of all.
+        recompute: whether blocks are computed again in the backward pass; then their inputs are kept, and the
+            insides of one, else of all.
         packed: whether matrices are; the backward pass takes them unpacked, of one block or of all.
     """
     unit, blocks = batch * tokens * params.hidden_size * dtype.size, params.depth + params.depth_single
     scores = tokens * params.num_heads / params.hidden_size  # in units
     single = (4 * params.hidden_size + 3 * params.mlp_hidden) * params.hidden_size * dtype.size if packed else 0
     half = 8 if dtype.size < 4 else 0  # what is computed in float32 all the same
-    if again:
+    if recompute:
         return int(unit * (blocks + max(40, 30 + 3 * scores) + half) + single)
     doubles = 2 * params.depth + params.depth_single  # a double block has two streams' matrices
     return int(unit * (16 + blocks * (22 + 1.3 * scores) + half) + doubles * single)

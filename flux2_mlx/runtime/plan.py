@@ -225,7 +225,7 @@ def make_training_plan(
     batch: int,
     adapters: int,
     averages: bool,
-    again: bool,
+    recompute: bool,
     draws: bool,
     limit: int,
 ) -> TrainingPlan:
@@ -238,7 +238,7 @@ def make_training_plan(
         batch: pictures in a pass.
         adapters: numbers in the LoRA.
         averages: whether it has a moving average.
-        again: see memory.training_bytes.
+        recompute: see activations.training_bytes.
         draws: whether pictures are drawn in between.
         limit: bytes that there are.
     """
@@ -251,7 +251,7 @@ def make_training_plan(
     stages.append(stage_of("pictures", autoencoder.encoder, pictures, working))
     tokens = length + max(sum(h * w for h, w in shape) for shape in shapes) // 256
     unpacked = largest_dense_bytes(transformer, dtype)
-    working = unpacked + training_bytes(params, tokens, dtype, batch, again=again, packed=unpacked > 0)
+    working = unpacked + training_bytes(params, tokens, dtype, batch, recompute=recompute, packed=unpacked > 0)
     if draws:
         height, width = max((shape[0] for shape in shapes), key=lambda size: size[0] * size[1])
         working = max(working, weight_bytes(autoencoder.decoder) + decoder_bytes(config, height, width, pictures))

@@ -24,7 +24,7 @@ from ..adapters.lora import Lora, attach, attached, merging
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.files import read_through
 from ..checkpoints.load import load_autoencoder, load_text_encoder, load_transformer, materialize, to_be_converted
-from ..device import stage_dtype, weight_bytes, within
+from ..device import memory_limit, stage_dtype, weight_bytes
 from ..models.autoencoder import AutoEncoder
 from ..models.flux2 import FluxKlein
 from ..models.qwen3 import Qwen3TextEncoder
@@ -120,7 +120,7 @@ class Stages:
             the module.
         """
         activation_bytes = self.prepare(name, need, stats, part=part)
-        with within(self.memory_limit, activation_bytes), stats.measure(what):
+        with memory_limit(self.memory_limit, activation_bytes), stats.measure(what):
             yield self._module(name, part)
 
     def prepare(self, name: str, need: Need, stats: Stats, *, part: str = "") -> int:
@@ -151,7 +151,7 @@ class Stages:
         loading = stream(module, partial(self._built, name), dtype) if streams else materialize(module)
         with (
             self.bar(f"loading {stage.name}", weights, unit="B", unit_scale=True) as bar,
-            within(self.memory_limit, 0),
+            memory_limit(self.memory_limit, 0),
             stats.measure("load"),
         ):
             try:

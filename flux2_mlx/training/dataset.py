@@ -1,14 +1,14 @@
-"""What a LoRA is trained on: a folder is checked as a whole, its pictures are sorted into sizes and batches.
+"""The data set of a LoRA: a folder, checked as a whole, becomes examples of a few sizes, sampled in batches.
 
-folder -> read_dataset -> examples, each with its size -> Batches: which are trained on together, and when
+    folder -> read_dataset -> examples, each with its size -> BatchSampler: the examples of pass 0, 1, 2, ...
 
-A folder has pictures, each with its caption in a .txt file of the same name; or a metadata.jsonl, one object a line:
+A folder has images, each with its caption in a .txt file of the same name; or a metadata.jsonl, one object a line:
 
     {"file_name": "1.png", "text": "a red fox in the snow"}
     {"file_name": "after.png", "text": "make it night", "reference": "before.png"}
 
-whose first names are those of Hugging Face's image folders, and ``reference`` is what the picture is edited from, one
-file or a list. Paths are within the folder.
+"file_name" and "text" are the keys of Hugging Face's image folders; "reference" is the image to edit, or a list of
+images. Paths are within the folder.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from PIL import Image, ImageOps
 
 from ..errors import InputError
 from ..imaging.files import open_image
-from ..imaging.preprocess import picture_array, reference_size
+from ..imaging.preprocess import image_array, reference_size
 from ..sampling.latents import PIXELS_PER_TOKEN
 
 METADATA = "metadata.jsonl"
 KEYS = ("file_name", "text", "reference")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif")
-MIN_PICTURES = 3
-MIN_SIDE = 64  # of what is trained on
-MAX_CAPTION_BYTES = 100_000  # far beyond what the text encoder reads
+MIN_IMAGES = 3
+MIN_SIDE = 64  # pixels of a training image
+MAX_CAPTION_BYTES = 100_000  # a caption is truncated to 512 tokens in any case
 
 Size = tuple[int, int]  # height, width in pixels
 
@@ -45,28 +45,27 @@ class DataError(InputError):
     """A data set that cannot be trained on.
 
     Attributes:
-        where: the folder.
-        faults: all that is wrong with it, a line for each.
+        faults: all faults of the folder or file ``source``, one line each.
     """
 
-    def __init__(self, where: Path, faults: Sequence[str]):
-        self.where, self.faults = where, list(faults)
-        super().__init__(f"{where}: {'; '.join(self.faults)}")
+    def __init__(self, source: Path, faults: Sequence[str]):
+        self.faults = list(faults)
+        super().__init__("; ".join(self.faults), source=source)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A picture that is to be learned.
+    """An image to learn.
 
     Attributes:
-        picture: its file.
-        caption: what it is drawn for, or the instruction of an edit.
-        references: files of the pictures that it is edited from.
-        size: that it is trained at.
-        reference_sizes: that those are seen at.
+        image: its file.
+        caption: the prompt for it, or the instruction of an edit.
+        references: files of the reference images of an edit.
+        size: the size that the image is trained at; see bucket.
+        reference_sizes: the sizes of the references.
     """
 
-    picture: Path
+    image: Path
     caption: str
     references: tuple[Path, ...]
     size: Size
@@ -74,7 +73,7 @@ class Example:
 
     @property
     def shape(self) -> tuple[Size, ...]:
-        """What it must have in common with what it shares a pass with."""
+        """Sizes of the image and its references; the examples of a batch have the same."""
         return (self.size, *self.reference_sizes)
 
 
@@ -83,23 +82,23 @@ class Example:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A picture as the folder names it; ``where`` is how a fault of its caption is told."""
+    """An image as the folder names it; ``label`` names the entry in messages about its caption."""
 
-    where: str
-    picture: Path
+    label: str
+    image: Path
     caption: str
     references: tuple[Path, ...] = ()
 
 
 def read_dataset(folder: Path, resolution: int, trigger: str = "") -> list[Example]:
-    """Check a folder, every file of it, and give each picture the size that it is trained at; see bucket.
+    """Check every file of a folder and give each image its training size; see bucket.
 
     Args:
-        resolution: pixels; a picture has at most its square.
-        trigger: a word to stand before every caption that does not have it, and alone where there is none.
+        resolution: an image is trained on resolution x resolution pixels at most.
+        trigger: a word to prepend to every caption without it; an image without a caption gets the word alone.
 
     Raises:
-        DataError: with everything that is wrong.
+        DataError: with all faults of the folder.
     """
     if not folder.is_dir():
         raise DataError(folder, ["there is no such folder"])
@@ -107,23 +106,24 @@ def read_dataset(folder: Path, resolution: int, trigger: str = "") -> list[Examp
     metadata = folder / METADATA
     entries = _from_metadata(metadata, faults) if metadata.is_file() else _from_captions(folder, faults)
     if not entries and not faults:
-        faults.append(f"no pictures ({', '.join(SUFFIXES[:4])}, ...) and no {METADATA}")
-    elif len(entries) < MIN_PICTURES and not faults:
-        count = "1 picture" if len(entries) == 1 else f"{len(entries)} pictures"
-        faults.append(f"{count}, and at least {MIN_PICTURES} are needed")
+        faults.append(f"no images ({', '.join(SUFFIXES[:4])}, ...) and no {METADATA}")
+    elif len(entries) < MIN_IMAGES and not faults:
+        count = "1 image" if len(entries) == 1 else f"{len(entries)} images"
+        faults.append(f"{count}, and at least {MIN_IMAGES} are needed")
     sizes: dict[Path, Size | None] = {}
     examples = []
     for entry in entries:
         caption = _with_trigger(entry.caption, trigger)
         if not caption:
-            faults.append(f"{entry.where}: the caption is empty; write one, or give a trigger word")
-        for path in (entry.picture, *entry.references):
+            faults.append(f"{entry.label}: the caption is empty; write one, or give a trigger word")
+        for path in (entry.image, *entry.references):
             if path not in sizes:
                 sizes[path] = _size(folder, path, faults)
-        size, *others = (sizes[path] for path in (entry.picture, *entry.references))
-        found = tuple(bucket(*other, resolution) for other in others if other is not None)
+        size, *others = (sizes[path] for path in (entry.image, *entry.references))
+        reference_sizes = tuple(bucket(*other, resolution) for other in others if other is not None)
         if size is not None:
-            examples.append(Example(entry.picture, caption, entry.references, bucket(*size, resolution), found))
+            target = bucket(*size, resolution)
+            examples.append(Example(entry.image, caption, entry.references, target, reference_sizes))
     if faults:
         raise DataError(folder, faults)
     return examples
@@ -136,26 +136,28 @@ def _with_trigger(caption: str, trigger: str) -> str:
 
 
 def _size(folder: Path, path: Path, faults: list[str]) -> Size | None:
-    """A picture's size, or None and a fault."""
+    """An image's (height, width), or None with a fault added."""
     name = path.relative_to(folder)
     try:
-        if not path.is_file():  # also what would block, as a pipe does
-            raise InputError(f"{path}: there is no such file")
+        if not path.is_file():  # a pipe would block
+            raise InputError("there is no such file", source=path)
         image = open_image(path)
         reference_size(image)
-    except (InputError, OSError) as error:
-        reason = str(error).replace(f"cannot read {path}: ", "").replace(f"{path}: ", "").replace(str(path), "it")
-        faults.append(f"{name}: {' '.join(reason.splitlines())}")
+    except InputError as error:
+        faults.append(f"{name}: {' '.join(error.message.splitlines())}")
+        return None
+    except OSError as error:
+        faults.append(f"{name}: {error.strerror or error}")
         return None
     return image.height, image.width
 
 
 def _from_captions(folder: Path, faults: list[str]) -> list[_Entry]:
     files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
-    stems = {path.stem for path in pictures}
-    faults += [f"{path.name}: there is no picture of this name" for path in files if _is_stray(path, stems)]
-    return [_Entry(path.name, path, _caption(path.with_suffix(".txt"), faults)) for path in pictures]
+    images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    stems = {path.stem for path in images}
+    faults += [f"{path.name}: there is no image of this name" for path in files if _is_stray(path, stems)]
+    return [_Entry(path.name, path, _caption(path.with_suffix(".txt"), faults)) for path in images]
 
 
 def _is_stray(path: Path, stems: set[str]) -> bool:
@@ -163,7 +165,9 @@ def _is_stray(path: Path, stems: set[str]) -> bool:
 
 
 def _caption(path: Path, faults: list[str]) -> str:
-    """The text of a file, or nothing where there is none; a fault of its own is told, and the text then not empty."""
+    """The text of a file, "" for a missing one. A file that cannot be read adds a fault, and its name
+    stands for the text, or the caption would count as empty too.
+    """
     if not path.is_file():
         return ""
     try:
@@ -190,21 +194,21 @@ def _from_metadata(path: Path, faults: list[str]) -> list[_Entry]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        where = f"{path.name}, line {number}"
+        label = f"{path.name}, line {number}"
         try:
-            entries.append(_entry(path.parent, where, line))
+            entries.append(_parse_entry(path.parent, label, line))
         except InputError as error:
-            faults.append(f"{where}: {error}")
+            faults.append(f"{label}: {error}")
     if not entries and not faults:
         faults.append(f"{path.name} is empty: one JSON object a line")
     return entries
 
 
-def _entry(folder: Path, where: str, line: str) -> _Entry:
+def _parse_entry(folder: Path, label: str, line: str) -> _Entry:
     """One line of metadata.
 
     Raises:
-        InputError: for what is none.
+        InputError: for a line of another form.
     """
     try:
         values = json.loads(line)
@@ -218,16 +222,16 @@ def _entry(folder: Path, where: str, line: str) -> _Entry:
             raise InputError(f"unknown key {name!r}; " + (f"{near[0]}?" if near else f"known are {', '.join(KEYS)}"))
     caption, references = values.get("text", ""), values.get("reference") or []
     references = [references] if isinstance(references, str) else references
-    if not isinstance(caption, str) or len(caption) > MAX_CAPTION_BYTES or _is_broken(caption):
+    if not isinstance(caption, str) or len(caption) > MAX_CAPTION_BYTES or _has_surrogates(caption):
         raise InputError(f"text must be a caption, got {str(caption)[:40]!r}")
     if not isinstance(references, list):
         raise InputError(f"reference must be a file or a list of files, got {references!r}")
-    picture, *others = (_inside(folder, name) for name in (values.get("file_name"), *references))
-    return _Entry(where, picture, caption.strip(), tuple(others))
+    image, *others = (_path_within(folder, name) for name in (values.get("file_name"), *references))
+    return _Entry(label, image, caption.strip(), tuple(others))
 
 
-def _inside(folder: Path, name: Any) -> Path:
-    if not isinstance(name, str) or not name or "\0" in name or _is_broken(name):
+def _path_within(folder: Path, name: Any) -> Path:
+    if not isinstance(name, str) or not name or "\0" in name or _has_surrogates(name):
         raise InputError(f"a file's name is expected, got {name!r}")
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -235,16 +239,16 @@ def _inside(folder: Path, name: Any) -> Path:
     return path
 
 
-def _is_broken(text: str) -> bool:
-    """Whether there are halves of characters in it, as JSON may have them."""
-    return any("\ud800" <= letter <= "\udfff" for letter in text)
+def _has_surrogates(text: str) -> bool:
+    """Whether a text has lone surrogates, which JSON can write and UTF-8 cannot encode."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def read_captions(path: Path, examples: Sequence[Example]) -> list[str]:
-    """The captions of a file, one a line, blank lines left out.
+    """The captions to preserve from a file, one a line; blank lines are skipped.
 
     Raises:
-        DataError: for a file that cannot be read or has none, and for those that the examples have, too.
+        DataError: for a file that cannot be read or has no captions, and for captions that examples have too.
     """
     try:
         captions = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
@@ -252,35 +256,35 @@ def read_captions(path: Path, examples: Sequence[Example]) -> list[str]:
         raise DataError(path, [f"not UTF-8 text ({error.reason})"]) from None
     except OSError as error:
         raise DataError(path, [error.strerror or str(error)]) from None
-    learned = {example.caption for example in examples}
+    training_captions = {example.caption for example in examples}
     faults = [
         f"{text!r} is a caption of the data set, too; take it out of one"
         for text in dict.fromkeys(captions)
-        if text in learned
+        if text in training_captions
     ]
-    most = f"is too long: {MAX_CAPTION_BYTES:,} characters at most"
-    faults += [f"{text[:40]!r}... {most}" for text in captions if len(text) > MAX_CAPTION_BYTES]
+    too_long = f"is too long: {MAX_CAPTION_BYTES:,} characters at most"
+    faults += [f"{text[:40]!r}... {too_long}" for text in captions if len(text) > MAX_CAPTION_BYTES]
     if faults or not captions:
         raise DataError(path, faults or ["no captions; write one a line"])
     return captions
 
 
 def fingerprint(examples: Sequence[Example], preserved: Sequence[str] = ()) -> str:
-    """What a data set and captions to preserve come to: with another picture, caption, size or order it is another."""
-    found = hashlib.sha256(repr(list(preserved)).encode() if preserved else b"")
+    """A hash of a data set and the captions to preserve: of images, captions, sizes and their order."""
+    digest = hashlib.sha256(repr(list(preserved)).encode() if preserved else b"")
     for example in examples:
-        pictures = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (example.picture, *example.references)]
-        found.update(repr((pictures, example.caption, example.shape)).encode())
-    return found.hexdigest()
+        images = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (example.image, *example.references)]
+        digest.update(repr((images, example.caption, example.shape)).encode())
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------- sizes, batches
 
 
 def bucket(height: int, width: int, resolution: int) -> Size:
-    """The size that a picture of this one is trained at: of the sizes with at most resolution x resolution pixels, and
-    no more than the picture has, that of the nearest aspect. Sides are multiples of a sixteenth of the resolution, and
-    of 16, so that pictures of like aspects share one.
+    """The training size (height, width) of an image of this size: of the sizes with at most resolution x resolution
+    pixels, and no more than the image has, the one of the nearest aspect. Sides are multiples of 16 and of about a
+    sixteenth of the resolution, so that images of similar aspects share a size.
     """
     area = min(resolution**2, height * width)
     grain = max(PIXELS_PER_TOKEN, math.isqrt(area) // 256 * PIXELS_PER_TOKEN)
@@ -290,31 +294,31 @@ def bucket(height: int, width: int, resolution: int) -> Size:
     return min(fitting, key=lambda size: abs(math.log(size[0] / size[1] * width / height)))
 
 
-def fitted(image: Image.Image, size: Size) -> mx.array:
-    """A picture at a size: scaled to cover it (Lanczos), cropped around the centre; (1, H, W, 3) in -1..1, float32."""
+def fit_image(image: Image.Image, size: Size) -> mx.array:
+    """An image scaled to cover a size (Lanczos) and cropped around the centre: (1, H, W, 3) in -1..1, float32."""
     height, width = size
-    return picture_array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+    return image_array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
 
 
-class Batches:
-    """The order of training: batch k is the examples, by their numbers, that share pass k; epoch after epoch, each in
-    an order of its own, without end. It depends on the arguments alone.
+class BatchSampler:
+    """The endless order of training: batch k has the indices of the examples of pass k. Each epoch has an order of its
+    own, which depends on the arguments alone.
 
     Args:
-        batch_size: the most examples of one shape in a pass; the last of an epoch may have less.
+        batch_size: examples in a batch, all of one shape; the last batch of a shape in an epoch may have fewer.
     """
 
     def __init__(self, examples: Sequence[Example], batch_size: int, seed: int):
         self.shapes = [example.shape for example in examples]
         self.batch_size, self.seed = batch_size, seed
-        self.per_epoch = len(self._epoch(0))
+        self.batches_per_epoch = len(self._epoch(0))
         self._latest: tuple[int, list[list[int]]] = -1, []
 
     def __getitem__(self, k: int) -> list[int]:
-        epoch, place = divmod(k, self.per_epoch)
+        epoch, index = divmod(k, self.batches_per_epoch)
         if self._latest[0] != epoch:
             self._latest = epoch, self._epoch(epoch)
-        return self._latest[1][place]
+        return self._latest[1][index]
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         rng = np.random.default_rng([self.seed, epoch])

@@ -1,4 +1,4 @@
-"""Latents and prompt embeddings of a data set, kept on disk."""
+"""Latents and prompt embeddings of a data set, cached on disk."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
 from .._version import __version__
-from ..device import stage_dtype, within
+from ..device import memory_limit, stage_dtype
 from ..disk_cache import digest_of
-from ..imaging.files import open_image, written_beside
+from ..imaging.files import atomic_write, open_image
 from ..pipeline import Flux2Pipeline
 from ..runtime.activations import encoder_bytes
 from ..sampling.latents import pack_latents
-from .dataset import Example, Size, fitted
+from .dataset import Example, Size, fit_image
 
-ENCODED_AT_ONCE = 16  # captions
+ENCODED_AT_ONCE = 16  # captions in a call of the text encoder
 
 
-class Encoded:
-    """Latents and prompt embeddings of what is trained on, in files, so that neither encoder stays in memory.
+class LatentCache:
+    """Latents and prompt embeddings in files, so that neither encoder has to stay in memory during training.
 
     Args:
-        folder: of the files, each named by all that it depends on.
+        folder: has one file an entry, named by a hash of everything that the entry depends on.
     """
 
     def __init__(self, pipe: Flux2Pipeline, folder: Path):
@@ -34,40 +34,40 @@ class Encoded:
         self.length = pipe.tokenizer.default_length
         self._files: dict[Any, Path] = {}
 
-    def prompt(self, text: str) -> mx.array:
-        """Embeddings (1, L, D)."""
+    def prompt_embeds(self, text: str) -> mx.array:
+        """Prompt embeddings (1, L, D)."""
         return _read(self._prompt_file(text))
 
-    def picture(self, path: Path, size: Size) -> mx.array:
-        """Clean tokens (1, S, 128) of a picture at a size, float32."""
-        return _read(self._picture_file(path, size)).astype(mx.float32)
+    def latents(self, path: Path, size: Size) -> mx.array:
+        """Clean latent tokens (1, S, 128) of an image at a size, float32."""
+        return _read(self._latents_file(path, size)).astype(mx.float32)
 
-    def encode(self, prompts: Iterable[str], pictures: Iterable[tuple[Path, Size]]) -> Iterator[int]:
-        """Encode what is not there yet; then unload what it took.
+    def encode(self, prompts: Iterable[str], images: Iterable[tuple[Path, Size]]) -> Iterator[int]:
+        """Encode the prompts and images that have no entry yet, then unload the encoders.
 
         Yields:
-            how many more are done.
+            the number of prompts or images done since the last yield.
 
         Raises:
             FloatingPointError: where an encoder's output is not finite.
         """
-        texts, sized = list(dict.fromkeys(prompts)), list(dict.fromkeys(pictures))
-        new = [text for text in texts if not _is_whole(self._prompt_file(text))]
+        texts, unique_images = list(dict.fromkeys(prompts)), list(dict.fromkeys(images))
+        new = [text for text in texts if not _is_readable(self._prompt_file(text))]
         yield len(texts) - len(new)
         for k in range(0, len(new), ENCODED_AT_ONCE):
             part = new[k : k + ENCODED_AT_ONCE]
             for text, embeds in zip(part, self.pipe.encode(part), strict=True):
                 _write(self._prompt_file(text), embeds)
             yield len(part)
-        self.pipe.encode(new[-1:])  # which keeps the latest alone
+        self.pipe.encode(new[-1:])  # the pipeline caches the embeddings of one call: let it be a small one
         self.pipe.unload("text_encoder")
         autoencoder, config = self.pipe.autoencoder, self.pipe.checkpoint.autoencoder
-        for path, size in sized:
-            file = self._picture_file(path, size)
-            if not _is_whole(file):
-                working = encoder_bytes(config, *size, stage_dtype("autoencoder", self.pipe.dtype))
-                with within(self.pipe.memory_limit, working):
-                    latents = autoencoder.encoder(fitted(open_image(path), size))
+        for path, size in unique_images:
+            file = self._latents_file(path, size)
+            if not _is_readable(file):
+                activation_bytes = encoder_bytes(config, *size, stage_dtype("autoencoder", self.pipe.dtype))
+                with memory_limit(self.pipe.memory_limit, activation_bytes):
+                    latents = autoencoder.encoder(fit_image(open_image(path), size))
                     _write(file, autoencoder.bn.normalize(pack_latents(latents)))
             yield 1
         self.pipe.unload("autoencoder")
@@ -76,31 +76,32 @@ class Encoded:
         if text not in self._files:
             checkpoint = self.pipe.checkpoint
             source, tokenizer = checkpoint.sources["text_encoder"], checkpoint.tokenizer / "tokenizer.json"
-            how = self.pipe.quantize.get("text_encoder")
-            key = self._made_by(), source.config, how, self.length, text
+            quantization = self.pipe.quantize.get("text_encoder")
+            key = self._environment(), source.config, quantization, self.length, text
             self._files[text] = self.folder / f"{digest_of([*source.files, tokenizer], key)}.safetensors"
         return self._files[text]
 
-    def _picture_file(self, path: Path, size: Size) -> Path:
+    def _latents_file(self, path: Path, size: Size) -> Path:
         if (path, size) not in self._files:
             source = self.pipe.checkpoint.sources["vae"]
             files = [*source.files, *([source.decoder] if source.decoder else [])]
-            key = self._made_by(), source.config, size, hashlib.sha256(path.read_bytes()).hexdigest()
+            key = self._environment(), source.config, size, hashlib.sha256(path.read_bytes()).hexdigest()
             self._files[path, size] = self.folder / f"{digest_of(files, key)}.safetensors"
         return self._files[path, size]
 
-    def _made_by(self) -> tuple[str, ...]:
+    def _environment(self) -> tuple[str, ...]:
+        """What entries depend on besides files and options."""
         return __version__, str(mx.default_device()), str(self.pipe.dtype)
 
 
-def pictures_of(example: Example) -> list[tuple[Path, Size]]:
-    """An example's picture and references, each with the size that it is seen at."""
-    return list(zip((example.picture, *example.references), example.shape, strict=True))
+def sized_images(example: Example) -> list[tuple[Path, Size]]:
+    """An example's image and references, each with its training size."""
+    return list(zip((example.image, *example.references), example.shape, strict=True))
 
 
-def _is_whole(path: Path) -> bool:
+def _is_readable(path: Path) -> bool:
     try:
-        with safe_open(path, framework="numpy"):  # MLX reads past the end of a file that was cut short
+        with safe_open(path, framework="numpy"):  # checks the length: MLX would read past a truncated file's end
             return True
     except (OSError, SafetensorError):
         return False
@@ -118,11 +119,10 @@ def _read(path: Path) -> mx.array:
 
 
 def save_arrays(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file over the one before it, never half of one.
+    """Write a safetensors file, atomically.
 
     Raises:
         InputError: for a full disk or another failure to write.
     """
-    with written_beside(path) as temporary:
+    with atomic_write(path) as temporary:
         mx.save_safetensors(str(temporary), dict(arrays), dict(metadata))
-        temporary.replace(path)

@@ -11,39 +11,40 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..imaging.files import written_beside
-from .trainer import Progress
+from ..imaging.files import atomic_write
+from .trainer import StepReport
 
-SMOOTHED = 50  # steps whose losses are averaged to be looked at
+SMOOTHED = 50  # steps in the running mean of the loss
 
 
 class Log:
-    """log.jsonl: a line a step, with "step", "loss", "learning_rate", "norm", "change" (see training.Progress),
+    """log.jsonl, one line a step: "step", "loss", "learning_rate", "norm", "change" (StepReport's preservation_loss),
     "pictures_per_second", "peak_bytes".
 
     Args:
-        path: of the file; lines are added to what it has.
+        path: the file; lines are appended to it.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.lines: list[dict[str, float]] = []
 
-    def cut(self, step: int) -> None:
-        """Go on after ``step`` steps: lines of later ones, of what was killed before it saved, are taken out."""
+    def truncate(self, step: int) -> None:
+        """Drop the lines after ``step`` steps: of steps that were not saved before the run was killed."""
         with contextlib.suppress(OSError, ValueError):
             lines = [json.loads(line) for line in self.path.read_text().splitlines()]
             self.lines = [line for line in lines if line["step"] <= step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
-    def add(self, progress: Progress, seconds: float) -> None:
+    def add(self, report: StepReport, seconds: float) -> None:
+        """Append the line of a step that took so many seconds."""
         line = {
-            "step": progress.step,
-            "loss": progress.loss,
-            "learning_rate": progress.learning_rate,
-            "norm": progress.norm,
-            "change": progress.change,
-            "pictures_per_second": progress.pictures / seconds,
+            "step": report.step,
+            "loss": report.loss,
+            "learning_rate": report.learning_rate,
+            "norm": report.norm,
+            "change": report.preservation_loss,
+            "pictures_per_second": report.images / seconds,
             "peak_bytes": mx.get_peak_memory(),
         }
         self.lines.append(line)
@@ -51,26 +52,26 @@ class Log:
             file.write(json.dumps(line) + "\n")
 
     def postfix(self) -> dict[str, str]:
-        """The latest line for the progress bar, its loss the mean of the last ones."""
+        """The latest line for the progress bar, with the running mean of the loss."""
         line = self.lines[-1]
         return {
             "loss": f"{np.mean([other['loss'] for other in self.lines[-SMOOTHED:]]):.4f}",
             "lr": f"{line['learning_rate']:.1e}",
-            "pictures/s": f"{line['pictures_per_second']:.2f}",
+            "images/s": f"{line['pictures_per_second']:.2f}",
             "peak": f"{line['peak_bytes'] / 1e9:.2f} GB",
         }
 
-    def draw(self, path: Path) -> None:
-        """The curve of the loss, and of its running mean, as a PNG."""
-        write_image(path, curve([line["loss"] for line in self.lines]))
+    def plot(self, path: Path) -> None:
+        """Write the curve of the loss and its running mean as a PNG."""
+        write_image(path, plot_losses([line["loss"] for line in self.lines]))
 
 
-def curve(losses: Sequence[float], size: tuple[int, int] = (960, 480)) -> Image.Image:
-    """A picture (width, height) of a curve and, darker, its running mean over SMOOTHED steps."""
+def plot_losses(losses: Sequence[float], size: tuple[int, int] = (960, 480)) -> Image.Image:
+    """An image of a size (width, height): the losses, and darker their running mean over SMOOTHED steps."""
     width, height = size
     left, top, right, bottom = 64, 16, width - 16, height - 32
     image = Image.new("RGB", size, "white")
-    drawing = ImageDraw.Draw(image)
+    canvas = ImageDraw.Draw(image)
     means = [float(np.mean(losses[max(0, k + 1 - SMOOTHED) : k + 1])) for k in range(len(losses))]
     low, high = min(losses), max(losses)
     high = high if high > low else low + 1
@@ -81,23 +82,21 @@ def curve(losses: Sequence[float], size: tuple[int, int] = (960, 480)) -> Image.
 
     for value in np.linspace(low, high, 5):
         y = bottom - (value - low) * (bottom - top) / (high - low)
-        drawing.line([(left, y), (right, y)], fill=(225, 225, 225))
-        drawing.text((8, y - 6), f"{value:.4f}", fill=(90, 90, 90))
+        canvas.line([(left, y), (right, y)], fill=(225, 225, 225))
+        canvas.text((8, y - 6), f"{value:.4f}", fill=(90, 90, 90))
     for k in np.linspace(1, len(losses), 5).round():
         x = left + (k - 1) * (right - left) / max(1, len(losses) - 1)
-        drawing.text((x - 12, bottom + 8), f"{k:.0f}", fill=(90, 90, 90))
-    drawing.line(points(losses), fill=(170, 200, 235), width=1)
-    drawing.line(points(means), fill=(20, 80, 160), width=3)
+        canvas.text((x - 12, bottom + 8), f"{k:.0f}", fill=(90, 90, 90))
+    canvas.line(points(losses), fill=(170, 200, 235), width=1)
+    canvas.line(points(means), fill=(20, 80, 160), width=3)
     return image
 
 
 def write_text(path: Path, text: str) -> None:
-    with written_beside(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
 
 
 def write_image(path: Path, image: Image.Image) -> None:
-    with written_beside(path) as temporary:
+    with atomic_write(path) as temporary:
         image.save(temporary, format="PNG")
-        temporary.replace(path)

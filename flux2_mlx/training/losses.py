@@ -1,4 +1,4 @@
-"""What a training step minimizes: noise levels, the flow-matching loss, the learning rate."""
+"""The flow-matching loss, its noise levels, and the learning rate's schedule."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from ..models.flux2 import FluxKlein
 from ..sampling.schedules import empirical_mu, flux2_sigmas, shift_sigmas
 from .options import TrainingOptions
 
-SHIFT_STEPS = 50  # of the base models' schedule, whose shift "shifted" takes
-FEW_STEPS = 4  # of the distilled models' schedule, whose levels "four" takes
+SHIFT_STEPS = 50  # steps of the base models: "shifted" takes the shift of their schedule
+FEW_STEPS = 4  # steps of the distilled models: "four" takes the noise levels of their schedule
 
 
 def draw_timesteps(kind: str, rng: np.random.Generator, count: int, tokens: int) -> np.ndarray:
-    """Noise levels within 0..1 (count,) by one of TIMESTEPS: the logistic function of standard normal numbers (Esser et
-    al. 2024), uniform ones, those shifted as the base models' schedule shifts its levels for so many image tokens, or
-    the four that distilled models draw such a picture with, and know little besides.
+    """Random noise levels in 0..1 (count,), by ``kind``, one of TIMESTEPS:
+
+    - "logit-normal": the logistic function of standard normal numbers (Esser et al. 2024).
+    - "uniform".
+    - "shifted": uniform, then shifted as the base models' schedule is for so many image tokens.
+    - "four": one of the four levels of the distilled models' schedule, which were trained on these.
     """
     if kind == "logit-normal":
         return 1 / (1 + np.exp(-rng.standard_normal(count)))
@@ -31,13 +34,13 @@ def draw_timesteps(kind: str, rng: np.random.Generator, count: int, tokens: int)
 
 
 def learning_rate_at(step: int, options: TrainingOptions) -> float:
-    """Of the step after ``step`` steps: it rises linearly for ``warmup`` steps, then falls along half a cosine."""
-    full, warmup = options.learning_rate, min(options.warmup, options.steps)
+    """The learning rate after ``step`` steps: linear warmup, then cosine decay or constant."""
+    peak, warmup = options.learning_rate, min(options.warmup, options.steps)
     if step < warmup:
-        return full * (step + 1) / warmup
+        return peak * (step + 1) / warmup
     if options.decay == "constant":
-        return full
-    return full * (1 + math.cos(math.pi * (step - warmup) / (options.steps - warmup))) / 2
+        return peak
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (options.steps - warmup))) / 2
 
 
 def flow_loss(
@@ -50,22 +53,22 @@ def flow_loss(
     rope: tuple[mx.array, mx.array],
     target: mx.array | None = None,
 ) -> mx.array:
-    """The mean squared error of the velocity that a model says of a noised picture: float32.
+    """The mean squared error of the velocity that a model predicts for noised images: a float32 scalar.
 
     Args:
-        clean: (B, S, 128) tokens of the pictures.
-        noise: likewise.
+        clean: (B, S, 128) latent tokens of the images.
+        noise: (B, S, 128).
         timesteps: (B,) noise levels, 0..1.
-        references: (B, R, 128) tokens of pictures that are seen as they are.
+        references: (B, R, 128) clean latent tokens of the reference images.
         txt: (B, L, D) prompt embeddings.
-        rope: of text, picture and references; see FluxKlein.compute_rope.
-        target: the velocity (B, S, 128) that is right; unless given, noise - clean.
+        rope: of text, image and references; see FluxKlein.compute_rope.
+        target: (B, S, 128), the velocity to learn; noise - clean by default.
     """
-    velocity = noised_velocity(model, clean, noise, timesteps, references, txt, rope)
+    velocity = predict_velocity(model, clean, noise, timesteps, references, txt, rope)
     return mx.square(velocity - (noise - clean if target is None else target)).mean()
 
 
-def noised_velocity(
+def predict_velocity(
     model: FluxKlein,
     clean: mx.array,
     noise: mx.array,
@@ -74,7 +77,7 @@ def noised_velocity(
     txt: mx.array,
     rope: tuple[mx.array, mx.array],
 ) -> mx.array:
-    """What a model says of a noised picture: (B, S, 128) in float32; arguments as flow_loss takes them."""
+    """The velocity (B, S, 128) that a model predicts for noised images, float32; arguments as in flow_loss."""
     t = timesteps[:, None, None]
     x = (1 - t) * clean + t * noise
     img = x if references is None else mx.concatenate([x, references], axis=1)

@@ -157,9 +157,9 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 }
 
 
-# What a run that goes on may have otherwise than it began.
-FREE = {"output", "steps", "names", "save_every", "grad_checkpoint"}
-FREE |= {"validation_prompt", "validation_image", "validate_every", "validation_steps"}
+# Options that a resumed run may change.
+RESUMABLE = {"output", "steps", "names", "save_every", "grad_checkpoint"}
+RESUMABLE |= {"validation_prompt", "validation_image", "validate_every", "validation_steps"}
 
 
 def training_dtype(dtype: str | None) -> str:

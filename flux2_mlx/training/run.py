@@ -1,15 +1,14 @@
-"""A training run: its folder, its steps, what it saves."""
+"""A training run: its folder, its steps, the files that it writes."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import signal
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ import mlx.core as mx
 from tqdm.auto import tqdm
 
 from ..checkpoints.load import materialize
-from ..cli.common import MODEL_OPTIONS
-from ..device import weight_bytes, wired, within
+from ..device import memory_limit, weight_bytes, wired_limit
 from ..errors import InputError
 from ..models.autoencoder import AutoEncoder
 from ..models.flux2 import FluxKlein
@@ -28,8 +26,8 @@ from ..quantization.layers import tune
 from ..runtime.distributed import any_process, check_agreement, launched
 from ..runtime.plan import TrainingPlan, make_training_plan
 from .adapter import adapter_size
-from .dataset import Batches, Example, Size, fingerprint, read_captions, read_dataset
-from .latent_cache import Encoded, pictures_of
+from .dataset import BatchSampler, Example, Size, fingerprint, read_captions, read_dataset
+from .latent_cache import LatentCache, sized_images
 from .log import Log, write_text
 from .options import TrainingOptions, training_dtype
 from .trainer import Trainer
@@ -40,89 +38,116 @@ CHECKPOINTS = "checkpoints"
 STATE = f"{CHECKPOINTS}/state.safetensors"  # beside lora.safetensors it would make the folder one of two LoRAs
 
 
-def train(options: TrainingOptions, run: argparse.Namespace) -> bool:
-    """Train, and write what comes of it.
+@dataclass(frozen=True)
+class TrainingResult:
+    """The end of a run.
 
-    Returns:
-        Whether it was interrupted by Ctrl-C, after the step that it was at.
+    Attributes:
+        step: the steps that are done.
+        is_interrupted: whether Ctrl-C ended it before its last step.
+        lora: the file of the LoRA; None in the processes that leave writing to the first one.
+    """
+
+    step: int
+    is_interrupted: bool
+    lora: Path | None
+
+
+def train(
+    options: TrainingOptions,
+    *,
+    resume: bool = False,
+    allow_distilled: bool = False,
+    limit: int | None = None,
+    progress: bool = True,
+    report: Callable[[str], None] | None = None,
+) -> TrainingResult:
+    """Train a LoRA and write the run's folder. Ctrl-C ends the run after the current step, with everything saved.
+
+    Args:
+        resume: continue the run in the folder ``options.output``.
+        allow_distilled: train a distilled model too.
+        limit: bytes of memory to keep to; see Flux2Pipeline.from_pretrained's memory_limit.
+        progress: show progress bars.
+        report: gets the summary of data set and memory plan before training begins.
 
     Raises:
-        InputError: for what cannot be used, a DataError for the data set.
-        FloatingPointError: where the numbers stop being finite.
+        InputError: for options or files that cannot be used, a DataError for the data set.
+        FloatingPointError: for a loss or gradients that are not finite.
     """
     group = launched()
     is_first = group is None or group.rank() == 0
-    quiet = bool(run.quiet) or not is_first
     examples = read_dataset(Path(options.data), options.resolution, options.trigger)
     preserved = read_captions(Path(options.preserve), examples) if options.preserve else []
     identity = fingerprint(examples, preserved)
     check_agreement(identity, group)
-    pipe = open_pipeline(options, run)
+    pipe = open_pipeline(options, allow_distilled=allow_distilled or resume, limit=limit, progress=progress)
     modules = pipe.text_encoder, pipe.transformer, pipe.autoencoder
     length, shapes = pipe.tokenizer.default_length, sorted({example.shape for example in examples})
-    plan = plan_of(modules, options, pipe.dtype, length, shapes, pipe.memory_limit)
-    if not quiet:
-        print(f"{summary(examples, options)}\n{plan.summary()}", file=sys.stderr)
+    plan = plan_training(modules, options, pipe.dtype, length, shapes, pipe.memory_limit)
+    if report is not None and is_first:
+        report(f"{describe_dataset(examples, options)}\n{plan.summary()}")
     validation = Validation.of(options, pipe)
     output = Path(options.output)
     (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    encoded = Encoded(pipe, output / "cache")
+    cache = LatentCache(pipe, output / "cache")
     prompts = {"": None, **dict.fromkeys([*(example.caption for example in examples), *preserved])}
-    pictures = [sized for example in examples for sized in pictures_of(example)]
+    images = [sized for example in examples for sized in sized_images(example)]
     if validation is not None:
         prompts[validation.prompt] = None
-        pictures += validation.references
-    with tqdm(desc="encoding", total=len(set(pictures)) + len(prompts), leave=False, disable=quiet) as bar:
-        for count in encoded.encode(prompts, pictures):
+        images += validation.references
+    shows_bars = progress and is_first
+    with tqdm(desc="encoding", total=len(set(images)) + len(prompts), leave=False, disable=not shows_bars) as bar:
+        for count in cache.encode(prompts, images):
             bar.update(count)
-    load(pipe, quiet)
-    trainer = Trainer(pipe.transformer, options, examples, encoded, preserved, group)
+    load_transformer(pipe, shows_bars)
+    trainer = Trainer(pipe.transformer, options, examples, cache, preserved, group)
     log = Log(output / LOG)
-    if run.resume is not None:
+    if resume:
         trainer.load(output / STATE, identity)
     if is_first:
-        log.cut(trainer.step)
+        log.truncate(trainer.step)
         write_text(output / CONFIG, json.dumps(options.metadata(), indent=2) + "\n")
-    working = plan.stages[-1].working
-    with wired(pipe.memory_limit), within(pipe.memory_limit, working), _interrupts() as interrupted:
-        is_stopped = _steps(trainer, log, identity, validation, interrupted, quiet, is_first)
-    if is_stopped and is_first:
-        print(f"interrupted after step {trainer.step}; flux2-lora --resume {output} goes on", file=sys.stderr)
-    elif is_first:
-        print(output / LORA)
-    return is_stopped
+    activation_bytes = plan.stages[-1].working
+    with (
+        wired_limit(pipe.memory_limit),
+        memory_limit(pipe.memory_limit, activation_bytes),
+        catch_interrupts() as interrupts,
+    ):
+        is_interrupted = _take_steps(trainer, log, identity, validation, interrupts, shows_bars, is_first)
+    return TrainingResult(trainer.step, is_interrupted, output / LORA if is_first else None)
 
 
-def _steps(
+def _take_steps(
     trainer: Trainer,
     log: Log,
     identity: str,
     validation: Validation | None,
-    interrupted: list[bool],
-    quiet: bool,
+    interrupts: list[bool],
+    shows_bars: bool,
     is_first: bool,
 ) -> bool:
-    """Take the steps that are left; whether they were interrupted."""
+    """Take the remaining steps; returns whether an interrupt left some of them out."""
     options, output = trainer.options, Path(trainer.options.output)
 
     def save() -> None:
         trainer.save_lora(output / LORA)
         trainer.save(output / STATE, identity)
-        log.draw(output / CURVE)
+        log.plot(output / CURVE)
 
     is_stopped = False
     mx.reset_peak_memory()
-    with tqdm(desc="training", total=options.steps, initial=trainer.step, disable=quiet, unit="step") as bar:
+    with tqdm(desc="training", total=options.steps, initial=trainer.step, disable=not shows_bars, unit="step") as bar:
         if is_first and validation is not None and trainer.step == 0:
             validation.generate(trainer)
         while trainer.step < options.steps and not is_stopped:
             started = time.perf_counter()
-            progress = trainer.take_step()
+            step = trainer.take_step()
             seconds = time.perf_counter() - started
-            is_stopped = any_process(bool(interrupted), trainer.group)
+            is_stopped = any_process(bool(interrupts), trainer.group)
             if not is_first:
                 continue
-            log.add(progress, seconds)
+            log.add(step, seconds)
             bar.set_postfix(log.postfix(), refresh=False)
             bar.update()
             is_last = trainer.step == options.steps
@@ -135,34 +160,44 @@ def _steps(
     return is_stopped and trainer.step < options.steps
 
 
-def open_pipeline(options: TrainingOptions, run: argparse.Namespace) -> Flux2Pipeline:
-    """The model, none of its weights read.
+def open_pipeline(
+    options: TrainingOptions, *, allow_distilled: bool, limit: int | None, progress: bool = True
+) -> Flux2Pipeline:
+    """Open the model to train, without reading its weights.
 
     Raises:
-        InputError: for one that is not to be trained.
+        InputError: for a model that cannot be trained, or that is distilled without ``allow_distilled``.
     """
     pipe = Flux2Pipeline.from_pretrained(
         options.model,
         revision=options.revision,
+        transformer=options.transformer,
+        text_encoder=options.text_encoder,
+        vae=options.vae,
+        tokenizer=options.tokenizer,
+        distilled=options.distilled,
+        kv_cache=options.kv_cache,
+        quantize=options.quantize,
+        quantize_text_encoder=options.quantize_text_encoder,
+        group_size=options.group_size,
         dtype=training_dtype(options.dtype),
         cache=False,
-        memory_limit=run.memory_limit,
-        progress=not run.quiet,
-        **{name: getattr(options, name) for name in MODEL_OPTIONS},
+        memory_limit=limit,
+        progress=progress,
     )
     if pipe.checkpoint.has_kv_cache:
         raise InputError(
-            f"{options.model} keeps its references, which is not trained here; klein-base-9b can be trained"
+            f"{options.model} caches its references' keys and values, which cannot be trained; train klein-base-9b"
         )
-    if pipe.checkpoint.is_distilled and not run.allow_distilled and run.resume is None:
+    if pipe.checkpoint.is_distilled and not allow_distilled:
         raise InputError(
             f"{options.model} is distilled, and training it undoes that: train the base model (klein-base-4b, "
-            "klein-base-9b) and draw with the LoRA on either; --allow-distilled trains it all the same"
+            "klein-base-9b) and generate with the LoRA on either; --allow-distilled trains it all the same"
         )
     return pipe
 
 
-def plan_of(
+def plan_training(
     modules: tuple[Qwen3TextEncoder, FluxKlein, AutoEncoder],
     options: TrainingOptions,
     dtype: mx.Dtype,
@@ -170,7 +205,7 @@ def plan_of(
     shapes: Sequence[Sequence[Size]],
     limit: int,
 ) -> TrainingPlan:
-    """What training needs, on pictures and references of these shapes."""
+    """The memory plan of training on captions of ``length`` tokens and on images and references of these shapes."""
     return make_training_plan(
         *modules,
         dtype=dtype,
@@ -179,43 +214,45 @@ def plan_of(
         batch=options.batch_size,
         adapters=adapter_size(modules[1], options),
         averages=options.ema > 0,
-        again=options.grad_checkpoint,
+        recompute=options.grad_checkpoint,
         draws=options.validation_prompt is not None,
         limit=limit,
     )
 
 
-def load(pipe: Flux2Pipeline, quiet: bool) -> None:
-    """Bring the transformer into memory."""
+def load_transformer(pipe: Flux2Pipeline, shows_bars: bool) -> None:
+    """Read the transformer's weights into memory."""
     total = weight_bytes(pipe.transformer)
-    with tqdm(desc="loading transformer", total=total, unit="B", unit_scale=True, leave=False, disable=quiet) as bar:
+    with tqdm(
+        desc="loading transformer", total=total, unit="B", unit_scale=True, leave=False, disable=not shows_bars
+    ) as bar:
         for count in materialize(pipe.transformer):
             bar.update(count)
     tune(pipe.transformer, pipe.dtype)
     mx.clear_cache()
 
 
-def summary(examples: Sequence[Example], options: TrainingOptions) -> str:
-    """How many pictures there are of which sizes, and how often each is seen."""
+def describe_dataset(examples: Sequence[Example], options: TrainingOptions) -> str:
+    """One line: the number of images by size, and how often the run sees each."""
     counts = Counter(example.size for example in examples)
     sizes = ", ".join(f"{count} of {width} x {height}" for (height, width), count in counts.most_common(5))
     rest = f", and {len(counts) - 5} more sizes" if len(counts) > 5 else ""
-    passes = Batches(examples, options.batch_size, options.seed).per_epoch
+    passes = BatchSampler(examples, options.batch_size, options.seed).batches_per_epoch
     times = options.steps * options.accumulate / passes
-    return f"{len(examples)} pictures ({sizes}{rest}), each is seen about {times:.3g} times"
+    return f"{len(examples)} images ({sizes}{rest}), each is seen about {times:.3g} times"
 
 
 @contextlib.contextmanager
-def _interrupts() -> Iterator[list[bool]]:
-    """A list that is no longer empty after Ctrl-C; a second one interrupts at once."""
-    pressed: list[bool] = []
+def catch_interrupts() -> Iterator[list[bool]]:
+    """Collect Ctrl-C in a list instead of raising; a second Ctrl-C raises KeyboardInterrupt at once."""
+    interrupts: list[bool] = []
 
     def handle(*_: Any) -> None:
-        pressed.append(True)
+        interrupts.append(True)
         signal.signal(signal.SIGINT, before)
 
     before = signal.signal(signal.SIGINT, handle)
     try:
-        yield pressed
+        yield interrupts
     finally:
         signal.signal(signal.SIGINT, before)

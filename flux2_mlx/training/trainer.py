@@ -1,11 +1,11 @@
-"""Training LoRAs: what a step computes, and the state that steps change.
+"""Training LoRAs: the computation of a step, and the state that steps change.
 
-options, data set -> Encoded (latents and prompt embeddings on disk) -> Trainer -> steps -> a LoRA
+    options, data set -> LatentCache (latents and prompt embeddings on disk) -> Trainer -> steps -> a LoRA
 
-Rectified flow (Liu et al. 2022, Lipman et al. 2022): a picture x0 and noise n are mixed at a level t of 0..1, and the
-transformer is to say from (1 - t) x0 + t n which way leads from picture to noise, n - x0. What a step draws at random
-(levels, noise, dropout) and which pictures it sees depends on the seed and its number alone, so that a run that goes on
-from a checkpoint, or is shared by processes, has the numbers of one that was never stopped, or ran alone.
+Rectified flow (Liu et al. 2022, Lipman et al. 2022): an image x0 and noise n are mixed at a noise level t of 0..1, and
+the transformer learns to predict from (1 - t) x0 + t n the velocity n - x0. The random numbers of a step (noise levels,
+noise, dropout) and its images depend on the seed and the step's number alone. So a run resumed from a checkpoint, or
+shared by processes, computes the same numbers as one that was never stopped, or ran alone.
 
 References: Hu et al. 2021 (LoRA), Esser et al. 2024 (logit-normal levels), Loshchilov and Hutter 2019 (AdamW), and
 ai-toolkit's differential output preservation (https://github.com/ostris/ai-toolkit).
@@ -33,53 +33,53 @@ from ..errors import CheckpointError, InputError
 from ..models.flux2 import FluxKlein
 from ..sampling.latents import image_ids, text_ids
 from .adapter import add_adapters
-from .dataset import Batches, Example, Size
-from .latent_cache import Encoded, pictures_of, save_arrays
-from .losses import draw_timesteps, flow_loss, learning_rate_at, noised_velocity
-from .options import FREE, TrainingOptions
+from .dataset import BatchSampler, Example, Size
+from .latent_cache import LatentCache, save_arrays, sized_images
+from .losses import draw_timesteps, flow_loss, learning_rate_at, predict_velocity
+from .options import RESUMABLE, TrainingOptions
 from .recompute import checkpoint_block, named_arrays
 
 # ---------------------------------------------------------------------------------------------------- steps
 
 
 @dataclass(frozen=True)
-class Progress:
-    """A finished step.
+class StepReport:
+    """The figures of a step.
 
     Attributes:
-        step: how many are done.
-        loss: its mean over the step's pictures.
-        learning_rate: that it was taken with.
-        norm: of its gradients, before they were clipped.
-        pictures: that it has seen, in all processes.
-        change: the mean squared change of the velocities for captions that are preserved, 0 where there are none.
+        step: the steps done, this one included.
+        loss: the mean over the step's images.
+        learning_rate: the one of this step.
+        norm: of all gradients, before clipping.
+        images: the images of the step, in all processes.
+        preservation_loss: the mean squared change of the velocities for preserved captions; 0 without any.
     """
 
     step: int
     loss: float
     learning_rate: float
     norm: float
-    pictures: int
-    change: float
+    images: int
+    preservation_loss: float
 
 
 class Trainer:
     """The state of a training run.
 
     Args:
-        model: the transformer, its weights loaded; it learns a LoRA in place.
-        encoded: has all of the examples, and the captions to preserve.
-        preserved: captions for which the model is to stay as it was: of each pass's noised pictures, it is to say with
-            them what it says without the LoRA.
+        model: the transformer, its weights loaded; the LoRA is attached to it.
+        cache: has entries of all examples and preserved captions.
+        preserved: captions for which the model should stay as it was: with them, it learns to predict for the pass's
+            noised images the velocity that it predicts without the LoRA.
         group: the processes that share a step's passes, if there are several.
 
     Attributes:
-        step: how many are done.
-        adapters: what is trained, by the paths of the layers.
-        average: the moving average of their arrays, if there is one.
+        step: the steps done.
+        adapters: the trained adapters, by the paths of their layers.
+        average: the exponential moving average (EMA) of their parameters; empty without ``options.ema``.
 
     Raises:
-        InputError: for targets that no layer has, or passes that the processes cannot share evenly.
+        InputError: for a target that is in no layer's path, or passes that the processes cannot share evenly.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Trainer:
         model: FluxKlein,
         options: TrainingOptions,
         examples: Sequence[Example],
-        encoded: Encoded,
+        cache: LatentCache,
         preserved: Sequence[str] = (),
         group: mx.distributed.Group | None = None,
     ):
@@ -97,80 +97,82 @@ class Trainer:
                 f"{processes} processes cannot share the {options.accumulate} passes of a step; accumulate must be a "
                 f"multiple of {processes}"
             )
-        self.model, self.options, self.examples, self.encoded = model, options, examples, encoded
+        self.model, self.options, self.examples, self.cache = model, options, examples, cache
         self.preserved, self.group = preserved, group
-        self.batches = Batches(examples, options.batch_size, options.seed)
+        self.batches = BatchSampler(examples, options.batch_size, options.seed)
         self.adapters = add_adapters(model, options)
         if options.grad_checkpoint:
             model.block_runner = checkpoint_block
-        # torch's AdamW corrects the bias of the first steps; MLX's does so where it is asked to.
+        # torch's AdamW corrects the bias of the first steps; MLX's does so on request.
         self.optimizer = optim.AdamW(options.learning_rate, weight_decay=options.weight_decay, bias_correction=True)
         self.optimizer.init(model.trainable_parameters())
         self.average = self._parameters() if options.ema else {}
         self.step = 0
-        self._gradients = nn.value_and_grad(model, lambda share, *given: share * flow_loss(model, *given))
+        self._gradients = nn.value_and_grad(model, lambda weight, *inputs: weight * flow_loss(model, *inputs))
 
-    def take_step(self) -> Progress:
-        """One step of the optimizer.
+    def take_step(self) -> StepReport:
+        """Take one step of the optimizer.
 
         Raises:
-            FloatingPointError: where loss or gradients are not finite; the weights stay as they were.
+            FloatingPointError: for a loss or gradients that are not finite; the parameters stay as they were.
         """
         options, first = self.options, self.step * self.options.accumulate
         passes = {number: self.batches[number] for number in range(first, first + options.accumulate)}
-        pictures = sum(map(len, passes.values()))
+        images = sum(map(len, passes.values()))
         rank, processes = (0, 1) if self.group is None else (self.group.rank(), self.group.size())
-        loss, change, gradients = mx.array(0.0), mx.array(0.0), None
+        loss, preservation_loss, gradients = mx.array(0.0), mx.array(0.0), None
         self.model.train()
         for number in list(passes)[rank::processes]:
-            self._draw_dropout(number)
-            given, share = self.inputs(number), len(passes[number]) / pictures
-            own, found = self._gradients(share, *given)
-            loss = loss + own
-            gradients = found if gradients is None else tree_map(mx.add, gradients, found)
+            self._seed_dropout(number)
+            inputs, share = self.inputs(number), len(passes[number]) / images
+            pass_loss, pass_gradients = self._gradients(share, *inputs)
+            loss = loss + pass_loss
+            gradients = pass_gradients if gradients is None else tree_map(mx.add, gradients, pass_gradients)
             mx.eval(loss, gradients)
             if self.preserved:
-                own, found = self._gradients(share * options.preserve_weight, *self._preserving(number, given))
-                change = change + own / options.preserve_weight
-                gradients = tree_map(mx.add, gradients, found)
-                mx.eval(change, gradients)
+                inputs = self._preservation_inputs(number, inputs)
+                pass_loss, pass_gradients = self._gradients(share * options.preserve_weight, *inputs)
+                preservation_loss = preservation_loss + pass_loss / options.preserve_weight
+                gradients = tree_map(mx.add, gradients, pass_gradients)
+                mx.eval(preservation_loss, gradients)
         if self.group is not None:
-            loss, change = mx.distributed.all_sum(mx.stack([loss, change]), group=self.group)
+            losses = mx.distributed.all_sum(mx.stack([loss, preservation_loss]), group=self.group)
+            loss, preservation_loss = losses
             gradients = tree_map(lambda array: array * processes, nn.average_gradients(gradients, self.group))
         gradients, norm = optim.clip_grad_norm(gradients, options.clip)
         mx.eval(loss, gradients, norm)
-        told, size = float(np.array(loss)), float(np.array(norm))
-        if not (math.isfinite(told) and math.isfinite(size)):
+        loss_value, norm_value = float(np.array(loss)), float(np.array(norm))
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             raise FloatingPointError(
-                f"step {self.step + 1}: the loss is {told:g} and the norm of its gradients {size:g}; try a lower "
-                "learning rate"
+                f"step {self.step + 1}: the loss is {loss_value:g} and the norm of its gradients {norm_value:g}; try a "
+                "lower learning rate"
             )
         rate = learning_rate_at(self.step, options)
         self.optimizer.learning_rate = rate
         self.optimizer.update(self.model, gradients)
         self.step += 1
         if options.ema:
-            # Early on the average of few: TensorFlow's ExponentialMovingAverage does so too.
+            # A smaller decay early on, as in TensorFlow's ExponentialMovingAverage, or the start would outweigh it.
             decay = min(options.ema, (1 + self.step) / (10 + self.step))
             self.average = {
                 name: decay * self.average[name] + (1 - decay) * array for name, array in self._parameters().items()
             }
         mx.eval(self.model.trainable_parameters(), self.optimizer.state, self.average)
-        return Progress(self.step, told, rate, size, pictures, float(np.array(change)))
+        return StepReport(self.step, loss_value, rate, norm_value, images, float(np.array(preservation_loss)))
 
     def inputs(self, number: int) -> tuple[Any, ...]:
-        """What pass ``number`` is given, as flow_loss takes it after the model; the same whenever it is asked for."""
+        """The arguments of flow_loss after the model in pass ``number``: always the same for the same number."""
         options = self.options
         examples = [self.examples[k] for k in self.batches[number]]
         rng = np.random.default_rng([options.seed, 1, number])
         shape, count = examples[0].shape, len(examples)
-        pictures = [[self.encoded.picture(*sized) for sized in pictures_of(example)] for example in examples]
-        clean, *references = (mx.concatenate(list(column)) for column in zip(*pictures, strict=True))
+        latents = [[self.cache.latents(*sized) for sized in sized_images(example)] for example in examples]
+        clean, *references = (mx.concatenate(list(column)) for column in zip(*latents, strict=True))
         timesteps = draw_timesteps(options.timesteps, rng, count, clean.shape[1])
         noise = rng.standard_normal(clean.shape, np.float32)
         is_dropped = rng.random(count) < options.caption_dropout
         captions = ["" if dropped else example.caption for dropped, example in zip(is_dropped, examples, strict=True)]
-        txt = mx.concatenate([self.encoded.prompt(caption) for caption in captions])
+        txt = mx.concatenate([self.cache.prompt_embeds(caption) for caption in captions])
         return (
             clean,
             mx.array(noise),
@@ -180,50 +182,50 @@ class Trainer:
             self.rope(shape),
         )
 
-    def _preserving(self, number: int, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The same pass with captions that are preserved, and the velocities of the model without the LoRA."""
-        clean, noise, timesteps, references, _, rope = given
+    def _preservation_inputs(self, number: int, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The inputs of a pass with preserved captions, and as target the model's velocities without the LoRA."""
+        clean, noise, timesteps, references, _, rope = inputs
         rng = np.random.default_rng([self.options.seed, 3, number])
         captions = rng.choice(np.array(self.preserved, object), len(clean))
-        txt = mx.concatenate([self.encoded.prompt(caption) for caption in captions])
-        given = clean, noise, timesteps, references, txt, rope
+        txt = mx.concatenate([self.cache.prompt_embeds(caption) for caption in captions])
+        inputs = clean, noise, timesteps, references, txt, rope
         for adapter in self.adapters.values():
-            adapter._is_off = True
-        target = noised_velocity(self.model, *given)
+            adapter.enabled = False
+        target = predict_velocity(self.model, *inputs)
         mx.eval(target)
         for adapter in self.adapters.values():
-            adapter._is_off = False
-        return *given, target
+            adapter.enabled = True
+        return *inputs, target
 
-    def _draw_dropout(self, number: int) -> None:
-        """Give each adapter the key of what it leaves out in pass ``number``."""
+    def _seed_dropout(self, number: int) -> None:
+        """Give each adapter its dropout key of pass ``number``."""
         seed = int(np.random.default_rng([self.options.seed, 2, number]).integers(2**63))
         keys = mx.random.split(mx.random.key(seed), len(self.adapters))
         for key, adapter in zip(keys, self.adapters.values(), strict=True):
-            adapter._key = key
+            adapter.set_dropout_key(key)
 
     @contextmanager
     def generating(self) -> Iterator[FluxKlein]:
         """The model as it generates: without dropout, with the moving average where there is one."""
         trained = self._parameters()
         self.model.eval()
-        self.model.load_weights(list(self.learned().items()), strict=False)
+        self.model.load_weights(list(self.ema_or_current().items()), strict=False)
         try:
             yield self.model
         finally:
             self.model.load_weights(list(trained.items()), strict=False)
 
-    def learned(self) -> dict[str, mx.array]:
-        """The arrays that are the result: the moving average where there is one."""
+    def ema_or_current(self) -> dict[str, mx.array]:
+        """The parameters to save and generate with: the moving average with ``options.ema``, else the current ones."""
         return self.average or self._parameters()
 
     def save_lora(self, path: Path) -> None:
-        """Write the LoRA, in the dtype that it was computed with.
+        """Write the LoRA in the dtype of the model's activations.
 
         Raises:
             InputError: for a failure to write.
         """
-        arrays, dtype = self.learned(), self.model.dtype
+        arrays, dtype = self.ema_or_current(), self.model.dtype
         layers = {layer: (arrays[f"{layer}.deltas.0.down"], arrays[f"{layer}.deltas.0.up"]) for layer in self.adapters}
         alpha = self.options.rank if self.options.alpha is None else self.options.alpha
         written, metadata = lora_arrays(layers, alpha, self.options.names)
@@ -232,10 +234,10 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def save(self, path: Path, fingerprint: str) -> None:
-        """Write all that going on takes.
+        """Write a checkpoint of the run: parameters, optimizer, moving average, step, options.
 
         Args:
-            fingerprint: of the data set; see dataset.
+            fingerprint: the data set's; see dataset.fingerprint.
 
         Raises:
             InputError: for a failure to write.
@@ -244,11 +246,11 @@ class Trainer:
         save_arrays(path, self._state(), {"flux2_mlx_training": json.dumps(note)})
 
     def load(self, path: Path, fingerprint: str) -> None:
-        """Go on from what save wrote.
+        """Resume from a checkpoint that save wrote.
 
         Raises:
-            CheckpointError: for a file that is none, or damaged.
-            InputError: for another data set, or options that would change the numbers.
+            CheckpointError: for another kind of file, or a damaged one.
+            InputError: for another data set, or other options than RESUMABLE ones.
         """
         try:
             with safe_open(path, framework="numpy") as file:
@@ -258,12 +260,12 @@ class Trainer:
         except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} is no checkpoint of a training run, or is damaged ({error})") from None
         now = self.options.metadata()
-        changed = [name for name in now if name not in FREE and options.get(name) != now[name]]
+        changed = [name for name in now if name not in RESUMABLE and options.get(name) != now[name]]
         if changed:
-            told = ", ".join(f"{name} ({options.get(name)!r}, now {now[name]!r})" for name in changed)
-            raise InputError(f"{path} was trained with other options: {told}; give another output to begin anew")
+            listed = ", ".join(f"{name} ({options.get(name)!r}, now {now[name]!r})" for name in changed)
+            raise InputError(f"{path} was trained with other options: {listed}; give another output to begin anew")
         if data != fingerprint:
-            raise InputError(f"{path} was trained on other pictures or captions than {self.options.data} has now")
+            raise InputError(f"{path} was trained on other images or captions than {self.options.data} has now")
         expected = self._state()
         if {name: (array.shape, array.dtype) for name, array in arrays.items()} != {
             name: (array.shape, array.dtype) for name, array in expected.items()
@@ -271,8 +273,8 @@ class Trainer:
             raise CheckpointError(f"{path} has arrays of another LoRA")
         parts: dict[str, dict[str, mx.array]] = {"parameters": {}, "optimizer": {}, "average": {}}
         for name, array in arrays.items():
-            part, own = name.split("/")
-            parts[part][own] = array
+            part, key = name.split("/")
+            parts[part][key] = array
         self.model.load_weights(list(parts["parameters"].items()), strict=False)
         self.optimizer.state = tree_map_with_path(lambda name, _: parts["optimizer"][name], self.optimizer.state)
         self.average, self.step = parts["average"], step
@@ -291,4 +293,4 @@ class Trainer:
         params = self.model.params
         grids = [image_ids(*size, reference=k - 1 if k else None) for k, size in enumerate(shape)]
         ids = mx.concatenate(grids, axis=1)
-        return FluxKlein.compute_rope(text_ids(self.encoded.length), ids, params.axes_dims_rope, params.rope_theta)
+        return FluxKlein.compute_rope(text_ids(self.cache.length), ids, params.axes_dims_rope, params.rope_theta)

@@ -66,19 +66,21 @@ class Validation:
         write_image(folder / f"step-{trainer.step:06}.png", self._image(trainer))
 
     def _image(self, trainer: Trainer) -> Image.Image:
-        encoded, (height, width) = trainer.encoded, self.size
+        cache, (height, width) = trainer.cache, self.size
         tokens = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
-        references = [encoded.picture(*reference) for reference in self.references]
+        references = [cache.latents(*reference) for reference in self.references]
         rope = trainer.rope((self.size, *(size for _, size in self.references)))
         noise = initial_noise(trainer.options.seed, height, width, trainer.model.params.in_channels)
         steps = plan_steps(flux2_sigmas(self.steps, tokens), uses_cfg=self.guidance > 1)
         with trainer.generating() as model:
             denoiser = Denoiser(lambda: nullcontext(model), rope, tokens, references)
             passes = sequential(denoiser, denoiser)
-            velocity = Guidance(denoiser, passes, encoded.prompt(self.prompt), encoded.prompt(""), self.guidance)
+            velocity = Guidance(
+                denoiser, passes, cache.prompt_embeds(self.prompt), cache.prompt_embeds(""), self.guidance
+            )
             ((_, latents, _),) = deque(sample_euler(velocity, noise, steps), maxlen=1)
-        autoencoder = encoded.pipe.autoencoder
+        autoencoder = cache.pipe.autoencoder
         decoded = autoencoder.decoder(unpack_latents(autoencoder.bn.denormalize(latents), height, width))
         image = to_pil(np.array(to_unit(decoded)[0]))
-        encoded.pipe.unload("autoencoder")
+        cache.pipe.unload("autoencoder")
         return image

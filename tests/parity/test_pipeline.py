@@ -10,7 +10,7 @@ from diffusers import Flux2KleinInpaintPipeline, Flux2KleinKVPipeline
 from PIL import Image
 
 from flux2_mlx import Flux2Pipeline
-from flux2_mlx.imaging.inpaint import Repainting
+from flux2_mlx.imaging.inpaint import Inpaint
 from flux2_mlx.imaging.preprocess import init_array, reference_size
 from tests import tiny
 from tests.parity.compare import assert_same_picture, relative_error, to_mlx
@@ -177,11 +177,11 @@ def test_a_padded_part_is_repainted_at_full_size(reference, pipe):
     mask = Image.fromarray(np.pad(np.full((28, 36), 255, np.uint8), ((50, 50), (20, 136))))
     options = {"prompt": FOX, "strength": 0.8, "num_inference_steps": 4, "max_sequence_length": 64}
     inpaint = Flux2KleinInpaintPipeline(**reference[0].components)
-    repainting = Repainting.of(image, mask, padding=12)
+    repainting = Inpaint.prepare(image, mask, padding=12)
 
     def paste(shown, whole, drawn, box):
         assert (shown, whole, box) == (mask, image, repainting.box) == (mask, image, (0, 38, 78, 90))
-        return repainting.paste(drawn)
+        return repainting.composite(drawn)
 
     inpaint.image_processor.apply_overlay = paste
     theirs = inpaint(

@@ -99,10 +99,10 @@ def plain():
     return tiny.transformer()
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("references", [(), ((96, 64), (64, 64))], ids=["", "references"])
 @pytest.mark.parametrize("packed", [None, 1, 1 << 30], ids=["dense", "unpacked", "fused"])
-def test_loss_and_gradients_equal_torch(plain, packed, references, again):
+def test_loss_and_gradients_equal_torch(plain, packed, references, recompute):
     ours, weights = ported(plain), plain.state_dict()
     if packed is not None:
         ours = QuantizedFluxKlein.from_unquantized(ours, group_size=32)
@@ -117,7 +117,7 @@ def test_loss_and_gradients_equal_torch(plain, packed, references, again):
     expected = loss_of(model, given, ids)
     expected.backward()
     adapters = adapted(ours, layers)
-    if again:
+    if recompute:
         ours.block_runner = checkpoint_block
     loss, gradients = nn.value_and_grad(ours, lambda *values: flow_loss(ours, *values))(*given)
     assert abs(loss.item() - expected.item()) <= 1e-5 * expected.item()
