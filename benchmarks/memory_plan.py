@@ -25,8 +25,8 @@ from flux2_mlx import __file__ as package
 from flux2_mlx.device import on_gpu, weights_of
 from flux2_mlx.options import DTYPES
 from flux2_mlx.quantization.layers import quantize
-from flux2_mlx.quantization.packing import pack_plainly
-from flux2_mlx.quantization.recipes import mixed
+from flux2_mlx.quantization.packing import quantize_rtn
+from flux2_mlx.quantization.recipes import mixed_precision
 from flux2_mlx.runtime.plan import MODES
 from flux2_mlx.runtime.released import released_modules
 
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             modules = released_modules(arguments.model, mx.bfloat16, {})
         if how is not None:
             for module in modules[:2]:
-                quantize(module, mixed(module, how), pack_plainly)
+                quantize(module, mixed_precision(module, how), quantize_rtn)
         arguments.folder.mkdir(parents=True, exist_ok=True)
         write_checkpoint(arguments.folder, dict(zip(STEMS, modules, strict=True)))
         note.write_text(json.dumps(made))  # last: the folder is whole

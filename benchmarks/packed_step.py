@@ -20,24 +20,24 @@ from mlx.utils import tree_map
 
 from benchmarks.common import TINY, loaded, machine, process_peak_gb, randomized
 from flux2_mlx import FluxKlein, FluxKleinParams, Quantization, image_ids, text_ids
-from flux2_mlx.adapters.deltas import LowRank
+from flux2_mlx.adapters.deltas import LoRADelta
 from flux2_mlx.device import weight_bytes
 from flux2_mlx.models.layers import Linear
 from flux2_mlx.options import DTYPES
-from flux2_mlx.quantization.layers import QuantizedLinear, quantize, tune
-from flux2_mlx.quantization.recipes import mixed
+from flux2_mlx.quantization.layers import QuantizedLinear, autotune, quantize
+from flux2_mlx.quantization.recipes import mixed_precision
 
 TEXT_LENGTH = 512
 
 
-def lora(model: nn.Module, rank: int, dtype: mx.Dtype) -> dict[str, LowRank]:
+def lora(model: nn.Module, rank: int, dtype: mx.Dtype) -> dict[str, LoRADelta]:
     """A random LoRA of every layer of the blocks, by its path."""
     deltas = {}
     for path, layer in model.named_modules():
         if rank and "_blocks." in path and isinstance(layer, Linear):
             rows, columns = layer.weight.shape
             down, up = mx.random.normal((rank, columns)), mx.random.normal((rows, rank))
-            deltas[path] = LowRank(down.astype(dtype), (1e-3 * up).astype(dtype), mx.ones((rank,), dtype))
+            deltas[path] = LoRADelta(down.astype(dtype), (1e-3 * up).astype(dtype), mx.ones((rank,), dtype))
             mx.eval(deltas[path].parameters())
     return deltas
 
@@ -58,10 +58,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     dense = randomized(FluxKlein(params), dtype)
     packed = FluxKlein(params)
     packed.update(tree_map(lambda array: array, dense.parameters()))
-    quantize(packed, mixed(packed, how))
+    quantize(packed, mixed_precision(packed, how))
     loaded(packed)
     start = time.perf_counter()
-    tune(packed, dtype)
+    autotune(packed, dtype)
     tuning = time.perf_counter() - start
 
     side = 16 * round((arguments.tokens - TEXT_LENGTH) ** 0.5)
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ratios |= {f"{name}, {key}": ratio for key, ratio in own.items()}
     print(f"measuring the rows took {tuning:.1f} s")
     rows = {
-        f"{layer.weight.shape[0]} x {layer.weight.shape[1] * 32 // layer.how.bits}, {layer.how.bits} bits": (
+        f"{layer.weight.shape[0]} x {layer.weight.shape[1] * 32 // layer.spec.bits}, {layer.spec.bits} bits": (
             layer.dense_rows
         )
         for _, layer in packed.named_modules()

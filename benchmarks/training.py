@@ -39,7 +39,7 @@ from flux2_mlx import AutoEncoder, FluxKlein, FluxKleinParams, Quantization, Qwe
 from flux2_mlx.device import machine_memory, on_gpu, weights_of, within
 from flux2_mlx.options import DTYPES
 from flux2_mlx.quantization.layers import quantize
-from flux2_mlx.quantization.recipes import mixed
+from flux2_mlx.quantization.recipes import mixed_precision
 from flux2_mlx.runtime.activations import training_bytes
 from flux2_mlx.runtime.plan import Stage
 from flux2_mlx.sampling.latents import PIXELS_PER_TOKEN
@@ -92,7 +92,7 @@ def scores_bytes(params: FluxKleinParams, options: TrainingOptions, tokens: int)
 def packed(model: FluxKlein, options: TrainingOptions) -> FluxKlein:
     how = Quantization.parse(options.quantize) if options.quantize else None
     if how is not None:
-        quantize(model, mixed(model, how))
+        quantize(model, mixed_precision(model, how))
     return model
 
 

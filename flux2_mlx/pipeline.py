@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ._version import __version__
-from .adapters.lora import Lora, attach, attached, check_scale, merging, open_lora
+from .adapters.lora import Lora, adapter_arrays, check_scale, open_lora, set_adapters, with_fused
 from .checkpoints.checkpoint import Checkpoint, open_checkpoint
 from .checkpoints.files import read_through
 from .checkpoints.load import (
@@ -38,8 +38,8 @@ from .checkpoints.load import (
     load_preview_decoder,
     load_text_encoder,
     load_transformer,
-    materialize,
-    to_be_converted,
+    load_weights,
+    needs_conversion,
 )
 from .conditioning.tokenizer import Qwen3Tokenizer
 from .device import machine_memory, stage_dtype, weight_bytes, weights_of, wired, within
@@ -66,7 +66,7 @@ from .options import (
     dtype_of,
     one_of_two,
 )
-from .quantization.layers import tune
+from .quantization.layers import autotune
 from .quantization.spec import Quantization, options_of, parse_options
 from .request import (
     TENS_OF_STEPS,
@@ -374,16 +374,16 @@ class Flux2Pipeline:
     def _change_loras(self, loras: dict[str, Lora]) -> None:
         merged = tuple(lora for lora in loras.values() if lora.merge)
         if merged != self.checkpoint.sources["transformer"].changes:
-            checkpoint = merging(self.checkpoint, merged)
+            checkpoint = with_fused(self.checkpoint, merged)
             checkpoint.sources["transformer"].weights()  # or what is packed would be refused when it is too late
             self.checkpoint, self.loras = checkpoint, loras
             self.unload("transformer")
             return
         self.loras = loras
         self._kept = [], []
-        attach(self.transformer, self._beside())
+        set_adapters(self.transformer, self._beside())
         if self._loaded["transformer"] and not is_streamed(self.transformer):
-            mx.eval(attached(self.transformer))
+            mx.eval(adapter_arrays(self.transformer))
 
     def _beside(self) -> list[Lora]:
         """The LoRAs that are not merged."""
@@ -1104,13 +1104,13 @@ class Flux2Pipeline:
                 f"{self.memory_limit / 1e9:.1f} GB; it will be slow, or fail, for want of memory",
                 stacklevel=2,
             )
-        if streams and to_be_converted(module):
+        if streams and needs_conversion(module):
             warnings.warn(
                 f"the {stage.name} is streamed and its weights are converted in every pass over them; "
                 "python -m flux2_mlx.convert does it once",
                 stacklevel=2,
             )
-        loading = stream(module, partial(self._built, name), dtype) if streams else materialize(module)
+        loading = stream(module, partial(self._built, name), dtype) if streams else load_weights(module)
         with (
             self._bar(f"loading {stage.name}", weights, unit="B", unit_scale=True) as bar,
             self._working("load", 0, stats),
@@ -1119,7 +1119,7 @@ class Flux2Pipeline:
                 for count in loading:
                     bar.update(count)
                 if not streams:
-                    tune(module, dtype)
+                    autotune(module, dtype)
             except BaseException:
                 self._open(name)  # half of a packed layer would go unnoticed
                 raise
@@ -1208,7 +1208,7 @@ class Flux2Pipeline:
         if stage == "text_encoder":
             return load_text_encoder(self.checkpoint, dtype, how)
         transformer = load_transformer(self.checkpoint, dtype, how)
-        attach(transformer, self._beside())
+        set_adapters(transformer, self._beside())
         return transformer
 
 

@@ -19,7 +19,7 @@ from flux2_mlx.models.flux2 import FluxKlein
 from flux2_mlx.models.qwen3 import Qwen3TextEncoder
 from flux2_mlx.pipeline import STAGES
 from flux2_mlx.quantization.layers import quantize
-from flux2_mlx.quantization.packing import pack_plainly
+from flux2_mlx.quantization.packing import quantize_rtn
 from flux2_mlx.runtime.plan import MODES, Plan, Stage, make_plan
 from flux2_mlx.runtime.released import download_bytes, released_modules
 from flux2_mlx.runtime.streaming import block_paths, is_streamed, streamed_bytes
@@ -241,7 +241,7 @@ def test_a_stage_needs_what_the_plan_says(side, length, packed, dtype, memory):
         module.set_dtype(dtype)
     if packed is not None:
         for module in (text, transformer):
-            quantize(module, lambda *_: packed, pack_plainly)
+            quantize(module, lambda *_: packed, quantize_rtn)
     size = {"height": side, "width": side, "length": length, "references": [(side, side)]}
     plan = make_plan(text, transformer, autoencoder, dtype=dtype, limit=0, **size)
     tokens = 2 * side * side // 256

@@ -22,7 +22,7 @@ from ..checkpoints.files import load_safetensors
 from ..errors import CheckpointError, summarize
 from ..lazy import INTEGERS
 from ..models.names.flux2 import Rows, bfl_lora, lora_layers
-from .deltas import Decomposed, Delta, Kronecker, LowRank, place_rows, spans_of
+from .deltas import Delta, DoRADelta, LoKrDelta, LoRADelta, place_rows, spans_of
 
 _KINDS = {
     "lora_A": "down",
@@ -83,17 +83,17 @@ class LoraLayer:
         factor = self.factor * (scale if magnitude is None else 1)
         for path, spans in spans_of(self.rows).items():
             size = shapes[path][0]
-            delta: LowRank | Kronecker
+            delta: LoRADelta | LoKrDelta
             if self.form.startswith("LoKr"):
                 left, right = _kronecker_parts(self.arrays)
-                delta = Kronecker(left * factor, right, spans, size)
+                delta = LoKrDelta(left * factor, right, spans, size)
             else:
                 down, up = _thin_parts(self.arrays)
-                delta = LowRank(down, place_rows(up, spans, size), mx.full((down.shape[0],), factor))
+                delta = LoRADelta(down, place_rows(up, spans, size), mx.full((down.shape[0],), factor))
             if magnitude is None:
                 yield path, delta
             else:
-                yield path, Decomposed(delta, place_rows(magnitude.reshape(-1), spans, size, math.nan), scale)
+                yield path, DoRADelta(delta, place_rows(magnitude.reshape(-1), spans, size, math.nan), scale)
 
 
 def _thin_parts(arrays: Mapping[str, mx.array]) -> tuple[mx.array, mx.array]:

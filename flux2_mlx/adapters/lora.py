@@ -24,12 +24,12 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.hub import lora_file
 from ..device import weights_of
 from ..errors import CheckpointError, InputError
-from ..lazy import INTEGERS, Deferred, read_rows
+from ..lazy import INTEGERS, LazyTensor, read_rows
 from ..models.flux2 import FluxKlein
 from ..models.layers import Linear
-from ..quantization.packing import unpack
-from ..quantization.recipes import packing_in
-from .deltas import LINEAR, Decomposed, Delta, LowRank, linear_shape
+from ..quantization.packing import dequantize
+from ..quantization.recipes import packed_recipe
+from .deltas import LINEAR, Delta, DoRADelta, LoRADelta, linear_shape
 from .keys import LoraLayer, rank_of, read_layers
 
 MAX_SCALE = 100
@@ -48,7 +48,7 @@ class Lora:
         partial: whether keys that fit nothing are passed over.
         summary: one line: layers, rank, alpha, form.
         shapes: (outputs, inputs) of the transformer's linear layers.
-        gains: of a DoRA that is not merged, by the file's name of a layer and the layer's path; see Decomposed.
+        dora_ratios: of a DoRA that is not merged, by the file's name of a layer and the layer's path; see DoRADelta.
     """
 
     where: str
@@ -58,7 +58,7 @@ class Lora:
     partial: bool = False
     summary: str = ""
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
-    gains: Mapping[tuple[str, str], mx.array] = field(default_factory=dict, repr=False)
+    dora_ratios: Mapping[tuple[str, str], mx.array] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
         return self.where if self.scale == 1 else f"{self.where}:{self.scale:g}"
@@ -69,8 +69,8 @@ class Lora:
         deltas: dict[str, list[Delta]] = {}
         for layer in layers:
             for path, delta in layer.deltas(self.shapes, self.scale):
-                if isinstance(delta, Decomposed) and not self.merge:
-                    delta.gain = self.gains[layer.name, path]
+                if isinstance(delta, DoRADelta) and not self.merge:
+                    delta.dora_ratio = self.dora_ratios[layer.name, path]
                 deltas.setdefault(path, []).append(delta)
         return deltas
 
@@ -155,14 +155,14 @@ def open_lora(
         for kind, array in layer.arrays.items():
             if not mx.isfinite(array).all().item():
                 raise CheckpointError(f"{file}: {layer.name}.{kind} has values that are not finite")
-    gains = {}
+    dora_ratios = {}
     if not merge and any("magnitude" in layer.arrays for layer in layers):
         source = weights()
         for layer in layers:
             for path, delta in layer.deltas(shapes, scale):
-                if isinstance(delta, Decomposed):
-                    gains[layer.name, path] = delta.find_gain(_dense_rows(source, path, shapes[path]))
-    return replace(lora, summary=_summary(layers, shapes, faults), gains=gains)
+                if isinstance(delta, DoRADelta):
+                    dora_ratios[layer.name, path] = delta.find_ratio(_dense_rows(source, path, shapes[path]))
+    return replace(lora, summary=_summary(layers, shapes, faults), dora_ratios=dora_ratios)
 
 
 def _summary(layers: Sequence[LoraLayer], shapes: Mapping[str, Any], faults: Sequence[str]) -> str:
@@ -177,7 +177,7 @@ def _summary(layers: Sequence[LoraLayer], shapes: Mapping[str, Any], faults: Seq
     return ", ".join(parts) + (f"; passed over: {'; '.join(faults)}" if faults else "")
 
 
-def attach(model: FluxKlein, loras: Sequence[Lora]) -> None:
+def set_adapters(model: FluxKlein, loras: Sequence[Lora]) -> None:
     """Let a transformer's layers add what these LoRAs say, and nothing else. Arrays stay lazy, in the dtype of the
     activations; thin products of one layer become one.
     """
@@ -191,15 +191,15 @@ def attach(model: FluxKlein, loras: Sequence[Lora]) -> None:
             continue
         layer.pop("deltas", None)
         if path in together:
-            thin = [delta for delta in together[path] if isinstance(delta, LowRank)]
-            others: list[Delta] = [delta for delta in together[path] if not isinstance(delta, LowRank)]
+            thin = [delta for delta in together[path] if isinstance(delta, LoRADelta)]
+            others: list[Delta] = [delta for delta in together[path] if not isinstance(delta, LoRADelta)]
             layer.deltas = [*others, *_joined(thin)]
             for delta in layer.deltas:
                 delta.update(tree_map(lambda array: array.astype(dtype), delta.parameters()))
                 delta.freeze()
 
 
-def attached(model: FluxKlein) -> list[mx.array]:
+def adapter_arrays(model: FluxKlein) -> list[mx.array]:
     """The arrays of the LoRAs that a transformer has."""
     deltas = [
         delta for _, layer in model.named_modules() if isinstance(layer, LINEAR) for delta in layer.get("deltas", ())
@@ -207,36 +207,36 @@ def attached(model: FluxKlein) -> list[mx.array]:
     return [array for delta in deltas for array in weights_of(delta).values()]
 
 
-def _joined(deltas: Sequence[LowRank]) -> list[LowRank]:
+def _joined(deltas: Sequence[LoRADelta]) -> list[LoRADelta]:
     """Thin products as one, of all their ranks."""
     if len(deltas) < 2:
         return list(deltas)
     down, up, scales = ([delta[name] for delta in deltas] for name in ("down", "up", "scales"))
-    return [LowRank(mx.concatenate(down), mx.concatenate(up, axis=1), mx.concatenate(scales))]
+    return [LoRADelta(mx.concatenate(down), mx.concatenate(up, axis=1), mx.concatenate(scales))]
 
 
 def _dense_rows(weights: Mapping[str, Any], path: str, shape: tuple[int, int]) -> Callable[[int, int], mx.array]:
     """Rows of a layer's weight in float32, from one up to another."""
     weight = weights[f"{path}.weight"]
-    how = packing_in(weights)(path, Linear(shape[1], shape[0]))
-    if how is None:
+    spec = packed_recipe(weights)(path, Linear(shape[1], shape[0]))
+    if spec is None:
         return lambda start, stop: read_rows(weight, start, stop).astype(mx.float32)
     scales, biases = weights[f"{path}.scales"], weights.get(f"{path}.biases")
 
     def rows(start: int, stop: int) -> mx.array:
         part = slice(start, stop)
-        return unpack(weight[part], scales[part], None if biases is None else biases[part], how).astype(mx.float32)
+        return dequantize(weight[part], scales[part], None if biases is None else biases[part], spec).astype(mx.float32)
 
     return rows
 
 
-def merging(checkpoint: Checkpoint, loras: Sequence[Lora]) -> Checkpoint:
+def with_fused(checkpoint: Checkpoint, loras: Sequence[Lora]) -> Checkpoint:
     """A checkpoint whose transformer has these merged into its weights, and no others."""
     source = replace(checkpoint.sources["transformer"], changes=tuple(loras))
     return replace(checkpoint, sources={**checkpoint.sources, "transformer": source})
 
 
-def fused(checkpoint: Checkpoint, given: Sequence[tuple[str, float]], partial: bool) -> Checkpoint:
+def fuse(checkpoint: Checkpoint, given: Sequence[tuple[str, float]], partial: bool) -> Checkpoint:
     """A checkpoint with LoRAs merged, each given as (where, scale).
 
     Raises:
@@ -244,14 +244,14 @@ def fused(checkpoint: Checkpoint, given: Sequence[tuple[str, float]], partial: b
     """
     model, weights = FluxKlein(checkpoint.transformer), checkpoint.sources["transformer"].weights
     loras = [open_lora(where, model, weights, scale=scale, merge=True, partial=partial) for where, scale in given]
-    return merging(checkpoint, loras)
+    return with_fused(checkpoint, loras)
 
 
-def _merged(weight: Any, deltas: Sequence[Delta]) -> Deferred:
+def _merged(weight: Any, deltas: Sequence[Delta]) -> LazyTensor:
     """A weight with deltas in it, summed in float32, some rows at a time."""
 
     def read(start: int, stop: int) -> mx.array:
         own = read_rows(weight, start, stop).astype(mx.float32)
-        return sum((delta.change(own, start, stop) for delta in deltas), own).astype(weight.dtype)
+        return sum((delta.weight_delta(own, start, stop) for delta in deltas), own).astype(weight.dtype)
 
-    return Deferred(weight.shape, weight.dtype, read)
+    return LazyTensor(weight.shape, weight.dtype, read)

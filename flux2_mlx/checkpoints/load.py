@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from ..device import weights_of
 from ..errors import CheckpointError, summarize
-from ..lazy import INTEGERS, Deferred, cast
+from ..lazy import INTEGERS, LazyTensor, cast
 from ..models.autoencoder import AutoEncoder
 from ..models.config import FluxKleinParams
 from ..models.flux2 import FluxKlein
@@ -22,8 +22,8 @@ from ..models.names.autoencoder import sanitize_taef2_weights
 from ..models.qwen3 import Qwen3TextEncoder
 from ..models.taef2 import TinyDecoder
 from ..quantization.layers import QuantizedEmbedding, QuantizedLinear, dense_layers, quantize
-from ..quantization.packing import PACKED, pack, pack_plainly
-from ..quantization.recipes import QuantizedFluxKlein, mixed, packing_in
+from ..quantization.packing import PACKED, quantize_rtn, quantize_weight
+from ..quantization.recipes import QuantizedFluxKlein, mixed_precision, packed_recipe
 from ..quantization.spec import Quantization
 from .checkpoint import Checkpoint
 from .files import load_safetensors
@@ -40,17 +40,17 @@ class _Pending:
     make: dict[str, Callable[[], dict[str, mx.array]]] = field(default_factory=dict)
 
 
-def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, where: str, how: Quantization | None = None) -> M:
+def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, where: str, spec: Quantization | None = None) -> M:
     """Put weights into a module, strictly: all names and shapes must match. They stay lazy, cast to dtype.
 
-    Layers that the weights hold packed stay packed; with ``how`` the others are packed, see quantize.mixed. Latent
+    Layers that the weights hold packed stay packed; with ``spec`` the others are packed, see mixed_precision. Latent
     statistics ("bn.") stay in float32 whatever the dtype.
 
     Raises:
         CheckpointError: naming every missing, unknown, mis-shaped and unreadable weight at once.
     """
     try:
-        quantize(module, packing_in(weights), pack_plainly)
+        quantize(module, packed_recipe(weights), quantize_rtn)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from None
     expected = weights_of(module)
@@ -84,40 +84,43 @@ def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, where: str, h
     values = {}
     for name in expected:
         weight = cast(weights[name], mx.float32 if name.startswith("bn.") else dtype)
-        if isinstance(weight, Deferred):
+        if isinstance(weight, LazyTensor):
             pending.make[name] = partial(_made, name, weight)
             weight = mx.full(weight.shape, 0 if weight.dtype in INTEGERS else math.nan, weight.dtype)  # stands for it
         values[name] = weight
     module.load_weights(list(values.items()))
-    if how is not None:
+    if spec is not None:
         dense = set(dict(dense_layers(module)))
-        quantize(module, mixed(module, how), pack_plainly)
+        quantize(module, mixed_precision(module, spec), quantize_rtn)
         for path, layer in module.named_modules():
             if path in dense and isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
                 name = f"{path}.weight"
                 make = pending.make.get(name, partial(dict, [(name, weights[name])]))
-                pending.make[name] = partial(_made_packed, path, layer.how, dtype, make)
+                pending.make[name] = partial(_made_packed, path, layer.spec, dtype, make)
     module._pending = pending
     return module
 
 
-def _made(name: str, weight: Deferred) -> dict[str, mx.array]:
-    return {name: weight.make()}
+def _made(name: str, weight: LazyTensor) -> dict[str, mx.array]:
+    return {name: weight.load()}
 
 
 def _made_packed(
-    path: str, how: Quantization, dtype: mx.Dtype, make: Callable[[], dict[str, mx.array]]
+    path: str, spec: Quantization, dtype: mx.Dtype, make: Callable[[], dict[str, mx.array]]
 ) -> dict[str, mx.array]:
     (dense,) = make().values()
-    return {f"{path}.{name}": array for name, array in zip(PACKED, pack(dense, how, dtype, now=True), strict=False)}
+    return {
+        f"{path}.{name}": array
+        for name, array in zip(PACKED, quantize_weight(dense, spec, dtype, now=True), strict=False)
+    }
 
 
-def to_be_converted(module: nn.Module, prefix: str = "") -> bool:
+def needs_conversion(module: nn.Module, prefix: str = "") -> bool:
     """Whether weights of that prefix come from another format, or are packed, as they are brought into memory."""
     return any(name.startswith(prefix) for name in vars(module).get("_pending", _Pending()).make)
 
 
-def materialize(module: nn.Module, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[int]:
+def load_weights(module: nn.Module, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[int]:
     """Bring a module's weights into memory, one after another, since a conversion holds its source until it is done.
 
     Args:
@@ -145,24 +148,24 @@ def materialize(module: nn.Module, wanted: Callable[[str], bool] = lambda _: Tru
         yield array.nbytes
 
 
-def load_transformer(checkpoint: Checkpoint, dtype: mx.Dtype, how: Quantization | None = None) -> FluxKlein:
+def load_transformer(checkpoint: Checkpoint, dtype: mx.Dtype, spec: Quantization | None = None) -> FluxKlein:
     """The checkpoint's transformer with lazy weights; those that it holds dense are packed by the recipe.
 
     Raises:
         CheckpointError: for a bad file, or weights that do not fit the config.
     """
     source = checkpoint.sources["transformer"]
-    return assign(FluxKlein(checkpoint.transformer), source.weights(), dtype, source.where, how)
+    return assign(FluxKlein(checkpoint.transformer), source.weights(), dtype, source.where, spec)
 
 
-def load_text_encoder(checkpoint: Checkpoint, dtype: mx.Dtype, how: Quantization | None = None) -> Qwen3TextEncoder:
+def load_text_encoder(checkpoint: Checkpoint, dtype: mx.Dtype, spec: Quantization | None = None) -> Qwen3TextEncoder:
     """The checkpoint's text encoder with lazy weights, up to the last tapped layer; as load_transformer.
 
     Raises:
         CheckpointError: for a bad file, or weights that do not fit the config.
     """
     source = checkpoint.sources["text_encoder"]
-    return assign(Qwen3TextEncoder(checkpoint.text_encoder), source.weights(), dtype, source.where, how)
+    return assign(Qwen3TextEncoder(checkpoint.text_encoder), source.weights(), dtype, source.where, spec)
 
 
 def load_autoencoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> AutoEncoder:
@@ -202,4 +205,4 @@ def load_quantized_flux_klein(weights: Mapping[str, mx.array], params: FluxKlein
     """
     weights = sanitize_flux2_klein_weights(weights)
     dtype = next((weight.dtype for name, weight in weights.items() if ".norm_" in name), mx.bfloat16)
-    return assign(QuantizedFluxKlein(params, packing_in(weights)), weights, dtype, "the weights")
+    return assign(QuantizedFluxKlein(params, packed_recipe(weights)), weights, dtype, "the weights")

@@ -25,14 +25,14 @@ from tqdm.auto import tqdm
 
 from .._version import __version__
 from ..errors import CheckpointError, InputError
-from ..lazy import Deferred, cast
+from ..lazy import LazyTensor, cast
 from ..models.flux2 import FluxKlein
 from ..models.names.autoencoder import bfl_vae, diffusers_vae
 from ..models.names.flux2 import bfl_transformer
 from ..models.qwen3 import Qwen3TextEncoder
 from ..quantization.layers import QuantizedEmbedding, QuantizedLinear, dense_layers, quantize
-from ..quantization.packing import PACKED, pack, pack_plainly
-from ..quantization.recipes import mixed, packing_in
+from ..quantization.packing import PACKED, quantize_rtn, quantize_weight
+from ..quantization.recipes import mixed_precision, packed_recipe
 from ..quantization.spec import Quantization
 from .checkpoint import Checkpoint
 from .files import read_header
@@ -72,23 +72,23 @@ def dense_entry(name: str, weight: Any) -> Entry:
 
     def make() -> mx.array:
         value = held.pop()
-        return value.make() if isinstance(value, Deferred) else value
+        return value.load() if isinstance(value, LazyTensor) else value
 
     return Entry(tuple(kept.shape), kept.dtype, make)
 
 
-def packed_entries(layer: str, weight: Any, how: Quantization) -> dict[str, Entry]:
+def packed_entries(layer: str, weight: Any, spec: Quantization) -> dict[str, Entry]:
     """A dense weight as the packed layer's arrays; it is packed when the first of them is written."""
     held, parts = [weight], dict[str, mx.array]()
 
     def make(kind: str) -> mx.array:
         if held:
             dense = held.pop()
-            dense = dense.make() if isinstance(dense, Deferred) else dense
-            parts.update(zip(PACKED, pack(dense, how, mx.bfloat16, now=True), strict=False))
+            dense = dense.load() if isinstance(dense, LazyTensor) else dense
+            parts.update(zip(PACKED, quantize_weight(dense, spec, mx.bfloat16, now=True), strict=False))
         return parts.pop(kind)
 
-    shapes = pack_plainly(mx.zeros(weight.shape, mx.bfloat16), how)
+    shapes = quantize_rtn(mx.zeros(weight.shape, mx.bfloat16), spec)
     return {
         f"{layer}.{kind}": Entry(tuple(array.shape), array.dtype, partial(make, kind))
         for kind, array in zip(PACKED, shapes, strict=False)
@@ -96,16 +96,16 @@ def packed_entries(layer: str, weight: Any, how: Quantization) -> dict[str, Entr
 
 
 def entries_of(
-    module: nn.Module, weights: dict[str, Any], how: Quantization | None
+    module: nn.Module, weights: dict[str, Any], spec: Quantization | None
 ) -> tuple[dict[str, Entry], dict[str, Any]]:
-    """A component's tensors, taken out of ``weights``, with ``how`` the dense matrices packed; and what its config is
+    """A component's tensors, taken out of ``weights``, with ``spec`` the dense matrices packed; and what its config is
     to say of the packing.
 
     Raises:
         InputError: for a layer whose inputs are no multiple of the group size.
     """
-    quantize(module, packing_in(weights), pack_plainly)
-    recipe = mixed(module, how) if how is not None else lambda *_: None
+    quantize(module, packed_recipe(weights), quantize_rtn)
+    recipe = mixed_precision(module, spec) if spec is not None else lambda *_: None
     ways = {path: recipe(path, layer) for path, layer in dense_layers(module)}
     result: dict[str, Entry] = {}
     while weights:
@@ -126,7 +126,7 @@ def recipe_of(module: nn.Module, dense: Mapping[str, Quantization | None]) -> di
     layers: dict[str, Any] = {path: way and asdict(way) for path, way in dense.items()}
     for path, layer in module.named_modules():
         if isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
-            layers[path] = asdict(layer.how)
+            layers[path] = asdict(layer.spec)
     ways = [way for way in layers.values() if way is not None]
     if not ways:
         return {}
@@ -206,7 +206,7 @@ def convert(
         raise InputError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     if target.exists():
         raise InputError(f"{target} exists; give another name, or take it away")
-    how = dict(quantization or {})
+    spec = dict(quantization or {})
     parent = target.absolute().parent
     if not parent.is_dir():
         raise InputError(f"{parent} is no folder")
@@ -219,7 +219,7 @@ def convert(
     recipes: dict[str, dict[str, Any]] = {}
     if layout == "bfl":
         packed = sorted(name for part in weights.values() for name in part if name.endswith(".scales"))
-        if how or packed:
+        if spec or packed:
             raise InputError("BFL's files hold no packed weights; take a checkpoint with dense ones, and no --quantize")
         named = {
             "transformer": bfl_transformer(weights.pop("transformer")),
@@ -234,7 +234,7 @@ def convert(
             "transformer": FluxKlein(checkpoint.transformer),
             "text_encoder": Qwen3TextEncoder(checkpoint.text_encoder),
         }
-        made = {part: entries_of(module, weights[part], how.get(part)) for part, module in modules.items()}
+        made = {part: entries_of(module, weights[part], spec.get(part)) for part, module in modules.items()}
         parts = {part: entries for part, (entries, _) in made.items()}
         recipes = {part: recipe for part, (_, recipe) in made.items()}
         vae = diffusers_vae(weights.pop("vae"))

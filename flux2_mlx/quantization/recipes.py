@@ -14,7 +14,7 @@ from ..errors import CheckpointError, InputError
 from ..models.config import FluxKleinParams
 from ..models.flux2 import FluxKlein
 from .layers import QuantizedLinear, Recipe, dense_layers, quantize, set_packed
-from .packing import bits_and_group, pack
+from .packing import bits_and_group, quantize_weight
 from .spec import AFFINE_BITS, FLOAT_MODES, Quantization
 
 # What reads and writes the latents is packed into so many bits, and how many bits a weight, on average, the sensitive
@@ -30,26 +30,26 @@ ATTENTION = re.compile(r"transformer_blocks\.\d+\.attn\.to_out")
 TEXT = re.compile(r"model\.layers\.")
 
 
-def mixed(module: nn.Module, how: Quantization) -> Recipe:
-    """The recipe that packs a component's dense layers as ``how`` says, and the most sensitive ones finer, as long as
+def mixed_precision(module: nn.Module, spec: Quantization) -> Recipe:
+    """The recipe that packs a component's dense layers as ``spec`` says, and the most sensitive ones finer, as long as
     that costs SPARE_BITS a weight or less: a transformer's ends in FINE_BITS, then what attention adds in double
     blocks, and single blocks, which are large, one step above the rest, since the first bit more takes three quarters
     of the squared error; a text encoder's first layers, whose errors go through all others, two steps.
     """
-    if how.mode != "affine" or how.bits >= FINE_BITS:
-        return lambda *_: how
-    above, far_above = ([*AFFINE_BITS, FINE_BITS][AFFINE_BITS.index(how.bits) + step] for step in (1, 2))
+    if spec.mode != "affine" or spec.bits >= FINE_BITS:
+        return lambda *_: spec
+    above, far_above = ([*AFFINE_BITS, FINE_BITS][AFFINE_BITS.index(spec.bits) + step] for step in (1, 2))
     sizes = {path: layer.weight.size for path, layer in dense_layers(module)}
     spare = SPARE_BITS * sum(sizes.values())
     finer = {}
     for pattern, bits in ((ENDS, FINE_BITS), (ATTENTION, above), (SINGLE, above), (TEXT, far_above)):
         # Of the single blocks the last first, and in a block to_out before to_qkv_mlp_proj.
         for path in sorted(filter(pattern.match, sizes), key=_number if pattern is TEXT else _last_block_first):
-            cost = sizes[path] * (bits - how.bits)
+            cost = sizes[path] * (bits - spec.bits)
             if cost <= spare:
                 spare -= cost
-                finer[path] = Quantization(bits, how.group_size)
-    return lambda path, _: finer.get(path, how)
+                finer[path] = Quantization(bits, spec.group_size)
+    return lambda path, _: finer.get(path, spec)
 
 
 def _number(path: str) -> int:
@@ -62,7 +62,7 @@ def _last_block_first(path: str) -> tuple[int, str]:
     return -_number(path), path
 
 
-def packing_in(weights: Mapping[str, Any]) -> Recipe:
+def packed_recipe(weights: Mapping[str, Any]) -> Recipe:
     """The recipe that the weights themselves follow: a layer with ``scales`` is packed as their shapes say.
 
     Raises (the recipe):
@@ -97,7 +97,7 @@ ONE_ROW = re.compile(r"(\w+_modulation(_\w+)?|norm_out|time_guidance_embed)\.")
 def dense_bytes(module: nn.Module, dtype: mx.Dtype) -> int:
     """Bytes of all packed matrices once they are unpacked, but for those that never are; 0 without any."""
     return sum(
-        layer.weight.size * 32 // layer.how.bits * dtype.size
+        layer.weight.size * 32 // layer.spec.bits * dtype.size
         for path, layer in module.named_modules()
         if isinstance(layer, QuantizedLinear) and not ONE_ROW.match(path)
     )
@@ -108,12 +108,12 @@ def largest_dense_bytes(module: nn.Module, dtype: mx.Dtype) -> int:
     CPU backend unpacks bits for which there is no word by way of lanes, and other formats by way of 32-bit codes.
     """
 
-    def each(how: Quantization) -> int:
-        beside = 0 if on_gpu() else 4 if how.mode != "affine" else 1 if 32 % how.bits else 0
+    def each(spec: Quantization) -> int:
+        beside = 0 if on_gpu() else 4 if spec.mode != "affine" else 1 if 32 % spec.bits else 0
         return dtype.size + beside
 
     sizes = [
-        int(layer.weight.size * 32 // layer.how.bits * each(layer.how) * IN_PARTS.get(path.rpartition(".")[2], 1))
+        int(layer.weight.size * 32 // layer.spec.bits * each(layer.spec) * IN_PARTS.get(path.rpartition(".")[2], 1))
         for path, layer in module.named_modules()
         if isinstance(layer, QuantizedLinear) and not ONE_ROW.match(path)
     ]
@@ -140,11 +140,11 @@ class QuantizedFluxKlein(FluxKlein):
         Raises:
             InputError: for a combination that MLX does not have.
         """
-        how = Quantization(bits, group_size, mode)
-        packed = cls(model.params, lambda *_: how)
+        spec = Quantization(bits, group_size, mode)
+        packed = cls(model.params, lambda *_: spec)
         weights = weights_of(model)
         for path, layer in packed.named_modules():
             if isinstance(layer, QuantizedLinear):
-                set_packed(layer, pack(weights.pop(f"{path}.weight"), how))
+                set_packed(layer, quantize_weight(weights.pop(f"{path}.weight"), spec))
         packed.load_weights(list(weights.items()), strict=False)
         return packed

@@ -87,11 +87,11 @@ def parse_options(
         InputError: for what cannot be, a group size of nothing among it.
     """
     text = quantize if quantize_text_encoder is None else quantize_text_encoder
-    how = {
+    spec = {
         "transformer": Quantization.parse(quantize, group_size),
         "text_encoder": Quantization.parse(text, group_size),
     }
-    packed = {part: quantization for part, quantization in how.items() if quantization is not None}
+    packed = {part: quantization for part, quantization in spec.items() if quantization is not None}
     if group_size is not None and not any(quantization.mode == "affine" for quantization in packed.values()):
         raise InputError(f"group_size {group_size} belongs to quantize in bits, and none is given")
     return packed
@@ -99,9 +99,11 @@ def parse_options(
 
 def options_of(packed: Mapping[str, Quantization]) -> dict[str, Any]:
     """The options that parse_options makes this of."""
-    named: dict[str, int | str] = {part: how.bits if how.mode == "affine" else how.mode for part, how in packed.items()}
+    named: dict[str, int | str] = {
+        part: spec.bits if spec.mode == "affine" else spec.mode for part, spec in packed.items()
+    }
     transformer, text = named.get("transformer"), named.get("text_encoder", "none")
-    groups = [how.group_size for how in packed.values() if how.mode == "affine"]
+    groups = [spec.group_size for spec in packed.values() if spec.mode == "affine"]
     return {
         "quantize": transformer,
         "quantize_text_encoder": None if text == (transformer or "none") else text,

@@ -12,8 +12,8 @@ from ..models.config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
 from ..models.flux2 import FluxKlein
 from ..models.qwen3 import Qwen3TextEncoder
 from ..quantization.layers import quantize
-from ..quantization.packing import pack_plainly
-from ..quantization.recipes import mixed
+from ..quantization.packing import quantize_rtn
+from ..quantization.recipes import mixed_precision
 from ..quantization.spec import Quantization
 
 # Parameters of Qwen3-4B and -8B as they are released, with the layers that klein does not use.
@@ -21,7 +21,7 @@ TEXT_ENCODER_PARAMETERS = {"4b": 4_022_468_096, "9b": 8_190_735_360}
 
 
 def released_modules(
-    name: str, dtype: mx.Dtype, how: Mapping[str, Quantization]
+    name: str, dtype: mx.Dtype, spec: Mapping[str, Quantization]
 ) -> tuple[Qwen3TextEncoder, FluxKlein, AutoEncoder]:
     """The modules of a released model as they will be once they are loaded; their weights are random, lazy, and not
     worth reading.
@@ -29,7 +29,7 @@ def released_modules(
     Args:
         name: of config.RELEASED.
         dtype: of the transformer.
-        how: the packing of each stage that is packed.
+        spec: the packing of each stage that is packed.
     """
     small = size_of(name) == "4b"
     text_encoder = Qwen3TextEncoder(Qwen3Config() if small else Qwen3Config.qwen3_8b())
@@ -37,8 +37,8 @@ def released_modules(
     autoencoder = AutoEncoder(AutoEncoderConfig())
     for stage, module in (("text_encoder", text_encoder), ("transformer", transformer), ("autoencoder", autoencoder)):
         module.set_dtype(stage_dtype(stage, dtype))
-        if stage in how:
-            quantize(module, mixed(module, how[stage]), pack_plainly)
+        if stage in spec:
+            quantize(module, mixed_precision(module, spec[stage]), quantize_rtn)
     return text_encoder, transformer, autoencoder
 
 

@@ -34,7 +34,7 @@ class Adapter(nn.Module):
         self._is_off = False
 
     def __call__(self, x: mx.array, base: mx.array, out: mx.array, start: int, stop: int | None) -> mx.array:
-        """As adapters.LowRank."""
+        """As adapters.deltas.LoRADelta."""
         if self._is_off:
             return out
         if self.training and self._dropout:

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 from tqdm.auto import tqdm
 
-from ..checkpoints.load import materialize
+from ..checkpoints.load import load_weights
 from ..cli.common import MODEL_OPTIONS
 from ..device import weight_bytes, wired, within
 from ..errors import InputError
@@ -24,7 +24,7 @@ from ..models.autoencoder import AutoEncoder
 from ..models.flux2 import FluxKlein
 from ..models.qwen3 import Qwen3TextEncoder
 from ..pipeline import Flux2Pipeline
-from ..quantization.layers import tune
+from ..quantization.layers import autotune
 from ..runtime.distributed import any_process, check_agreement, launched
 from ..runtime.plan import TrainingPlan, make_training_plan
 from .adapter import adapter_size
@@ -189,9 +189,9 @@ def load(pipe: Flux2Pipeline, quiet: bool) -> None:
     """Bring the transformer into memory."""
     total = weight_bytes(pipe.transformer)
     with tqdm(desc="loading transformer", total=total, unit="B", unit_scale=True, leave=False, disable=quiet) as bar:
-        for count in materialize(pipe.transformer):
+        for count in load_weights(pipe.transformer):
             bar.update(count)
-    tune(pipe.transformer, pipe.dtype)
+    autotune(pipe.transformer, pipe.dtype)
     mx.clear_cache()
 
 

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...errors import CheckpointError
-from ...lazy import Deferred
+from ...lazy import LazyTensor
 
 MAGIC = b"GGUF"
 _MAX_TENSORS = 65536
@@ -194,7 +194,7 @@ def _weights_of(name: str, shape: tuple[int, ...], kind: int, raw: np.ndarray, p
             values = np.concatenate([values & 15, values >> 4], axis=-1)  # in the order of the weights
             return np.ascontiguousarray(values[..., ::2] | values[..., 1::2] << 4).view(np.uint32)
 
-        def part(function: Callable[[np.ndarray], np.ndarray], dtype: mx.Dtype, width: int) -> Deferred:
+        def part(function: Callable[[np.ndarray], np.ndarray], dtype: mx.Dtype, width: int) -> LazyTensor:
             return _deferred(
                 (rows, width), dtype, raw, lambda some: mx.array(function(some.reshape(-1, columns // _GROUP, size)))
             )
@@ -215,7 +215,7 @@ def _weights_of(name: str, shape: tuple[int, ...], kind: int, raw: np.ndarray, p
 
 def _deferred(
     shape: tuple[int, ...], dtype: mx.Dtype, raw: np.ndarray, function: Callable[[np.ndarray], mx.array]
-) -> Deferred:
+) -> LazyTensor:
     """A tensor of that shape, from its raw rows (those of its last axis), some of the first axis at a time."""
     each = math.prod(shape[1:-1]) if len(shape) > 1 else 1
 
@@ -224,4 +224,4 @@ def _deferred(
             return function(raw).reshape(shape)[start:stop]
         return function(raw[start * each : stop * each]).reshape(stop - start, *shape[1:])
 
-    return Deferred(shape, dtype, read)
+    return LazyTensor(shape, dtype, read)

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...errors import CheckpointError
-from ...lazy import Deferred
+from ...lazy import LazyTensor
 
 SCALES = ("weight_scale", "scale_weight", "weight_scale_inv", "weight_scale_2")
 UNUSED = ("input_scale", "scale_input")  # of the activations, for hardware that multiplies in FP8
@@ -47,8 +47,8 @@ def marked_format(layer: str, array: mx.array) -> str:
 
 def by_rows(weight: Any, scale: mx.array, convert: Callable[[mx.array, mx.array], mx.array]) -> Any:
     """What a weight and the scales of all its values stand for; of a deferred one, rows as they are read."""
-    if isinstance(weight, Deferred):
-        return Deferred(
+    if isinstance(weight, LazyTensor):
+        return LazyTensor(
             scale.shape, mx.float32, lambda start, stop: convert(weight.read(start, stop), scale[start:stop])
         )
     return convert(weight, scale)

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from ...errors import CheckpointError
-from ...lazy import Deferred
+from ...lazy import LazyTensor
 from ...quantization.packing import bits_and_group
 from ..config import AutoEncoderConfig
 from .common import block_count
@@ -61,7 +61,7 @@ _ATTENTION = re.compile(r"\.attentions\.0\.to_(?:q|k|v|out\.0)\.weight$")
 def rename_autoencoder(weights: Mapping[str, Any]) -> dict[str, Any]:
     """An autoencoder's weights, decoded, under the modules' names and in NHWC; see sanitize_vae_weights."""
     weights = dict(weights)
-    if any(isinstance(weight, Deferred) for weight in weights.values()):
+    if any(isinstance(weight, LazyTensor) for weight in weights.values()):
         raise CheckpointError("autoencoders in GGUF or F8_E5M2 are not read; it is small, so get another file")
     weights.pop("bn.num_batches_tracked", None)
     stages = [int(stage[1]) for name in weights if (stage := _UP_STAGE.match(name))]
