@@ -11,8 +11,23 @@ def summarize(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + more
 
 
+def one_line(error: BaseException) -> str:
+    """An error's message on one line; the name of its class where it has none."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(filter(None, lines)) or type(error).__name__
+
+
 class InputError(ValueError):
-    """A value that cannot be used: the message names it and the way out."""
+    """A value that cannot be used: the message names it and the way out.
+
+    Attributes:
+        message: the fault, without the source.
+        source: the file that it is about, if any; str() gives "source: message".
+    """
+
+    def __init__(self, message: str, *, source: object = None):
+        self.message, self.source = message, source
+        super().__init__(message if source is None else f"{source}: {message}")
 
 
 class CheckpointError(InputError):

@@ -1,6 +1,7 @@
 """Every format that klein comes in: written from a tiny diffusers checkpoint, loaded, and equal to the original."""
 
 import contextlib
+import dataclasses
 import json
 import struct
 
@@ -19,6 +20,7 @@ from flux2_mlx import (
     RELEASED,
     CheckpointError,
     Flux2Pipeline,
+    families,
     lazy,
     load_safetensors,
     open_checkpoint,
@@ -26,9 +28,10 @@ from flux2_mlx import (
     sanitize_qwen3_weights,
     sanitize_vae_weights,
 )
-from flux2_mlx.checkpoints import checkpoint as weights_module
 from flux2_mlx.checkpoints.files import load_files
+from flux2_mlx.checkpoints.formats import decode as decoding
 from flux2_mlx.checkpoints.formats.gguf import read_gguf
+from flux2_mlx.checkpoints.formats.marks import Format
 from flux2_mlx.checkpoints.load import (
     load_autoencoder,
     load_preview_decoder,
@@ -426,7 +429,11 @@ def test_the_rest_of_a_file_is_the_released_model_of_its_size(whole, tensors, tm
         return str(whole[1])
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    monkeypatch.setattr(weights_module, "_TEXT_SIZES", {"klein-9b": 1, "klein-4b": 192})
+    sizes = {"klein-9b": 1, "klein-4b": 192}
+    released = [release for release in families.RELEASES if release.name in sizes]
+    params = [dataclasses.replace(release.transformer, txt_embed_dim=sizes[release.name]) for release in released]
+    fakes = [dataclasses.replace(release, transformer=shape) for release, shape in zip(released, params, strict=True)]
+    monkeypatch.setattr(families, "RELEASES", tuple(fakes))
     file = formats.save(formats.bfl_transformer(tensors["transformer"]), tmp_path / "bfl.safetensors")
     refused("does not say whether", model=file)
     assert asked == []  # before anything is downloaded
@@ -462,6 +469,37 @@ def test_sanitizing_twice_changes_nothing(tensors):
         twice = sanitize(once)
         assert once.keys() == twice.keys()
         assert all(once[name] is twice[name] for name in once)
+
+
+def test_names_neither_decode_nor_change_what_has_them(tensors):
+    """Scales, marks and packed words get the modules' names, and stay what they are."""
+    foreign = {
+        "transformer": formats.bfl_transformer(tensors["transformer"]),
+        "text_encoder": formats.llama_names(tensors["text_encoder"]),
+        "vae": formats.bfl_vae(tensors["vae"]),
+    }
+    for key, part in families.PARTS.items():
+        arrays = {name: mx.array(t.float().numpy()) for name, t in foreign[key].items()}
+        arrays["blk.0.attn_q.scales" if key == "text_encoder" else "img_in.weight_scale"] = mx.ones((3, 4), mx.uint8)
+        once = part.names.rename(part.names.select(arrays))
+        twice = part.names.rename(once)
+        assert once.keys() == twice.keys()
+        assert all(once[name] is twice[name] for name in once)
+        stored = [name for name in once if name.endswith(("scale", "scales"))]
+        assert [(name, once[name].dtype) for name in stored] == [(stored[0], mx.uint8)]
+
+
+def test_a_format_is_one_more_among_those_that_are_read(whole, tensors, tmp_path, monkeypatch):
+    """Weights stored as twice their value, under a mark of their own."""
+    doubled = Format(("doubled",), lambda layer: layer.mark == "doubled", lambda layer: layer.weight / 2)
+    written = formats.bfl_transformer(tensors["transformer"])
+    layers = ["img_in", "double_blocks.1.img_attn.qkv", "final_layer.adaLN_modulation.1"]
+    written |= {f"{layer}.weight": 2 * written[f"{layer}.weight"] for layer in layers}
+    written |= {f"{layer}.comfy_quant": formats.mark("doubled") for layer in layers}
+    file = formats.save(written, tmp_path / "doubled.safetensors")
+    refused("stored as doubled, which is not read, only", model=whole[1], transformer=file, distilled=True)
+    monkeypatch.setattr(decoding, "FORMATS", (*decoding.FORMATS, doubled))
+    assert_equal(loaded(opened(whole[1], transformer=file), "transformer"), original(whole[1], "transformer"))
 
 
 # ------------------------------------------------------------------------------------------------ refused

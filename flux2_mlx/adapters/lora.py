@@ -41,7 +41,7 @@ class Lora:
     with the transformer when that is unloaded.
 
     Attributes:
-        where: as the caller named it.
+        source: as the caller named it.
         file: where it is.
         scale: how much of the change is made, 1 for all of it.
         merge: whether it is to be merged into the weights.
@@ -51,7 +51,7 @@ class Lora:
         dora_ratios: of a DoRA that is not merged, by the file's name of a layer and the layer's path; see DoRADelta.
     """
 
-    where: str
+    source: str
     file: Path
     scale: float = 1.0
     merge: bool = False
@@ -61,7 +61,7 @@ class Lora:
     dora_ratios: Mapping[tuple[str, str], mx.array] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
-        return self.where if self.scale == 1 else f"{self.where}:{self.scale:g}"
+        return self.source if self.scale == 1 else f"{self.source}:{self.scale:g}"
 
     def deltas(self) -> dict[str, list[Delta]]:
         """What this changes in each layer, by its path, lazily."""
@@ -74,8 +74,13 @@ class Lora:
                 deltas.setdefault(path, []).append(delta)
         return deltas
 
-    def __call__(self, weights: Mapping[str, Any]) -> dict[str, Any]:
-        """A transformer's weights with this merged, when their turn comes.
+    @property
+    def name(self) -> str:
+        """What the settings of an image and the model card call it."""
+        return str(self)
+
+    def apply(self, weights: Mapping[str, Any]) -> dict[str, Any]:
+        """A transformer's weights with this fused into them, lazily; see WeightChange.
 
         Raises:
             CheckpointError: for packed weights, in which a small change would be lost.
@@ -85,10 +90,10 @@ class Lora:
             weight = weights[f"{path}.weight"]
             if weight.dtype in INTEGERS:
                 raise CheckpointError(
-                    f"{self.where} cannot be merged into packed weights ({path}), where it would be lost to rounding; "
+                    f"{self.source} cannot be merged into packed weights ({path}), where it would be lost to rounding; "
                     "load it beside them, or merge it into a checkpoint that is not packed"
                 )
-            merged[f"{path}.weight"] = _merged(weight, deltas)
+            merged[f"{path}.weight"] = _fuse_weight(weight, deltas)
         return merged
 
 
@@ -98,15 +103,15 @@ def parse_lora(text: str) -> tuple[str, float]:
     Raises:
         InputError: see check_scale.
     """
-    where, _, number = text.rpartition(":")
+    source, _, number = text.rpartition(":")
     try:
-        scale = float(number) if where and not Path(text).exists() else None
+        scale = float(number) if source and not Path(text).exists() else None
     except ValueError:
         scale = None
     if scale is None:
         return text, 1.0
     check_scale(scale)
-    return where, scale
+    return source, scale
 
 
 def check_scale(scale: float) -> None:
@@ -120,7 +125,7 @@ def check_scale(scale: float) -> None:
 
 
 def open_lora(
-    where: str,
+    source: str,
     model: FluxKlein,
     weights: Callable[[], Mapping[str, Any]],
     *,
@@ -131,7 +136,7 @@ def open_lora(
     """Find a LoRA's file and check it: every key, every shape, every number.
 
     Args:
-        where: a safetensors file, a folder with one, a Hub id, or "owner/name/file".
+        source: a safetensors file, a folder with one, a Hub id, or "owner/name/file".
         model: the transformer, whose weights are not read.
         weights: gives them, lazily, under the modules' names, for a DoRA.
         partial: pass over what fits no layer.
@@ -143,8 +148,8 @@ def open_lora(
     """
     check_scale(scale)
     shapes = {path: linear_shape(layer) for path, layer in model.named_modules() if isinstance(layer, LINEAR)}
-    file = lora_file(where)
-    lora = Lora(where, file, float(scale), merge, partial, shapes=shapes)
+    file = lora_file(source)
+    lora = Lora(source, file, float(scale), merge, partial, shapes=shapes)
     layers, faults = read_layers(file, shapes)
     if faults and (not partial or not layers):
         way_out = "; partial (--lora-partial) loads the rest" if layers else ""
@@ -157,11 +162,11 @@ def open_lora(
                 raise CheckpointError(f"{file}: {layer.name}.{kind} has values that are not finite")
     dora_ratios = {}
     if not merge and any("magnitude" in layer.arrays for layer in layers):
-        source = weights()
+        dense = weights()
         for layer in layers:
             for path, delta in layer.deltas(shapes, scale):
                 if isinstance(delta, DoRADelta):
-                    dora_ratios[layer.name, path] = delta.find_ratio(_dense_rows(source, path, shapes[path]))
+                    dora_ratios[layer.name, path] = delta.find_ratio(_dense_rows(dense, path, shapes[path]))
     return replace(lora, summary=_summary(layers, shapes, faults), dora_ratios=dora_ratios)
 
 
@@ -193,7 +198,7 @@ def set_adapters(model: FluxKlein, loras: Sequence[Lora]) -> None:
         if path in together:
             thin = [delta for delta in together[path] if isinstance(delta, LoRADelta)]
             others: list[Delta] = [delta for delta in together[path] if not isinstance(delta, LoRADelta)]
-            layer.deltas = [*others, *_joined(thin)]
+            layer.deltas = [*others, *_concat_ranks(thin)]
             for delta in layer.deltas:
                 delta.update(tree_map(lambda array: array.astype(dtype), delta.parameters()))
                 delta.freeze()
@@ -207,7 +212,7 @@ def adapter_arrays(model: FluxKlein) -> list[mx.array]:
     return [array for delta in deltas for array in weights_of(delta).values()]
 
 
-def _joined(deltas: Sequence[LoRADelta]) -> list[LoRADelta]:
+def _concat_ranks(deltas: Sequence[LoRADelta]) -> list[LoRADelta]:
     """Thin products as one, of all their ranks."""
     if len(deltas) < 2:
         return list(deltas)
@@ -243,11 +248,11 @@ def fuse(checkpoint: Checkpoint, given: Sequence[tuple[str, float]], partial: bo
         CheckpointError, InputError: see open_lora.
     """
     model, weights = FluxKlein(checkpoint.transformer), checkpoint.sources["transformer"].weights
-    loras = [open_lora(where, model, weights, scale=scale, merge=True, partial=partial) for where, scale in given]
+    loras = [open_lora(source, model, weights, scale=scale, merge=True, partial=partial) for source, scale in given]
     return with_fused(checkpoint, loras)
 
 
-def _merged(weight: Any, deltas: Sequence[Delta]) -> LazyTensor:
+def _fuse_weight(weight: Any, deltas: Sequence[Delta]) -> LazyTensor:
     """A weight with deltas in it, summed in float32, some rows at a time."""
 
     def read(start: int, stop: int) -> mx.array:

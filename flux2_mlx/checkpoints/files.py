@@ -198,7 +198,7 @@ def _load_mapped(file: Path, header: Mapping[str, tuple[str, tuple[int, ...]]]) 
     for name, (dtype, shape) in header.items():
         if dtype in _DTYPES:
             first, last = entries[name]["data_offsets"]
-            make = _deferred if name.endswith(".weight") else _array
+            make = _lazy_tensor if name.endswith(".weight") else _array
             weights[name] = make(content[start + first : start + last], dtype, shape)
     return weights
 
@@ -207,7 +207,7 @@ def _array(raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> mx.array:
     return _decoded(mx.array(raw).view(_DTYPES[dtype]), dtype).reshape(shape)
 
 
-def _deferred(raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> LazyTensor:
+def _lazy_tensor(raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> LazyTensor:
     size = math.prod(shape[1:]) * _DTYPES[dtype].size  # of a row
 
     def read(start: int, stop: int) -> mx.array:

@@ -34,17 +34,33 @@ M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
-class _Pending:
-    """Of a module, the weights that are still to be converted: each function gives one or a layer's by name."""
+class PendingWeights:
+    """The weights of a module that are still to be converted or packed, each when it is brought into memory.
 
-    make: dict[str, Callable[[], dict[str, mx.array]]] = field(default_factory=dict)
+    A module that ``assign`` filled has them as its attribute ``pending``; ``of`` finds them there. Until then the
+    module holds placeholders of the same shape and dtype.
+
+    Attributes:
+        loaders: by a weight's name; each gives the arrays of its layer by their names, and is called once.
+    """
+
+    loaders: dict[str, Callable[[], dict[str, mx.array]]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(module: nn.Module) -> PendingWeights:
+        """Those of a module; none of one that was not filled from files."""
+        pending = getattr(module, "pending", None)
+        return pending if isinstance(pending, PendingWeights) else PendingWeights()
 
 
-def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, where: str, spec: Quantization | None = None) -> M:
+def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, source: str, spec: Quantization | None = None) -> M:
     """Put weights into a module, strictly: all names and shapes must match. They stay lazy, cast to dtype.
 
     Layers that the weights hold packed stay packed; with ``spec`` the others are packed, see mixed_precision. Latent
     statistics ("bn.") stay in float32 whatever the dtype.
+
+    Args:
+        source: what messages call the weights.
 
     Raises:
         CheckpointError: naming every missing, unknown, mis-shaped and unreadable weight at once.
@@ -52,10 +68,35 @@ def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, where: str, s
     try:
         quantize(module, packed_recipe(weights), quantize_rtn)
     except CheckpointError as error:
-        raise CheckpointError(f"{where}: {error}") from None
-    expected = weights_of(module)
-    missing = sorted(expected.keys() - weights.keys())
-    unknown = sorted(weights.keys() - expected.keys())
+        raise CheckpointError(str(error), source=source) from None
+    _check_fit(weights_of(module), weights, source)
+    pending = PendingWeights()
+    values = {}
+    for name in weights_of(module):
+        weight = cast(weights[name], mx.float32 if name.startswith("bn.") else dtype)
+        if isinstance(weight, LazyTensor):
+            pending.loaders[name] = partial(_convert, name, weight)
+            weight = mx.full(weight.shape, 0 if weight.dtype in INTEGERS else math.nan, weight.dtype)  # a placeholder
+        values[name] = weight
+    module.load_weights(list(values.items()))
+    if spec is not None:
+        dense = set(dict(dense_layers(module)))
+        quantize(module, mixed_precision(module, spec), quantize_rtn)
+        for path, layer in module.named_modules():
+            if path in dense and isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
+                name = f"{path}.weight"
+                load = pending.loaders.get(name, partial(dict, [(name, weights[name])]))
+                pending.loaders[name] = partial(_convert_and_pack, path, layer.spec, dtype, load)
+    module.pending = pending
+    return module
+
+
+def _check_fit(expected: Mapping[str, mx.array], weights: Mapping[str, Any], source: str) -> None:
+    """Refuse weights that are not those of a module, by names, shapes and kinds of number.
+
+    Raises:
+        CheckpointError: naming every fault.
+    """
     both = sorted(expected.keys() & weights.keys())
     misshaped = [
         f"{name} is {weights[name].shape}, not {expected[name].shape}"
@@ -70,54 +111,32 @@ def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, where: str, s
     faults = [
         f"{len(names)} {fault}: {summarize(names)}"
         for fault, names in (
-            ("missing", missing),
-            ("unknown", unknown),
+            ("missing", sorted(expected.keys() - weights.keys())),
+            ("unknown", sorted(weights.keys() - expected.keys())),
             ("mis-shaped", misshaped),
             ("in formats that are not read", unreadable),
         )
         if names
     ]
     if faults:
-        raise CheckpointError(f"{where}: the weights do not fit the config: {'; '.join(faults)}")
-
-    pending = _Pending()
-    values = {}
-    for name in expected:
-        weight = cast(weights[name], mx.float32 if name.startswith("bn.") else dtype)
-        if isinstance(weight, LazyTensor):
-            pending.make[name] = partial(_made, name, weight)
-            weight = mx.full(weight.shape, 0 if weight.dtype in INTEGERS else math.nan, weight.dtype)  # stands for it
-        values[name] = weight
-    module.load_weights(list(values.items()))
-    if spec is not None:
-        dense = set(dict(dense_layers(module)))
-        quantize(module, mixed_precision(module, spec), quantize_rtn)
-        for path, layer in module.named_modules():
-            if path in dense and isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
-                name = f"{path}.weight"
-                make = pending.make.get(name, partial(dict, [(name, weights[name])]))
-                pending.make[name] = partial(_made_packed, path, layer.spec, dtype, make)
-    module._pending = pending
-    return module
+        raise CheckpointError(f"the weights do not fit the config: {'; '.join(faults)}", source=source)
 
 
-def _made(name: str, weight: LazyTensor) -> dict[str, mx.array]:
+def _convert(name: str, weight: LazyTensor) -> dict[str, mx.array]:
     return {name: weight.load()}
 
 
-def _made_packed(
-    path: str, spec: Quantization, dtype: mx.Dtype, make: Callable[[], dict[str, mx.array]]
+def _convert_and_pack(
+    path: str, spec: Quantization, dtype: mx.Dtype, load: Callable[[], dict[str, mx.array]]
 ) -> dict[str, mx.array]:
-    (dense,) = make().values()
-    return {
-        f"{path}.{name}": array
-        for name, array in zip(PACKED, quantize_weight(dense, spec, dtype, now=True), strict=False)
-    }
+    (dense,) = load().values()
+    packed = quantize_weight(dense, spec, dtype, now=True)
+    return {f"{path}.{name}": array for name, array in zip(PACKED, packed, strict=False)}
 
 
 def needs_conversion(module: nn.Module, prefix: str = "") -> bool:
     """Whether weights of that prefix come from another format, or are packed, as they are brought into memory."""
-    return any(name.startswith(prefix) for name in vars(module).get("_pending", _Pending()).make)
+    return any(name.startswith(prefix) for name in PendingWeights.of(module).loaders)
 
 
 def load_weights(module: nn.Module, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[int]:
@@ -132,15 +151,15 @@ def load_weights(module: nn.Module, wanted: Callable[[str], bool] = lambda _: Tr
     Raises:
         CheckpointError: for scales that are not finite.
     """
-    make = vars(module).get("_pending", _Pending()).make
-    made: dict[str, mx.array] = {}
-    own = weights_of(module)
-    for name in filter(wanted, list(own)):
-        array = own.pop(name)
-        if name in make:
-            made |= make.pop(name)()
-        if name in made:
-            array = made.pop(name)
+    loaders = PendingWeights.of(module).loaders
+    loaded: dict[str, mx.array] = {}
+    lazy = weights_of(module)
+    for name in filter(wanted, list(lazy)):
+        array = lazy.pop(name)
+        if name in loaders:
+            loaded |= loaders.pop(name)()
+        if name in loaded:
+            array = loaded.pop(name)
             module.load_weights([(name, array)], strict=False)
         mx.eval(array)
         if name.endswith((".scales", ".biases")) and array.dtype != mx.uint8 and not mx.isfinite(array).all().item():
@@ -155,7 +174,7 @@ def load_transformer(checkpoint: Checkpoint, dtype: mx.Dtype, spec: Quantization
         CheckpointError: for a bad file, or weights that do not fit the config.
     """
     source = checkpoint.sources["transformer"]
-    return assign(FluxKlein(checkpoint.transformer), source.weights(), dtype, source.where, spec)
+    return assign(FluxKlein(checkpoint.transformer), source.weights(), dtype, source.name, spec)
 
 
 def load_text_encoder(checkpoint: Checkpoint, dtype: mx.Dtype, spec: Quantization | None = None) -> Qwen3TextEncoder:
@@ -165,7 +184,7 @@ def load_text_encoder(checkpoint: Checkpoint, dtype: mx.Dtype, spec: Quantizatio
         CheckpointError: for a bad file, or weights that do not fit the config.
     """
     source = checkpoint.sources["text_encoder"]
-    return assign(Qwen3TextEncoder(checkpoint.text_encoder), source.weights(), dtype, source.where, spec)
+    return assign(Qwen3TextEncoder(checkpoint.text_encoder), source.weights(), dtype, source.name, spec)
 
 
 def load_autoencoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> AutoEncoder:
@@ -175,16 +194,16 @@ def load_autoencoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> AutoEncoder:
         CheckpointError: for a bad file, or weights that do not fit the config.
     """
     source = checkpoint.sources["vae"]
-    return assign(AutoEncoder(checkpoint.autoencoder), source.weights(), dtype, source.where)
+    return assign(AutoEncoder(checkpoint.autoencoder), source.weights(), dtype, source.name)
 
 
-def load_preview_decoder(where: str | os.PathLike[str], dtype: mx.Dtype) -> TinyDecoder:
+def load_preview_decoder(file: str | os.PathLike[str], dtype: mx.Dtype) -> TinyDecoder:
     """TAEF2's decoder with lazy weights, from a safetensors file here, or "owner/name/file" on the Hub.
 
     Raises:
         CheckpointError: for a file that is not there, or holds something else.
     """
-    name = os.fspath(where)
+    name = os.fspath(file)
     path = local_path(name)
     if path is None and HUB_FILE.fullmatch(name):
         path = download_file(name, None)

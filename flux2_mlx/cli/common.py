@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from ..adapters.lora import fuse, parse_lora
 from ..checkpoints.checkpoint import open_checkpoint
 from ..checkpoints.write import LAYOUTS, convert
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..quantization.spec import AFFINE_BITS, FLOAT_MODES, parse_options
 
 # What belongs to the model besides its name, as Flux2Pipeline.from_pretrained takes it.
@@ -92,7 +92,7 @@ def run_command(run: Callable[[], None]) -> int:
     try:
         run()
     except (InputError, OSError) as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 import mlx.core as mx
@@ -16,8 +17,7 @@ import mlx.nn as nn
 from ..checkpoints.load import load_weights, needs_conversion
 from ..device import weights_of
 from ..errors import InputError
-from ..models.flux2 import FluxKlein
-from ..models.qwen3 import Qwen3TextEncoder
+from ..families import PARTS
 from ..quantization.layers import autotune
 
 
@@ -25,12 +25,8 @@ def block_paths(model: nn.Module) -> list[str]:
     """A model's blocks in the order in which they run, as prefixes of their weights' names; empty for a model that has
     none.
     """
-    lists: dict[str, list[Any]] = {}
-    if isinstance(model, FluxKlein):
-        lists = {name: getattr(model, name) for name in ("transformer_blocks", "single_transformer_blocks")}
-    elif isinstance(model, Qwen3TextEncoder):
-        lists = {"model.layers": model.model.layers}
-    return [f"{name}.{k}." for name, blocks in lists.items() for k in range(len(blocks))]
+    lists = next((part.blocks for part in PARTS.values() if isinstance(model, part.module)), ())
+    return [f"{name}.{k}." for name in lists for k in range(len(attrgetter(name)(model)))]
 
 
 def streamed_bytes(model: nn.Module) -> int:

@@ -142,7 +142,7 @@ def _read(path: Path, _modified: int, _size: int) -> tuple[dict[str, Any], dict[
         if start + offset + length > len(content):
             raise CheckpointError(f"{path} is cut short or damaged: {name} ends beyond its {len(content):,} bytes")
         raw = content[start + offset : start + offset + length].reshape(-1, shape[-1] // block * size)  # a row a row
-        weights |= _weights_of(name, shape, kind, raw, package_type)
+        weights |= _decode_tensor(name, shape, kind, raw, package_type)
     return weights, values
 
 
@@ -171,10 +171,10 @@ def _package_block(path: Path, name: str, kind: int) -> tuple[int, int, Any]:
     return block, size, package_type
 
 
-def _weights_of(name: str, shape: tuple[int, ...], kind: int, raw: np.ndarray, package_type: Any) -> dict[str, Any]:
+def _decode_tensor(name: str, shape: tuple[int, ...], kind: int, raw: np.ndarray, package_type: Any) -> dict[str, Any]:
     if kind in _FLOATS:
         numpy_dtype, dtype = _FLOATS[kind]
-        return {name: _deferred(shape, dtype, raw, lambda rows: mx.array(rows.view(numpy_dtype)).view(dtype))}
+        return {name: _lazy_tensor(shape, dtype, raw, lambda rows: mx.array(rows.view(numpy_dtype)).view(dtype))}
     if package_type is None:
         bits, size, has_offset = _PACKED[kind]
         layer, (rows, columns) = name.removesuffix(".weight"), shape
@@ -195,7 +195,7 @@ def _weights_of(name: str, shape: tuple[int, ...], kind: int, raw: np.ndarray, p
             return np.ascontiguousarray(values[..., ::2] | values[..., 1::2] << 4).view(np.uint32)
 
         def part(function: Callable[[np.ndarray], np.ndarray], dtype: mx.Dtype, width: int) -> LazyTensor:
-            return _deferred(
+            return _lazy_tensor(
                 (rows, width), dtype, raw, lambda some: mx.array(function(some.reshape(-1, columns // _GROUP, size)))
             )
 
@@ -205,15 +205,15 @@ def _weights_of(name: str, shape: tuple[int, ...], kind: int, raw: np.ndarray, p
             f"{layer}.biases": part(biases, mx.float16, columns // _GROUP),
         }
 
-    def dequantized(rows: np.ndarray) -> mx.array:
+    def dequantize_rows(rows: np.ndarray) -> mx.array:
         import gguf
 
         return mx.array(gguf.quants.dequantize(rows, package_type))
 
-    return {name: _deferred(shape, mx.float32, raw, dequantized)}
+    return {name: _lazy_tensor(shape, mx.float32, raw, dequantize_rows)}
 
 
-def _deferred(
+def _lazy_tensor(
     shape: tuple[int, ...], dtype: mx.Dtype, raw: np.ndarray, function: Callable[[np.ndarray], mx.array]
 ) -> LazyTensor:
     """A tensor of that shape, from its raw rows (those of its last axis), some of the first axis at a time."""
