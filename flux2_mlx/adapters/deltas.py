@@ -18,7 +18,7 @@ ROWS_AT_ONCE = 4096  # of a weight whose rows' lengths are measured
 
 
 class LoRADelta(nn.Module):
-    """x (..., inputs) times down (R, inputs), scales (R,) and up (outputs, R)."""
+    """LoRA, and LoHa as one of more ranks: x (..., inputs) times down (R, inputs), scales (R,) and up (outputs, R)."""
 
     def __init__(self, down: mx.array, up: mx.array, scales: mx.array):
         super().__init__()
@@ -30,13 +30,13 @@ class LoRADelta(nn.Module):
         return mx.addmm(out, thin, self.up[start:stop].T)
 
     def weight_delta(self, weight: mx.array, start: int, stop: int) -> mx.array:
-        """What this adds to those rows of a layer's weight, given in float32."""
+        """What this adds to rows start to stop of a layer's weight (stop - start, inputs), given in float32."""
         return (self.up[start:stop].astype(mx.float32) * self.scales) @ self.down.astype(mx.float32)
 
 
 class LoKrDelta(nn.Module):
-    """x (..., b * d) times the Kronecker product of left (a, b) and right (c, d), which is never formed; its a * c
-    outputs where they belong in the layer's.
+    """LoKr: x (..., b * d) times the Kronecker product of left (a, b) and right (c, d), which is never formed; its
+    a * c outputs stand where spans put them among the layer's.
     """
 
     def __init__(self, left: mx.array, right: mx.array, spans: Sequence[Span], outputs: int):
@@ -79,7 +79,7 @@ class DoRADelta(nn.Module):
         return self.scale * (self._ratio(whole, start, stop)[:, None] * whole - weight)
 
     def find_ratio(self, rows: Callable[[int, int], mx.array]) -> mx.array:
-        """The gain, for a weight whose rows from one up to another are given in float32."""
+        """dora_ratio (outputs,) of a layer; ``rows`` gives rows start to stop of its weight in float32."""
         parts, size = [], self._lengths.size
         for start in range(0, size, ROWS_AT_ONCE):
             stop = min(start + ROWS_AT_ONCE, size)
@@ -95,11 +95,11 @@ class DoRADelta(nn.Module):
 
 
 Delta = LoRADelta | LoKrDelta | DoRADelta
-Span = tuple[int, int, int]  # of a layer's outputs from one up to another, and the first of the file's that they are
+Span = tuple[int, int, int]  # (start, stop in the layer's outputs, offset in the file's)
 
 
 def spans_of(rows: Sequence[Rows]) -> dict[str, list[Span]]:
-    """Of each layer, where its outputs are in a file's layer, in the layer's order."""
+    """By layer, where its outputs are in a layer of a file, in the order of the layer's outputs."""
     spans: dict[str, list[Span]] = {}
     at = 0
     for path, start, stop in rows:
@@ -109,7 +109,7 @@ def spans_of(rows: Sequence[Rows]) -> dict[str, list[Span]]:
 
 
 def place_rows(array: mx.array, spans: Sequence[Span], size: int, filling: float = 0.0) -> mx.array:
-    """The rows of a file's layer where they belong among a layer's, with ``filling`` between them."""
+    """Rows of a layer of a file where spans put them among ``size`` rows, with ``filling`` between them."""
     parts, at = [], 0
     for start, stop, first in [*spans, (size, size, 0)]:
         if start > at:

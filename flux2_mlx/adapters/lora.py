@@ -1,7 +1,7 @@
 """LoRAs: small files that change the transformer, under every name and in every form that is met.
 
-file -> open_lora -> Lora -> attach: each layer adds a thin product to what its weight gives, also where it is packed
-                         -> a change of the checkpoint's weights, as Source.changes takes it: merged
+file -> open_lora -> Lora -> set_adapters: each layer adds a thin product to what its weight gives, packed ones too
+                         -> with_fused: a WeightChange of the checkpoint, made as its weights are read
 
 Forms: LoRA (two thin matrices), LoHa (the elementwise product of two of those), LoKr (a Kronecker product), each also
 as DoRA (the sum's rows brought to given lengths). A file is used whole or refused, with what its other keys look like.
@@ -43,12 +43,12 @@ class Lora:
     Attributes:
         source: as the caller named it.
         file: where it is.
-        scale: how much of the change is made, 1 for all of it.
-        merge: whether it is to be merged into the weights.
+        scale: the strength: 1 makes all of the change.
+        merge: whether it is fused into the weights instead of standing beside them.
         partial: whether keys that fit nothing are passed over.
         summary: one line: layers, rank, alpha, form.
         shapes: (outputs, inputs) of the transformer's linear layers.
-        dora_ratios: of a DoRA that is not merged, by the file's name of a layer and the layer's path; see DoRADelta.
+        dora_ratios: of a DoRA that is not fused, DoRADelta.dora_ratio by the file's name of a layer and its path.
     """
 
     source: str
@@ -98,7 +98,7 @@ class Lora:
 
 
 def parse_lora(text: str) -> tuple[str, float]:
-    """(where, scale) of "where" or "where:scale", as commands take a LoRA.
+    """(source, scale) of "source" or "source:scale", as commands take a LoRA.
 
     Raises:
         InputError: see check_scale.
@@ -183,8 +183,8 @@ def _summary(layers: Sequence[LoraLayer], shapes: Mapping[str, Any], faults: Seq
 
 
 def set_adapters(model: FluxKlein, loras: Sequence[Lora]) -> None:
-    """Let a transformer's layers add what these LoRAs say, and nothing else. Arrays stay lazy, in the dtype of the
-    activations; thin products of one layer become one.
+    """Put these LoRAs beside the weights of a transformer's layers, in the place of those that are there. Arrays stay
+    lazy, in the dtype of the activations; thin products of one layer become one.
     """
     dtype = model._dtype
     together: dict[str, list[Delta]] = {}
@@ -213,7 +213,7 @@ def adapter_arrays(model: FluxKlein) -> list[mx.array]:
 
 
 def _concat_ranks(deltas: Sequence[LoRADelta]) -> list[LoRADelta]:
-    """Thin products as one, of all their ranks."""
+    """Products of thin matrices as one, its ranks those of all."""
     if len(deltas) < 2:
         return list(deltas)
     down, up, scales = ([delta[name] for delta in deltas] for name in ("down", "up", "scales"))
@@ -236,13 +236,13 @@ def _dense_rows(weights: Mapping[str, Any], path: str, shape: tuple[int, int]) -
 
 
 def with_fused(checkpoint: Checkpoint, loras: Sequence[Lora]) -> Checkpoint:
-    """A checkpoint whose transformer has these merged into its weights, and no others."""
+    """A checkpoint whose transformer has these LoRAs fused into its weights, and no others."""
     source = replace(checkpoint.sources["transformer"], changes=tuple(loras))
     return replace(checkpoint, sources={**checkpoint.sources, "transformer": source})
 
 
 def fuse(checkpoint: Checkpoint, given: Sequence[tuple[str, float]], partial: bool) -> Checkpoint:
-    """A checkpoint with LoRAs merged, each given as (where, scale).
+    """A checkpoint with LoRAs fused, each given as (source, scale).
 
     Raises:
         CheckpointError, InputError: see open_lora.

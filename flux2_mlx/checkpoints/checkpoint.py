@@ -1,7 +1,7 @@
-"""Weights: find a checkpoint (folder, file, Hub id or name), check its files, and put them into the modules.
+"""Find a checkpoint (folder, file, Hub id or name), and check that its configs and files fit together.
 
-Arrays stay lazy: opening reads configs and file headers, and a weight's bytes are read from disk when it is first
-computed with. Only safetensors and GGUF are ever opened; pickles are refused.
+Opening reads configs and file headers; a weight's bytes are read from disk when it is first computed with. Only
+safetensors and GGUF are ever opened; pickles are refused.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Checkpoint:
         name: what the caller asked for: a released name, a Hub id, or a path.
         revision: of the Hub repository, where the caller asked for one.
         folder: where the files are, of a single file the folder of the rest.
-        is_distilled: whether it draws in few steps without guidance.
+        is_distilled: whether it generates in few steps without CFG.
         has_kv_cache: whether it was trained to cache its references (klein-9b-kv).
-        sources: of each component's weights.
+        sources: of each part's weights, by its key; see families.PARTS.
         tokenizer: folder of tokenizer.json.
         options: what the caller asked for besides, as open_checkpoint takes it; None where nothing.
     """
@@ -79,8 +79,8 @@ def open_checkpoint(
         transformer, text_encoder, vae: instead of the model's own: a file, a folder with config.json and weights, a Hub
             id of such a folder, or "owner/name/file". A vae may be a decoder alone.
         tokenizer: a folder with tokenizer.json.
-        distilled: whether the transformer draws in few steps without guidance, where the model does not say it.
-        kv_cache: whether the transformer was trained to keep its references, where the model does not say it.
+        distilled: whether the transformer generates in few steps without CFG, where the model does not say it.
+        kv_cache: whether the transformer was trained to cache its references, where the model does not say it.
 
     Raises:
         CheckpointError: for whatever is wrong, with the way out.
@@ -150,7 +150,7 @@ def check_kv_support(name: str) -> None:
 def no_kv_support(name: str) -> CheckpointError:
     trained = ", ".join(release.name for release in RELEASES if release.has_kv_cache)
     return CheckpointError(
-        f"{name} was not trained to keep its references, which then see neither the prompt nor the picture: its edits "
+        f"{name} was not trained to keep its references, which then see neither the prompt nor the image: its edits "
         f"would come out wrong; {trained} was (or leave out kv_cache, --kv-cache)"
     )
 

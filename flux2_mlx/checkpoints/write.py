@@ -50,7 +50,7 @@ NUMBER_TYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of the result, made when it is written; ``make`` is called once and keeps nothing."""
+    """A tensor of the result, made when it is written; ``make`` is called once and holds nothing afterwards."""
 
     shape: tuple[int, ...]
     dtype: mx.Dtype
@@ -64,14 +64,14 @@ class Entry:
 def dense_entry(name: str, weight: Any) -> Entry:
     """A weight in bfloat16; integers, latent statistics and what is packed stay as they are."""
     scale = name.endswith((".scales", ".biases"))
-    kept = weight if name.startswith("bn.") or scale else cast(weight, mx.bfloat16)
-    held = [kept]
+    value = weight if name.startswith("bn.") or scale else cast(weight, mx.bfloat16)
+    held = [value]
 
     def make() -> mx.array:
-        value = held.pop()
-        return value.load() if isinstance(value, LazyTensor) else value
+        taken = held.pop()
+        return taken.load() if isinstance(taken, LazyTensor) else taken
 
-    return Entry(tuple(kept.shape), kept.dtype, make)
+    return Entry(tuple(value.shape), value.dtype, make)
 
 
 def packed_entries(layer: str, weight: Any, spec: Quantization) -> dict[str, Entry]:

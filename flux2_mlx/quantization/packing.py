@@ -11,7 +11,7 @@ from ..device import on_gpu
 from ..errors import CheckpointError
 from .spec import Quantization
 
-PACKED = ("weight", "scales", "biases")  # what MLX keeps of a quantized layer
+PACKED = ("weight", "scales", "biases")  # the arrays of a quantized layer in MLX
 
 
 def bits_and_group(weights: Mapping[str, Any], layer: str, columns: int) -> tuple[int, int]:
@@ -31,23 +31,21 @@ def bits_and_group(weights: Mapping[str, Any], layer: str, columns: int) -> tupl
     )
 
 
-# Up to so many bits are fitted to the weight, in so many rounds from a part of each group's range, so many weights at a
-# time. With more, what is gained is less than what a bias loses as a 16-bit number.
-FITTED_BITS = 5
-FITTED_ROUNDS, FITTED_RANGE = 4, 0.95
-PACKED_AT_ONCE = 2**21
+FITTED_BITS = 5  # bits up to which scales are fitted; with more, a bias in 16 bits loses more than that gains
+FITTED_ROUNDS, FITTED_RANGE = 4, 0.95  # rounds of fitting, and the share of a group's range that they begin with
+PACKED_AT_ONCE = 2**21  # weights that are packed at one time
 Packing = Callable[[mx.array, Quantization], tuple[mx.array, ...]]
 
 
 def quantize_weight(
     weight: mx.array, spec: Quantization, dtype: mx.Dtype | None = None, *, now: bool = False
 ) -> tuple[mx.array, ...]:
-    """A weight (out, in) as (weight, scales, biases) or, without offsets, (weight, scales), as if it were in another
-    dtype, to which it is brought in parts.
+    """Pack a weight (out, in): (weight, scales, biases) or, of formats without offsets, (weight, scales).
 
-    Formats, and more than FITTED_BITS, are mlx.core.quantize's; fewer bits are fitted to the weight.
+    Formats, and more than FITTED_BITS, are mlx.core.quantize's; scales and biases of fewer bits are fitted.
 
     Args:
+        dtype: that the weight is cast to before, in parts; its own unless given.
         now: compute each part before the next, or MLX, which computes ahead, holds what several are made of.
     """
     packing = _quantize_fitted if spec.mode == "affine" and spec.bits <= FITTED_BITS else quantize_rtn

@@ -17,10 +17,8 @@ from .layers import QuantizedLinear, Recipe, dense_layers, quantize, set_packed
 from .packing import bits_and_group, quantize_weight
 from .spec import AFFINE_BITS, FLOAT_MODES, Quantization
 
-# What reads and writes the latents is packed into so many bits, and how many bits a weight, on average, the sensitive
-# layers together may cost.
-FINE_BITS, SPARE_BITS = 8, 0.33
-
+FINE_BITS = 8  # of the layers that read and write the latents
+SPARE_BITS = 0.33  # bits a weight, on average over all, that the sensitive layers may cost together
 
 # The transformer's layers that a small error harms most, per weight: what reads and writes the latents, what attention
 # adds to the image stream of double blocks, then the single blocks, the later the more. And the text encoder's, the
@@ -43,8 +41,8 @@ def mixed_precision(module: nn.Module, spec: Quantization) -> Recipe:
     spare = SPARE_BITS * sum(sizes.values())
     finer = {}
     for pattern, bits in ((ENDS, FINE_BITS), (ATTENTION, above), (SINGLE, above), (TEXT, far_above)):
-        # Of the single blocks the last first, and in a block to_out before to_qkv_mlp_proj.
-        for path in sorted(filter(pattern.match, sizes), key=_number if pattern is TEXT else _last_block_first):
+        # Order: the last single block first, and in it to_out before to_qkv_mlp_proj.
+        for path in sorted(filter(pattern.match, sizes), key=_block_number if pattern is TEXT else _last_block_first):
             cost = sizes[path] * (bits - spec.bits)
             if cost <= spare:
                 spare -= cost
@@ -52,14 +50,14 @@ def mixed_precision(module: nn.Module, spec: Quantization) -> Recipe:
     return lambda path, _: finer.get(path, spec)
 
 
-def _number(path: str) -> int:
-    """Of its block or layer, 0 where it has none."""
+def _block_number(path: str) -> int:
+    """The number of a layer's block; 0 for a layer outside of the blocks."""
     number = re.search(r"\.(\d+)\.", path)
     return int(number[1]) if number else 0
 
 
 def _last_block_first(path: str) -> tuple[int, str]:
-    return -_number(path), path
+    return -_block_number(path), path
 
 
 def packed_recipe(weights: Mapping[str, Any]) -> Recipe:
@@ -88,9 +86,8 @@ def packed_recipe(weights: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-# Of the transformer's layers, those that are multiplied in parts (models.blocks.outputs) with the share of the largest
-# part, and those that only ever see one row, and so are not unpacked.
-IN_PARTS = {"to_qkv_mlp_proj": 1 / 3, "linear_in": 1 / 2}
+IN_PARTS = {"to_qkv_mlp_proj": 1 / 3, "linear_in": 1 / 2}  # layers multiplied in parts, and the largest part's share
+# Layers whose input has one row, so that they are never unpacked.
 ONE_ROW = re.compile(r"(\w+_modulation(_\w+)?|norm_out|time_guidance_embed)\.")
 
 

@@ -75,7 +75,7 @@ class _Reader:
 
 
 def read_gguf(path: Path) -> dict[str, Any]:
-    """The tensors of a GGUF file; see _read. The last few headers are kept, since one may hold a whole vocabulary."""
+    """The tensors of a GGUF file; see _read, which caches the last few headers: one may hold a whole vocabulary."""
     try:
         status = path.stat()
     except OSError as error:
