@@ -159,15 +159,23 @@ def open_lora(
     for layer in layers:
         for kind, array in layer.arrays.items():
             if not mx.isfinite(array).all().item():
-                raise CheckpointError(f"{file}: {layer.name}.{kind} has values that are not finite")
+                raise CheckpointError(f"{layer.name}.{kind} has values that are not finite", source=file)
     dora_ratios = {}
     if not merge and any("magnitude" in layer.arrays for layer in layers):
-        dense = weights()
-        for layer in layers:
-            for path, delta in layer.deltas(shapes, scale):
-                if isinstance(delta, DoRADelta):
-                    dora_ratios[layer.name, path] = delta.find_ratio(_dense_rows(dense, path, shapes[path]))
+        dora_ratios = _dora_ratios(layers, shapes, weights())
     return replace(lora, summary=_summary(layers, shapes, faults), dora_ratios=dora_ratios)
+
+
+def _dora_ratios(
+    layers: Sequence[LoraLayer], shapes: Mapping[str, tuple[int, int]], weights: Mapping[str, Any]
+) -> dict[tuple[str, str], mx.array]:
+    """DoRADelta.dora_ratio by the file's name of a layer and its path; no scale of a LoRA is in it."""
+    return {
+        (layer.name, path): delta.find_ratio(_dense_rows(weights, path, shapes[path]))
+        for layer in layers
+        for path, delta in layer.deltas(shapes, 1.0)
+        if isinstance(delta, DoRADelta)
+    }
 
 
 def _summary(layers: Sequence[LoraLayer], shapes: Mapping[str, Any], faults: Sequence[str]) -> str:

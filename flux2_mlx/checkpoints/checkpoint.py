@@ -93,18 +93,16 @@ def open_checkpoint(
         raise missing_variant(given["transformer"])
     if kv_cache and transformer is None:
         check_kv_support(name)
-    decoder = own.pop("vae").files[0] if "vae" in own and not has_encoder(own["vae"]) else None
-    needed = [part for key, part in PARTS.items() if key not in own]
+    whole = {key: source for key, source in own.items() if key != "vae" or has_encoder(source)}
+    needed = [part for key, part in PARTS.items() if key not in whole]
     found = _find_model(name, revision, needed, tokenizer is None, distilled)
-    sources = {**found.sources, **own}
-    if decoder is not None:
-        sources["vae"] = replace(sources["vae"], decoder=decoder)
+    sources = {**found.sources, **whole}
+    if own.keys() - whole.keys():  # a decoder alone
+        sources["vae"] = replace(sources["vae"], decoder=own["vae"].files[0])
     if transformer is not None:
         found = replace(found, has_kv_cache=None)
     is_distilled, has_kv_cache = _variant_of(name, found, distilled, kv_cache)
-    folder = found.folder / "tokenizer" if tokenizer is None else Path(tokenizer).expanduser()
-    if not (folder / "tokenizer.json").is_file():
-        raise CheckpointError(f"{folder} has no tokenizer.json")
+    folder = _tokenizer_folder(found.folder / "tokenizer" if tokenizer is None else Path(tokenizer).expanduser())
     shapes = {key: sources[key].shape() for key in PARTS}
     _check_pairing(sources, **shapes)
     return Checkpoint(
@@ -120,6 +118,12 @@ def open_checkpoint(
         folder,
         {**given, "distilled": distilled, "kv_cache": kv_cache},
     )
+
+
+def _tokenizer_folder(folder: Path) -> Path:
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(f"{folder} has no tokenizer.json")
+    return folder
 
 
 def _variant_of(name: str, found: Found, distilled: bool | None, kv_cache: bool | None) -> tuple[bool, bool]:

@@ -123,15 +123,7 @@ def _read(path: Path, _modified: int, _size: int) -> tuple[dict[str, Any], dict[
     alignment = values.get(_ALIGNMENT, 32)
     if not isinstance(alignment, int) or not 1 <= alignment <= 2**20:
         raise CheckpointError(f"{path} is damaged: its alignment is {alignment!r}")
-    entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
-    for _ in range(tensors):
-        name, dimensions = reader.string(), reader.number("I")
-        if name in entries:
-            raise CheckpointError(f"{path} is damaged: {name} is there twice")
-        if not 1 <= dimensions <= _MAX_DIMENSIONS:
-            raise CheckpointError(f"{path} is damaged: {name} has {dimensions} dimensions")
-        shape = tuple(reader.number("Q") for _ in range(dimensions))[::-1]
-        entries[name] = (shape, reader.number("I"), reader.number("Q"))
+    entries = _read_entries(reader, tensors)
     start = -(-reader.at // alignment) * alignment
     weights: dict[str, Any] = {}
     for name, (shape, kind, offset) in entries.items():
@@ -144,6 +136,20 @@ def _read(path: Path, _modified: int, _size: int) -> tuple[dict[str, Any], dict[
         raw = content[start + offset : start + offset + length].reshape(-1, shape[-1] // block * size)  # a row a row
         weights |= _decode_tensor(name, shape, kind, raw, package_type)
     return weights, values
+
+
+def _read_entries(reader: _Reader, count: int) -> dict[str, tuple[tuple[int, ...], int, int]]:
+    """(shape, type, offset in bytes) of each tensor, by its name."""
+    entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
+    for _ in range(count):
+        name, dimensions = reader.string(), reader.number("I")
+        if name in entries:
+            raise CheckpointError(f"{reader.path} is damaged: {name} is there twice")
+        if not 1 <= dimensions <= _MAX_DIMENSIONS:
+            raise CheckpointError(f"{reader.path} is damaged: {name} has {dimensions} dimensions")
+        shape = tuple(reader.number("Q") for _ in range(dimensions))[::-1]
+        entries[name] = (shape, reader.number("I"), reader.number("Q"))
+    return entries
 
 
 def _block_of(path: Path, name: str, shape: tuple[int, ...], kind: int) -> tuple[int, int, Any]:
