@@ -37,13 +37,13 @@ from flux2_mlx import (
     open_checkpoint,
     text_ids,
 )
-from flux2_mlx.adapters.deltas import LowRank
+from flux2_mlx.adapters.deltas import LoRADelta
 from flux2_mlx.checkpoints.load import load_autoencoder, load_text_encoder, load_transformer
 from flux2_mlx.device import default_dtype, stage_dtype, weights_of
 from flux2_mlx.models.layers import Linear
 from flux2_mlx.options import DTYPES
-from flux2_mlx.quantization.layers import QuantizedLinear, quantize, tune
-from flux2_mlx.quantization.recipes import mixed
+from flux2_mlx.quantization.layers import QuantizedLinear, autotune, quantize
+from flux2_mlx.quantization.recipes import mixed_precision
 
 # Shapes for a few seconds on any machine: they show that a script runs, nothing about speed.
 TINY = (
@@ -213,7 +213,7 @@ def pack(module: nn.Module, bits: str | None) -> Any:
     """The module packed as --quantize packs it; as it is for "none" or nothing."""
     spec = Quantization.parse(bits) if bits else None
     if spec is not None:
-        quantize(module, mixed(module, spec))
+        quantize(module, mixed_precision(module, spec))
     return module
 
 
@@ -245,10 +245,12 @@ def packed_copy(module: Any, bits: str) -> tuple[Any, dict[str, Any]]:
     copy.update(tree_map(lambda array: array, module.parameters()))
     loaded(pack(copy, bits))
     start = time.perf_counter()
-    tune(copy, arrays_of(module.parameters())[0].dtype)
+    autotune(copy, arrays_of(module.parameters())[0].dtype)
     seconds = time.perf_counter() - start
     layers = [layer for _, layer in copy.named_modules() if isinstance(layer, QuantizedLinear)]
-    shapes = [(layer.weight.shape[0], layer.weight.shape[1] * 32 // layer.how.bits, layer.how.bits) for layer in layers]
+    shapes = [
+        (layer.weight.shape[0], layer.weight.shape[1] * 32 // layer.spec.bits, layer.spec.bits) for layer in layers
+    ]
     rows = {
         f"{outputs} x {inputs}, {bits} bits": layer.dense_rows
         for (outputs, inputs, bits), layer in zip(shapes, layers, strict=True)
@@ -256,19 +258,19 @@ def packed_copy(module: Any, bits: str) -> tuple[Any, dict[str, Any]]:
     return copy, {"tuning_s": seconds, "rows": rows}
 
 
-def random_lora(model: nn.Module, rank: int, dtype: mx.Dtype) -> dict[str, LowRank]:
+def random_lora(model: nn.Module, rank: int, dtype: mx.Dtype) -> dict[str, LoRADelta]:
     """A random LoRA of every layer of the blocks, by its path."""
     deltas = {}
     for path, layer in model.named_modules():
         if "_blocks." in path and isinstance(layer, Linear):
             rows, columns = layer.weight.shape
             down, up = mx.random.normal((rank, columns)), mx.random.normal((rows, rank))
-            deltas[path] = LowRank(down.astype(dtype), (1e-3 * up).astype(dtype), mx.ones((rank,), dtype))
+            deltas[path] = LoRADelta(down.astype(dtype), (1e-3 * up).astype(dtype), mx.ones((rank,), dtype))
             mx.eval(deltas[path].parameters())
     return deltas
 
 
-def put_lora(model: nn.Module, deltas: Mapping[str, LowRank]) -> None:
+def put_lora(model: nn.Module, deltas: Mapping[str, LoRADelta]) -> None:
     """These deltas on the model's layers, and no others."""
     for path, layer in model.named_modules():
         if isinstance(layer, (Linear, QuantizedLinear)):

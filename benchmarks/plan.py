@@ -36,8 +36,8 @@ from flux2_mlx import __file__ as package
 from flux2_mlx.device import on_gpu, stage_dtype, weights_of
 from flux2_mlx.options import DTYPES, check_size, dtype_of
 from flux2_mlx.quantization.layers import quantize
-from flux2_mlx.quantization.packing import pack_plainly
-from flux2_mlx.quantization.recipes import mixed
+from flux2_mlx.quantization.packing import quantize_rtn
+from flux2_mlx.quantization.recipes import mixed_precision
 from flux2_mlx.quantization.spec import parse_options
 from flux2_mlx.runtime.activations import Workload
 from flux2_mlx.runtime.plan import MODES, between
@@ -205,7 +205,7 @@ def ready_checkpoint(parser: argparse.ArgumentParser, arguments: argparse.Namesp
     spec = Quantization.parse(arguments.quantize)
     if spec is not None:
         for module in modules[:2]:
-            quantize(module, mixed(module, spec), pack_plainly)
+            quantize(module, mixed_precision(module, spec), quantize_rtn)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     write_checkpoint(arguments.folder, dict(zip(STEMS, modules, strict=True)))
     note.write_text(json.dumps(made))  # last: the folder is whole

@@ -47,14 +47,14 @@ from examples.nano_score import (
 )
 from examples.nano_world import HOME
 from flux2_mlx import Flux2Pipeline, Quantization, image_ids
-from flux2_mlx.checkpoints.load import materialize
+from flux2_mlx.checkpoints.load import load_weights
 from flux2_mlx.cli.common import MODEL_OPTIONS, add_model_options
 from flux2_mlx.device import weights_of
 from flux2_mlx.families import NANO
 from flux2_mlx.options import DTYPES
 from flux2_mlx.quantization.layers import Recipe, dense_layers
-from flux2_mlx.quantization.packing import Packing, pack, pack_plainly, unpack
-from flux2_mlx.quantization.recipes import mixed
+from flux2_mlx.quantization.packing import Packing, dequantize, quantize_rtn, quantize_weight
+from flux2_mlx.quantization.recipes import mixed_precision
 from flux2_mlx.quantization.spec import FLOAT_MODES
 from flux2_mlx.sampling.schedules import flux2_sigmas
 
@@ -148,17 +148,17 @@ def hold_beside(pipe: Flux2Pipeline, ways: Mapping[str, dict[str, Any]], argumen
 Way = Callable[[str, nn.Module], tuple[mx.array, int]]
 
 
-def restored(weight: mx.array, spec: Quantization, packing: Packing = pack) -> tuple[mx.array, int]:
+def restored(weight: mx.array, spec: Quantization, packing: Packing = quantize_weight) -> tuple[mx.array, int]:
     """A weight packed and unpacked, and its bits; scales are in float32 here, and in 16 bits in a model."""
     words, *others = packing(weight, spec)
     bits = 8 * words.nbytes + sum(min(8 * array.itemsize, 16) * array.size for array in others)
     scales, *biases = others
-    return unpack(words, scales, biases[0] if biases else None, spec).astype(mx.float32), bits
+    return dequantize(words, scales, biases[0] if biases else None, spec).astype(mx.float32), bits
 
 
 def ends_of_the_range(spec: Quantization) -> Way:
     """mlx.core.quantize for every layer."""
-    return lambda path, layer: restored(layer.weight, spec, pack_plainly)
+    return lambda path, layer: restored(layer.weight, spec, quantize_rtn)
 
 
 def by_recipe(recipe: Recipe) -> Way:
@@ -176,7 +176,9 @@ def uniform(spec: Quantization) -> Way:
 
 def by_bits(module: nn.Module) -> dict[str, Way]:
     """As --quantize packs it."""
-    return {f"--quantize {bits}": by_recipe(mixed(module, Quantization(bits, 64))) for bits in (3, 4, 5, 6, 8)}
+    return {
+        f"--quantize {bits}": by_recipe(mixed_precision(module, Quantization(bits, 64))) for bits in (3, 4, 5, 6, 8)
+    }
 
 
 def with_low_rank(spec: Quantization, rank: int) -> Way:
@@ -275,7 +277,7 @@ def pack_in_all_ways(arguments: argparse.Namespace) -> dict[str, Any]:
     """Print and give what each way to pack costs."""
     pipe = Flux2Pipeline.from_pretrained(arguments.model, dtype="float32")
     for stage in (pipe.text_encoder, pipe.transformer):
-        for _ in materialize(stage):
+        for _ in load_weights(stage):
             pass
     texts = text_judge(pipe, arguments.captions)
     (text,) = texts.truth

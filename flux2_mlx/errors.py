@@ -11,6 +11,12 @@ def summarize(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + more
 
 
+def one_line(error: BaseException) -> str:
+    """An error's message on one line; the name of its class where it has none."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(filter(None, lines)) or type(error).__name__
+
+
 class InputError(ValueError):
     """A value that cannot be used: the message names it and the way out.
 

@@ -1,25 +1,160 @@
-"""The released models, and what their checkpoints say of themselves."""
+"""What FLUX.2 [klein] is made of, and which models of it were released: facts that the rest of the library looks up."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from .models.config import refuse_changes, refuse_other_class
+from .models.autoencoder import AutoEncoder
+from .models.config import AutoEncoderConfig, FluxKleinParams, Qwen3Config, refuse_changes, refuse_other_class
+from .models.flux2 import FluxKlein
+from .models.names import autoencoder, flux2, qwen3
+from .models.names.common import Names
+from .models.qwen3 import Qwen3TextEncoder
 
 # The tokens that a prompt is padded or cut to, unless the tokenizer takes fewer or the caller says otherwise.
 MAX_SEQUENCE_LENGTH = 512
 
-# Released models, by the names that from_pretrained and --model take: their Hub ids.
-RELEASED: dict[str, str] = {
-    "klein-4b": "black-forest-labs/FLUX.2-klein-4B",
-    "klein-9b": "black-forest-labs/FLUX.2-klein-9B",
-    "klein-base-4b": "black-forest-labs/FLUX.2-klein-base-4B",
-    "klein-base-9b": "black-forest-labs/FLUX.2-klein-base-9B",
-    "klein-9b-kv": "black-forest-labs/FLUX.2-klein-9b-kv",
-}
-KV = "klein-9b-kv"  # the one that was trained to keep its references
 NANO = "nano"  # a trained miniature, which is part of the package
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the three models that make a pipeline.
+
+    Attributes:
+        key: the option, the folder in the diffusers layout, and the key of Checkpoint.sources.
+        label: what messages call it.
+        stem: of its weight files in the diffusers layout.
+        bfl_stem: of its single file beside BFL's.
+        config: its configuration, with from_config and to_config.
+        module: the class that the configuration makes one of.
+        names: what files call its weights.
+        can_be_packed: whether the module can hold packed layers.
+        blocks: paths of the lists of blocks, in the order in which they run.
+    """
+
+    key: str
+    label: str
+    stem: str
+    bfl_stem: str
+    config: Any
+    module: Any
+    names: Names
+    can_be_packed: bool = True
+    blocks: tuple[str, ...] = ()
+
+
+TRANSFORMER = Part(
+    key="transformer",
+    label="transformer",
+    stem="diffusion_pytorch_model",
+    bfl_stem="transformer",
+    config=FluxKleinParams,
+    module=FluxKlein,
+    names=flux2.NAMES,
+    blocks=("transformer_blocks", "single_transformer_blocks"),
+)
+TEXT_ENCODER = Part(
+    key="text_encoder",
+    label="text encoder",
+    stem="model",
+    bfl_stem="text_encoder",
+    config=Qwen3Config,
+    module=Qwen3TextEncoder,
+    names=qwen3.NAMES,
+    blocks=("model.layers",),
+)
+AUTOENCODER = Part(
+    key="vae",
+    label="autoencoder",
+    stem="diffusion_pytorch_model",
+    bfl_stem="ae",
+    config=AutoEncoderConfig,
+    module=AutoEncoder,
+    names=autoencoder.NAMES,
+    can_be_packed=False,
+)
+PARTS = {part.key: part for part in (TRANSFORMER, TEXT_ENCODER, AUTOENCODER)}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a kind of transformer is sampled unless the caller says otherwise."""
+
+    num_steps: int
+    guidance: float
+
+
+DISTILLED, BASE = Variant(4, 1.0), Variant(50, 4.0)
+
+
+@dataclass(frozen=True)
+class Licence:
+    """Of a model card: the Hub's identifier, and a sentence."""
+
+    identifier: str
+    sentence: str
+
+
+APACHE = Licence("apache-2.0", "The 4B models of FLUX.2 [klein] are under Apache-2.0.")
+NON_COMMERCIAL = Licence(
+    "other", "The 9B models of FLUX.2 [klein] are under Black Forest Labs' non-commercial licence."
+)
+
+
+@dataclass(frozen=True)
+class Release:
+    """A released model: what is known of it before anything is downloaded.
+
+    Attributes:
+        name: that from_pretrained and --model take.
+        repo: its id on the Hub.
+        text_encoder_parameters: of the whole Qwen3 in the repository, with the layers that klein does not use.
+        licence: which, for the 9B models, has to be accepted on the Hub.
+        is_distilled: whether it generates in few steps without guidance.
+        has_kv_cache: whether it was trained to cache its references.
+    """
+
+    name: str
+    repo: str
+    transformer: FluxKleinParams
+    text_encoder: Qwen3Config
+    text_encoder_parameters: int
+    licence: Licence
+    is_distilled: bool = True
+    has_kv_cache: bool = False
+
+
+def _release_4b(name: str, repo: str, **facts: bool) -> Release:
+    return Release(name, repo, FluxKleinParams.klein_4b(), Qwen3Config(), 4_022_468_096, APACHE, **facts)
+
+
+def _release_9b(name: str, repo: str, **facts: bool) -> Release:
+    params, encoder = FluxKleinParams.klein_9b(), Qwen3Config.qwen3_8b()
+    return Release(name, repo, params, encoder, 8_190_735_360, NON_COMMERCIAL, **facts)
+
+
+RELEASES = (
+    _release_4b("klein-4b", "black-forest-labs/FLUX.2-klein-4B"),
+    _release_9b("klein-9b", "black-forest-labs/FLUX.2-klein-9B"),
+    _release_4b("klein-base-4b", "black-forest-labs/FLUX.2-klein-base-4B", is_distilled=False),
+    _release_9b("klein-base-9b", "black-forest-labs/FLUX.2-klein-base-9B", is_distilled=False),
+    _release_9b("klein-9b-kv", "black-forest-labs/FLUX.2-klein-9b-kv", has_kv_cache=True),
+)
+RELEASED: dict[str, str] = {release.name: release.repo for release in RELEASES}
+RELEASED_NAMES = ", ".join(RELEASED)  # for messages
+
+
+def find_release(model: str) -> Release | None:
+    """The released model of that name or Hub id; None where it is none."""
+    return next((release for release in RELEASES if model in (release.name, release.repo)), None)
+
+
+def release_of_size(txt_embed_dim: int) -> Release | None:
+    """The first released model whose transformer takes prompt embeddings of that size."""
+    return next((release for release in RELEASES if release.transformer.txt_embed_dim == txt_embed_dim), None)
 
 
 def check_scheduler_config(config: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from .cli.jobs import draw_jobs
 from .cli.plan import print_plan
 from .cli.runner import draw, open_pipeline, start
 from .cli.session import interact
-from .errors import InputError
+from .errors import InputError, one_line
 from .runtime.distributed import launched, random_seed, shared_seed
 
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed = f" (seed {arguments.seed})"
             draw(steps, arguments, started, saves=group is None or group.rank() == 0)
         except (InputError, FloatingPointError, OSError) as error:
-            print(f"error: {' '.join(str(error).splitlines())}{seed}", file=sys.stderr)
+            print(f"error: {one_line(error)}{seed}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print(f"interrupted{seed}", file=sys.stderr)

@@ -14,7 +14,7 @@ ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
-class Deferred:
+class LazyTensor:
     """A weight in a format that MLX cannot read lazily: read and converted when its turn comes.
 
     Attributes:
@@ -29,7 +29,7 @@ class Deferred:
     def ndim(self) -> int:
         return len(self.shape)
 
-    def make(self) -> mx.array:
+    def load(self) -> mx.array:
         """All of it, some rows at a time."""
         parts = []
         for start in range(0, self.shape[0], ROWS_AT_ONCE):
@@ -42,8 +42,8 @@ def cast(weight: Any, dtype: mx.Dtype) -> Any:
     """A weight in another dtype; integers, which are packed, stay."""
     if weight.dtype in INTEGERS:
         return weight
-    if isinstance(weight, Deferred):
-        return Deferred(weight.shape, dtype, lambda start, stop: weight.read(start, stop).astype(dtype))
+    if isinstance(weight, LazyTensor):
+        return LazyTensor(weight.shape, dtype, lambda start, stop: weight.read(start, stop).astype(dtype))
     return weight.astype(dtype)
 
 
@@ -52,19 +52,19 @@ INTEGERS = (mx.uint8, mx.int8, mx.uint32, mx.int64)
 
 def read_rows(weight: Any, start: int, stop: int) -> mx.array:
     """Rows of a weight from one up to another, of a deferred one converted."""
-    return weight.read(start, stop) if isinstance(weight, Deferred) else weight[start:stop]
+    return weight.read(start, stop) if isinstance(weight, LazyTensor) else weight[start:stop]
 
 
 def slice_rows(weight: Any, start: int, stop: int) -> Any:
-    if isinstance(weight, Deferred):
+    if isinstance(weight, LazyTensor):
         shape = (stop - start, *weight.shape[1:])
-        return Deferred(shape, weight.dtype, lambda a, b: weight.read(start + a, start + b))
+        return LazyTensor(shape, weight.dtype, lambda a, b: weight.read(start + a, start + b))
     return weight[start:stop]
 
 
 def concat_rows(parts: list[Any]) -> Any:
     """The rows of some weights as one."""
-    if not any(isinstance(part, Deferred) for part in parts):
+    if not any(isinstance(part, LazyTensor) for part in parts):
         return mx.concatenate(parts)
     ends = list(accumulate(part.shape[0] for part in parts))
 
@@ -76,4 +76,4 @@ def concat_rows(parts: list[Any]) -> Any:
                 found.append(read_rows(part, max(start - first, 0), min(stop, end) - first))
         return mx.concatenate(found)
 
-    return Deferred((ends[-1], *parts[0].shape[1:]), parts[0].dtype, read)
+    return LazyTensor((ends[-1], *parts[0].shape[1:]), parts[0].dtype, read)

@@ -24,8 +24,8 @@ from ._version import __version__
 from .adapters.keys import NAMES
 from .cli.common import INTERRUPTED, MODEL_HELP, PART_OPTIONS, Parser, add_model_options, gigabytes
 from .device import machine_memory
-from .errors import InputError
-from .families import MAX_SEQUENCE_LENGTH, RELEASED
+from .errors import InputError, one_line
+from .families import MAX_SEQUENCE_LENGTH, find_release
 from .options import check_prompt, dtype_of
 from .quantization.spec import parse_options
 from .runtime.released import released_modules
@@ -190,9 +190,9 @@ def print_plan(options: TrainingOptions, run: argparse.Namespace) -> None:
     if options.data:
         examples = read_dataset(Path(options.data), options.resolution, options.trigger)
         shapes = sorted({example.shape for example in examples})
-    name = next((name for name, repo in RELEASED.items() if options.model in (name, repo)), None)
+    release = find_release(options.model)
     others = [getattr(options, part) for part in PART_OPTIONS if part not in ("distilled", "kv_cache")]
-    if name is None or any(others) or Path(options.model).exists():
+    if release is None or any(others) or Path(options.model).exists():
         allow = bool(run.allow_distilled) or run.resume is not None
         pipe = open_pipeline(options, allow_distilled=allow, limit=run.memory_limit, progress=not run.quiet)
         modules = pipe.text_encoder, pipe.transformer, pipe.autoencoder
@@ -201,7 +201,8 @@ def print_plan(options: TrainingOptions, run: argparse.Namespace) -> None:
     dtype = dtype_of(training_dtype(options.dtype))
     packed = parse_options(options.quantize, options.quantize_text_encoder, options.group_size)
     limit = run.memory_limit or machine_memory()
-    print(plan_training(released_modules(name, dtype, packed), options, dtype, MAX_SEQUENCE_LENGTH, shapes, limit))
+    modules = released_modules(release.name, dtype, packed)
+    print(plan_training(modules, options, dtype, MAX_SEQUENCE_LENGTH, shapes, limit))
 
 
 # ---------------------------------------------------------------------------------------------------- command
@@ -249,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"  and {count - MAX_FAULTS} more", file=sys.stderr)
             return 2
         except (InputError, FloatingPointError, OSError) as error:
-            print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+            print(f"error: {one_line(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("interrupted; what was saved before is kept", file=sys.stderr)

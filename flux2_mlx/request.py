@@ -14,6 +14,7 @@ import numpy as np
 
 from ._version import __version__
 from .errors import InputError
+from .families import BASE, DISTILLED
 from .imaging.inpaint import Inpaint
 from .options import MIN_SIDE, check_size
 from .sampling.latents import PIXELS_PER_TOKEN, initial_noise, pack_channels_first
@@ -161,7 +162,7 @@ class Request:
 
 
 def usual_guidance(distilled: bool) -> float:
-    return 1.0 if distilled else 4.0
+    return (DISTILLED if distilled else BASE).guidance
 
 
 def noise_levels(
@@ -170,7 +171,9 @@ def noise_levels(
     """Those of a picture with so many image tokens: the custom ones, else of so many steps, or the model's usual."""
     if sigmas is not None:
         return custom_sigmas(sigmas, tokens)
-    return schedule_sigmas(schedule, (4 if distilled else 50) if num_steps is None else num_steps, tokens)
+    return schedule_sigmas(
+        schedule, (DISTILLED if distilled else BASE).num_steps if num_steps is None else num_steps, tokens
+    )
 
 
 def usual_strength(steps: int, *, repaints: bool) -> float:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from flux2_mlx import CheckpointError, Flux2Pipeline, FluxKlein, FluxKleinParams, InputError, read_metadata
 from flux2_mlx.adapters.lora import open_lora, parse_lora
-from flux2_mlx.checkpoints.load import materialize
+from flux2_mlx.checkpoints.load import load_weights
 from flux2_mlx.device import weights_of
 from flux2_mlx.fuse import main as fuse
 from flux2_mlx.generate import main as generate
@@ -391,7 +391,7 @@ def test_fuse_writes_a_checkpoint_with_them(checkpoint, files, tmp_path, capsys,
     assert f"Merged into the transformer: {lora.name}:0.5." in (target / "README.md").read_text()
     pipe = Flux2Pipeline.from_pretrained(checkpoint, dtype="bfloat16")
     pipe.load_lora(lora, scale=0.5, merge=True)
-    list(materialize(pipe.transformer))
+    list(load_weights(pipe.transformer))
     ours, theirs = weights_of(pipe.transformer), load_file(target / WEIGHTS)
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():

@@ -12,12 +12,12 @@ from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from safetensors.torch import load_file
 
 from flux2_mlx import Flux2Pipeline, InputError, Quantization, open_checkpoint
-from flux2_mlx.checkpoints.load import load_autoencoder, load_text_encoder, load_transformer, materialize
+from flux2_mlx.checkpoints import write as writing
+from flux2_mlx.checkpoints.load import load_autoencoder, load_text_encoder, load_transformer, load_weights
 from flux2_mlx.checkpoints.sanitize import sanitize_vae_weights
 from flux2_mlx.convert import main
 from flux2_mlx.device import weights_of
 from flux2_mlx.models.names.autoencoder import bfl_vae
-from flux2_mlx.models.names.autoencoder import write as writing
 from tests import formats, tiny
 
 LOADERS = {"transformer": load_transformer, "text_encoder": load_text_encoder, "vae": load_autoencoder}
@@ -26,7 +26,7 @@ OPTIONS = {"height": 64, "width": 96, "num_steps": 2, "seed": 1, "max_sequence_l
 
 def weights(folder, part, **options):
     module = LOADERS[part](open_checkpoint(folder, **options), mx.bfloat16)
-    for _ in materialize(module):
+    for _ in load_weights(module):
         pass
     return weights_of(module)
 
@@ -72,7 +72,7 @@ def test_packed_as_on_loading(checkpoint, tmp_path, bits):
     found = Flux2Pipeline.from_pretrained(tmp_path / "packed", dtype="bfloat16")
     for stage in ("transformer", "text_encoder"):
         for pipe in (found, expected):
-            assert sum(materialize(getattr(pipe, stage)))
+            assert sum(load_weights(getattr(pipe, stage)))
         assert_same(weights_of(getattr(found, stage)), weights_of(getattr(expected, stage)))
         config = json.loads((tmp_path / "packed" / stage / "config.json").read_text())
         assert config["quantization"]["mode"] == "affine"
@@ -114,7 +114,7 @@ def test_from_gguf_and_packed_files(checkpoint, tmp_path):
     expected = Flux2Pipeline.from_pretrained(
         checkpoint, transformer=tmp_path / "w.gguf", distilled=True, dtype="bfloat16", quantize=8, group_size=32
     )
-    for _ in materialize(expected.transformer):
+    for _ in load_weights(expected.transformer):
         pass
     assert_same(weights(tmp_path / "out", "transformer"), weights_of(expected.transformer))
 

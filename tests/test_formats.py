@@ -1,6 +1,7 @@
 """Every format that klein comes in: written from a tiny diffusers checkpoint, loaded, and equal to the original."""
 
 import contextlib
+import dataclasses
 import json
 import struct
 
@@ -19,6 +20,7 @@ from flux2_mlx import (
     RELEASED,
     CheckpointError,
     Flux2Pipeline,
+    families,
     lazy,
     load_safetensors,
     open_checkpoint,
@@ -27,18 +29,19 @@ from flux2_mlx import (
     sanitize_vae_weights,
 )
 from flux2_mlx.checkpoints.files import load_files
+from flux2_mlx.checkpoints.formats import decode as decoding
 from flux2_mlx.checkpoints.formats.gguf import read_gguf
+from flux2_mlx.checkpoints.formats.marks import Format
 from flux2_mlx.checkpoints.load import (
     load_autoencoder,
     load_preview_decoder,
     load_text_encoder,
     load_transformer,
-    materialize,
+    load_weights,
 )
 from flux2_mlx.device import weights_of
-from flux2_mlx.models.names.autoencoder import checkpoint as weights_module
 from flux2_mlx.quantization.layers import QuantizedEmbedding, QuantizedLinear
-from flux2_mlx.quantization.packing import unpack
+from flux2_mlx.quantization.packing import dequantize
 from flux2_mlx.quantization.spec import Quantization
 from tests import formats, tiny
 
@@ -73,13 +76,13 @@ def opened(folder, model=None, **parts):
 def loaded(checkpoint, part):
     """A part's weights in memory, packed layers as floats."""
     module = LOADERS[part](checkpoint, mx.float32)
-    for _ in materialize(module):
+    for _ in load_weights(module):
         pass
     weights = weights_of(module)
     for path, layer in module.named_modules():
         if isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
             parts = [weights.pop(f"{path}.{name}", None) for name in ("weight", "scales", "biases")]
-            weights[f"{path}.weight"] = unpack(*parts, layer.how)
+            weights[f"{path}.weight"] = dequantize(*parts, layer.spec)
     return weights
 
 
@@ -157,7 +160,7 @@ def test_every_code_of_fp8(tmp_path, dtype):
     codes = torch.arange(256, dtype=torch.uint8).reshape(4, 64).view(dtype)
     other = torch.zeros(1, dtype=torch.float8_e5m2)  # which makes MLX refuse the file
     found = load_files([formats.save({"x.weight": codes, "y": other}, tmp_path / "w")])
-    np.testing.assert_array_equal(np.array(found["x.weight"].make().astype(mx.float32)), codes.float().numpy())
+    np.testing.assert_array_equal(np.array(found["x.weight"].load().astype(mx.float32)), codes.float().numpy())
 
 
 def test_every_dtype_of_a_file_with_e5m2(tmp_path):
@@ -169,7 +172,7 @@ def test_every_dtype_of_a_file_with_e5m2(tmp_path):
         written[str(dtype)] = torch.tensor(3).to(dtype)
     found = load_files([formats.save(written, tmp_path / "w")])
     for name, tensor in written.items():
-        array = found[name].make() if name.endswith(".weight") else found[name]
+        array = found[name].load() if name.endswith(".weight") else found[name]
         assert array.shape == tensor.shape
         np.testing.assert_array_equal(formats.as_numpy(array), tensor.float().numpy())
 
@@ -184,7 +187,7 @@ def test_a_matrix_in_e5m2_is_converted_some_rows_at_a_time(tmp_path, monkeypatch
     before = memory()
     parts = sanitize_flux2_klein_weights(load_files([file]))
     assert memory() - before < 4096  # the scales
-    made = {name: part.make() for name, part in parts.items()}
+    made = {name: part.load() for name, part in parts.items()}
     assert memory() - before < 1.1 * sum(array.nbytes for array in made.values())
     found = np.concatenate([np.array(made[f"transformer_blocks.0.attn.to_{name}.weight"]) for name in "qkv"])
     np.testing.assert_array_equal(found, expected["double_blocks.0.img_attn.qkv.weight"].numpy())
@@ -220,7 +223,7 @@ def test_mxfp8_of_any_size_and_scale(size, tmp_path):
     for other in ({}, {"other": torch.zeros(1, dtype=torch.float8_e5m2)}):
         found = sanitize_flux2_klein_weights(load_files([formats.save(written | other, tmp_path / "w")]))
         weight = found["x_embedder.weight"]
-        weight = weight.make() if other else weight
+        weight = weight.load() if other else weight
         np.testing.assert_array_equal(np.array(weight), expected.numpy())
 
 
@@ -249,7 +252,7 @@ def test_nvfp4(layout, size, tmp_path):
     assert_equal(found, {f"{layer}.weight": expected}, 1e-6)
     written["other"] = torch.zeros(1, dtype=torch.float8_e5m2)  # which makes MLX refuse the file
     found = sanitize_flux2_klein_weights(load_files([formats.save(written, tmp_path / "w")]))
-    assert_equal({"w": found[f"{layer}.weight"].make()}, {"w": expected}, 1e-6)
+    assert_equal({"w": found[f"{layer}.weight"].load()}, {"w": expected}, 1e-6)
 
 
 def test_nvfp4_of_modelopt_is_told_by_the_config(whole, tensors, tmp_path):
@@ -274,7 +277,7 @@ def test_packed_by_mlx(whole, tensors, tmp_path, bits):
     assert checkpoint.transformer == open_checkpoint(whole[1]).transformer
     assert_equal(loaded(checkpoint, "transformer"), sanitize_flux2_klein_weights(expected))
     layer = load_transformer(checkpoint, mx.float32).transformer_blocks[0].attn.to_q
-    assert (layer.how.bits, layer.how.group_size, layer.how.mode) == (bits, 32, "affine")
+    assert (layer.spec.bits, layer.spec.group_size, layer.spec.mode) == (bits, 32, "affine")
 
 
 @pytest.mark.parametrize("type_name", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
@@ -286,7 +289,7 @@ def test_gguf_transformer(whole, tensors, tmp_path, type_name):
     assert_equal(loaded(checkpoint, "transformer"), expected, 1e-6)
     layer = load_transformer(checkpoint, mx.float32).single_transformer_blocks[0].attn.to_out
     bits = {"Q8_0": 8, "Q4_0": 4, "Q4_1": 4}.get(type_name)
-    assert (layer.how.bits if isinstance(layer, QuantizedLinear) else None) == bits
+    assert (layer.spec.bits if isinstance(layer, QuantizedLinear) else None) == bits
 
 
 def gguf_bytes(name, shape, kind, raw, *, values=(), version=3):
@@ -305,7 +308,7 @@ def test_every_other_type_of_gguf(tmp_path, kind):
     block, size = gguf.GGML_QUANT_SIZES[kind]
     raw = np.random.default_rng(0).integers(0, 100, (3, 2 * size), np.uint8)
     (tmp_path / "w").write_bytes(gguf_bytes("img_in.weight", (3, 2 * block), int(kind), raw.tobytes()))
-    found = np.array(read_gguf(tmp_path / "w")["img_in.weight"].make())
+    found = np.array(read_gguf(tmp_path / "w")["img_in.weight"].load())
     np.testing.assert_array_equal(found, gguf.quants.dequantize(raw, kind).reshape(3, 2 * block))
 
 
@@ -426,7 +429,11 @@ def test_the_rest_of_a_file_is_the_released_model_of_its_size(whole, tensors, tm
         return str(whole[1])
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    monkeypatch.setattr(weights_module, "_TEXT_SIZES", {"klein-9b": 1, "klein-4b": 192})
+    sizes = {"klein-9b": 1, "klein-4b": 192}
+    released = [release for release in families.RELEASES if release.name in sizes]
+    params = [dataclasses.replace(release.transformer, txt_embed_dim=sizes[release.name]) for release in released]
+    fakes = [dataclasses.replace(release, transformer=shape) for release, shape in zip(released, params, strict=True)]
+    monkeypatch.setattr(families, "RELEASES", tuple(fakes))
     file = formats.save(formats.bfl_transformer(tensors["transformer"]), tmp_path / "bfl.safetensors")
     refused("does not say whether", model=file)
     assert asked == []  # before anything is downloaded
@@ -462,6 +469,37 @@ def test_sanitizing_twice_changes_nothing(tensors):
         twice = sanitize(once)
         assert once.keys() == twice.keys()
         assert all(once[name] is twice[name] for name in once)
+
+
+def test_names_neither_decode_nor_change_what_has_them(tensors):
+    """Scales, marks and packed words get the modules' names, and stay what they are."""
+    foreign = {
+        "transformer": formats.bfl_transformer(tensors["transformer"]),
+        "text_encoder": formats.llama_names(tensors["text_encoder"]),
+        "vae": formats.bfl_vae(tensors["vae"]),
+    }
+    for key, part in families.PARTS.items():
+        arrays = {name: mx.array(t.float().numpy()) for name, t in foreign[key].items()}
+        arrays["blk.0.attn_q.scales" if key == "text_encoder" else "img_in.weight_scale"] = mx.ones((3, 4), mx.uint8)
+        once = part.names.rename(part.names.select(arrays))
+        twice = part.names.rename(once)
+        assert once.keys() == twice.keys()
+        assert all(once[name] is twice[name] for name in once)
+        stored = [name for name in once if name.endswith(("scale", "scales"))]
+        assert [(name, once[name].dtype) for name in stored] == [(stored[0], mx.uint8)]
+
+
+def test_a_format_is_one_more_among_those_that_are_read(whole, tensors, tmp_path, monkeypatch):
+    """Weights stored as twice their value, under a mark of their own."""
+    doubled = Format(("doubled",), lambda layer: layer.mark == "doubled", lambda layer: layer.weight / 2)
+    written = formats.bfl_transformer(tensors["transformer"])
+    layers = ["img_in", "double_blocks.1.img_attn.qkv", "final_layer.adaLN_modulation.1"]
+    written |= {f"{layer}.weight": 2 * written[f"{layer}.weight"] for layer in layers}
+    written |= {f"{layer}.comfy_quant": formats.mark("doubled") for layer in layers}
+    file = formats.save(written, tmp_path / "doubled.safetensors")
+    refused("stored as doubled, which is not read, only", model=whole[1], transformer=file, distilled=True)
+    monkeypatch.setattr(decoding, "FORMATS", (*decoding.FORMATS, doubled))
+    assert_equal(loaded(opened(whole[1], transformer=file), "transformer"), original(whole[1], "transformer"))
 
 
 # ------------------------------------------------------------------------------------------------ refused
@@ -652,11 +690,11 @@ def test_a_gguf_matrix_is_converted_some_rows_at_a_time(tmp_path, monkeypatch, m
     before = memory()
     parts = sanitize_flux2_klein_weights(read_gguf(tmp_path / "w.gguf"))
     assert memory() == before
-    made = {name: part.make() for name, part in parts.items()}
+    made = {name: part.load() for name, part in parts.items()}
     assert memory() - before < 1.5 * sum(array.nbytes for array in made.values())
     layers = [f"transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v")]
     how = Quantization(4, 32)
-    found = [unpack(*(made[f"{layer}.{kind}"] for kind in ("weight", "scales", "biases")), how) for layer in layers]
+    found = [dequantize(*(made[f"{layer}.{kind}"] for kind in ("weight", "scales", "biases")), how) for layer in layers]
     whole = np.concatenate([np.array(array) for array in found])
     np.testing.assert_allclose(whole, expected["double_blocks.0.img_attn.qkv.weight"].numpy(), atol=5e-3)
 

@@ -142,6 +142,21 @@ def test_another_model_is_refused_before_its_weights_are_downloaded(hub, damaged
     assert not [path for path in hub.downloads if path.endswith(".safetensors")]
 
 
+@pytest.mark.parametrize("index", [{"_class_name": "Flux2Pipeline"}, {}], ids=["dev's pipeline", "klein's pipeline"])
+def test_flux2_dev_by_its_id_lists_what_there_is(damaged, monkeypatch, index):
+    """Whether its model_index.json says it or only the transformer's config does."""
+    for path, changes in (("model_index.json", index), ("transformer/config.json", {"guidance_embeds": True})):
+        rewrite(damaged / path, json.dumps(json.loads((damaged / path).read_text()) | changes))
+
+    def snapshot(repo, *, revision, allow_patterns):
+        assert not [pattern for pattern in allow_patterns if pattern.endswith(".safetensors")], "weights are fetched"
+        return str(damaged)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    with pytest.raises(CheckpointError, match=rf"FLUX\.2-dev.*; released klein models: {', '.join(RELEASED)}"):
+        open_checkpoint("someone/flux2-dev")
+
+
 def test_a_download_that_breaks_off(hub, tmp_path):
     hub.cut_after = 1000
     assert_refused(generate(tmp_path, url=hub.url), f"cannot fetch {REPO}: ", "; run it again to resume")

@@ -26,7 +26,7 @@ from flux2_mlx.device import memory_limit, weight_bytes
 from flux2_mlx.lora import main, parse
 from flux2_mlx.models.qwen3 import Qwen3TextEncoder
 from flux2_mlx.quantization.layers import QuantizedLinear, quantize
-from flux2_mlx.quantization.packing import pack_plainly
+from flux2_mlx.quantization.packing import quantize_rtn
 from flux2_mlx.quantization.recipes import largest_dense_bytes
 from flux2_mlx.runtime.activations import training_bytes
 from flux2_mlx.sampling.schedules import flux2_sigmas
@@ -689,7 +689,7 @@ def test_training_needs_what_the_plan_says(side, length, batch, dtype, packed, r
     model = FluxKlein(params)
     model.set_dtype(dtype)
     if packed:
-        quantize(model, lambda *_: Quantization(4), pack_plainly)
+        quantize(model, lambda *_: Quantization(4), quantize_rtn)
     add_adapters(model, TrainingOptions("", "", rank=4))
     if recompute:
         model.block_runner = checkpoint_block

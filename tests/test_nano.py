@@ -247,8 +247,8 @@ def test_the_score_ends_with_a_json_line_and_a_sheet(untrained, tmp_path, capsys
 def test_quantization_reaches_the_drawing_model(untrained):
     options = ["--model", str(untrained / "nano"), "--quantize", "4", "--group-size", "128"]
     pipe = quality.open_variant(quality.build_parser().parse_args(options))
-    assert pipe.transformer.transformer_blocks[0].attn.to_q.how.bits == 4
-    assert pipe.text_encoder.model.layers[0].mlp.up_proj.how.group_size == 128
+    assert pipe.transformer.transformer_blocks[0].attn.to_q.spec.bits == 4
+    assert pipe.text_encoder.model.layers[0].mlp.up_proj.spec.group_size == 128
 
 
 # ------------------------------------------------------------------------------------------------ its weights

@@ -26,7 +26,7 @@ from flux2_mlx.models.flux2 import FluxKlein
 from flux2_mlx.models.qwen3 import Qwen3TextEncoder
 from flux2_mlx.pipeline import STAGES
 from flux2_mlx.quantization.layers import quantize
-from flux2_mlx.quantization.packing import pack_plainly
+from flux2_mlx.quantization.packing import quantize_rtn
 from flux2_mlx.runtime.activations import Pass, Workload, transformer_bytes
 from flux2_mlx.runtime.plan import MODES, Plan, Stage, make_plan
 from flux2_mlx.runtime.released import download_bytes, released_modules
@@ -248,7 +248,7 @@ def test_a_stage_needs_what_the_plan_says(side, length, packed, dtype, memory):
         module.set_dtype(dtype)
     if packed is not None:
         for module in (text, transformer):
-            quantize(module, lambda *_: packed, pack_plainly)
+            quantize(module, lambda *_: packed, quantize_rtn)
     workload = Workload(side, side, length, [(side, side)])
     plan = make_plan(text, transformer, autoencoder, workload, dtype=dtype, limit=0)
     tokens = 2 * side * side // 256

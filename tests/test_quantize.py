@@ -18,13 +18,13 @@ from flux2_mlx import (
     load_quantized_flux_klein,
     open_checkpoint,
 )
-from flux2_mlx.checkpoints.load import load_transformer, materialize
+from flux2_mlx.checkpoints.load import load_transformer, load_weights
 from flux2_mlx.device import weight_bytes, weights_of
 from flux2_mlx.models.layers import Linear
 from flux2_mlx.quantization import layers as quantize
 from flux2_mlx.quantization import packing, recipes
 from flux2_mlx.quantization.layers import DENSE_ROWS, QuantizedEmbedding, QuantizedLinear
-from flux2_mlx.quantization.packing import FITTED_BITS, pack, unpack
+from flux2_mlx.quantization.packing import FITTED_BITS, dequantize, quantize_weight
 from flux2_mlx.quantization.spec import AFFINE_BITS, FLOAT_MODES, options_of, parse_options
 from tests import formats, tiny
 
@@ -42,7 +42,7 @@ def dense_copy(packed: FluxKlein) -> FluxKlein:
     for path, layer in packed.named_modules():
         if isinstance(layer, QuantizedLinear):
             parts = [weights.pop(f"{path}.{name}", None) for name in ("weight", "scales", "biases")]
-            weights[f"{path}.weight"] = unpack(*parts, layer.how).astype(mx.float32)
+            weights[f"{path}.weight"] = dequantize(*parts, layer.spec).astype(mx.float32)
     model.load_weights(list(weights.items()))
     return model
 
@@ -65,11 +65,11 @@ def test_unpacking_is_that_of_mlx(bits, group_size, dtype):
     how = Quantization(bits, group_size)
     packed = mx.quantize(mx.random.normal((24, 256), key=mx.random.key(bits)).astype(dtype), group_size, bits)
     expected = mx.dequantize(*packed, group_size=group_size, bits=bits)
-    assert unpack(*packed, how).dtype == expected.dtype == dtype
-    assert mx.array_equal(unpack(*packed, how), expected)
+    assert dequantize(*packed, how).dtype == expected.dtype == dtype
+    assert mx.array_equal(dequantize(*packed, how), expected)
     ids = mx.array([[3, 5], [23, 3]])
-    assert mx.array_equal(unpack(*(array[ids] for array in packed), how), expected[ids])
-    assert mx.array_equal(unpack(*(array[5:17] for array in packed), how), expected[5:17])
+    assert mx.array_equal(dequantize(*(array[ids] for array in packed), how), expected[ids])
+    assert mx.array_equal(dequantize(*(array[5:17] for array in packed), how), expected[5:17])
 
 
 @pytest.mark.parametrize("how", WAYS, ids=str)
@@ -80,7 +80,7 @@ def test_a_packed_layer_multiplies_by_what_it_holds(how, rows):
     dense = nn.Linear(256, 48, bias=False)
     packed = QuantizedLinear(dense, how)
     x = mx.random.normal((rows, 256))
-    weight = unpack(*(*pack(dense.weight, how), None)[:3], how).astype(mx.float32)
+    weight = dequantize(*(*quantize_weight(dense.weight, how), None)[:3], how).astype(mx.float32)
     expected = np.array(x) @ np.array(weight).T
     np.testing.assert_allclose(np.array(packed(x)), expected, atol=2e-4)
     np.testing.assert_allclose(np.array(packed(x.reshape(rows, 1, 256)))[:, 0], expected, atol=2e-4)
@@ -90,7 +90,7 @@ def test_a_packed_layer_multiplies_by_what_it_holds(how, rows):
 def test_a_packed_embedding_gives_its_rows(how):
     dense = nn.Embedding(7, 128)
     packed = QuantizedEmbedding(dense, how)
-    whole = unpack(*(*pack(dense.weight, how), None)[:3], how)
+    whole = dequantize(*(*quantize_weight(dense.weight, how), None)[:3], how)
     ids = mx.array([[3, 0], [6, 3]])
     assert mx.array_equal(packed(ids), whole[ids]).item()
 
@@ -149,8 +149,8 @@ def test_options_and_back(options):
 def test_codes_are_in_the_order_that_mlx_reads(how):
     codes = np.random.default_rng(0).integers(0, 2**how.bits, (3, 256)).astype(np.uint32)
     groups = 256 // how.group_size
-    words = packing._words(mx.array(codes), how.bits)
-    restored = unpack(words, mx.ones((3, groups)), mx.zeros((3, groups)), how)
+    words = packing.pack_codes(mx.array(codes), how.bits)
+    restored = dequantize(words, mx.ones((3, groups)), mx.zeros((3, groups)), how)
     assert np.array_equal(np.array(restored), codes)
 
 
@@ -160,36 +160,36 @@ def test_fitted_packing_is_nearer_to_the_weight(how, monkeypatch):
     weight = mx.random.normal((40, 256)).astype(mx.bfloat16)
 
     def error(packed):
-        return mx.square(unpack(*packed, how).astype(mx.float32) - weight.astype(mx.float32)).mean().item()
+        return mx.square(dequantize(*packed, how).astype(mx.float32) - weight.astype(mx.float32)).mean().item()
 
-    fitted = pack(weight, how)
+    fitted = quantize_weight(weight, how)
     plain = mx.quantize(weight, group_size=how.group_size, bits=how.bits)
     assert [(part.shape, part.dtype) for part in fitted] == [(part.shape, part.dtype) for part in plain]
     assert error(fitted) < 0.93 * error(plain)
     monkeypatch.setattr(packing, "PACKED_AT_ONCE", 7 * 256)  # by rows, the last few fewer
-    assert all(mx.array_equal(a, b).item() for a, b in zip(pack(weight, how), fitted, strict=True))
+    assert all(mx.array_equal(a, b).item() for a, b in zip(quantize_weight(weight, how), fitted, strict=True))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0])
 def test_a_group_of_equal_weights_is_packed_exactly(value):
     weight = mx.full((2, 128), value, mx.bfloat16)
     for how in (Quantization(4, 64), Quantization(2, 32)):
-        assert mx.array_equal(unpack(*pack(weight, how), how), weight).item()
+        assert mx.array_equal(dequantize(*quantize_weight(weight, how), how), weight).item()
 
 
 def bits_of(model):
     """(bits a weight on average, scales in 16 bits; bits of each layer)"""
     kinds = QuantizedLinear, QuantizedEmbedding
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, kinds)}
-    counts = {path: layer.weight.size * 32 // layer.how.bits for path, layer in layers.items()}
-    stored = sum(counts[path] * (layer.how.bits + 32 / layer.how.group_size) for path, layer in layers.items())
-    return stored / sum(counts.values()), {path: layer.how.bits for path, layer in layers.items()}
+    counts = {path: layer.weight.size * 32 // layer.spec.bits for path, layer in layers.items()}
+    stored = sum(counts[path] * (layer.spec.bits + 32 / layer.spec.group_size) for path, layer in layers.items())
+    return stored / sum(counts.values()), {path: layer.spec.bits for path, layer in layers.items()}
 
 
 @pytest.mark.parametrize("params", [FluxKleinParams.klein_4b(), FluxKleinParams.klein_9b()], ids=["4b", "9b"])
 def test_the_most_sensitive_layers_keep_more_bits(params):
     model = FluxKlein(params)  # lazy: nothing of it is computed
-    quantize.quantize(model, recipes.mixed(model, Quantization(4, 64)))
+    quantize.quantize(model, recipes.mixed_precision(model, Quantization(4, 64)))
     average, bits = bits_of(model)
     assert 4.8 < average <= 4.83
     assert bits["proj_out"] == bits["x_embedder"] == 8
@@ -204,7 +204,7 @@ def test_the_most_sensitive_layers_keep_more_bits(params):
 @pytest.mark.parametrize("params", [Qwen3Config(), Qwen3Config.qwen3_8b()], ids=["4b", "8b"])
 def test_the_first_layers_of_text_keep_more_bits(params):
     model = Qwen3TextEncoder(params)
-    quantize.quantize(model, recipes.mixed(model, Quantization(4, 64)))
+    quantize.quantize(model, recipes.mixed_precision(model, Quantization(4, 64)))
     average, bits = bits_of(model)
     assert 4.78 < average <= 4.83
     projections = [bits[f"model.layers.{k}.mlp.down_proj"] for k in range(27)]
@@ -216,7 +216,7 @@ def test_the_first_layers_of_text_keep_more_bits(params):
 @pytest.mark.parametrize("how", [Quantization(8, 32), Quantization(4, 32, "mxfp4")], ids=str)
 def test_what_is_packed_alike(how):
     model = FluxKlein(PARAMS)
-    assert {recipes.mixed(model, how)(path, layer) for path, layer in model.named_modules()} == {how}
+    assert {recipes.mixed_precision(model, how)(path, layer) for path, layer in model.named_modules()} == {how}
 
 
 # ------------------------------------------------------------------------------------------------ fused or unpacked
@@ -244,15 +244,15 @@ def packed_layers() -> nn.Sequential:
 
 
 def test_rows_are_measured_once_for_each_shape_and_kept(clock, monkeypatch):
-    quantize.tune(model := packed_layers(), mx.float32)
+    quantize.autotune(model := packed_layers(), mx.float32)
     assert [layer.dense_rows for layer in model.layers] == [16, 16, 16]
     assert clock == [("dense", 8, 64), ("fused", 8, 64), ("dense", 16, 64), ("fused", 16, 64)] * 2
     clock.clear()
     monkeypatch.setattr(quantize, "_measured", {})  # another process
-    quantize.tune(again := packed_layers(), mx.float32)
+    quantize.autotune(again := packed_layers(), mx.float32)
     assert [layer.dense_rows for layer in again.layers] == [16, 16, 16]
     assert clock == []
-    quantize.tune(packed_layers(), mx.bfloat16)
+    quantize.autotune(packed_layers(), mx.bfloat16)
     assert len(clock) == 8
 
 
@@ -260,26 +260,26 @@ def test_rows_are_measured_again_where_the_table_is_damaged(clock, tmp_path, mon
     for content in ("[1, 2]", "{", '{"a": "b"}'):
         (tmp_path / "dense_rows.json").write_text(content)
         monkeypatch.setattr(quantize, "_measured", {})
-        quantize.tune(packed_layers(), mx.float32)
+        quantize.autotune(packed_layers(), mx.float32)
         assert len(clock) == 8
         clock.clear()
-    quantize.tune(packed_layers(), mx.float32)
+    quantize.autotune(packed_layers(), mx.float32)
     assert clock == []
 
 
 def test_rows_are_measured_where_nothing_can_be_kept(clock, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("FLUX2_MLX_CACHE", str(tmp_path / "file" / "folder"))
-    quantize.tune(packed_layers(), mx.float32)
+    quantize.autotune(packed_layers(), mx.float32)
     clock.clear()
-    quantize.tune(model := packed_layers(), mx.float32)  # after an unload
+    quantize.autotune(model := packed_layers(), mx.float32)  # after an unload
     assert model.layers[0].dense_rows == 16
     assert clock == []
 
 
 def test_a_layer_stays_fused_where_that_always_wins(clock, monkeypatch):
     monkeypatch.setattr(quantize, "shortest_seconds", lambda multiply, x: multiply.__name__ == "dense")
-    quantize.tune(model := packed_layers(), mx.float32)
+    quantize.autotune(model := packed_layers(), mx.float32)
     layer = model.layers[0]
     layer.dense = None
     assert layer(mx.ones((5000, 64))).shape == (5000, 32)
@@ -287,12 +287,12 @@ def test_a_layer_stays_fused_where_that_always_wins(clock, monkeypatch):
 
 def test_rows_that_the_environment_says(clock, monkeypatch):
     monkeypatch.setenv("FLUX2_MLX_DENSE_ROWS", "3")
-    quantize.tune(model := packed_layers(), mx.float32)
+    quantize.autotune(model := packed_layers(), mx.float32)
     assert [layer.dense_rows for layer in model.layers] == [3, 3, 3]
     assert clock == []
     monkeypatch.setenv("FLUX2_MLX_DENSE_ROWS", "many")
     with pytest.raises(InputError, match="FLUX2_MLX_DENSE_ROWS must be a number of rows, got 'many'"):
-        quantize.tune(model, mx.float32)
+        quantize.autotune(model, mx.float32)
 
 
 def test_what_is_really_measured(monkeypatch, tmp_path):
@@ -302,8 +302,8 @@ def test_what_is_really_measured(monkeypatch, tmp_path):
     model = packed_layers()
     for layer in model.layers:
         layer.dense_rows = 0
-    quantize.tune(model, mx.float32)
-    assert {layer.dense_rows for layer in model.layers} <= {*quantize.MEASURED_ROWS, quantize.NEVER}
+    quantize.autotune(model, mx.float32)
+    assert {layer.dense_rows for layer in model.layers} <= {*quantize.MEASURED_ROWS, quantize.ALWAYS_FUSED}
     assert len(quantize.read_table("dense_rows")) == 2
 
 
@@ -345,11 +345,11 @@ def test_load_quantized_keeps_dense_layers_dense():
         if array.ndim == 1 or layer in skip:
             written[name] = array
         else:
-            parts = pack(array, Quantization(6, 32))
+            parts = quantize_weight(array, Quantization(6, 32))
             written |= {f"{layer}.{k}": p for k, p in zip(("weight", "scales", "biases"), parts, strict=True)}
     loaded = load_quantized_flux_klein(written, PARAMS)
     assert type(loaded.proj_out) is Linear
-    assert loaded.context_embedder.how == Quantization(6, 32)
+    assert loaded.context_embedder.spec == Quantization(6, 32)
     np.testing.assert_allclose(np.array(velocity(loaded)), np.array(velocity(dense_copy(loaded))), atol=1e-4)
     del written["proj_out.weight"]
     with pytest.raises(CheckpointError, match=r"1 missing: proj_out\.weight"):
@@ -362,8 +362,8 @@ def test_load_quantized_keeps_dense_layers_dense():
 def test_bits_of_each_component(checkpoint):
     pipe = Flux2Pipeline.from_pretrained(checkpoint, quantize=4, quantize_text_encoder="8", group_size=32)
     layer = pipe.transformer.transformer_blocks[0].ff.linear_in
-    assert layer.how == Quantization(4, 32)
-    assert pipe.text_encoder.model.layers[3].mlp.up_proj.how == Quantization(8, 32)
+    assert layer.spec == Quantization(4, 32)
+    assert pipe.text_encoder.model.layers[3].mlp.up_proj.spec == Quantization(8, 32)
     assert isinstance(pipe.text_encoder.model.embed_tokens, QuantizedEmbedding)
     assert not [m for m in pipe.autoencoder.modules() if isinstance(m, QuantizedLinear)]
     result = pipe("a red fox", height=64, width=64, num_steps=1, seed=0, max_sequence_length=16)
@@ -388,8 +388,8 @@ def test_packed_layers_of_a_file_keep_their_bits(checkpoint, tmp_path):
     written, _ = formats.packed(tensors, 8, 32, skip=("proj_out",))
     file = formats.save(written, tmp_path / "w.safetensors")
     pipe = Flux2Pipeline.from_pretrained(checkpoint, transformer=file, distilled=True, quantize=4, group_size=32)
-    assert pipe.transformer.proj_out.how.bits == 4
-    assert pipe.transformer.x_embedder.how.bits == 8
+    assert pipe.transformer.proj_out.spec.bits == 4
+    assert pipe.transformer.x_embedder.spec.bits == 8
 
 
 def test_a_gguf_file_is_packed_tensor_by_tensor(checkpoint, tmp_path):
@@ -399,10 +399,12 @@ def test_a_gguf_file_is_packed_tensor_by_tensor(checkpoint, tmp_path):
         checkpoint, transformer=tmp_path / "w.gguf", distilled=True, quantize=6, group_size=32
     )
     layer = pipe.transformer.single_transformer_blocks[1].attn.to_out
-    for _ in materialize(pipe.transformer):
+    for _ in load_weights(pipe.transformer):
         pass
     dense = mx.array(expected["single_blocks.1.linear2.weight"].numpy())
-    for found, packed in zip((layer.weight, layer.scales, layer.biases), pack(dense, layer.how), strict=True):
+    for found, packed in zip(
+        (layer.weight, layer.scales, layer.biases), quantize_weight(dense, layer.spec), strict=True
+    ):
         assert mx.array_equal(found, packed).item()
 
 
@@ -424,7 +426,7 @@ def test_loading_holds_the_packed_model_and_little_more(checkpoint, tmp_path, me
     before = memory()
     packed = load_transformer(opened, mx.float32, Quantization(4, 32))
     mx.reset_peak_memory()
-    total = sum(materialize(packed))
+    total = sum(load_weights(packed))
     largest = max(size * t.numel() for t in tensors.values())
     assert mx.get_peak_memory() - before <= total + largest + 2**16
     assert total < 0.21 * sum(4 * t.numel() for t in tensors.values())

@@ -17,8 +17,8 @@ from ..quantization.layers import QuantizedLinear
 ROWS_AT_ONCE = 4096  # of a weight whose rows' lengths are measured
 
 
-class LowRank(nn.Module):
-    """x (..., inputs) times down (R, inputs), scales (R,) and up (outputs, R)."""
+class LoRADelta(nn.Module):
+    """LoRA, and LoHa as one of more ranks: x (..., inputs) times down (R, inputs), scales (R,) and up (outputs, R)."""
 
     def __init__(self, down: mx.array, up: mx.array, scales: mx.array):
         super().__init__()
@@ -29,14 +29,14 @@ class LowRank(nn.Module):
         thin = (x @ self.down.T) * self.scales
         return mx.addmm(out, thin, self.up[start:stop].T)
 
-    def change(self, weight: mx.array, start: int, stop: int) -> mx.array:
-        """What this adds to those rows of a layer's weight, given in float32."""
+    def weight_delta(self, weight: mx.array, start: int, stop: int) -> mx.array:
+        """What this adds to rows start to stop of a layer's weight (stop - start, inputs), given in float32."""
         return (self.up[start:stop].astype(mx.float32) * self.scales) @ self.down.astype(mx.float32)
 
 
-class Kronecker(nn.Module):
-    """x (..., b * d) times the Kronecker product of left (a, b) and right (c, d), which is never formed; its a * c
-    outputs where they belong in the layer's.
+class LoKrDelta(nn.Module):
+    """LoKr: x (..., b * d) times the Kronecker product of left (a, b) and right (c, d), which is never formed; its
+    a * c outputs stand where spans put them among the layer's.
     """
 
     def __init__(self, left: mx.array, right: mx.array, spans: Sequence[Span], outputs: int):
@@ -50,55 +50,56 @@ class Kronecker(nn.Module):
         placed = place_rows(full.T, self._spans, self._outputs)[start:stop].T
         return out + placed.reshape(*x.shape[:-1], -1)
 
-    def change(self, weight: mx.array, start: int, stop: int) -> mx.array:
+    def weight_delta(self, weight: mx.array, start: int, stop: int) -> mx.array:
         full = mx.kron(self.left.astype(mx.float32), self.right.astype(mx.float32))
         return place_rows(full, self._spans, self._outputs)[start:stop]
 
 
-class Decomposed(nn.Module):
+class DoRADelta(nn.Module):
     """DoRA: the rows of the weight with another delta are brought to given lengths; a share of that change is added.
 
     Attributes:
-        gain: (outputs,) the lengths over those that the rows have with the delta; for what is merged, not known yet.
+        dora_ratio: (outputs,) the given lengths over those of the rows with the delta; ones until it is set, which it
+            needs not be for what is merged.
     """
 
-    def __init__(self, delta: LowRank | Kronecker, lengths: mx.array, scale: float):
+    def __init__(self, delta: LoRADelta | LoKrDelta, lengths: mx.array, scale: float):
         super().__init__()
         self.delta, self.scale = delta, mx.array(scale)
         self._lengths = lengths  # (outputs,), NaN for rows that keep their own
-        self.gain = mx.ones(lengths.shape)
+        self.dora_ratio = mx.ones(lengths.shape)
 
     def __call__(self, x: mx.array, base: mx.array, out: mx.array, start: int, stop: int | None) -> mx.array:
-        gain = self.gain[start:stop]
+        dora_ratio = self.dora_ratio[start:stop]
         delta = self.delta(x, base, mx.zeros_like(base), start, stop)
-        return out + self.scale * ((gain - 1) * base + gain * delta)
+        return out + self.scale * ((dora_ratio - 1) * base + dora_ratio * delta)
 
-    def change(self, weight: mx.array, start: int, stop: int) -> mx.array:
-        whole = weight + self.delta.change(weight, start, stop)
-        return self.scale * (self._gain(whole, start, stop)[:, None] * whole - weight)
+    def weight_delta(self, weight: mx.array, start: int, stop: int) -> mx.array:
+        whole = weight + self.delta.weight_delta(weight, start, stop)
+        return self.scale * (self._ratio(whole, start, stop)[:, None] * whole - weight)
 
-    def find_gain(self, rows: Callable[[int, int], mx.array]) -> mx.array:
-        """The gain, for a weight whose rows from one up to another are given in float32."""
+    def find_ratio(self, rows: Callable[[int, int], mx.array]) -> mx.array:
+        """dora_ratio (outputs,) of a layer; ``rows`` gives rows start to stop of its weight in float32."""
         parts, size = [], self._lengths.size
         for start in range(0, size, ROWS_AT_ONCE):
             stop = min(start + ROWS_AT_ONCE, size)
             weight = rows(start, stop)
-            parts.append(self._gain(weight + self.delta.change(weight, start, stop), start, stop))
+            parts.append(self._ratio(weight + self.delta.weight_delta(weight, start, stop), start, stop))
             mx.eval(parts)
         return mx.concatenate(parts)
 
-    def _gain(self, whole: mx.array, start: int, stop: int) -> mx.array:
+    def _ratio(self, whole: mx.array, start: int, stop: int) -> mx.array:
         lengths = self._lengths[start:stop].astype(mx.float32)
         own = mx.maximum(mx.linalg.norm(whole, axis=1), 1e-12)
         return mx.where(mx.isnan(lengths), 1.0, lengths / own)
 
 
-Delta = LowRank | Kronecker | Decomposed
-Span = tuple[int, int, int]  # of a layer's outputs from one up to another, and the first of the file's that they are
+Delta = LoRADelta | LoKrDelta | DoRADelta
+Span = tuple[int, int, int]  # (start, stop in the layer's outputs, offset in the file's)
 
 
 def spans_of(rows: Sequence[Rows]) -> dict[str, list[Span]]:
-    """Of each layer, where its outputs are in a file's layer, in the layer's order."""
+    """By layer, where its outputs are in a layer of a file, in the order of the layer's outputs."""
     spans: dict[str, list[Span]] = {}
     at = 0
     for path, start, stop in rows:
@@ -108,7 +109,7 @@ def spans_of(rows: Sequence[Rows]) -> dict[str, list[Span]]:
 
 
 def place_rows(array: mx.array, spans: Sequence[Span], size: int, filling: float = 0.0) -> mx.array:
-    """The rows of a file's layer where they belong among a layer's, with ``filling`` between them."""
+    """Rows of a layer of a file where spans put them among ``size`` rows, with ``filling`` between them."""
     parts, at = [], 0
     for start, stop, first in [*spans, (size, size, 0)]:
         if start > at:
@@ -125,4 +126,4 @@ LINEAR = (Linear, QuantizedLinear)
 def linear_shape(layer: Linear | QuantizedLinear) -> tuple[int, int]:
     """(outputs, inputs), of a packed layer too."""
     rows, columns = layer.weight.shape
-    return rows, columns * 32 // layer.how.bits if isinstance(layer, QuantizedLinear) else columns
+    return rows, columns * 32 // layer.spec.bits if isinstance(layer, QuantizedLinear) else columns

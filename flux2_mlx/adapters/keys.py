@@ -22,7 +22,7 @@ from ..checkpoints.files import load_safetensors
 from ..errors import CheckpointError, summarize
 from ..lazy import INTEGERS
 from ..models.names.flux2 import Rows, bfl_lora, lora_layers
-from .deltas import Decomposed, Delta, Kronecker, LowRank, place_rows, spans_of
+from .deltas import Delta, DoRADelta, LoKrDelta, LoRADelta, place_rows, spans_of
 
 _KINDS = {
     "lora_A": "down",
@@ -83,17 +83,17 @@ class LoraLayer:
         factor = self.factor * (scale if magnitude is None else 1)
         for path, spans in spans_of(self.rows).items():
             size = shapes[path][0]
-            delta: LowRank | Kronecker
+            delta: LoRADelta | LoKrDelta
             if self.form.startswith("LoKr"):
                 left, right = _kronecker_parts(self.arrays)
-                delta = Kronecker(left * factor, right, spans, size)
+                delta = LoKrDelta(left * factor, right, spans, size)
             else:
                 down, up = _thin_parts(self.arrays)
-                delta = LowRank(down, place_rows(up, spans, size), mx.full((down.shape[0],), factor))
+                delta = LoRADelta(down, place_rows(up, spans, size), mx.full((down.shape[0],), factor))
             if magnitude is None:
                 yield path, delta
             else:
-                yield path, Decomposed(delta, place_rows(magnitude.reshape(-1), spans, size, math.nan), scale)
+                yield path, DoRADelta(delta, place_rows(magnitude.reshape(-1), spans, size, math.nan), scale)
 
 
 def _thin_parts(arrays: Mapping[str, mx.array]) -> tuple[mx.array, mx.array]:
@@ -151,15 +151,7 @@ def _fault(arrays: Mapping[str, mx.array], rows: Sequence[Rows], inputs: int) ->
     if "alpha" in arrays and arrays["alpha"].size != 1:
         return f"has {arrays['alpha'].size} alphas"
     outputs = sum(stop - start for _, start, stop in rows)
-    try:
-        if "down" in arrays or "hada_w1_a" in arrays:
-            down, up = _thin_parts(arrays)
-            found = (up.shape[0], down.shape[1]) if up.shape[1] == down.shape[0] else None
-        else:
-            left, right = _kronecker_parts(arrays)
-            found = (left.shape[0] * right.shape[0], left.shape[1] * right.shape[1])
-    except (ValueError, IndexError):  # what MLX raises for shapes that do not go together
-        found = None
+    found = _changed_shape(arrays)
     if found is None or rank_of(arrays) == 0:
         return "has matrices that do not go together"
     if found != (outputs, inputs):
@@ -169,6 +161,18 @@ def _fault(arrays: Mapping[str, mx.array], rows: Sequence[Rows], inputs: int) ->
     if magnitude is not None and not magnitude.shape[:1] == (magnitude.size,) == (outputs,):
         return f"has DoRA lengths {magnitude.shape}, not one of each of its {outputs} outputs, which is not read"
     return ""
+
+
+def _changed_shape(arrays: Mapping[str, mx.array]) -> tuple[int, int] | None:
+    """(outputs, inputs) of what a layer's matrices make together; None where they do not go together."""
+    try:
+        if "down" in arrays or "hada_w1_a" in arrays:
+            down, up = _thin_parts(arrays)
+            return (up.shape[0], down.shape[1]) if up.shape[1] == down.shape[0] else None
+        left, right = _kronecker_parts(arrays)
+        return left.shape[0] * right.shape[0], left.shape[1] * right.shape[1]
+    except (ValueError, IndexError):  # what MLX raises for shapes that do not go together
+        return None
 
 
 def read_layers(file: Path, shapes: Mapping[str, tuple[int, int]]) -> tuple[list[LoraLayer], list[str]]:

@@ -1,7 +1,7 @@
 """LoRAs: small files that change the transformer, under every name and in every form that is met.
 
-file -> open_lora -> Lora -> attach: each layer adds a thin product to what its weight gives, also where it is packed
-                         -> a change of the checkpoint's weights, as Source.changes takes it: merged
+file -> open_lora -> Lora -> set_adapters: each layer adds a thin product to what its weight gives, packed ones too
+                         -> with_fused: a WeightChange of the checkpoint, made as its weights are read
 
 Forms: LoRA (two thin matrices), LoHa (the elementwise product of two of those), LoKr (a Kronecker product), each also
 as DoRA (the sum's rows brought to given lengths). A file is used whole or refused, with what its other keys look like.
@@ -24,12 +24,12 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.hub import lora_file
 from ..device import weights_of
 from ..errors import CheckpointError, InputError
-from ..lazy import INTEGERS, Deferred, read_rows
+from ..lazy import INTEGERS, LazyTensor, read_rows
 from ..models.flux2 import FluxKlein
 from ..models.layers import Linear
-from ..quantization.packing import unpack
-from ..quantization.recipes import packing_in
-from .deltas import LINEAR, Decomposed, Delta, LowRank, linear_shape
+from ..quantization.packing import dequantize
+from ..quantization.recipes import packed_recipe
+from .deltas import LINEAR, Delta, DoRADelta, LoRADelta, linear_shape
 from .keys import LoraLayer, rank_of, read_layers
 
 MAX_SCALE = 100
@@ -41,27 +41,27 @@ class Lora:
     with the transformer when that is unloaded.
 
     Attributes:
-        where: as the caller named it.
+        source: as the caller named it.
         file: where it is.
-        scale: how much of the change is made, 1 for all of it.
-        merge: whether it is to be merged into the weights.
+        scale: the strength: 1 makes all of the change.
+        merge: whether it is fused into the weights instead of standing beside them.
         partial: whether keys that fit nothing are passed over.
         summary: one line: layers, rank, alpha, form.
         shapes: (outputs, inputs) of the transformer's linear layers.
-        gains: of a DoRA that is not merged, by the file's name of a layer and the layer's path; see Decomposed.
+        dora_ratios: of a DoRA that is not fused, DoRADelta.dora_ratio by the file's name of a layer and its path.
     """
 
-    where: str
+    source: str
     file: Path
     scale: float = 1.0
     merge: bool = False
     partial: bool = False
     summary: str = ""
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
-    gains: Mapping[tuple[str, str], mx.array] = field(default_factory=dict, repr=False)
+    dora_ratios: Mapping[tuple[str, str], mx.array] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
-        return self.where if self.scale == 1 else f"{self.where}:{self.scale:g}"
+        return self.source if self.scale == 1 else f"{self.source}:{self.scale:g}"
 
     def deltas(self) -> dict[str, list[Delta]]:
         """What this changes in each layer, by its path, lazily."""
@@ -69,13 +69,18 @@ class Lora:
         deltas: dict[str, list[Delta]] = {}
         for layer in layers:
             for path, delta in layer.deltas(self.shapes, self.scale):
-                if isinstance(delta, Decomposed) and not self.merge:
-                    delta.gain = self.gains[layer.name, path]
+                if isinstance(delta, DoRADelta) and not self.merge:
+                    delta.dora_ratio = self.dora_ratios[layer.name, path]
                 deltas.setdefault(path, []).append(delta)
         return deltas
 
-    def __call__(self, weights: Mapping[str, Any]) -> dict[str, Any]:
-        """A transformer's weights with this merged, when their turn comes.
+    @property
+    def name(self) -> str:
+        """What the settings of an image and the model card call it."""
+        return str(self)
+
+    def apply(self, weights: Mapping[str, Any]) -> dict[str, Any]:
+        """A transformer's weights with this fused into them, lazily; see WeightChange.
 
         Raises:
             CheckpointError: for packed weights, in which a small change would be lost.
@@ -85,28 +90,28 @@ class Lora:
             weight = weights[f"{path}.weight"]
             if weight.dtype in INTEGERS:
                 raise CheckpointError(
-                    f"{self.where} cannot be merged into packed weights ({path}), where it would be lost to rounding; "
+                    f"{self.source} cannot be merged into packed weights ({path}), where it would be lost to rounding; "
                     "load it beside them, or merge it into a checkpoint that is not packed"
                 )
-            merged[f"{path}.weight"] = _merged(weight, deltas)
+            merged[f"{path}.weight"] = _fuse_weight(weight, deltas)
         return merged
 
 
 def parse_lora(text: str) -> tuple[str, float]:
-    """(where, scale) of "where" or "where:scale", as commands take a LoRA.
+    """(source, scale) of "source" or "source:scale", as commands take a LoRA.
 
     Raises:
         InputError: see check_scale.
     """
-    where, _, number = text.rpartition(":")
+    source, _, number = text.rpartition(":")
     try:
-        scale = float(number) if where and not Path(text).exists() else None
+        scale = float(number) if source and not Path(text).exists() else None
     except ValueError:
         scale = None
     if scale is None:
         return text, 1.0
     check_scale(scale)
-    return where, scale
+    return source, scale
 
 
 def check_scale(scale: float) -> None:
@@ -120,7 +125,7 @@ def check_scale(scale: float) -> None:
 
 
 def open_lora(
-    where: str,
+    source: str,
     model: FluxKlein,
     weights: Callable[[], Mapping[str, Any]],
     *,
@@ -131,7 +136,7 @@ def open_lora(
     """Find a LoRA's file and check it: every key, every shape, every number.
 
     Args:
-        where: a safetensors file, a folder with one, a Hub id, or "owner/name/file".
+        source: a safetensors file, a folder with one, a Hub id, or "owner/name/file".
         model: the transformer, whose weights are not read.
         weights: gives them, lazily, under the modules' names, for a DoRA.
         partial: pass over what fits no layer.
@@ -143,8 +148,8 @@ def open_lora(
     """
     check_scale(scale)
     shapes = {path: linear_shape(layer) for path, layer in model.named_modules() if isinstance(layer, LINEAR)}
-    file = lora_file(where)
-    lora = Lora(where, file, float(scale), merge, partial, shapes=shapes)
+    file = lora_file(source)
+    lora = Lora(source, file, float(scale), merge, partial, shapes=shapes)
     layers, faults = read_layers(file, shapes)
     if faults and (not partial or not layers):
         way_out = "; partial (--lora-partial) loads the rest" if layers else ""
@@ -154,15 +159,23 @@ def open_lora(
     for layer in layers:
         for kind, array in layer.arrays.items():
             if not mx.isfinite(array).all().item():
-                raise CheckpointError(f"{file}: {layer.name}.{kind} has values that are not finite")
-    gains = {}
+                raise CheckpointError(f"{layer.name}.{kind} has values that are not finite", source=file)
+    dora_ratios = {}
     if not merge and any("magnitude" in layer.arrays for layer in layers):
-        source = weights()
-        for layer in layers:
-            for path, delta in layer.deltas(shapes, scale):
-                if isinstance(delta, Decomposed):
-                    gains[layer.name, path] = delta.find_gain(_dense_rows(source, path, shapes[path]))
-    return replace(lora, summary=_summary(layers, shapes, faults), gains=gains)
+        dora_ratios = _dora_ratios(layers, shapes, weights())
+    return replace(lora, summary=_summary(layers, shapes, faults), dora_ratios=dora_ratios)
+
+
+def _dora_ratios(
+    layers: Sequence[LoraLayer], shapes: Mapping[str, tuple[int, int]], weights: Mapping[str, Any]
+) -> dict[tuple[str, str], mx.array]:
+    """DoRADelta.dora_ratio by the file's name of a layer and its path; no scale of a LoRA is in it."""
+    return {
+        (layer.name, path): delta.find_ratio(_dense_rows(weights, path, shapes[path]))
+        for layer in layers
+        for path, delta in layer.deltas(shapes, 1.0)
+        if isinstance(delta, DoRADelta)
+    }
 
 
 def _summary(layers: Sequence[LoraLayer], shapes: Mapping[str, Any], faults: Sequence[str]) -> str:
@@ -177,9 +190,9 @@ def _summary(layers: Sequence[LoraLayer], shapes: Mapping[str, Any], faults: Seq
     return ", ".join(parts) + (f"; passed over: {'; '.join(faults)}" if faults else "")
 
 
-def attach(model: FluxKlein, loras: Sequence[Lora]) -> None:
-    """Let a transformer's layers add what these LoRAs say, and nothing else. Arrays stay lazy, in the dtype of the
-    activations; thin products of one layer become one.
+def set_adapters(model: FluxKlein, loras: Sequence[Lora]) -> None:
+    """Put these LoRAs beside the weights of a transformer's layers, in the place of those that are there. Arrays stay
+    lazy, in the dtype of the activations; thin products of one layer become one.
     """
     dtype = model.dtype
     together: dict[str, list[Delta]] = {}
@@ -191,15 +204,15 @@ def attach(model: FluxKlein, loras: Sequence[Lora]) -> None:
             continue
         layer.pop("deltas", None)
         if path in together:
-            thin = [delta for delta in together[path] if isinstance(delta, LowRank)]
-            others: list[Delta] = [delta for delta in together[path] if not isinstance(delta, LowRank)]
-            layer.deltas = [*others, *_joined(thin)]
+            thin = [delta for delta in together[path] if isinstance(delta, LoRADelta)]
+            others: list[Delta] = [delta for delta in together[path] if not isinstance(delta, LoRADelta)]
+            layer.deltas = [*others, *_concat_ranks(thin)]
             for delta in layer.deltas:
                 delta.update(tree_map(lambda array: array.astype(dtype), delta.parameters()))
                 delta.freeze()
 
 
-def attached(model: FluxKlein) -> list[mx.array]:
+def adapter_arrays(model: FluxKlein) -> list[mx.array]:
     """The arrays of the LoRAs that a transformer has."""
     deltas = [
         delta for _, layer in model.named_modules() if isinstance(layer, LINEAR) for delta in layer.get("deltas", ())
@@ -207,51 +220,51 @@ def attached(model: FluxKlein) -> list[mx.array]:
     return [array for delta in deltas for array in weights_of(delta).values()]
 
 
-def _joined(deltas: Sequence[LowRank]) -> list[LowRank]:
-    """Thin products as one, of all their ranks."""
+def _concat_ranks(deltas: Sequence[LoRADelta]) -> list[LoRADelta]:
+    """Products of thin matrices as one, its ranks those of all."""
     if len(deltas) < 2:
         return list(deltas)
     down, up, scales = ([delta[name] for delta in deltas] for name in ("down", "up", "scales"))
-    return [LowRank(mx.concatenate(down), mx.concatenate(up, axis=1), mx.concatenate(scales))]
+    return [LoRADelta(mx.concatenate(down), mx.concatenate(up, axis=1), mx.concatenate(scales))]
 
 
 def _dense_rows(weights: Mapping[str, Any], path: str, shape: tuple[int, int]) -> Callable[[int, int], mx.array]:
     """Rows of a layer's weight in float32, from one up to another."""
     weight = weights[f"{path}.weight"]
-    how = packing_in(weights)(path, Linear(shape[1], shape[0]))
-    if how is None:
+    spec = packed_recipe(weights)(path, Linear(shape[1], shape[0]))
+    if spec is None:
         return lambda start, stop: read_rows(weight, start, stop).astype(mx.float32)
     scales, biases = weights[f"{path}.scales"], weights.get(f"{path}.biases")
 
     def rows(start: int, stop: int) -> mx.array:
         part = slice(start, stop)
-        return unpack(weight[part], scales[part], None if biases is None else biases[part], how).astype(mx.float32)
+        return dequantize(weight[part], scales[part], None if biases is None else biases[part], spec).astype(mx.float32)
 
     return rows
 
 
-def merging(checkpoint: Checkpoint, loras: Sequence[Lora]) -> Checkpoint:
-    """A checkpoint whose transformer has these merged into its weights, and no others."""
+def with_fused(checkpoint: Checkpoint, loras: Sequence[Lora]) -> Checkpoint:
+    """A checkpoint whose transformer has these LoRAs fused into its weights, and no others."""
     source = replace(checkpoint.sources["transformer"], changes=tuple(loras))
     return replace(checkpoint, sources={**checkpoint.sources, "transformer": source})
 
 
-def fused(checkpoint: Checkpoint, given: Sequence[tuple[str, float]], partial: bool) -> Checkpoint:
-    """A checkpoint with LoRAs merged, each given as (where, scale).
+def fuse(checkpoint: Checkpoint, given: Sequence[tuple[str, float]], partial: bool) -> Checkpoint:
+    """A checkpoint with LoRAs fused, each given as (source, scale).
 
     Raises:
         CheckpointError, InputError: see open_lora.
     """
     model, weights = FluxKlein(checkpoint.transformer), checkpoint.sources["transformer"].weights
-    loras = [open_lora(where, model, weights, scale=scale, merge=True, partial=partial) for where, scale in given]
-    return merging(checkpoint, loras)
+    loras = [open_lora(source, model, weights, scale=scale, merge=True, partial=partial) for source, scale in given]
+    return with_fused(checkpoint, loras)
 
 
-def _merged(weight: Any, deltas: Sequence[Delta]) -> Deferred:
+def _fuse_weight(weight: Any, deltas: Sequence[Delta]) -> LazyTensor:
     """A weight with deltas in it, summed in float32, some rows at a time."""
 
     def read(start: int, stop: int) -> mx.array:
         own = read_rows(weight, start, stop).astype(mx.float32)
-        return sum((delta.change(own, start, stop) for delta in deltas), own).astype(weight.dtype)
+        return sum((delta.weight_delta(own, start, stop) for delta in deltas), own).astype(weight.dtype)
 
-    return Deferred(weight.shape, weight.dtype, read)
+    return LazyTensor(weight.shape, weight.dtype, read)

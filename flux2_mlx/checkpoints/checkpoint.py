@@ -1,7 +1,7 @@
-"""Weights: find a checkpoint (folder, file, Hub id or name), check its files, and put them into the modules.
+"""Find a checkpoint (folder, file, Hub id or name), and check that its configs and files fit together.
 
-Arrays stay lazy: opening reads configs and file headers, and a weight's bytes are read from disk when it is first
-computed with. Only safetensors and GGUF are ever opened; pickles are refused.
+Opening reads configs and file headers; a weight's bytes are read from disk when it is first computed with. Only
+safetensors and GGUF are ever opened; pickles are refused.
 """
 
 from __future__ import annotations
@@ -15,13 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, InputError
-from ..families import KV, NANO, RELEASED
+from ..families import NANO, PARTS, RELEASED, RELEASES, TRANSFORMER, Part, find_release, release_of_size
 from ..models.config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
-from ..models.names.autoencoder import VAE_PREFIXES
-from ..models.names.flux2 import TRANSFORMER_PREFIXES
-from ..models.names.qwen3 import TEXT_ENCODER_PREFIXES
 from .files import load_files, read_json
-from .folder import STEMS, Found, Source, open_folder, weight_files
+from .folder import Found, Source, open_folder, weight_files
 from .hub import HUB_FILE, HUB_ID, download, download_file, download_part, fetching, local_path
 
 
@@ -33,9 +30,9 @@ class Checkpoint:
         name: what the caller asked for: a released name, a Hub id, or a path.
         revision: of the Hub repository, where the caller asked for one.
         folder: where the files are, of a single file the folder of the rest.
-        is_distilled: whether it draws in few steps without guidance.
+        is_distilled: whether it generates in few steps without CFG.
         has_kv_cache: whether it was trained to cache its references (klein-9b-kv).
-        sources: of each component's weights.
+        sources: of each part's weights, by its key; see families.PARTS.
         tokenizer: folder of tokenizer.json.
         options: what the caller asked for besides, as open_checkpoint takes it; None where nothing.
     """
@@ -52,8 +49,10 @@ class Checkpoint:
     tokenizer: Path
     options: Mapping[str, Any]
 
-
-# ---------------------------------------------------------------------------------------------------- checkpoints
+    @property
+    def configs(self) -> dict[str, Any]:
+        """Each part's config, by its key."""
+        return {"transformer": self.transformer, "text_encoder": self.text_encoder, "vae": self.autoencoder}
 
 
 def open_checkpoint(
@@ -80,43 +79,38 @@ def open_checkpoint(
         transformer, text_encoder, vae: instead of the model's own: a file, a folder with config.json and weights, a Hub
             id of such a folder, or "owner/name/file". A vae may be a decoder alone.
         tokenizer: a folder with tokenizer.json.
-        distilled: whether the transformer draws in few steps without guidance, where the model does not say it.
-        kv_cache: whether the transformer was trained to keep its references, where the model does not say it.
+        distilled: whether the transformer generates in few steps without CFG, where the model does not say it.
+        kv_cache: whether the transformer was trained to cache its references, where the model does not say it.
 
     Raises:
         CheckpointError: for whatever is wrong, with the way out.
     """
     name = os.fspath(model)
     paths = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
-    given = {part: None if where is None else os.fspath(where) for part, where in paths.items()}
-    parts = {part: _find_part(part, where) for part in STEMS if (where := given[part]) is not None}
+    given = {option: None if path is None else os.fspath(path) for option, path in paths.items()}
+    own = {key: _find_part(part, path) for key, part in PARTS.items() if (path := given[key]) is not None}
     if transformer is not None and distilled is None:
-        raise _unsaid(given["transformer"])
+        raise missing_variant(given["transformer"])
     if kv_cache and transformer is None:
-        check_keeps(name)
-    needed = [part for part in STEMS if part not in parts or (part == "vae" and not _is_whole(parts[part]))]
+        check_kv_support(name)
+    whole = {key: source for key, source in own.items() if key != "vae" or has_encoder(source)}
+    needed = [part for key, part in PARTS.items() if key not in whole]
     found = _find_model(name, revision, needed, tokenizer is None, distilled)
-    sources = dict(found.sources)
-    for part, source in parts.items():
-        decoder_only = part == "vae" and not _is_whole(source)
-        sources[part] = replace(sources[part], decoder=source.files[0]) if decoder_only else source
-    is_distilled = found.is_distilled if distilled is None else distilled
-    if is_distilled is None:
-        raise _unsaid(name)
-    keeps = found.has_kv_cache if transformer is None else None
-    if kv_cache and keeps is False:
-        raise _keeps_nothing(name)
-    folder = found.folder / "tokenizer" if tokenizer is None else Path(tokenizer).expanduser()
-    if not (folder / "tokenizer.json").is_file():
-        raise CheckpointError(f"{folder} has no tokenizer.json")
-    shapes = {part: sources[part].shape() for part in STEMS}
+    sources = {**found.sources, **whole}
+    if own.keys() - whole.keys():  # a decoder alone
+        sources["vae"] = replace(sources["vae"], decoder=own["vae"].files[0])
+    if transformer is not None:
+        found = replace(found, has_kv_cache=None)
+    is_distilled, has_kv_cache = _variant_of(name, found, distilled, kv_cache)
+    folder = _tokenizer_folder(found.folder / "tokenizer" if tokenizer is None else Path(tokenizer).expanduser())
+    shapes = {key: sources[key].shape() for key in PARTS}
     _check_pairing(sources, **shapes)
     return Checkpoint(
         name,
         revision,
         found.folder,
         is_distilled,
-        bool(keeps) if kv_cache is None else kv_cache,
+        has_kv_cache,
         shapes["transformer"],
         shapes["text_encoder"],
         shapes["vae"],
@@ -126,25 +120,46 @@ def open_checkpoint(
     )
 
 
-def check_keeps(name: str) -> None:
-    """Refuse a released model that was not trained to keep its references.
+def _tokenizer_folder(folder: Path) -> Path:
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(f"{folder} has no tokenizer.json")
+    return folder
+
+
+def _variant_of(name: str, found: Found, distilled: bool | None, kv_cache: bool | None) -> tuple[bool, bool]:
+    """(is_distilled, has_kv_cache) of a model, as the caller says, else as it says itself.
+
+    Raises:
+        CheckpointError: where nobody says whether it is distilled, or the model says that it has no KV cache.
+    """
+    is_distilled = found.is_distilled if distilled is None else distilled
+    if is_distilled is None:
+        raise missing_variant(name)
+    if kv_cache and found.has_kv_cache is False:
+        raise no_kv_support(name)
+    return is_distilled, bool(found.has_kv_cache) if kv_cache is None else kv_cache
+
+
+def check_kv_support(name: str) -> None:
+    """Refuse a released model that was not trained to cache its references.
 
     Raises:
         CheckpointError: with the one that was.
     """
-    released = RELEASED.get(name, name)
-    if released in RELEASED.values() and released != RELEASED[KV]:
-        raise _keeps_nothing(name)
+    release = find_release(name)
+    if release is not None and not release.has_kv_cache:
+        raise no_kv_support(name)
 
 
-def _keeps_nothing(name: str) -> CheckpointError:
+def no_kv_support(name: str) -> CheckpointError:
+    trained = ", ".join(release.name for release in RELEASES if release.has_kv_cache)
     return CheckpointError(
-        f"{name} was not trained to keep its references, which then see neither the prompt nor the picture: its edits "
-        f"would come out wrong; {KV} was (or leave out kv_cache, --kv-cache)"
+        f"{name} was not trained to keep its references, which then see neither the prompt nor the image: its edits "
+        f"would come out wrong; {trained} was (or leave out kv_cache, --kv-cache)"
     )
 
 
-def _unsaid(name: str | None) -> CheckpointError:
+def missing_variant(name: str | None) -> CheckpointError:
     return CheckpointError(
         f"{name} does not say whether its transformer is distilled (4 steps, no guidance) or a base model (50 steps, "
         "guidance 4); say distilled=True or False (--distilled, --no-distilled)"
@@ -152,7 +167,7 @@ def _unsaid(name: str | None) -> CheckpointError:
 
 
 def _find_model(
-    name: str, revision: str | None, parts: Sequence[str], with_tokenizer: bool, distilled: bool | None
+    name: str, revision: str | None, parts: Sequence[Part], with_tokenizer: bool, distilled: bool | None
 ) -> Found:
     """The parts of a model: of a folder, a file, or what the Hub has under the name."""
     path = local_path(name)
@@ -183,54 +198,38 @@ def _find_model(
         raise CheckpointError(f"{error}; or the download is incomplete: run it again with a connection") from None
 
 
-def _open_file(path: Path, parts: Sequence[str], with_tokenizer: bool, distilled: bool | None) -> Found:
+def _open_file(path: Path, parts: Sequence[Part], with_tokenizer: bool, distilled: bool | None) -> Found:
     """A file with a transformer, and perhaps more; the other parts are those of the released model of its size."""
     inside = _parts_in(path)
-    if "transformer" in parts and "transformer" not in inside:
-        flags = " and ".join("--" + part.replace("_", "-") for part in inside)
+    if TRANSFORMER in parts and TRANSFORMER not in inside:
+        flags = " and ".join("--" + part.key.replace("_", "-") for part in inside)
         raise CheckpointError(f"{path} holds no transformer; give a model, and this file as {flags}")
-    sources = {part: Source(part, str(path), (path,)) for part in parts if part in inside}
-    rest = [part for part in parts if part not in sources]
+    sources = {part.key: Source(part, str(path), (path,)) for part in parts if part in inside}
+    rest = [part for part in parts if part not in inside]
     if not rest and not with_tokenizer:
         return Found(path.parent, None, None, sources)
-    params = Source("transformer", str(path), (path,)).shape()
-    base = next((name for name, size in _TEXT_SIZES.items() if size == params.txt_embed_dim), None)
-    if base is not None and distilled is None:
-        raise _unsaid(str(path))  # before the rest is downloaded
-    if base is None:
+    size = Source(TRANSFORMER, str(path), (path,)).shape().txt_embed_dim
+    release = release_of_size(size)
+    if release is None:
         raise CheckpointError(
-            f"{path} holds the transformer of no released model (it takes prompt embeddings of "
-            f"{params.txt_embed_dim}); give its {', '.join([*(_CALLED[part] for part in rest), 'tokenizer'])} as well"
+            f"{path} holds the transformer of no released model (it takes prompt embeddings of {size}); give its "
+            f"{', '.join([*(part.label for part in rest), 'tokenizer'])} as well"
         )
-    folder = download(base, RELEASED[base], None, rest, with_tokenizer)
+    if distilled is None:
+        raise missing_variant(str(path))  # before the rest is downloaded
+    folder = download(release.name, release.repo, None, rest, with_tokenizer)
     found = open_folder(folder, rest, with_tokenizer)
     return Found(folder, None, None, {**found.sources, **sources})
 
 
-_CALLED = {"transformer": "transformer", "text_encoder": "text encoder", "vae": "autoencoder"}
-_TEXT_SIZES = {"klein-4b": Qwen3Config().output_size, "klein-9b": Qwen3Config.qwen3_8b().output_size}
-_MARKS_OF_PARTS = {
-    "transformer": (TRANSFORMER_PREFIXES, ("img_in.weight", "x_embedder.weight")),
-    "text_encoder": (
-        TEXT_ENCODER_PREFIXES,
-        ("model.embed_tokens.weight", "embed_tokens.weight", "token_embd.weight"),
-    ),
-    "vae": (VAE_PREFIXES, ("decoder.conv_in.weight",)),
-}
-
-
-def _parts_in(path: Path) -> list[str]:
-    """Which components a file holds, by the names of its weights.
+def _parts_in(path: Path) -> list[Part]:
+    """Which parts a file holds, by the names of its weights.
 
     Raises:
         CheckpointError: for a file that holds none, saying what it looks like.
     """
     names = load_files([path]).keys()
-    parts = [
-        part
-        for part, (prefixes, marks) in _MARKS_OF_PARTS.items()
-        if any(prefix + mark in names for prefix in ("", *prefixes) for mark in marks)
-    ]
+    parts = [part for part in PARTS.values() if part.names.are_in(names)]
     if parts:
         return parts
     looks = ""
@@ -242,26 +241,26 @@ def _parts_in(path: Path) -> list[str]:
     raise CheckpointError(f"{path} holds no part of a FLUX.2 [klein] model{looks} (its first weights: {shown})")
 
 
-def _find_part(part: str, where: str) -> Source:
-    """A component that is given on its own: a file, a folder, or either on the Hub."""
-    path = local_path(where)
-    if path is None and HUB_FILE.fullmatch(where):
-        path = download_file(where, None)
-    elif path is None and HUB_ID.fullmatch(where):
-        path = fetching(where, where, None, lambda: download_part(where, part))
+def _find_part(part: Part, name: str) -> Source:
+    """A part that is given on its own: a file, a folder, or either on the Hub."""
+    path = local_path(name)
+    if path is None and HUB_FILE.fullmatch(name):
+        path = download_file(name, None)
+    elif path is None and HUB_ID.fullmatch(name):
+        path = fetching(name, name, None, lambda: download_part(name, part))
     if path is None:
-        raise CheckpointError(f"no {_CALLED[part]} {where!r}: there is no such file or folder")
+        raise CheckpointError(f"no {part.label} {name!r}: there is no such file or folder")
     if path.is_dir():
         config = read_json(path / "config.json") if (path / "config.json").is_file() else None
         return Source(part, str(path), weight_files(path, part), config)
     inside = _parts_in(path)
     if part not in inside:
-        raise CheckpointError(f"{path} holds no {_CALLED[part]}, but {' and '.join(_CALLED[p] for p in inside)}")
+        raise CheckpointError(f"{path} holds no {part.label}, but {' and '.join(other.label for other in inside)}")
     return Source(part, str(path), (path,))
 
 
-def _is_whole(source: Source) -> bool:
-    """Whether an autoencoder is more than a decoder."""
+def has_encoder(source: Source) -> bool:
+    """Whether an autoencoder is more than a decoder: its statistics of latents are beside the encoder."""
     return "bn.running_mean" in source.weights()
 
 
@@ -271,13 +270,13 @@ def _check_pairing(
     if transformer.txt_embed_dim != text_encoder.output_size:
         sizes = {2560: "4B", 4096: "8B"}
         raise CheckpointError(
-            f"{sources['transformer'].where} takes prompt embeddings of {transformer.txt_embed_dim} (3 x "
-            f"{transformer.txt_embed_dim // 3}), but the text encoder {sources['text_encoder'].where} gives "
+            f"{sources['transformer'].name} takes prompt embeddings of {transformer.txt_embed_dim} (3 x "
+            f"{transformer.txt_embed_dim // 3}), but the text encoder {sources['text_encoder'].name} gives "
             f"{text_encoder.output_size} (3 x {text_encoder.hidden_size}, "
             f"Qwen3-{sizes.get(text_encoder.hidden_size, '?')}); klein-4b goes with Qwen3-4B and klein-9b with Qwen3-8B"
         )
     if transformer.in_channels != vae.packed_channels:
         raise CheckpointError(
-            f"{sources['transformer'].where} takes {transformer.in_channels} latent channels, but the autoencoder "
+            f"{sources['transformer'].name} takes {transformer.in_channels} latent channels, but the autoencoder "
             f"packs {vae.packed_channels}"
         )

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError, summarize
-from ..lazy import Deferred
+from ..lazy import LazyTensor
 from .formats.gguf import MAGIC, read_gguf
 from .formats.marks import MARK, format_of, mark
 
@@ -127,7 +127,7 @@ def load_safetensors(path: str | os.PathLike[str] | Iterable[str | os.PathLike[s
     else:
         files = [Path(file) for file in path]
     weights = load_files(files)
-    if any(isinstance(weight, Deferred) for weight in weights.values()):
+    if any(isinstance(weight, LazyTensor) for weight in weights.values()):
         raise CheckpointError(f"{path} is GGUF or has F8_E5M2, which open_checkpoint and Flux2Pipeline read")
     absent = sorted(names - weights.keys())
     if absent:
@@ -198,7 +198,7 @@ def _load_mapped(file: Path, header: Mapping[str, tuple[str, tuple[int, ...]]]) 
     for name, (dtype, shape) in header.items():
         if dtype in _DTYPES:
             first, last = entries[name]["data_offsets"]
-            make = _deferred if name.endswith(".weight") else _array
+            make = _lazy_tensor if name.endswith(".weight") else _array
             weights[name] = make(content[start + first : start + last], dtype, shape)
     return weights
 
@@ -207,13 +207,13 @@ def _array(raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> mx.array:
     return _decoded(mx.array(raw).view(_DTYPES[dtype]), dtype).reshape(shape)
 
 
-def _deferred(raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> Deferred:
+def _lazy_tensor(raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> LazyTensor:
     size = math.prod(shape[1:]) * _DTYPES[dtype].size  # of a row
 
     def read(start: int, stop: int) -> mx.array:
         return _array(raw[start * size : stop * size], dtype, (stop - start, *shape[1:]))
 
-    return Deferred(shape, _array(raw[:0], dtype, (0,)).dtype, read)
+    return LazyTensor(shape, _array(raw[:0], dtype, (0,)).dtype, read)
 
 
 def _layer_formats(file: Path) -> dict[str, str]:

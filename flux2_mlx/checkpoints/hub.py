@@ -10,31 +10,31 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
-from ..errors import CheckpointError, InputError, summarize
-from ..families import NANO, RELEASED
+from ..errors import CheckpointError, one_line, summarize
+from ..families import NANO, RELEASED, RELEASED_NAMES, Part
 from .files import read_json
-from .folder import FROM_CONFIG, SCHEDULER, STEMS, TOKENIZER, needed_shards, read_model_index
+from .folder import SCHEDULER, TOKENIZER, config_faults, needed_shards, read_model_index, stems_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILE = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]*/[\w.-]+/[\w./-]+\.(safetensors|gguf)")
 
 
-def lora_file(where: str) -> Path:
+def lora_file(source: str) -> Path:
     """The safetensors file of a LoRA: of a folder, or a repository of the Hub, the only one, or the one that PEFT or
     diffusers would write.
 
     Raises:
         CheckpointError: where there is none, or several that it could be.
     """
-    path = local_path(where)
-    if path is None and HUB_FILE.fullmatch(where):
-        return download_file(where, None)
-    if path is None and HUB_ID.fullmatch(where):
-        return fetching(where, where, None, lambda: _download_lora(where))
+    path = local_path(source)
+    if path is None and HUB_FILE.fullmatch(source):
+        return download_file(source, None)
+    if path is None and HUB_ID.fullmatch(source):
+        return fetching(source, source, None, lambda: _download_lora(source))
     if path is None:
-        raise CheckpointError(f"no LoRA {where!r}: there is no such file or folder")
+        raise CheckpointError(f"no LoRA {source!r}: there is no such file or folder")
     if path.is_dir():
-        return path / _only_lora(where, sorted(file.name for file in path.glob("*.safetensors")))
+        return path / _only_lora(source, sorted(file.name for file in path.glob("*.safetensors")))
     return path
 
 
@@ -45,14 +45,14 @@ def _download_lora(repo: str) -> Path:
     return _snapshot(repo, None, [name, beside]) / name
 
 
-def _only_lora(where: str, files: Sequence[str]) -> str:
+def _only_lora(source: str, files: Sequence[str]) -> str:
     usual = [file for file in files if file in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")]
     for found in (usual, files):
         if len(found) == 1:
             return found[0]
     if not files:
-        raise CheckpointError(f"{where} has no safetensors file")
-    raise CheckpointError(f"{where} has several files; name one: {summarize([f'{where}/{file}' for file in files])}")
+        raise CheckpointError(f"{source} has no safetensors file")
+    raise CheckpointError(f"{source} has several files; name one: {summarize([f'{source}/{file}' for file in files])}")
 
 
 def local_path(name: str) -> Path | None:
@@ -72,41 +72,48 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
     return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
 
 
-def download(name: str, repo: str, revision: str | None, parts: Sequence[str], with_tokenizer: bool) -> Path:
+def download(name: str, repo: str, revision: str | None, parts: Sequence[Part], with_tokenizer: bool) -> Path:
     """Fetch some parts of a Hub repository into the Hub's cache; the snapshot's folder.
 
     Configs come first, so that another model is refused before its weights are fetched.
     """
 
     def fetch() -> Path:
-        configs = ["model_index.json", SCHEDULER, *(f"{part}/config.json" for part in parts)]
-        configs += [f"{part}/*.safetensors.index.json" for part in parts]
+        configs = ["model_index.json", SCHEDULER, *(f"{part.key}/config.json" for part in parts)]
+        configs += [f"{part.key}/*.safetensors.index.json" for part in parts]
         configs += [TOKENIZER, "tokenizer/tokenizer_config.json"] if with_tokenizer else []
         folder = _snapshot(repo, revision, configs)
         if name not in RELEASED and not (folder / "model_index.json").is_file():  # as mflux saves it
-            if not any((folder / part).is_dir() for part in parts):
+            if not any((folder / part.key).is_dir() for part in parts):
                 raise CheckpointError(
                     f"{repo} has neither model_index.json nor a folder transformer{_files_hint(repo)}"
                 )
-            return _snapshot(repo, folder.name, [f"{part}/*.safetensors" for part in parts])
+            return _snapshot(repo, folder.name, [f"{part.key}/*.safetensors" for part in parts])
         read_model_index(folder, parts, with_tokenizer)
-        patterns = []
-        for part in parts:
-            stem = STEMS[part]
-            FROM_CONFIG[part](read_json(folder / part / "config.json"))
-            index = folder / part / f"{stem}.safetensors.index.json"
-            if index.is_file():
-                patterns += [f"{part}/{shard.name}" for shard in needed_shards(index, part)]
-            else:
-                patterns += [f"{part}/{stem}.safetensors", f"{part}/{stem}-*-of-*.safetensors"]
+        patterns = [pattern for part in parts for pattern in _weight_patterns(repo, folder, part)]
         return _snapshot(repo, folder.name, patterns)  # the same commit
 
     return fetching(name, repo, revision, fetch)
 
 
-def download_part(repo: str, part: str) -> Path:
-    """Fetch one component that is a repository of its own: config and weights at its top."""
-    stems = dict.fromkeys((STEMS[part], "model"))
+def _weight_patterns(repo: str, folder: Path, part: Part) -> list[str]:
+    """The weight files to fetch of a part whose config is in a folder.
+
+    Raises:
+        CheckpointError: for another model's config.
+    """
+    config = read_json(folder / part.key / "config.json")
+    with config_faults(f"{repo}/{part.key}"):
+        part.config.from_config(config)
+    index = folder / part.key / f"{part.stem}.safetensors.index.json"
+    if index.is_file():
+        return [f"{part.key}/{shard.name}" for shard in needed_shards(index, part)]
+    return [f"{part.key}/{part.stem}.safetensors", f"{part.key}/{part.stem}-*-of-*.safetensors"]
+
+
+def download_part(repo: str, part: Part) -> Path:
+    """Fetch one part that is a repository of its own: config and weights at its top."""
+    stems = stems_of(part)
     folder = _snapshot(repo, None, ["config.json", *(f"{stem}.safetensors.index.json" for stem in stems)])
     indices = [index for stem in stems if (index := folder / f"{stem}.safetensors.index.json").is_file()]
     if not (folder / "config.json").is_file():
@@ -134,8 +141,6 @@ def fetching(name: str, repo: str, revision: str | None, fetch: Callable[[], Pat
         return fetch()
     except CheckpointError:
         raise
-    except InputError as error:
-        raise CheckpointError(f"{repo}: {error}") from None
     except hub_errors.GatedRepoError:
         raise CheckpointError(
             f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then log in with "
@@ -146,7 +151,7 @@ def fetching(name: str, repo: str, revision: str | None, fetch: Callable[[], Pat
     except hub_errors.RepositoryNotFoundError:
         raise CheckpointError(
             f"no model {name!r}: no such folder here, and the Hub shows no such repository (if it is private or "
-            f"gated, log in with `hf auth login` or set HF_TOKEN); released models: {', '.join(RELEASED)}"
+            f"gated, log in with `hf auth login` or set HF_TOKEN); released models: {RELEASED_NAMES}"
         ) from None
     except (hub_errors.LocalEntryNotFoundError, ConnectionError):
         raise CheckpointError(
@@ -159,7 +164,7 @@ def fetching(name: str, repo: str, revision: str | None, fetch: Callable[[], Pat
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             fault = "the disk is full; HF_HOME moves the Hub's cache"
         else:
-            fault = f"{' '.join(str(error).split()) or type(error).__name__}; run it again to resume"
+            fault = f"{one_line(error)}; run it again to resume"
         raise CheckpointError(f"cannot fetch {repo}: {fault}") from None
 
 

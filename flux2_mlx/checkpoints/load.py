@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from ..device import weights_of
 from ..errors import CheckpointError, summarize
-from ..lazy import INTEGERS, Deferred, cast
+from ..lazy import INTEGERS, LazyTensor, cast
 from ..models.autoencoder import AutoEncoder
 from ..models.config import FluxKleinParams
 from ..models.flux2 import FluxKlein
@@ -22,8 +22,8 @@ from ..models.names.autoencoder import sanitize_taef2_weights
 from ..models.qwen3 import Qwen3TextEncoder
 from ..models.taef2 import TinyDecoder
 from ..quantization.layers import QuantizedEmbedding, QuantizedLinear, dense_layers, quantize
-from ..quantization.packing import PACKED, pack, pack_plainly
-from ..quantization.recipes import QuantizedFluxKlein, mixed, packing_in
+from ..quantization.packing import PACKED, quantize_rtn, quantize_weight
+from ..quantization.recipes import QuantizedFluxKlein, mixed_precision, packed_recipe
 from ..quantization.spec import Quantization
 from .checkpoint import Checkpoint
 from .files import load_safetensors
@@ -34,28 +34,69 @@ M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
-class _Pending:
-    """Of a module, the weights that are still to be converted: each function gives one or a layer's by name."""
+class PendingWeights:
+    """The weights of a module that are still to be converted or packed, each when it is brought into memory.
 
-    make: dict[str, Callable[[], dict[str, mx.array]]] = field(default_factory=dict)
+    A module that ``assign`` filled has them as its attribute ``pending``; ``of`` finds them there. Until then the
+    module holds placeholders of the same shape and dtype.
+
+    Attributes:
+        loaders: by a weight's name; each gives the arrays of its layer by their names, and is called once.
+    """
+
+    loaders: dict[str, Callable[[], dict[str, mx.array]]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(module: nn.Module) -> PendingWeights:
+        """Those of a module; none of one that was not filled from files."""
+        pending = getattr(module, "pending", None)
+        return pending if isinstance(pending, PendingWeights) else PendingWeights()
 
 
-def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, where: str, how: Quantization | None = None) -> M:
+def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, source: str, spec: Quantization | None = None) -> M:
     """Put weights into a module, strictly: all names and shapes must match. They stay lazy, cast to dtype.
 
-    Layers that the weights hold packed stay packed; with ``how`` the others are packed, see quantize.mixed. Latent
+    Layers that the weights hold packed stay packed; with ``spec`` the others are packed, see mixed_precision. Latent
     statistics ("bn.") stay in float32 whatever the dtype.
+
+    Args:
+        source: what messages call the weights.
 
     Raises:
         CheckpointError: naming every missing, unknown, mis-shaped and unreadable weight at once.
     """
     try:
-        quantize(module, packing_in(weights), pack_plainly)
+        quantize(module, packed_recipe(weights), quantize_rtn)
     except CheckpointError as error:
-        raise CheckpointError(f"{where}: {error}") from None
-    expected = weights_of(module)
-    missing = sorted(expected.keys() - weights.keys())
-    unknown = sorted(weights.keys() - expected.keys())
+        raise CheckpointError(str(error), source=source) from None
+    _check_fit(weights_of(module), weights, source)
+    pending = PendingWeights()
+    values = {}
+    for name in weights_of(module):
+        weight = cast(weights[name], mx.float32 if name.startswith("bn.") else dtype)
+        if isinstance(weight, LazyTensor):
+            pending.loaders[name] = partial(_convert, name, weight)
+            weight = mx.full(weight.shape, 0 if weight.dtype in INTEGERS else math.nan, weight.dtype)  # a placeholder
+        values[name] = weight
+    module.load_weights(list(values.items()))
+    if spec is not None:
+        dense = set(dict(dense_layers(module)))
+        quantize(module, mixed_precision(module, spec), quantize_rtn)
+        for path, layer in module.named_modules():
+            if path in dense and isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
+                name = f"{path}.weight"
+                load = pending.loaders.get(name, partial(dict, [(name, weights[name])]))
+                pending.loaders[name] = partial(_convert_and_pack, path, layer.spec, dtype, load)
+    module.pending = pending
+    return module
+
+
+def _check_fit(expected: Mapping[str, mx.array], weights: Mapping[str, Any], source: str) -> None:
+    """Refuse weights that are not those of a module, by names, shapes and kinds of number.
+
+    Raises:
+        CheckpointError: naming every fault.
+    """
     both = sorted(expected.keys() & weights.keys())
     misshaped = [
         f"{name} is {weights[name].shape}, not {expected[name].shape}"
@@ -70,54 +111,35 @@ def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, where: str, h
     faults = [
         f"{len(names)} {fault}: {summarize(names)}"
         for fault, names in (
-            ("missing", missing),
-            ("unknown", unknown),
+            ("missing", sorted(expected.keys() - weights.keys())),
+            ("unknown", sorted(weights.keys() - expected.keys())),
             ("mis-shaped", misshaped),
             ("in formats that are not read", unreadable),
         )
         if names
     ]
     if faults:
-        raise CheckpointError(f"{where}: the weights do not fit the config: {'; '.join(faults)}")
-
-    pending = _Pending()
-    values = {}
-    for name in expected:
-        weight = cast(weights[name], mx.float32 if name.startswith("bn.") else dtype)
-        if isinstance(weight, Deferred):
-            pending.make[name] = partial(_made, name, weight)
-            weight = mx.full(weight.shape, 0 if weight.dtype in INTEGERS else math.nan, weight.dtype)  # stands for it
-        values[name] = weight
-    module.load_weights(list(values.items()))
-    if how is not None:
-        dense = set(dict(dense_layers(module)))
-        quantize(module, mixed(module, how), pack_plainly)
-        for path, layer in module.named_modules():
-            if path in dense and isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
-                name = f"{path}.weight"
-                make = pending.make.get(name, partial(dict, [(name, weights[name])]))
-                pending.make[name] = partial(_made_packed, path, layer.how, dtype, make)
-    module._pending = pending
-    return module
+        raise CheckpointError(f"the weights do not fit the config: {'; '.join(faults)}", source=source)
 
 
-def _made(name: str, weight: Deferred) -> dict[str, mx.array]:
-    return {name: weight.make()}
+def _convert(name: str, weight: LazyTensor) -> dict[str, mx.array]:
+    return {name: weight.load()}
 
 
-def _made_packed(
-    path: str, how: Quantization, dtype: mx.Dtype, make: Callable[[], dict[str, mx.array]]
+def _convert_and_pack(
+    path: str, spec: Quantization, dtype: mx.Dtype, load: Callable[[], dict[str, mx.array]]
 ) -> dict[str, mx.array]:
-    (dense,) = make().values()
-    return {f"{path}.{name}": array for name, array in zip(PACKED, pack(dense, how, dtype, now=True), strict=False)}
+    (dense,) = load().values()
+    packed = quantize_weight(dense, spec, dtype, now=True)
+    return {f"{path}.{name}": array for name, array in zip(PACKED, packed, strict=False)}
 
 
-def to_be_converted(module: nn.Module, prefix: str = "") -> bool:
+def needs_conversion(module: nn.Module, prefix: str = "") -> bool:
     """Whether weights of that prefix come from another format, or are packed, as they are brought into memory."""
-    return any(name.startswith(prefix) for name in vars(module).get("_pending", _Pending()).make)
+    return any(name.startswith(prefix) for name in PendingWeights.of(module).loaders)
 
 
-def materialize(module: nn.Module, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[int]:
+def load_weights(module: nn.Module, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[int]:
     """Bring a module's weights into memory, one after another, since a conversion holds its source until it is done.
 
     Args:
@@ -129,15 +151,15 @@ def materialize(module: nn.Module, wanted: Callable[[str], bool] = lambda _: Tru
     Raises:
         CheckpointError: for scales that are not finite.
     """
-    make = vars(module).get("_pending", _Pending()).make
-    made: dict[str, mx.array] = {}
-    own = weights_of(module)
-    for name in filter(wanted, list(own)):
-        array = own.pop(name)
-        if name in make:
-            made |= make.pop(name)()
-        if name in made:
-            array = made.pop(name)
+    loaders = PendingWeights.of(module).loaders
+    loaded: dict[str, mx.array] = {}
+    lazy = weights_of(module)
+    for name in filter(wanted, list(lazy)):
+        array = lazy.pop(name)
+        if name in loaders:
+            loaded |= loaders.pop(name)()
+        if name in loaded:
+            array = loaded.pop(name)
             module.load_weights([(name, array)], strict=False)
         mx.eval(array)
         if name.endswith((".scales", ".biases")) and array.dtype != mx.uint8 and not mx.isfinite(array).all().item():
@@ -145,24 +167,24 @@ def materialize(module: nn.Module, wanted: Callable[[str], bool] = lambda _: Tru
         yield array.nbytes
 
 
-def load_transformer(checkpoint: Checkpoint, dtype: mx.Dtype, how: Quantization | None = None) -> FluxKlein:
+def load_transformer(checkpoint: Checkpoint, dtype: mx.Dtype, spec: Quantization | None = None) -> FluxKlein:
     """The checkpoint's transformer with lazy weights; those that it holds dense are packed by the recipe.
 
     Raises:
         CheckpointError: for a bad file, or weights that do not fit the config.
     """
     source = checkpoint.sources["transformer"]
-    return assign(FluxKlein(checkpoint.transformer), source.weights(), dtype, source.where, how)
+    return assign(FluxKlein(checkpoint.transformer), source.weights(), dtype, source.name, spec)
 
 
-def load_text_encoder(checkpoint: Checkpoint, dtype: mx.Dtype, how: Quantization | None = None) -> Qwen3TextEncoder:
+def load_text_encoder(checkpoint: Checkpoint, dtype: mx.Dtype, spec: Quantization | None = None) -> Qwen3TextEncoder:
     """The checkpoint's text encoder with lazy weights, up to the last tapped layer; as load_transformer.
 
     Raises:
         CheckpointError: for a bad file, or weights that do not fit the config.
     """
     source = checkpoint.sources["text_encoder"]
-    return assign(Qwen3TextEncoder(checkpoint.text_encoder), source.weights(), dtype, source.where, how)
+    return assign(Qwen3TextEncoder(checkpoint.text_encoder), source.weights(), dtype, source.name, spec)
 
 
 def load_autoencoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> AutoEncoder:
@@ -172,16 +194,16 @@ def load_autoencoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> AutoEncoder:
         CheckpointError: for a bad file, or weights that do not fit the config.
     """
     source = checkpoint.sources["vae"]
-    return assign(AutoEncoder(checkpoint.autoencoder), source.weights(), dtype, source.where)
+    return assign(AutoEncoder(checkpoint.autoencoder), source.weights(), dtype, source.name)
 
 
-def load_preview_decoder(where: str | os.PathLike[str], dtype: mx.Dtype) -> TinyDecoder:
+def load_preview_decoder(file: str | os.PathLike[str], dtype: mx.Dtype) -> TinyDecoder:
     """TAEF2's decoder with lazy weights, from a safetensors file here, or "owner/name/file" on the Hub.
 
     Raises:
         CheckpointError: for a file that is not there, or holds something else.
     """
-    name = os.fspath(where)
+    name = os.fspath(file)
     path = local_path(name)
     if path is None and HUB_FILE.fullmatch(name):
         path = download_file(name, None)
@@ -202,4 +224,4 @@ def load_quantized_flux_klein(weights: Mapping[str, mx.array], params: FluxKlein
     """
     weights = sanitize_flux2_klein_weights(weights)
     dtype = next((weight.dtype for name, weight in weights.items() if ".norm_" in name), mx.bfloat16)
-    return assign(QuantizedFluxKlein(params, packing_in(weights)), weights, dtype, "the weights")
+    return assign(QuantizedFluxKlein(params, packed_recipe(weights)), weights, dtype, "the weights")

@@ -11,8 +11,8 @@ import huggingface_hub
 import mlx.core as mx
 
 from .._version import __version__
-from ..errors import CheckpointError, InputError
-from ..families import RELEASED
+from ..errors import CheckpointError, InputError, one_line
+from ..families import RELEASED, Licence, release_of_size
 from .checkpoint import Checkpoint, open_checkpoint
 from .files import read_header
 from .hub import HUB_ID
@@ -29,12 +29,9 @@ def model_card(checkpoint: Checkpoint, layout: str, recipes: Mapping[str, Mappin
         f"{part.replace('_', ' ')} mostly in {way['bits']} bits, groups of {way['group_size']} ({way['mode']})"
         for part, way in ways.items()
     )
-    sizes = {
-        7680: ("apache-2.0", "The 4B models of FLUX.2 [klein] are under Apache-2.0."),
-        12288: ("other", "The 9B models of FLUX.2 [klein] are under Black Forest Labs' non-commercial licence."),
-    }
-    licence, sentence = sizes.get(checkpoint.transformer.txt_embed_dim, ("other", ""))
-    merged = [Path(str(change)).name for change in checkpoint.sources["transformer"].changes]
+    release = release_of_size(checkpoint.transformer.txt_embed_dim)
+    licence = Licence("other", "") if release is None else release.licence
+    merged = [Path(change.name).name for change in checkpoint.sources["transformer"].changes]
     is_on_hub = HUB_ID.fullmatch(source) is not None and not Path(source).exists()
     return "\n".join(
         [
@@ -42,7 +39,7 @@ def model_card(checkpoint: Checkpoint, layout: str, recipes: Mapping[str, Mappin
             "library_name: mlx",
             "pipeline_tag: text-to-image",
             *([f"base_model: {source}"] if is_on_hub else []),
-            f"license: {licence}",
+            f"license: {licence.identifier}",
             "---",
             "",
             f"# {Path(source).name}, converted by flux2_mlx {__version__}",
@@ -51,7 +48,7 @@ def model_card(checkpoint: Checkpoint, layout: str, recipes: Mapping[str, Mappin
             "encoder has the layers that FLUX.2 [klein] reads and no others, so other programs need their own.",
             "",
             *([f"Merged into the transformer: {', '.join(merged)}.", ""] if merged else []),
-            f"{sentence} The licence of the model that this was made from applies.".strip(),
+            f"{licence.sentence} The licence of the model that this was made from applies.".strip(),
             "",
         ]
     )
@@ -118,7 +115,7 @@ def upload(folder: Path, repo: str) -> str:
         huggingface_hub.upload_folder(repo_id=repo, folder_path=folder)
     except Exception as error:  # the Hub's client, its transfer library and its HTTP library each raise their own
         raise InputError(
-            f"cannot upload to {repo}: {' '.join(str(error).split()) or type(error).__name__}; the folder {folder} "
-            "is whole (log in with `hf auth login` or set HF_TOKEN)"
+            f"cannot upload to {repo}: {one_line(error)}; the folder {folder} is whole (log in with `hf auth login` "
+            "or set HF_TOKEN)"
         ) from None
     return f"https://huggingface.co/{repo}"

@@ -1,15 +1,22 @@
-"""A part's weights as any file has them to those of its module: selected, decoded, renamed."""
+"""A part's weights as any file has them to those of its module: rename(decode(select(weights)))."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from ..models.names.autoencoder import VAE_PREFIXES, rename_autoencoder
-from ..models.names.common import select
-from ..models.names.flux2 import TRANSFORMER_PREFIXES, rename_transformer
-from ..models.names.qwen3 import rename_text_encoder, select_text_encoder
-from .formats.decode import decode
+from ..families import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, Part
+from .formats.decode import decode, dequantize_square
+
+
+def sanitize(part: Part, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The part's own weights of a file, as numbers that its modules hold, under their names; lazy.
+
+    Raises:
+        CheckpointError: for a storage format that is not read.
+    """
+    decoded = decode(part.names.select(weights))
+    return part.names.rename(decoded if part.can_be_packed else dequantize_square(decoded))
 
 
 def sanitize_flux2_klein_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -18,7 +25,7 @@ def sanitize_flux2_klein_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: for a storage format that is not read.
     """
-    return rename_transformer(decode(select(weights, TRANSFORMER_PREFIXES)))
+    return sanitize(TRANSFORMER, weights)
 
 
 def sanitize_qwen3_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,17 +35,14 @@ def sanitize_qwen3_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: for a storage format that is not read.
     """
-    return rename_text_encoder(decode(select_text_encoder(weights)))
+    return sanitize(TEXT_ENCODER, weights)
 
 
 def sanitize_vae_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring an autoencoder, or a decoder alone, to diffusers' names in NHWC: convolutions (out, in, h, w) to
-    (out, h, w, in), and each quantization convolution into the encoder or decoder that it belongs to.
-
-    The layout is the checkpoint's, told once for all its tensors by the decoder's first convolution. The attention's
+    """Bring an autoencoder, or a decoder alone, to diffusers' names in NHWC: see rename_autoencoder. The attention's
     matrices become dense and two-dimensional, however they are stored.
 
     Raises:
         CheckpointError: for a storage format that is not read.
     """
-    return rename_autoencoder(decode(select(weights, VAE_PREFIXES)))
+    return sanitize(AUTOENCODER, weights)

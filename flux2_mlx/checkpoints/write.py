@@ -25,14 +25,11 @@ from tqdm.auto import tqdm
 
 from .._version import __version__
 from ..errors import CheckpointError, InputError
-from ..lazy import Deferred, cast
-from ..models.flux2 import FluxKlein
-from ..models.names.autoencoder import bfl_vae, diffusers_vae
-from ..models.names.flux2 import bfl_transformer
-from ..models.qwen3 import Qwen3TextEncoder
+from ..families import PARTS
+from ..lazy import LazyTensor, cast
 from ..quantization.layers import QuantizedEmbedding, QuantizedLinear, dense_layers, quantize
-from ..quantization.packing import PACKED, pack, pack_plainly
-from ..quantization.recipes import mixed, packing_in
+from ..quantization.packing import PACKED, quantize_rtn, quantize_weight
+from ..quantization.recipes import mixed_precision, packed_recipe
 from ..quantization.spec import Quantization
 from .checkpoint import Checkpoint
 from .files import read_header
@@ -53,7 +50,7 @@ NUMBER_TYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of the result, made when it is written; ``make`` is called once and keeps nothing."""
+    """A tensor of the result, made when it is written; ``make`` is called once and holds nothing afterwards."""
 
     shape: tuple[int, ...]
     dtype: mx.Dtype
@@ -67,28 +64,28 @@ class Entry:
 def dense_entry(name: str, weight: Any) -> Entry:
     """A weight in bfloat16; integers, latent statistics and what is packed stay as they are."""
     scale = name.endswith((".scales", ".biases"))
-    kept = weight if name.startswith("bn.") or scale else cast(weight, mx.bfloat16)
-    held = [kept]
+    value = weight if name.startswith("bn.") or scale else cast(weight, mx.bfloat16)
+    held = [value]
 
     def make() -> mx.array:
-        value = held.pop()
-        return value.make() if isinstance(value, Deferred) else value
+        taken = held.pop()
+        return taken.load() if isinstance(taken, LazyTensor) else taken
 
-    return Entry(tuple(kept.shape), kept.dtype, make)
+    return Entry(tuple(value.shape), value.dtype, make)
 
 
-def packed_entries(layer: str, weight: Any, how: Quantization) -> dict[str, Entry]:
+def packed_entries(layer: str, weight: Any, spec: Quantization) -> dict[str, Entry]:
     """A dense weight as the packed layer's arrays; it is packed when the first of them is written."""
     held, parts = [weight], dict[str, mx.array]()
 
     def make(kind: str) -> mx.array:
         if held:
             dense = held.pop()
-            dense = dense.make() if isinstance(dense, Deferred) else dense
-            parts.update(zip(PACKED, pack(dense, how, mx.bfloat16, now=True), strict=False))
+            dense = dense.load() if isinstance(dense, LazyTensor) else dense
+            parts.update(zip(PACKED, quantize_weight(dense, spec, mx.bfloat16, now=True), strict=False))
         return parts.pop(kind)
 
-    shapes = pack_plainly(mx.zeros(weight.shape, mx.bfloat16), how)
+    shapes = quantize_rtn(mx.zeros(weight.shape, mx.bfloat16), spec)
     return {
         f"{layer}.{kind}": Entry(tuple(array.shape), array.dtype, partial(make, kind))
         for kind, array in zip(PACKED, shapes, strict=False)
@@ -96,16 +93,16 @@ def packed_entries(layer: str, weight: Any, how: Quantization) -> dict[str, Entr
 
 
 def entries_of(
-    module: nn.Module, weights: dict[str, Any], how: Quantization | None
+    module: nn.Module, weights: dict[str, Any], spec: Quantization | None
 ) -> tuple[dict[str, Entry], dict[str, Any]]:
-    """A component's tensors, taken out of ``weights``, with ``how`` the dense matrices packed; and what its config is
+    """A component's tensors, taken out of ``weights``, with ``spec`` the dense matrices packed; and what its config is
     to say of the packing.
 
     Raises:
         InputError: for a layer whose inputs are no multiple of the group size.
     """
-    quantize(module, packing_in(weights), pack_plainly)
-    recipe = mixed(module, how) if how is not None else lambda *_: None
+    quantize(module, packed_recipe(weights), quantize_rtn)
+    recipe = mixed_precision(module, spec) if spec is not None else lambda *_: None
     ways = {path: recipe(path, layer) for path, layer in dense_layers(module)}
     result: dict[str, Entry] = {}
     while weights:
@@ -118,15 +115,15 @@ def entries_of(
         else:
             way.check(layer, weight.shape[1])
             result |= packed_entries(layer, weight, way)
-    return result, recipe_of(module, ways)
+    return result, packing_config(module, ways)
 
 
-def recipe_of(module: nn.Module, dense: Mapping[str, Quantization | None]) -> dict[str, Any]:
+def packing_config(module: nn.Module, dense: Mapping[str, Quantization | None]) -> dict[str, Any]:
     """How a component's layers are packed, for its config: the commonest way, and the layers with another or none."""
     layers: dict[str, Any] = {path: way and asdict(way) for path, way in dense.items()}
     for path, layer in module.named_modules():
         if isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
-            layers[path] = asdict(layer.how)
+            layers[path] = asdict(layer.spec)
     ways = [way for way in layers.values() if way is not None]
     if not ways:
         return {}
@@ -206,7 +203,6 @@ def convert(
         raise InputError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     if target.exists():
         raise InputError(f"{target} exists; give another name, or take it away")
-    how = dict(quantization or {})
     parent = target.absolute().parent
     if not parent.is_dir():
         raise InputError(f"{parent} is no folder")
@@ -214,49 +210,84 @@ def convert(
     load_transformer(checkpoint, mx.bfloat16)
     load_text_encoder(checkpoint, mx.bfloat16)
     load_autoencoder(checkpoint, mx.bfloat16)
-    weights = {part: source.weights() for part, source in checkpoint.sources.items()}
-    files: dict[str, dict[str, Entry]] = {}
+    weights = {key: source.weights() for key, source in checkpoint.sources.items()}
+    specs = dict(quantization or {})
     recipes: dict[str, dict[str, Any]] = {}
     if layout == "bfl":
-        packed = sorted(name for part in weights.values() for name in part if name.endswith(".scales"))
-        if how or packed:
-            raise InputError("BFL's files hold no packed weights; take a checkpoint with dense ones, and no --quantize")
-        named = {
-            "transformer": bfl_transformer(weights.pop("transformer")),
-            "ae": bfl_vae(weights.pop("vae")),
-            "text_encoder": weights.pop("text_encoder"),
-        }
-        for single, tensors in named.items():
-            files[f"{single}.safetensors"] = {name: dense_entry(name, weight) for name, weight in tensors.items()}
-            tensors.clear()
+        files = _bfl_files(weights, is_packed=bool(specs))
     else:
-        modules: dict[str, nn.Module] = {
-            "transformer": FluxKlein(checkpoint.transformer),
-            "text_encoder": Qwen3TextEncoder(checkpoint.text_encoder),
-        }
-        made = {part: entries_of(module, weights[part], how.get(part)) for part, module in modules.items()}
-        parts = {part: entries for part, (entries, _) in made.items()}
-        recipes = {part: recipe for part, (_, recipe) in made.items()}
-        vae = diffusers_vae(weights.pop("vae"))
-        parts["vae"] = {name: dense_entry(name, vae.pop(name)) for name in list(vae)}
-        for part, entries in parts.items():
-            stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-            shards = shards_of(entries, SHARD_BYTES)
-            for k, shard in enumerate(shards):
-                suffix = f"-{k + 1:05}-of-{len(shards):05}" if len(shards) > 1 else ""
-                files[f"{part}/{stem}{suffix}.safetensors"] = shard
+        files, recipes = _diffusers_files(checkpoint, weights, specs)
     total = sum(entry.nbytes for entries in files.values() for entry in entries.values())
     free = shutil.disk_usage(parent).free
     if free < total + 2**20:
         raise InputError(f"{target} needs {total / 1e9:.2f} GB and {free / 1e9:.2f} GB are free in {parent}")
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
+    with tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=not progress) as bar:
+        _write_folder(target, files, checkpoint, partial(_texts, checkpoint, layout, recipes), bar.update)
+
+
+Files = dict[str, dict[str, Entry]]  # the tensors of each file, by its path in the folder
+
+
+def _bfl_files(weights: dict[str, dict[str, Any]], *, is_packed: bool) -> Files:
+    """BFL's single files, one a part; the weights are taken out of ``weights``.
+
+    Raises:
+        InputError: for packed weights, asked for or there.
+    """
+    if is_packed or any(name.endswith(".scales") for part in weights.values() for name in part):
+        raise InputError("BFL's files hold no packed weights; take a checkpoint with dense ones, and no --quantize")
+    files: Files = {}
+    for key, part in PARTS.items():
+        tensors = part.names.to_bfl(weights.pop(key))
+        files[f"{part.bfl_stem}.safetensors"] = {name: dense_entry(name, tensors.pop(name)) for name in list(tensors)}
+    return files
+
+
+def _diffusers_files(
+    checkpoint: Checkpoint, weights: dict[str, dict[str, Any]], specs: Mapping[str, Quantization]
+) -> tuple[Files, dict[str, dict[str, Any]]]:
+    """The shards of each part in the diffusers layout, and what each part's config says of its packing; the weights
+    are taken out of ``weights``.
+
+    Raises:
+        InputError: for a layer whose inputs are no multiple of the group size.
+    """
+    files: Files = {}
+    recipes: dict[str, dict[str, Any]] = {}
+    for key, part in PARTS.items():
+        tensors = part.names.to_diffusers(weights.pop(key))
+        if part.can_be_packed:
+            entries, recipes[key] = entries_of(part.module(checkpoint.configs[key]), tensors, specs.get(key))
+        else:
+            entries = {name: dense_entry(name, tensors.pop(name)) for name in list(tensors)}
+        shards = shards_of(entries, SHARD_BYTES)
+        for k, shard in enumerate(shards):
+            suffix = f"-{k + 1:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+            files[f"{key}/{part.stem}{suffix}.safetensors"] = shard
+    return files, recipes
+
+
+def _write_folder(
+    target: Path,
+    files: Files,
+    checkpoint: Checkpoint,
+    texts: Callable[[Sequence[str], Path], Mapping[str, str]],
+    written: Callable[[int], object],
+) -> None:
+    """Write the folder beside its place, and give it its name when it is whole; nothing is left of half a one.
+
+    Args:
+        files: taken out one by one.
+        texts: of the weight files that were written, and the folder, the files of text by name.
+        written: is told the bytes of each tensor.
+    """
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
     try:
         sums = {}
-        with tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=not progress) as bar:
-            for name in list(files):
-                (unfinished / name).parent.mkdir(exist_ok=True)
-                sums[name] = write_safetensors(unfinished / name, files.pop(name), bar.update)
-        for name, content in _texts(checkpoint, layout, recipes, list(sums), unfinished).items():
+        for name in list(files):
+            (unfinished / name).parent.mkdir(exist_ok=True)
+            sums[name] = write_safetensors(unfinished / name, files.pop(name), written)
+        for name, content in texts(list(sums), unfinished).items():
             (unfinished / name).parent.mkdir(exist_ok=True)
             (unfinished / name).write_text(content, encoding="utf-8")
         tokenizer = unfinished / "tokenizer"
@@ -299,14 +330,8 @@ def _texts(
             "use_dynamic_shifting": True,
             "time_shift_type": "exponential",
         }
-        shapes = {
-            "transformer": checkpoint.transformer.to_config(),
-            "text_encoder": checkpoint.text_encoder.to_config(),
-            "vae": checkpoint.autoencoder.to_config(),
-        }
-        for part, config in shapes.items():
-            config |= recipes.get(part, {})
-            configs[f"{part}/config.json"] = config
+        for part, config in checkpoint.configs.items():
+            configs[f"{part}/config.json"] = config.to_config() | recipes.get(part, {})
             shards = [name for name in written if name.startswith(f"{part}/")]
             if len(shards) > 1:
                 stem = Path(shards[0]).name.split("-00001-of-")[0]

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from ..adapters.lora import fused, parse_lora
+from ..adapters.lora import fuse, parse_lora
 from ..checkpoints.checkpoint import open_checkpoint
 from ..checkpoints.write import LAYOUTS, convert
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..quantization.spec import AFFINE_BITS, FLOAT_MODES, parse_options
 
 # What belongs to the model besides its name, as Flux2Pipeline.from_pretrained takes it.
@@ -78,7 +78,7 @@ def write_model(arguments: argparse.Namespace, loras: Sequence[str] = (), partia
     packed = parse_options(arguments.quantize, arguments.quantize_text_encoder, arguments.group_size)
     parts = {name: getattr(arguments, name) for name in PART_OPTIONS}
     given = [parse_lora(text) for text in loras]
-    checkpoint = fused(open_checkpoint(arguments.model, revision=arguments.revision, **parts), given, partial)
+    checkpoint = fuse(open_checkpoint(arguments.model, revision=arguments.revision, **parts), given, partial)
     convert(checkpoint, arguments.target, layout=arguments.layout, quantization=packed, progress=not arguments.quiet)
     print(arguments.target)
 
@@ -92,7 +92,7 @@ def run_command(run: Callable[[], None]) -> int:
     try:
         run()
     except (InputError, OSError) as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)

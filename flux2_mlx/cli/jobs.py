@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..pipeline import Flux2Pipeline
 from ..runtime.distributed import launched
 from .arguments import build_parser, check, complete, outputs_of
@@ -156,7 +156,7 @@ class Jobs:
                     self._draw(job)
                 except JOB_FAULTS as error:
                     self.failed.append(job.number)
-                    print(f"error: line {job.number}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+                    print(f"error: line {job.number}: {one_line(error)}", file=sys.stderr)
 
     def _encode(self, jobs: Sequence[Job]) -> None:
         """Encode the prompts of the jobs that use the same model as the first, in one go. A fault is told when the job

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..checkpoints.checkpoint import check_keeps
+from ..checkpoints.checkpoint import check_kv_support
 from ..device import machine_memory
-from ..families import KV, MAX_SEQUENCE_LENGTH, RELEASED
+from ..families import MAX_SEQUENCE_LENGTH, find_release
 from ..models.config import AutoEncoderConfig
 from ..options import dtype_of
 from ..quantization.spec import parse_options
@@ -24,19 +24,19 @@ from .runner import open_pipeline, plan_of, use_loras
 
 def print_plan(arguments: argparse.Namespace) -> None:
     """Print what drawing needs: of a released model from its known shapes, else from the files."""
-    name = next((name for name, repo in RELEASED.items() if arguments.model in (name, repo)), None)
+    release = find_release(arguments.model)
     others = [getattr(arguments, part) for part in PART_OPTIONS if part not in ("distilled", "kv_cache")]
     dtype = dtype_of(arguments.dtype)
     if arguments.plan == "measure":
         measure(dtype)
-    if name is None or any(others) or arguments.lora or Path(arguments.model).exists():
+    if release is None or any(others) or arguments.lora or Path(arguments.model).exists():
         pipe = open_pipeline(arguments)
         use_loras(pipe, arguments)
         plan, checkpoint = plan_of(pipe, arguments), pipe.checkpoint
         print(f"{plan}\n{duration(plan, arguments, checkpoint.autoencoder.sample_size, checkpoint.is_distilled)}")
         return
     if arguments.kv_cache:
-        check_keeps(name)
+        check_kv_support(release.name)
     packed = parse_options(arguments.quantize, arguments.quantize_text_encoder, arguments.group_size)
     side = AutoEncoderConfig.sample_size
     height, width, references = sizes_of(arguments, side)
@@ -45,20 +45,20 @@ def print_plan(arguments: argparse.Namespace) -> None:
         width,
         arguments.max_sequence_length or MAX_SEQUENCE_LENGTH,
         references,
-        name == KV if arguments.kv_cache is None else arguments.kv_cache,
+        release.has_kv_cache if arguments.kv_cache is None else arguments.kv_cache,
         caches_steps=arguments.step_cache is not None,
         frozen=arguments.reuse,
     )
     plan = make_plan(
-        *released_modules(name, dtype, packed),
+        *released_modules(release.name, dtype, packed),
         workload,
         dtype=dtype,
         limit=arguments.memory_limit or machine_memory(),
         memory=arguments.memory,
     )
-    distilled = "base" not in name if arguments.distilled is None else arguments.distilled
+    distilled = release.is_distilled if arguments.distilled is None else arguments.distilled
     print(f"{plan}\n{duration(plan, arguments, side, distilled)}")
-    print(f"download: up to {download_bytes(name) / 1e9:.1f} GB")
+    print(f"download: up to {download_bytes(release.name) / 1e9:.1f} GB")
 
 
 def duration(plan: Plan, arguments: argparse.Namespace, side: int, distilled: bool) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from ..disk_cache import cache_folder
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..imaging.files import FORMATS, open_image, save_image
 from ..options import check_options
 from ..request import Settings
@@ -243,7 +243,7 @@ def converse(session: Session, first: str | None = None) -> None:
             except UnicodeDecodeError as error:
                 print(f"error: that is not {error.encoding} text", file=sys.stderr)
             except JOB_FAULTS as error:
-                print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+                print(f"error: {one_line(error)}", file=sys.stderr)
             else:
                 if said is None:
                     return

@@ -272,7 +272,7 @@ class Qwen3Config(_Config):
 class AutoEncoderConfig(_Config):
     """The autoencoder's shape, in diffusers' field names. Defaults are FLUX.2's.
 
-    ``sample_size`` is the side in pixels of the pictures that the checkpoint is for.
+    ``sample_size`` is the side in pixels of the images that the checkpoint is for.
     ``decoder_block_out_channels`` of None means the encoder's. ``batch_norm_eps`` belongs to the statistics of the
     packed latents; ``norm_eps`` to the GroupNorms, which diffusers fixes at 1e-6.
     """

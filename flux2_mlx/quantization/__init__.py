@@ -1,1 +1,1 @@
-"""Packed layers: how, which, and with what."""
+"""Quantization: packed weights, the layers that hold them, and which layers get how many bits."""

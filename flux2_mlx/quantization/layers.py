@@ -1,4 +1,4 @@
-"""Quantization: which layers are packed into how few bits, the packed layers, and the packed transformer.
+"""Packed layers, and how a module gets them in the place of its dense ones.
 
 A packed layer keeps ``weight`` (integers in uint32 words), ``scales`` and, in the affine mode, ``biases``, one of each
 for a group of inputs, as mlx.core.quantize makes them. It multiplies few rows with MLX's fused kernel, and many by
@@ -20,52 +20,55 @@ from ..device import machine_name
 from ..disk_cache import read_table, write_table
 from ..errors import InputError
 from ..models.layers import Linear, apply_adapters
-from .packing import Packing, pack, unpack
+from .packing import Packing, dequantize, quantize_weight
 from .spec import Quantization
 
-# Rows of an input from which a packed layer unpacks its weight and multiplies densely, where nothing was measured.
-DENSE_ROWS = 128
-
-# What is measured to find out, and the answer where the fused product wins everywhere; what was found in this process.
-MEASURED_ROWS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-NEVER = 1 << 62
-_measured: dict[str, int] = {}
+DENSE_ROWS = 128  # rows of an input from which a packed layer unpacks its weight, where nothing was measured
+MEASURED_ROWS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # that autotune tries
+ALWAYS_FUSED = 1 << 62  # rows that no input has: the fused product was the faster one with all of MEASURED_ROWS
+_measured: dict[str, int] = {}  # what autotune found in this process, by machine, shape, packing and dtype
 
 
 class QuantizedLinear(nn.Module):
     """x (..., in) to (..., out) with a packed weight and no bias.
 
     Args:
-        dense: the layer that this one stands for; its weight is packed lazily.
-        packing: pack, or pack_plainly where only shapes matter, since the values come later.
+        dense: the layer that this one replaces; its weight is packed lazily.
+        packing: quantize_weight, or quantize_rtn where only shapes matter, since the values come later.
 
     Attributes:
-        dense_rows: of x, from which the weight is unpacked; see tune.
+        spec: how the weight is packed.
+        dense_rows: rows of x from which the weight is unpacked; see autotune.
+        deltas: the adapters beside the weight, as a Linear's; absent where there are none.
     """
 
-    def __init__(self, dense: Linear, how: Quantization, packing: Packing = pack):
+    deltas: list[nn.Module]
+
+    def __init__(self, dense: Linear, spec: Quantization, packing: Packing = quantize_weight):
         super().__init__()
-        self.how = how
+        self.spec = spec
         self.dense_rows = DENSE_ROWS
-        set_packed(self, packing(dense.weight, how))
+        set_packed(self, packing(dense.weight, spec))
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.outputs(x)
 
     def outputs(self, x: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
-        """Those from start to stop: (..., stop - start)."""
+        """Rows start to stop of the weight applied to x: (..., in) to (..., stop - start)."""
         multiply = self.dense if x.size // x.shape[-1] >= self.dense_rows else self.fused
         return apply_adapters(self, x, multiply(x, start, stop), start, stop)
 
     def dense(self, x: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
+        """The product with the unpacked weight, which is not unpacked before x is there."""
         weight, scales, biases = self._rows(start, stop)
         weight = mx.stop_gradient(mx.depends(weight, x))  # or the wait would pass gradients to codes, which have none
-        return x @ unpack(weight, scales, biases, self.how).astype(x.dtype).T
+        return x @ dequantize(weight, scales, biases, self.spec).astype(x.dtype).T
 
     def fused(self, x: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
-        how = self.how
+        """The product by MLX's kernel, which unpacks as it multiplies."""
+        spec = self.spec
         return mx.quantized_matmul(
-            x, *self._rows(start, stop), transpose=True, group_size=how.group_size, bits=how.bits, mode=how.mode
+            x, *self._rows(start, stop), transpose=True, group_size=spec.group_size, bits=spec.bits, mode=spec.mode
         )
 
     def _rows(self, start: int, stop: int | None) -> tuple[mx.array, mx.array, mx.array | None]:
@@ -76,26 +79,27 @@ class QuantizedLinear(nn.Module):
 class QuantizedEmbedding(nn.Module):
     """Token ids (...) to rows (..., dims) of a packed table, in the scales' dtype."""
 
-    def __init__(self, dense: nn.Embedding, how: Quantization, packing: Packing = pack):
+    def __init__(self, dense: nn.Embedding, spec: Quantization, packing: Packing = quantize_weight):
         super().__init__()
-        self.how = how
-        set_packed(self, packing(dense.weight, how))
+        self.spec = spec
+        set_packed(self, packing(dense.weight, spec))
 
     def __call__(self, ids: mx.array) -> mx.array:
         biases = self.get("biases")
-        return unpack(self.weight[ids], self.scales[ids], None if biases is None else biases[ids], self.how)
+        return dequantize(self.weight[ids], self.scales[ids], None if biases is None else biases[ids], self.spec)
 
 
 PACKED_LAYERS = {Linear: QuantizedLinear, nn.Embedding: QuantizedEmbedding}
 
 
 def set_packed(layer: nn.Module, packed: tuple[mx.array, ...]) -> None:
+    """Give a packed layer its arrays, which are not trained."""
     for name, array in zip(("weight", "scales", "biases"), packed, strict=False):
         layer[name] = array
     layer.freeze()
 
 
-# Which layers of a module are packed, and how: (path, layer) to Quantization, or None for a layer that stays as it is.
+# (path, layer) to how that layer is packed, or None for one that stays as it is.
 Recipe = Callable[[str, nn.Module], "Quantization | None"]
 
 
@@ -106,7 +110,7 @@ def dense_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, layer
 
 
-def quantize(module: nn.Module, recipe: Recipe, packing: Packing = pack) -> None:
+def quantize(module: nn.Module, recipe: Recipe, packing: Packing = quantize_weight) -> None:
     """Replace layers by packed ones, in place. Lazy weights stay lazy: each is packed when it is first needed.
 
     Raises:
@@ -114,18 +118,18 @@ def quantize(module: nn.Module, recipe: Recipe, packing: Packing = pack) -> None
     """
     packed = {}
     for path, layer in dense_layers(module):
-        how = recipe(path, layer)
-        if how is None:
+        spec = recipe(path, layer)
+        if spec is None:
             continue
-        how.check(path, layer.weight.shape[1])
-        packed[path] = PACKED_LAYERS[type(layer)](layer, how, packing)
+        spec.check(path, layer.weight.shape[1])
+        packed[path] = PACKED_LAYERS[type(layer)](layer, spec, packing)
     _replace(module, packed)
 
 
-def tune(module: nn.Module, dtype: mx.Dtype, wanted: Callable[[str], bool] = lambda _: True) -> None:
-    """Let each packed linear layer of a loaded module know from how many rows it is faster unpacked.
+def autotune(module: nn.Module, dtype: mx.Dtype, wanted: Callable[[str], bool] = lambda _: True) -> None:
+    """Set each packed linear layer's ``dense_rows``: from how many rows of an input it is faster unpacked.
 
-    The environment variable FLUX2_MLX_DENSE_ROWS says it for all of them. Otherwise it is measured, once on a machine
+    The environment variable FLUX2_MLX_DENSE_ROWS sets it for all of them. Otherwise it is measured, once on a machine
     for each shape, packing and dtype, and kept in dense_rows.json in the cache folder; after a change of the BLAS that
     the CPU backend uses, delete that file.
 
@@ -149,9 +153,9 @@ def tune(module: nn.Module, dtype: mx.Dtype, wanted: Callable[[str], bool] = lam
     table = read_table("dense_rows") | _measured
     new = False
     for layer in layers:
-        rows, how = layer.weight.shape[0], layer.how
-        columns = layer.weight.shape[1] * 32 // how.bits
-        key = f"{machine_name()}: {rows} x {columns} {dtype}, {how}"
+        rows, spec = layer.weight.shape[0], layer.spec
+        columns = layer.weight.shape[1] * 32 // spec.bits
+        key = f"{machine_name()}: {rows} x {columns} {dtype}, {spec}"
         if not isinstance(table.get(key), int):
             table[key] = _measured[key] = _measured_rows(layer, columns, dtype)
             new = True
@@ -166,11 +170,11 @@ def _measured_rows(layer: QuantizedLinear, columns: int, dtype: mx.Dtype) -> int
         x = mx.ones((rows, columns), dtype)
         if shortest_seconds(layer.dense, x) <= shortest_seconds(layer.fused, x):
             return rows
-    return NEVER
+    return ALWAYS_FUSED
 
 
 def shortest_seconds(function: Callable[..., mx.array], *arrays: mx.array) -> float:
-    """Of the shorter of two calls, after a first one that may compile a kernel."""
+    """Seconds of the shorter of two calls, after a first one that may compile a kernel."""
     seconds = []
     for _ in range(3):
         start = time.perf_counter()

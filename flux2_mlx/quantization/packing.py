@@ -11,7 +11,7 @@ from ..device import on_gpu
 from ..errors import CheckpointError
 from .spec import Quantization
 
-PACKED = ("weight", "scales", "biases")  # what MLX keeps of a quantized layer
+PACKED = ("weight", "scales", "biases")  # the arrays of a quantized layer in MLX
 
 
 def bits_and_group(weights: Mapping[str, Any], layer: str, columns: int) -> tuple[int, int]:
@@ -31,50 +31,48 @@ def bits_and_group(weights: Mapping[str, Any], layer: str, columns: int) -> tupl
     )
 
 
-# Up to so many bits are fitted to the weight, in so many rounds from a part of each group's range, so many weights at a
-# time. With more, what is gained is less than what a bias loses as a 16-bit number.
-FITTED_BITS = 5
-FITTED_ROUNDS, FITTED_RANGE = 4, 0.95
-PACKED_AT_ONCE = 2**21
+FITTED_BITS = 5  # bits up to which scales are fitted; with more, a bias in 16 bits loses more than that gains
+FITTED_ROUNDS, FITTED_RANGE = 4, 0.95  # rounds of fitting, and the share of a group's range that they begin with
+PACKED_AT_ONCE = 2**21  # weights that are packed at one time
 Packing = Callable[[mx.array, Quantization], tuple[mx.array, ...]]
 
 
-def pack(
-    weight: mx.array, how: Quantization, dtype: mx.Dtype | None = None, *, now: bool = False
+def quantize_weight(
+    weight: mx.array, spec: Quantization, dtype: mx.Dtype | None = None, *, now: bool = False
 ) -> tuple[mx.array, ...]:
-    """A weight (out, in) as (weight, scales, biases) or, without offsets, (weight, scales), as if it were in another
-    dtype, to which it is brought in parts.
+    """Pack a weight (out, in): (weight, scales, biases) or, of formats without offsets, (weight, scales).
 
-    Formats, and more than FITTED_BITS, are mlx.core.quantize's; fewer bits are fitted to the weight.
+    Formats, and more than FITTED_BITS, are mlx.core.quantize's; scales and biases of fewer bits are fitted.
 
     Args:
+        dtype: that the weight is cast to before, in parts; its own unless given.
         now: compute each part before the next, or MLX, which computes ahead, holds what several are made of.
     """
-    packing = _fitted if how.mode == "affine" and how.bits <= FITTED_BITS else pack_plainly
+    packing = _quantize_fitted if spec.mode == "affine" and spec.bits <= FITTED_BITS else quantize_rtn
     rows = max(1, PACKED_AT_ONCE // weight.shape[1])
     dtype = weight.dtype if dtype is None else dtype
     parts = []
     for top in range(0, weight.shape[0], rows):
-        parts.append(packing(weight[top : top + rows].astype(dtype), how))
+        parts.append(packing(weight[top : top + rows].astype(dtype), spec))
         if now:
             mx.eval(parts[-1])
     return tuple(mx.concatenate(list(part)) for part in zip(*parts, strict=True))
 
 
-def pack_plainly(weight: mx.array, how: Quantization) -> tuple[mx.array, ...]:
-    """The same arrays as pack's, by mlx.core.quantize: one lazy operation."""
-    return tuple(mx.quantize(weight, group_size=how.group_size, bits=how.bits, mode=how.mode))
+def quantize_rtn(weight: mx.array, spec: Quantization) -> tuple[mx.array, ...]:
+    """The same arrays as quantize_weight's, by mlx.core.quantize: one lazy operation."""
+    return tuple(mx.quantize(weight, group_size=spec.group_size, bits=spec.bits, mode=spec.mode))
 
 
-def _fitted(weight: mx.array, how: Quantization) -> tuple[mx.array, mx.array, mx.array]:
+def _quantize_fitted(weight: mx.array, spec: Quantization) -> tuple[mx.array, mx.array, mx.array]:
     """Codes, scales and biases of the least squared error, by turns: the nearest codes for a scale and a bias, then
     the scale and bias of the regression of the weights on those codes.
 
     The codes of a group's least and greatest weight waste the range on two weights; a search for better ends without
     data is that of Half-Quadratic Quantization (Badri and Shaji, 2023), here with the squared error.
     """
-    top = 2**how.bits - 1
-    groups = weight.astype(mx.float32).reshape(weight.shape[0], -1, how.group_size)
+    top = 2**spec.bits - 1
+    groups = weight.astype(mx.float32).reshape(weight.shape[0], -1, spec.group_size)
     mean = groups.mean(-1, keepdims=True)
     low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
     scale = mx.maximum((high - low) * (FITTED_RANGE / top), 1e-12)
@@ -88,10 +86,10 @@ def _fitted(weight: mx.array, how: Quantization) -> tuple[mx.array, mx.array, mx
         bias = mean - scale * centre
     scale, bias = scale.astype(weight.dtype), bias.astype(weight.dtype)
     codes = mx.clip(mx.round((groups - bias.astype(mx.float32)) / scale.astype(mx.float32)), 0, top)
-    return _words(codes.reshape(weight.shape).astype(mx.uint32), how.bits), scale[..., 0], bias[..., 0]
+    return pack_codes(codes.reshape(weight.shape).astype(mx.uint32), spec.bits), scale[..., 0], bias[..., 0]
 
 
-def _words(codes: mx.array, bits: int) -> mx.array:
+def pack_codes(codes: mx.array, bits: int) -> mx.array:
     """Codes (out, in) as the words that MLX reads: the codes' bits one after another, lowest first, 32 to a word."""
     codes = codes.reshape(codes.shape[0], -1, 32)
     words = [mx.zeros(codes.shape[:2], mx.uint32)] * bits
@@ -103,25 +101,25 @@ def _words(codes: mx.array, bits: int) -> mx.array:
     return mx.stack(words, axis=-1).reshape(codes.shape[0], -1)
 
 
-def unpack(weight: mx.array, scales: mx.array, biases: mx.array | None, how: Quantization) -> mx.array:
+def dequantize(weight: mx.array, scales: mx.array, biases: mx.array | None, spec: Quantization) -> mx.array:
     """A packed weight (..., words) as (..., inputs), in the dtype of its scales."""
     if biases is None or on_gpu():
-        return mx.dequantize(weight, scales, biases, group_size=how.group_size, bits=how.bits, mode=how.mode)
-    if 32 % how.bits:  # eight codes in so many bytes, for which there is no word
+        return mx.dequantize(weight, scales, biases, group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
+    if 32 % spec.bits:  # eight codes in so many bytes, for which there is no word
         lead, octets = weight.shape[:-1], weight.view(mx.uint8)
-        weight = _lanes(octets.reshape(*lead, -1, how.bits))
-    return _unpacked(weight, scales, biases, how.bits, how.group_size)
+        weight = byte_lanes(octets.reshape(*lead, -1, spec.bits))
+    return _dequantize_lanes(weight, scales, biases, spec.bits, spec.group_size)
 
 
 @mx.compile  # one kernel: mx.dequantize writes out what lies between on the CPU, of odd bits every single one
-def _lanes(octets: mx.array) -> mx.array:
+def byte_lanes(octets: mx.array) -> mx.array:
     """Bytes (..., n) as one number (...), the first byte lowest."""
     parts = [octets[..., k].astype(mx.uint64) << (8 * k) for k in range(octets.shape[-1])]
     return sum(parts[1:], parts[0])
 
 
 @mx.compile
-def _unpacked(lanes: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int) -> mx.array:
+def _dequantize_lanes(lanes: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int) -> mx.array:
     """Numbers (..., n) of several codes, the first one lowest, times their scales, and their biases: (..., inputs)."""
     inputs = scales.shape[-1] * group_size
     shifts = bits * mx.arange(inputs // lanes.shape[-1], dtype=lanes.dtype)

@@ -14,13 +14,11 @@ from ..errors import CheckpointError, InputError
 from ..models.config import FluxKleinParams
 from ..models.flux2 import FluxKlein
 from .layers import QuantizedLinear, Recipe, dense_layers, quantize, set_packed
-from .packing import bits_and_group, pack
+from .packing import bits_and_group, quantize_weight
 from .spec import AFFINE_BITS, FLOAT_MODES, Quantization
 
-# What reads and writes the latents is packed into so many bits, and how many bits a weight, on average, the sensitive
-# layers together may cost.
-FINE_BITS, SPARE_BITS = 8, 0.33
-
+FINE_BITS = 8  # of the layers that read and write the latents
+SPARE_BITS = 0.33  # bits a weight, on average over all, that the sensitive layers may cost together
 
 # The transformer's layers that a small error harms most, per weight: what reads and writes the latents, what attention
 # adds to the image stream of double blocks, then the single blocks, the later the more. And the text encoder's, the
@@ -30,39 +28,39 @@ ATTENTION = re.compile(r"transformer_blocks\.\d+\.attn\.to_out")
 TEXT = re.compile(r"model\.layers\.")
 
 
-def mixed(module: nn.Module, how: Quantization) -> Recipe:
-    """The recipe that packs a component's dense layers as ``how`` says, and the most sensitive ones finer, as long as
+def mixed_precision(module: nn.Module, spec: Quantization) -> Recipe:
+    """The recipe that packs a component's dense layers as ``spec`` says, and the most sensitive ones finer, as long as
     that costs SPARE_BITS a weight or less: a transformer's ends in FINE_BITS, then what attention adds in double
     blocks, and single blocks, which are large, one step above the rest, since the first bit more takes three quarters
     of the squared error; a text encoder's first layers, whose errors go through all others, two steps.
     """
-    if how.mode != "affine" or how.bits >= FINE_BITS:
-        return lambda *_: how
-    above, far_above = ([*AFFINE_BITS, FINE_BITS][AFFINE_BITS.index(how.bits) + step] for step in (1, 2))
+    if spec.mode != "affine" or spec.bits >= FINE_BITS:
+        return lambda *_: spec
+    above, far_above = ([*AFFINE_BITS, FINE_BITS][AFFINE_BITS.index(spec.bits) + step] for step in (1, 2))
     sizes = {path: layer.weight.size for path, layer in dense_layers(module)}
     spare = SPARE_BITS * sum(sizes.values())
     finer = {}
     for pattern, bits in ((ENDS, FINE_BITS), (ATTENTION, above), (SINGLE, above), (TEXT, far_above)):
-        # Of the single blocks the last first, and in a block to_out before to_qkv_mlp_proj.
-        for path in sorted(filter(pattern.match, sizes), key=_number if pattern is TEXT else _last_block_first):
-            cost = sizes[path] * (bits - how.bits)
+        # Order: the last single block first, and in it to_out before to_qkv_mlp_proj.
+        for path in sorted(filter(pattern.match, sizes), key=_block_number if pattern is TEXT else _last_block_first):
+            cost = sizes[path] * (bits - spec.bits)
             if cost <= spare:
                 spare -= cost
-                finer[path] = Quantization(bits, how.group_size)
-    return lambda path, _: finer.get(path, how)
+                finer[path] = Quantization(bits, spec.group_size)
+    return lambda path, _: finer.get(path, spec)
 
 
-def _number(path: str) -> int:
-    """Of its block or layer, 0 where it has none."""
+def _block_number(path: str) -> int:
+    """The number of a layer's block; 0 for a layer outside of the blocks."""
     number = re.search(r"\.(\d+)\.", path)
     return int(number[1]) if number else 0
 
 
 def _last_block_first(path: str) -> tuple[int, str]:
-    return -_number(path), path
+    return -_block_number(path), path
 
 
-def packing_in(weights: Mapping[str, Any]) -> Recipe:
+def packed_recipe(weights: Mapping[str, Any]) -> Recipe:
     """The recipe that the weights themselves follow: a layer with ``scales`` is packed as their shapes say.
 
     Raises (the recipe):
@@ -88,16 +86,15 @@ def packing_in(weights: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-# Of the transformer's layers, those that are multiplied in parts (models.layers.outputs) with the share of the largest
-# part, and those that only ever see one row, and so are not unpacked.
-IN_PARTS = {"to_qkv_mlp_proj": 1 / 3, "linear_in": 1 / 2}
+IN_PARTS = {"to_qkv_mlp_proj": 1 / 3, "linear_in": 1 / 2}  # layers multiplied in parts, and the largest part's share
+# Layers whose input has one row, so that they are never unpacked.
 ONE_ROW = re.compile(r"(\w+_modulation(_\w+)?|norm_out|time_guidance_embed)\.")
 
 
 def dense_bytes(module: nn.Module, dtype: mx.Dtype) -> int:
     """Bytes of all packed matrices once they are unpacked, but for those that never are; 0 without any."""
     return sum(
-        layer.weight.size * 32 // layer.how.bits * dtype.size
+        layer.weight.size * 32 // layer.spec.bits * dtype.size
         for path, layer in module.named_modules()
         if isinstance(layer, QuantizedLinear) and not ONE_ROW.match(path)
     )
@@ -108,12 +105,12 @@ def largest_dense_bytes(module: nn.Module, dtype: mx.Dtype) -> int:
     CPU backend unpacks bits for which there is no word by way of lanes, and other formats by way of 32-bit codes.
     """
 
-    def each(how: Quantization) -> int:
-        beside = 0 if on_gpu() else 4 if how.mode != "affine" else 1 if 32 % how.bits else 0
+    def each(spec: Quantization) -> int:
+        beside = 0 if on_gpu() else 4 if spec.mode != "affine" else 1 if 32 % spec.bits else 0
         return dtype.size + beside
 
     sizes = [
-        int(layer.weight.size * 32 // layer.how.bits * each(layer.how) * IN_PARTS.get(path.rpartition(".")[2], 1))
+        int(layer.weight.size * 32 // layer.spec.bits * each(layer.spec) * IN_PARTS.get(path.rpartition(".")[2], 1))
         for path, layer in module.named_modules()
         if isinstance(layer, QuantizedLinear) and not ONE_ROW.match(path)
     ]
@@ -140,11 +137,11 @@ class QuantizedFluxKlein(FluxKlein):
         Raises:
             InputError: for a combination that MLX does not have.
         """
-        how = Quantization(bits, group_size, mode)
-        packed = cls(model.params, lambda *_: how)
+        spec = Quantization(bits, group_size, mode)
+        packed = cls(model.params, lambda *_: spec)
         weights = weights_of(model)
         for path, layer in packed.named_modules():
             if isinstance(layer, QuantizedLinear):
-                set_packed(layer, pack(weights.pop(f"{path}.weight"), how))
+                set_packed(layer, quantize_weight(weights.pop(f"{path}.weight"), spec))
         packed.load_weights(list(weights.items()), strict=False)
         return packed

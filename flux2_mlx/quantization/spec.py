@@ -1,4 +1,4 @@
-"""How a layer is quantized: bits or a format, and the options that say it."""
+"""How a layer is quantized: bits or a floating point format, and the options that name it."""
 
 from __future__ import annotations
 
@@ -81,17 +81,17 @@ class Quantization:
 def parse_options(
     quantize: int | str | None, quantize_text_encoder: int | str | None, group_size: int | None
 ) -> dict[str, Quantization]:
-    """The options of that name, as pipeline and commands have them, to how each component is packed.
+    """How each part is packed, by its key, from the options of these names.
 
     Raises:
         InputError: for what cannot be, a group size of nothing among it.
     """
     text = quantize if quantize_text_encoder is None else quantize_text_encoder
-    how = {
+    specs = {
         "transformer": Quantization.parse(quantize, group_size),
         "text_encoder": Quantization.parse(text, group_size),
     }
-    packed = {part: quantization for part, quantization in how.items() if quantization is not None}
+    packed = {part: quantization for part, quantization in specs.items() if quantization is not None}
     if group_size is not None and not any(quantization.mode == "affine" for quantization in packed.values()):
         raise InputError(f"group_size {group_size} belongs to quantize in bits, and none is given")
     return packed
@@ -99,9 +99,11 @@ def parse_options(
 
 def options_of(packed: Mapping[str, Quantization]) -> dict[str, Any]:
     """The options that parse_options makes this of."""
-    named: dict[str, int | str] = {part: how.bits if how.mode == "affine" else how.mode for part, how in packed.items()}
+    named: dict[str, int | str] = {
+        part: spec.bits if spec.mode == "affine" else spec.mode for part, spec in packed.items()
+    }
     transformer, text = named.get("transformer"), named.get("text_encoder", "none")
-    groups = [how.group_size for how in packed.values() if how.mode == "affine"]
+    groups = [spec.group_size for spec in packed.values() if spec.mode == "affine"]
     return {
         "quantize": transformer,
         "quantize_text_encoder": None if text == (transformer or "none") else text,

@@ -7,47 +7,51 @@ from collections.abc import Mapping
 import mlx.core as mx
 
 from ..device import stage_dtype, weight_bytes
+from ..errors import InputError
+from ..families import RELEASED_NAMES, Release, find_release
 from ..models.autoencoder import AutoEncoder
-from ..models.config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
+from ..models.config import AutoEncoderConfig
 from ..models.flux2 import FluxKlein
 from ..models.qwen3 import Qwen3TextEncoder
 from ..quantization.layers import quantize
-from ..quantization.packing import pack_plainly
-from ..quantization.recipes import mixed
+from ..quantization.packing import quantize_rtn
+from ..quantization.recipes import mixed_precision
 from ..quantization.spec import Quantization
-
-# Parameters of Qwen3-4B and -8B as they are released, with the layers that klein does not use.
-TEXT_ENCODER_PARAMETERS = {"4b": 4_022_468_096, "9b": 8_190_735_360}
 
 
 def released_modules(
-    name: str, dtype: mx.Dtype, how: Mapping[str, Quantization]
+    name: str, dtype: mx.Dtype, specs: Mapping[str, Quantization]
 ) -> tuple[Qwen3TextEncoder, FluxKlein, AutoEncoder]:
     """The modules of a released model as they will be once they are loaded; their weights are random, lazy, and not
     worth reading.
 
     Args:
-        name: of config.RELEASED.
+        name: of a release.
         dtype: of the transformer.
-        how: the packing of each stage that is packed.
+        specs: how each stage is packed that is.
+
+    Raises:
+        InputError: for a name of no release.
     """
-    small = size_of(name) == "4b"
-    text_encoder = Qwen3TextEncoder(Qwen3Config() if small else Qwen3Config.qwen3_8b())
-    transformer = FluxKlein(FluxKleinParams.klein_4b() if small else FluxKleinParams.klein_9b())
-    autoencoder = AutoEncoder(AutoEncoderConfig())
+    release = _release(name)
+    text_encoder = Qwen3TextEncoder(release.text_encoder)
+    transformer, autoencoder = FluxKlein(release.transformer), AutoEncoder(AutoEncoderConfig())
     for stage, module in (("text_encoder", text_encoder), ("transformer", transformer), ("autoencoder", autoencoder)):
         module.set_dtype(stage_dtype(stage, dtype))
-        if stage in how:
-            quantize(module, mixed(module, how[stage]), pack_plainly)
+        if stage in specs:
+            quantize(module, mixed_precision(module, specs[stage]), quantize_rtn)
     return text_encoder, transformer, autoencoder
 
 
 def download_bytes(name: str) -> int:
     """Bytes of a released model's weights on the Hub, in bfloat16; of the text encoder's files some are not fetched."""
     _, transformer, autoencoder = released_modules(name, mx.bfloat16, {})
-    return weight_bytes(transformer) + weight_bytes(autoencoder) + 2 * TEXT_ENCODER_PARAMETERS[size_of(name)]
+    text_encoder_bytes = _release(name).text_encoder_parameters * mx.bfloat16.size
+    return weight_bytes(transformer) + weight_bytes(autoencoder) + text_encoder_bytes
 
 
-def size_of(name: str) -> str:
-    """A released model's size: "4b" or "9b"."""
-    return "9b" if "9b" in name else "4b"
+def _release(name: str) -> Release:
+    release = find_release(name)
+    if release is None:
+        raise InputError(f"{name!r} is no released model; there are {RELEASED_NAMES}")
+    return release

@@ -20,15 +20,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from tqdm.auto import tqdm
 
-from ..adapters.lora import Lora, attach, attached, merging
+from ..adapters.lora import Lora, adapter_arrays, set_adapters, with_fused
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.files import read_through
-from ..checkpoints.load import load_autoencoder, load_text_encoder, load_transformer, materialize, to_be_converted
+from ..checkpoints.load import load_autoencoder, load_text_encoder, load_transformer, load_weights, needs_conversion
 from ..device import memory_limit, stage_dtype, weight_bytes
 from ..models.autoencoder import AutoEncoder
 from ..models.flux2 import FluxKlein
 from ..models.qwen3 import Qwen3TextEncoder
-from ..quantization.layers import tune
+from ..quantization.layers import autotune
 from ..quantization.spec import Quantization
 from .activations import Pass, kv_bytes, transformer_bytes
 from .plan import Stage, stage_of
@@ -148,7 +148,7 @@ class Stages:
     def _load(self, name: str, module: nn.Module, stage: Stage, weights: int, stats: Stats, *, streams: bool) -> None:
         """Read a module's weights, or of a streamed one those outside of its blocks."""
         dtype = stage_dtype(name, self.dtype)
-        loading = stream(module, partial(self._built, name), dtype) if streams else materialize(module)
+        loading = stream(module, partial(self._built, name), dtype) if streams else load_weights(module)
         with (
             self.bar(f"loading {stage.name}", weights, unit="B", unit_scale=True) as bar,
             memory_limit(self.memory_limit, 0),
@@ -158,7 +158,7 @@ class Stages:
                 for count in loading:
                     bar.update(count)
                 if not streams:
-                    tune(module, dtype)
+                    autotune(module, dtype)
             except BaseException:
                 self._open(name)  # half of a packed layer would go unnoticed
                 raise
@@ -174,7 +174,7 @@ class Stages:
                 f"{self.memory_limit / 1e9:.1f} GB; it will be slow, or fail, for want of memory",
                 stacklevel=2,
             )
-        if streamed is not None and to_be_converted(streamed):
+        if streamed is not None and needs_conversion(streamed):
             warnings.warn(
                 f"the {stage.name} is streamed and its weights are converted in every pass over them; "
                 "python -m flux2_mlx.convert does it once",
@@ -266,16 +266,16 @@ class Stages:
         """
         fused = tuple(lora for lora in loras.values() if lora.merge)
         if fused != self.checkpoint.sources["transformer"].changes:
-            checkpoint = merging(self.checkpoint, fused)
+            checkpoint = with_fused(self.checkpoint, fused)
             checkpoint.sources["transformer"].weights()  # or what is packed would be refused when it is too late
             self.checkpoint, self.loras = checkpoint, dict(loras)
             self.unload("transformer")
             return
         self.loras = dict(loras)
         self.evict()
-        attach(self.transformer, self._beside())
+        set_adapters(self.transformer, self._beside())
         if self._loaded["transformer"] and not is_streamed(self.transformer):
-            mx.eval(attached(self.transformer))
+            mx.eval(adapter_arrays(self.transformer))
 
     def _beside(self) -> list[Lora]:
         return [lora for lora in self.loras.values() if not lora.merge]
@@ -298,5 +298,5 @@ class Stages:
         if name == "text_encoder":
             return load_text_encoder(self.checkpoint, dtype, spec)
         transformer = load_transformer(self.checkpoint, dtype, spec)
-        attach(transformer, self._beside())
+        set_adapters(transformer, self._beside())
         return transformer

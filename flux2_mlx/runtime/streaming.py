@@ -8,29 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..checkpoints.load import materialize, to_be_converted
+from ..checkpoints.load import load_weights, needs_conversion
 from ..device import weights_of
 from ..errors import InputError
-from ..models.flux2 import FluxKlein
-from ..models.qwen3 import Qwen3TextEncoder
-from ..quantization.layers import tune
+from ..families import PARTS
+from ..quantization.layers import autotune
 
 
 def block_paths(model: nn.Module) -> list[str]:
     """A model's blocks in the order in which they run, as prefixes of their weights' names; empty for a model that has
     none.
     """
-    lists: dict[str, list[Any]] = {}
-    if isinstance(model, FluxKlein):
-        lists = {name: getattr(model, name) for name in ("transformer_blocks", "single_transformer_blocks")}
-    elif isinstance(model, Qwen3TextEncoder):
-        lists = {"model.layers": model.model.layers}
-    return [f"{name}.{k}." for name, blocks in lists.items() for k in range(len(blocks))]
+    lists = next((part.blocks for part in PARTS.values() if isinstance(model, part.module)), ())
+    return [f"{name}.{k}." for name in lists for k in range(len(attrgetter(name)(model)))]
 
 
 def streamed_bytes(model: nn.Module) -> int:
@@ -61,7 +57,7 @@ def stream(model: nn.Module, load: Callable[[], nn.Module], dtype: mx.Dtype) -> 
 
     Raises:
         InputError: for a model that was changed since it was opened, whose blocks are not those of its files.
-        CheckpointError: see weights.materialize.
+        CheckpointError: see load_weights.
     """
     paths = tuple(block_paths(model))
     if _shapes(model) != _shapes(load()):
@@ -69,8 +65,8 @@ def stream(model: nn.Module, load: Callable[[], nn.Module], dtype: mx.Dtype) -> 
             f"the {type(model).__name__} was changed after it was opened, and its blocks would be read from the files; "
             'use memory="staged" or "resident"'
         )
-    yield from materialize(model, lambda name: not name.startswith(paths))
-    tune(model, dtype, lambda path: not path.startswith(paths))
+    yield from load_weights(model, lambda name: not name.startswith(paths))
+    autotune(model, dtype, lambda path: not path.startswith(paths))
     model.block_runner = _Blocks(model, load, dtype)
 
 
@@ -100,14 +96,14 @@ class _Blocks:
         out = own(*arguments)
         mx.async_eval(out)
         for path in () if may_end else self.paths[number + 1 : number + 2]:
-            if not to_be_converted(self.fresh, path):
+            if not needs_conversion(self.fresh, path):
                 mx.async_eval([array for name, array in weights_of(self.fresh).items() if name.startswith(path)])
         mx.eval(out)
         return out
 
     def _take(self, path: str) -> nn.Module:
         """A block in memory, which this pass holds no longer."""
-        for _ in materialize(self.fresh, lambda name: name.startswith(path)):
+        for _ in load_weights(self.fresh, lambda name: name.startswith(path)):
             pass
         *parents, last = path[:-1].split(".")
         blocks: Any = self.fresh
@@ -115,5 +111,5 @@ class _Blocks:
             blocks = blocks[name]
         own: nn.Module = blocks[int(last)]
         blocks[int(last)] = nn.Module()
-        tune(own, self.dtype)
+        autotune(own, self.dtype)
         return own

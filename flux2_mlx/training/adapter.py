@@ -41,7 +41,7 @@ class Adapter(nn.Module):
         self._dropout_key = key
 
     def __call__(self, x: mx.array, base: mx.array, out: mx.array, start: int, stop: int | None) -> mx.array:
-        """Add the LoRA's output to ``out``; see adapters.deltas.LowRank."""
+        """Add the LoRA's output to ``out``; see adapters.deltas.LoRADelta."""
         if not self.enabled:
             return out
         if self.training and self._dropout:

@@ -15,14 +15,14 @@ from typing import Any
 import mlx.core as mx
 from tqdm.auto import tqdm
 
-from ..checkpoints.load import materialize
+from ..checkpoints.load import load_weights
 from ..device import memory_limit, weight_bytes, wired_limit
 from ..errors import InputError
 from ..models.autoencoder import AutoEncoder
 from ..models.flux2 import FluxKlein
 from ..models.qwen3 import Qwen3TextEncoder
 from ..pipeline import Flux2Pipeline
-from ..quantization.layers import tune
+from ..quantization.layers import autotune
 from ..runtime.distributed import any_process, check_agreement, launched
 from ..runtime.plan import TrainingPlan, make_training_plan
 from .adapter import adapter_size
@@ -226,9 +226,9 @@ def load_transformer(pipe: Flux2Pipeline, shows_bars: bool) -> None:
     with tqdm(
         desc="loading transformer", total=total, unit="B", unit_scale=True, leave=False, disable=not shows_bars
     ) as bar:
-        for count in materialize(pipe.transformer):
+        for count in load_weights(pipe.transformer):
             bar.update(count)
-    tune(pipe.transformer, pipe.dtype)
+    autotune(pipe.transformer, pipe.dtype)
     mx.clear_cache()
 
 

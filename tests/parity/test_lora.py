@@ -8,8 +8,8 @@ import torch
 from diffusers import Flux2KleinPipeline
 
 from flux2_mlx import FluxKlein, FluxKleinParams, QuantizedFluxKlein
-from flux2_mlx.adapters.lora import attach, open_lora
-from flux2_mlx.checkpoints.load import assign, materialize
+from flux2_mlx.adapters.lora import open_lora, set_adapters
+from flux2_mlx.checkpoints.load import assign, load_weights
 from flux2_mlx.device import weights_of
 from tests import loras, tiny
 from tests.parity.compare import relative_error, to_torch
@@ -41,10 +41,10 @@ def ways(model, file, **options):
     args = inputs(model, 64, 96)
     beside = ported(model)
     own = weights_of(beside)
-    attach(beside, [open_lora(str(file), beside, lambda: own, **options)])
+    set_adapters(beside, [open_lora(str(file), beside, lambda: own, **options)])
     lora = open_lora(str(file), ported(model), lambda: own, merge=True, **options)
     merged = assign(FluxKlein(FluxKleinParams.from_config(model.config)), lora(own), mx.float32, "test")
-    list(materialize(merged))
+    list(load_weights(merged))
     return {"beside": beside(*args), "merged": merged(*args)}
 
 
@@ -104,13 +104,13 @@ def test_several_add_up(model, weights, tmp_path):
         merged = {name: merged[name] + changed[name] - weights[name] for name in merged}
     ours = ported(model)
     own = weights_of(ours)
-    attach(ours, [open_lora(str(file), ours, lambda: own, scale=0.5 + k) for k, file in enumerate(files)])
+    set_adapters(ours, [open_lora(str(file), ours, lambda: own, scale=0.5 + k) for k, file in enumerate(files)])
     assert relative_error(ours(*inputs(model, 64, 96)), velocity_of(merged)) <= 1e-5
     layer = ours.transformer_blocks[0].ff.linear_in
-    assert [type(delta).__name__ for delta in layer.get("deltas", ())] in ([], ["Kronecker", "LowRank"])
+    assert [type(delta).__name__ for delta in layer.get("deltas", ())] in ([], ["LoKrDelta", "LoRADelta"])
     wide = ours.single_transformer_blocks[0].attn.to_qkv_mlp_proj
-    assert [type(delta).__name__ for delta in wide.deltas] == ["Kronecker", "LowRank"], "thin products are one"
-    attach(ours, [])
+    assert [type(delta).__name__ for delta in wide.deltas] == ["LoKrDelta", "LoRADelta"], "thin products are one"
+    set_adapters(ours, [])
     assert relative_error(ours(*inputs(model, 64, 96)), velocity_of(weights)) <= 1e-5
 
 
@@ -126,7 +126,7 @@ def test_packed_weights_keep_what_is_beside_them(model, weights, tmp_path, form)
     file = tmp_path / "a.safetensors"
     merged = loras.write(file, rounded, form="LoRA" if form == "DoRA" else form, dora=form == "DoRA", alpha=2)
     own = weights_of(packed)
-    attach(packed, [open_lora(str(file), packed, lambda: own)])
+    set_adapters(packed, [open_lora(str(file), packed, lambda: own)])
     for rows in (1, 1 << 30):  # unpacked, and by the fused product
         for _, layer in packed.named_modules():
             if "scales" in layer:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from flux2_mlx import Flux2Pipeline, FluxKlein, QuantizedFluxKlein, image_ids, text_ids
 from flux2_mlx.adapters.keys import NAMES, lora_arrays
-from flux2_mlx.adapters.lora import attach, open_lora
+from flux2_mlx.adapters.lora import open_lora, set_adapters
 from flux2_mlx.device import weights_of
 from flux2_mlx.lora import main
 from flux2_mlx.quantization.layers import QuantizedLinear
@@ -164,7 +164,7 @@ def test_diffusers_draws_the_same_with_the_written_file(plain, tmp_path, names):
     assert relative_error(to_mlx(theirs(loaded, *args)), expected) <= 1e-5
     ours = ported(plain)
     own = weights_of(ours)
-    attach(ours, [open_lora(str(file), ours, lambda: own)])
+    set_adapters(ours, [open_lora(str(file), ours, lambda: own)])
     assert relative_error(ours(*args), expected) <= 1e-5
     assert (expected - theirs(plain, *args)).norm() > 3e-3 * expected.norm()
 
@@ -191,7 +191,7 @@ def test_some_of_a_fused_layer_in_names_of_bfl(plain, tmp_path):
         assert opened.metadata()["format"] == "pt"
     again = ported(plain)
     own = weights_of(again)
-    attach(again, [open_lora(str(file), again, lambda: own)])
+    set_adapters(again, [open_lora(str(file), again, lambda: own)])
     assert relative_error(again(*args), to_torch(expected)) <= 1e-5
 
 

@@ -1,1 +1,1 @@
-"""How a tensor's numbers are stored, one file a format."""
+"""How files store a tensor's numbers, one file a format; decode.FORMATS lists them."""

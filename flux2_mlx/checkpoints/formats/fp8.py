@@ -1,22 +1,22 @@
-"""FP8 and int8 with scales per tensor, row or block."""
+"""FP8 with float scales: one for the tensor, one a row, or one a block. The codes are floats by the time they come here
+(see files.load_safetensors), so this is any float weight with float scales.
+"""
 
 from __future__ import annotations
 
-import mlx.core as mx
+from typing import Any
 
-from ...errors import CheckpointError
+from .marks import Format, StoredLayer, is_integer, times_scales
+
+MARKS = ("float8_e4m3fn", "float8_e5m2")
 
 
-def spread_scales(layer: str, scale: mx.array, shape: tuple[int, ...]) -> mx.array:
-    """Scales of rows (out, 1) or of equal blocks, repeated to where they apply; the last blocks may be cut off."""
-    if scale.ndim != len(shape) or scale.size > shape[0] * shape[1]:
-        raise CheckpointError(f"{layer} is {shape} and its scales {scale.shape}; they do not belong together")
-    for axis, size in enumerate(shape):
-        if scale.shape[axis] in (1, size):
-            continue
-        block = 1 << max(0, -(-size // scale.shape[axis]) - 1).bit_length()  # blocks are powers of two
-        if -(-size // block) != scale.shape[axis]:
-            raise CheckpointError(f"{layer} is {shape} and its scales {scale.shape}; they do not belong together")
-        scale = mx.repeat(scale, block, axis=axis)
-        scale = scale[:size] if axis == 0 else scale[:, :size]
-    return scale
+def matches(layer: StoredLayer) -> bool:
+    return layer.mark in (None, *MARKS) and not is_integer(layer.weight)
+
+
+def decode(layer: StoredLayer) -> Any:
+    return times_scales(layer, layer.only_scale()) if layer.scales else layer.weight
+
+
+FP8 = Format(MARKS, matches, decode)

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...errors import CheckpointError
-from ...lazy import Deferred
+from ...lazy import LazyTensor
 
 MAGIC = b"GGUF"
 _MAX_TENSORS = 65536
@@ -75,7 +75,7 @@ class _Reader:
 
 
 def read_gguf(path: Path) -> dict[str, Any]:
-    """The tensors of a GGUF file; see _read. The last few headers are kept, since one may hold a whole vocabulary."""
+    """The tensors of a GGUF file; see _read, which caches the last few headers: one may hold a whole vocabulary."""
     try:
         status = path.stat()
     except OSError as error:
@@ -123,15 +123,7 @@ def _read(path: Path, _modified: int, _size: int) -> tuple[dict[str, Any], dict[
     alignment = values.get(_ALIGNMENT, 32)
     if not isinstance(alignment, int) or not 1 <= alignment <= 2**20:
         raise CheckpointError(f"{path} is damaged: its alignment is {alignment!r}")
-    entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
-    for _ in range(tensors):
-        name, dimensions = reader.string(), reader.number("I")
-        if name in entries:
-            raise CheckpointError(f"{path} is damaged: {name} is there twice")
-        if not 1 <= dimensions <= _MAX_DIMENSIONS:
-            raise CheckpointError(f"{path} is damaged: {name} has {dimensions} dimensions")
-        shape = tuple(reader.number("Q") for _ in range(dimensions))[::-1]
-        entries[name] = (shape, reader.number("I"), reader.number("Q"))
+    entries = _read_entries(reader, tensors)
     start = -(-reader.at // alignment) * alignment
     weights: dict[str, Any] = {}
     for name, (shape, kind, offset) in entries.items():
@@ -142,8 +134,22 @@ def _read(path: Path, _modified: int, _size: int) -> tuple[dict[str, Any], dict[
         if start + offset + length > len(content):
             raise CheckpointError(f"{path} is cut short or damaged: {name} ends beyond its {len(content):,} bytes")
         raw = content[start + offset : start + offset + length].reshape(-1, shape[-1] // block * size)  # a row a row
-        weights |= _weights_of(name, shape, kind, raw, package_type)
+        weights |= _decode_tensor(name, shape, kind, raw, package_type)
     return weights, values
+
+
+def _read_entries(reader: _Reader, count: int) -> dict[str, tuple[tuple[int, ...], int, int]]:
+    """(shape, type, offset in bytes) of each tensor, by its name."""
+    entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
+    for _ in range(count):
+        name, dimensions = reader.string(), reader.number("I")
+        if name in entries:
+            raise CheckpointError(f"{reader.path} is damaged: {name} is there twice")
+        if not 1 <= dimensions <= _MAX_DIMENSIONS:
+            raise CheckpointError(f"{reader.path} is damaged: {name} has {dimensions} dimensions")
+        shape = tuple(reader.number("Q") for _ in range(dimensions))[::-1]
+        entries[name] = (shape, reader.number("I"), reader.number("Q"))
+    return entries
 
 
 def _block_of(path: Path, name: str, shape: tuple[int, ...], kind: int) -> tuple[int, int, Any]:
@@ -171,10 +177,10 @@ def _package_block(path: Path, name: str, kind: int) -> tuple[int, int, Any]:
     return block, size, package_type
 
 
-def _weights_of(name: str, shape: tuple[int, ...], kind: int, raw: np.ndarray, package_type: Any) -> dict[str, Any]:
+def _decode_tensor(name: str, shape: tuple[int, ...], kind: int, raw: np.ndarray, package_type: Any) -> dict[str, Any]:
     if kind in _FLOATS:
         numpy_dtype, dtype = _FLOATS[kind]
-        return {name: _deferred(shape, dtype, raw, lambda rows: mx.array(rows.view(numpy_dtype)).view(dtype))}
+        return {name: _lazy_tensor(shape, dtype, raw, lambda rows: mx.array(rows.view(numpy_dtype)).view(dtype))}
     if package_type is None:
         bits, size, has_offset = _PACKED[kind]
         layer, (rows, columns) = name.removesuffix(".weight"), shape
@@ -194,8 +200,8 @@ def _weights_of(name: str, shape: tuple[int, ...], kind: int, raw: np.ndarray, p
             values = np.concatenate([values & 15, values >> 4], axis=-1)  # in the order of the weights
             return np.ascontiguousarray(values[..., ::2] | values[..., 1::2] << 4).view(np.uint32)
 
-        def part(function: Callable[[np.ndarray], np.ndarray], dtype: mx.Dtype, width: int) -> Deferred:
-            return _deferred(
+        def part(function: Callable[[np.ndarray], np.ndarray], dtype: mx.Dtype, width: int) -> LazyTensor:
+            return _lazy_tensor(
                 (rows, width), dtype, raw, lambda some: mx.array(function(some.reshape(-1, columns // _GROUP, size)))
             )
 
@@ -205,17 +211,17 @@ def _weights_of(name: str, shape: tuple[int, ...], kind: int, raw: np.ndarray, p
             f"{layer}.biases": part(biases, mx.float16, columns // _GROUP),
         }
 
-    def dequantized(rows: np.ndarray) -> mx.array:
+    def dequantize_rows(rows: np.ndarray) -> mx.array:
         import gguf
 
         return mx.array(gguf.quants.dequantize(rows, package_type))
 
-    return {name: _deferred(shape, mx.float32, raw, dequantized)}
+    return {name: _lazy_tensor(shape, mx.float32, raw, dequantize_rows)}
 
 
-def _deferred(
+def _lazy_tensor(
     shape: tuple[int, ...], dtype: mx.Dtype, raw: np.ndarray, function: Callable[[np.ndarray], mx.array]
-) -> Deferred:
+) -> LazyTensor:
     """A tensor of that shape, from its raw rows (those of its last axis), some of the first axis at a time."""
     each = math.prod(shape[1:-1]) if len(shape) > 1 else 1
 
@@ -224,4 +230,4 @@ def _deferred(
             return function(raw).reshape(shape)[start:stop]
         return function(raw[start * each : stop * each]).reshape(stop - start, *shape[1:])
 
-    return Deferred(shape, dtype, read)
+    return LazyTensor(shape, dtype, read)

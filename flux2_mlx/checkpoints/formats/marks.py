@@ -1,26 +1,75 @@
-"""Marks of a layer's storage format, and what the formats share."""
+"""What the storage formats share: the layer that a format is asked about, marks that name one, scales in tiles.
+
+A format is a Format: what it is called in marks, whether a layer is stored in it, and how that layer's weight is
+decoded. To add one, write a file beside this one with its Format, and its name into decode.FORMATS.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ...errors import CheckpointError
-from ...lazy import Deferred
+from ...lazy import INTEGERS, LazyTensor
 
 SCALES = ("weight_scale", "scale_weight", "weight_scale_inv", "weight_scale_2")
-UNUSED = ("input_scale", "scale_input")  # of the activations, for hardware that multiplies in FP8
+UNUSED = ("input_scale", "scale_input")  # scales of the activations, for hardware that multiplies in FP8
 
-# A mark of a layer's storage, as ComfyUI writes it beside the weight, and the formats that may stand in it: those of
-# ComfyUI (QUANT_ALGOS in its quant_ops.py) that are read, and one for ModelOpt's NVFP4.
-MARK = "comfy_quant"
-MODELOPT_NVFP4 = "modelopt_nvfp4"
-INT8, MXFP8, NVFP4 = "int8_tensorwise", "mxfp8", "nvfp4"
-FORMATS = ("float8_e4m3fn", "float8_e5m2", INT8, MXFP8, MODELOPT_NVFP4, NVFP4)
+MARK = "comfy_quant"  # ComfyUI's array of JSON beside a weight that names the layer's storage format
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A layer as a file has it.
+
+    Attributes:
+        name: as in the file, without ".weight".
+        weight: an mx.array or a LazyTensor; FP8 is a float already.
+        scales: those of SCALES that stand beside the weight, by that name; finite.
+        mark: the format that the file names for the layer; None where it names none.
+    """
+
+    name: str
+    weight: Any
+    scales: Mapping[str, mx.array]
+    mark: str | None
+
+    def only_scale(self) -> mx.array:
+        """Its one scale, or array of scales.
+
+        Raises:
+            CheckpointError: for a layer with none or with several.
+        """
+        if len(self.scales) != 1:
+            found = f"more than one scale: {', '.join(self.scales)}" if self.scales else "no scale"
+            raise CheckpointError(f"{self.name} has {found}")
+        (scale,) = self.scales.values()
+        return scale
+
+    def unread(self) -> CheckpointError:
+        return CheckpointError(
+            f"{self.name} is {self.weight.dtype}, marked {self.mark or 'with no format'}, which is not read"
+        )
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to store a layer's weight.
+
+    Attributes:
+        marks: the names that marks have for it.
+        matches: whether a layer with a mark or scales is stored so; of FORMATS the first that matches decodes.
+        decode: the layer's weight in floats, lazy; raises CheckpointError where weight and scales do not fit.
+    """
+
+    marks: tuple[str, ...]
+    matches: Callable[[StoredLayer], bool]
+    decode: Callable[[StoredLayer], Any]
 
 
 def mark(format: str) -> mx.array:
@@ -39,16 +88,44 @@ def format_of(settings: Any) -> str:
 
 
 def marked_format(layer: str, array: mx.array) -> str:
+    """The format that a layer's mark names.
+
+    Raises:
+        CheckpointError: where it names none.
+    """
     try:
         return format_of(json.loads(bytes(np.array(array))))
     except (ValueError, AttributeError, TypeError, KeyError):
         raise CheckpointError(f"{layer}.{MARK} does not say a format") from None
 
 
+def times_scales(layer: StoredLayer, scale: mx.array) -> Any:
+    """A weight (out, in) in float32, multiplied by scales: one, (out, 1), or one for each block of equal size."""
+    scale, shape = scale.astype(mx.float32), layer.weight.shape
+    scale = scale.reshape(()) if scale.size == 1 else _spread_scales(layer.name, scale.reshape(len(scale), -1), shape)
+    scale = mx.broadcast_to(scale, shape)
+    return by_rows(layer.weight, scale, lambda rows, scale: rows.astype(mx.float32) * scale)
+
+
+def _spread_scales(layer: str, scale: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """Scales of rows (out, 1) or of equal blocks, repeated to where they apply; the last blocks may be cut off."""
+    if scale.ndim != len(shape) or scale.size > shape[0] * shape[1]:
+        raise CheckpointError(f"{layer} is {shape} and its scales {scale.shape}; they do not belong together")
+    for axis, size in enumerate(shape):
+        if scale.shape[axis] in (1, size):
+            continue
+        block = 1 << max(0, -(-size // scale.shape[axis]) - 1).bit_length()  # blocks are powers of two
+        if -(-size // block) != scale.shape[axis]:
+            raise CheckpointError(f"{layer} is {shape} and its scales {scale.shape}; they do not belong together")
+        scale = mx.repeat(scale, block, axis=axis)
+        scale = scale[:size] if axis == 0 else scale[:, :size]
+    return scale
+
+
 def by_rows(weight: Any, scale: mx.array, convert: Callable[[mx.array, mx.array], mx.array]) -> Any:
-    """What a weight and the scales of all its values stand for; of a deferred one, rows as they are read."""
-    if isinstance(weight, Deferred):
-        return Deferred(
+    """``convert`` of a weight and of a scale for each of its values; of a lazy weight, some rows as they are read."""
+    if isinstance(weight, LazyTensor):
+        return LazyTensor(
             scale.shape, mx.float32, lambda start, stop: convert(weight.read(start, stop), scale[start:stop])
         )
     return convert(weight, scale)
@@ -63,3 +140,7 @@ def untile(layer: str, scale: mx.array, rows: int, blocks: int) -> mx.array:
         raise CheckpointError(f"{layer}: {scale.size} scales in tiles for {rows} x {blocks} blocks")
     scale = scale.reshape(*tiles, 32, 4, 4).transpose(0, 3, 2, 1, 4).reshape(128 * tiles[0], 4 * tiles[1])
     return scale[:rows, :blocks]
+
+
+def is_integer(array: Any) -> bool:
+    return array.dtype in INTEGERS

@@ -13,15 +13,8 @@ from typing import Any
 import mlx.core as mx
 
 from ...errors import CheckpointError
-from ...lazy import Deferred
-from ...quantization.packing import bits_and_group
 from ..config import AutoEncoderConfig
-from .common import block_count
-
-VAE_PREFIXES = ("vae.", "first_stage_model.")
-
-
-# ---------------------------------------------------------------------------------------------------- autoencoder
+from .common import Names, block_count
 
 # The modules' names and BFL's of the same parts, # for a number; one that begins with a letter begins the name.
 _VAE_NAMES = (
@@ -51,7 +44,7 @@ _FROM_BFL_VAE = (
     *(_renaming(bfl, ours) for ours, bfl in _VAE_NAMES),
     _renaming("quant_conv.", "encoder.quant_conv."),  # diffusers'
     _renaming("post_quant_conv.", "decoder.post_quant_conv."),
-    (re.compile(r"(\.attentions\.0\.to_out)\.(?=weight|bias|scales)"), r"\1.0."),  # mflux's
+    (re.compile(r"(\.attentions\.0\.to_out)\.(?=weight|bias)"), r"\1.0."),  # mflux's
 )
 _TO_BFL_VAE = tuple(_renaming(ours, bfl) for ours, bfl in _VAE_NAMES)
 _UP_STAGE = re.compile(r"^decoder\.up\.(\d+)\.")
@@ -59,10 +52,11 @@ _ATTENTION = re.compile(r"\.attentions\.0\.to_(?:q|k|v|out\.0)\.weight$")
 
 
 def rename_autoencoder(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """An autoencoder's weights, decoded, under the modules' names and in NHWC; see sanitize_vae_weights."""
+    """An autoencoder's dense weights under the modules' names: convolutions (out, in, h, w) as (out, h, w, in), the
+    attention's matrices two-dimensional, each quantization convolution in the encoder or decoder that it belongs to.
+    The layout is the checkpoint's, told once for all its tensors by the decoder's first convolution.
+    """
     weights = dict(weights)
-    if any(isinstance(weight, Deferred) for weight in weights.values()):
-        raise CheckpointError("autoencoders in GGUF or F8_E5M2 are not read; it is small, so get another file")
     weights.pop("bn.num_batches_tracked", None)
     stages = [int(stage[1]) for name in weights if (stage := _UP_STAGE.match(name))]
     first = weights.get("decoder.conv_in.weight")
@@ -70,18 +64,13 @@ def rename_autoencoder(weights: Mapping[str, Any]) -> dict[str, Any]:
     sanitized: dict[str, Any] = {}
     for name, weight in weights.items():
         stage = _UP_STAGE.match(name)
-        if stage:  # BFL counts from the picture's side
+        if stage:  # BFL counts from the image's side
             name = f"decoder.up.{max(stages) - int(stage[1])}.{name[stage.end() :]}"
         for pattern, replacement in _FROM_BFL_VAE:
             name = pattern.sub(replacement, name)
         sanitized[name] = weight
-    for name in [name for name in sanitized if _ATTENTION.search(name)]:
-        layer, weight = name.removesuffix(".weight"), sanitized[name]
-        if f"{layer}.scales" in sanitized:
-            bits, group = bits_and_group(sanitized, layer, weight.shape[0])  # these matrices are square
-            scales, biases = sanitized.pop(f"{layer}.scales"), sanitized.pop(f"{layer}.biases", None)
-            sanitized[name] = mx.dequantize(weight, scales, biases, group_size=group, bits=bits)
-        elif weight.ndim == 4:
+    for name, weight in sanitized.items():
+        if _ATTENTION.search(name) and weight.ndim == 4:
             sanitized[name] = weight.reshape(weight.shape[0], -1)
     if channels_first:
         for name, weight in sanitized.items():
@@ -179,3 +168,13 @@ def autoencoder_config(weights: Mapping[str, Any]) -> AutoEncoderConfig:
         raise
     except (IndexError, ValueError) as error:
         raise CheckpointError(f"no FLUX.2 autoencoder: {error}") from None
+
+
+NAMES = Names(
+    prefixes=("vae.", "first_stage_model."),
+    marks=("decoder.conv_in.weight",),
+    rename=rename_autoencoder,
+    infer=autoencoder_config,
+    to_diffusers=diffusers_vae,
+    to_bfl=bfl_vae,
+)

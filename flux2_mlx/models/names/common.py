@@ -1,22 +1,53 @@
-"""What the names of all parts share: prefixes, block counts, widths."""
+"""What the names of all parts share: the table of a part's names, block counts, widths."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+Renaming = Callable[[Mapping[str, Any]], dict[str, Any]]
 
-def select(weights: Mapping[str, Any], prefixes: tuple[str, ...]) -> dict[str, Any]:
-    """The component's own weights of a file that may hold more, without the prefix; of one that does not, all."""
-    for prefix in prefixes:
+
+def is_always_read(_name: str) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Names:
+    """What files call the weights of a part, both ways. None of these functions reads a weight.
+
+    Attributes:
+        prefixes: what files that hold more than this part put before its names.
+        marks: names, before and after renaming, of which every file with this part has one.
+        rename: from any file's names to the modules'; what has the modules' names stays as it is.
+        infer: the part's config, told from the shapes of renamed weights; raises CheckpointError for another model's.
+        is_read: whether the modules have a weight of that name, without prefix; the rest of a file is passed over.
+        to_diffusers, to_bfl: from the modules' names to those of diffusers' and of BFL's files.
+    """
+
+    prefixes: tuple[str, ...]
+    marks: tuple[str, ...]
+    rename: Renaming
+    infer: Callable[[Mapping[str, Any]], Any]
+    is_read: Callable[[str], bool] = is_always_read
+    to_diffusers: Renaming = dict
+    to_bfl: Renaming = dict
+
+    def select(self, weights: Mapping[str, Any]) -> dict[str, Any]:
+        """The part's own weights, without the prefix of a file that holds more parts."""
+        prefix = next((p for p in self.prefixes if any(name.startswith(p) for name in weights)), "")
         own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
-        if own:
-            return own
-    return dict(weights)
+        return {name: weight for name, weight in own.items() if self.is_read(name)}
+
+    def are_in(self, names: Container[str]) -> bool:
+        """Whether a file with weights of these names holds the part."""
+        return any(prefix + mark in names for prefix in ("", *self.prefixes) for mark in self.marks)
 
 
 def block_count(weights: Mapping[str, Any], prefix: str) -> int:
+    """How many blocks have weights whose names begin with the prefix and the block's number."""
     numbers = [int(match[1]) for name in weights if (match := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))]
     return max(numbers, default=-1) + 1
 

@@ -16,9 +16,8 @@ import mlx.core as mx
 from ...errors import CheckpointError, InputError, OtherModelError
 from ...lazy import concat_rows, slice_rows
 from ..config import FluxKleinParams
-from .common import block_count, dense_columns
+from .common import Names, block_count, dense_columns
 
-TRANSFORMER_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 _BFL = {
     "img_in": ("x_embedder",),
     "txt_in": ("context_embedder",),
@@ -229,3 +228,12 @@ def klein_params(weights: Mapping[str, Any]) -> FluxKleinParams:
         raise CheckpointError(f"no FLUX.2 [klein] transformer: there is no {error.args[0]}") from None
     except (IndexError, ZeroDivisionError, ValueError) as error:
         raise CheckpointError(f"no FLUX.2 [klein] transformer: {error}") from None
+
+
+NAMES = Names(
+    prefixes=("model.diffusion_model.", "diffusion_model."),
+    marks=("img_in.weight", "x_embedder.weight"),
+    rename=rename_transformer,
+    infer=klein_params,
+    to_bfl=bfl_transformer,
+)

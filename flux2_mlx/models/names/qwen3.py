@@ -8,9 +8,8 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ..config import TAPPED_LAYERS, Qwen3Config
-from .common import block_count, select
+from .common import Names, block_count
 
-TEXT_ENCODER_PREFIXES = ("text_encoders.qwen3_4b.transformer.", "text_encoders.qwen3_8b.transformer.")
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.|blk\.(\d+)\.")
 _LLAMA = {
     "token_embd": "embed_tokens",
@@ -37,11 +36,6 @@ def is_read_by_klein(name: str) -> bool:
     if name.endswith("rotary_emb.inv_freq"):  # a table that mflux saves
         return False
     return name.rpartition(".")[0] not in ("model.norm", "norm", "lm_head", "output_norm", "output")
-
-
-def select_text_encoder(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights of a Qwen3 that FLUX.2 [klein] reads, without the prefix of a file that holds more."""
-    return {name: weight for name, weight in select(weights, TEXT_ENCODER_PREFIXES).items() if is_read_by_klein(name)}
 
 
 def rename_text_encoder(weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,3 +78,12 @@ def qwen3_config(weights: Mapping[str, Any]) -> Qwen3Config:
         raise CheckpointError(f"no Qwen3 text encoder: there is no {error.args[0]}") from None
     except (IndexError, ZeroDivisionError, ValueError) as error:
         raise CheckpointError(f"no Qwen3 text encoder: {error}") from None
+
+
+NAMES = Names(
+    prefixes=("text_encoders.qwen3_4b.transformer.", "text_encoders.qwen3_8b.transformer."),
+    marks=("model.embed_tokens.weight", "embed_tokens.weight", "token_embd.weight"),
+    rename=rename_text_encoder,
+    infer=qwen3_config,
+    is_read=is_read_by_klein,
+)
