@@ -366,6 +366,8 @@ def print_json(benchmark: str, arguments: argparse.Namespace | None, report: Map
 def child(module: str, *words: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What a benchmark in a process of its own says in its last line."""
     command, settings = [sys.executable, "-m", module, *words], {**os.environ, **(environment or {})}
-    done = subprocess.run(command, env=settings, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, env=settings, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{module} {words[0]} failed; it says above why")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
