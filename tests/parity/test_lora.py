@@ -43,7 +43,7 @@ def ways(model, file, **options):
     own = weights_of(beside)
     set_adapters(beside, [open_lora(str(file), beside, lambda: own, **options)])
     lora = open_lora(str(file), ported(model), lambda: own, merge=True, **options)
-    merged = assign(FluxKlein(FluxKleinParams.from_config(model.config)), lora(own), mx.float32, "test")
+    merged = assign(FluxKlein(FluxKleinParams.from_config(model.config)), lora.apply(own), mx.float32, "test")
     list(load_weights(merged))
     return {"beside": beside(*args), "merged": merged(*args)}
 
