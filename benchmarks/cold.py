@@ -25,10 +25,10 @@ Drawing = tuple[Callable[[str], Any], Callable[[], int | None]]
 def with_flux2_mlx(options: dict[str, Any]) -> Drawing:
     import mlx.core as mx
 
-    from flux2_mlx import Flux2Pipeline, pipeline
+    from flux2_mlx import Flux2Pipeline
 
     if not options.get("read_ahead", True):  # of the next stage's files while one works
-        patch.object(pipeline, "read_through", lambda *_: 0).start()
+        patch.object(residency, "read_through", lambda *_: 0).start()
     cache = options.get("cache", False)
     pipe = Flux2Pipeline.from_pretrained(options["model"], dtype=options["dtype"], cache=cache)
     size = {"height": options["height"], "width": options["width"], "max_sequence_length": options["text_length"]}
