@@ -25,10 +25,10 @@ from tqdm import tqdm
 from benchmarks.common import machine
 from benchmarks.nano_world import EDITS, HOME, Task, judge, random_task, render
 from flux2_mlx import Flux2Pipeline
-from flux2_mlx.cli.common import MODEL_OPTIONS, add_model_options
+from flux2_mlx.cli.common import Parser, given_options
 from flux2_mlx.families import NANO
 from flux2_mlx.imaging.preprocess import to_unit
-from flux2_mlx.options import DTYPES, REUSED
+from flux2_mlx.options import REUSED, CheckpointOptions
 
 # What nano is to reach, in percent and dB.
 BOUNDS = {"ground": 99, "colour": 97, "place": 97, "shape": 93, "edits": 90, "psnr": 30}
@@ -126,17 +126,16 @@ def contact_sheet(drawn: Sequence[Drawn], columns: int = SHEET_COLUMNS) -> Image
 
 def open_variant(arguments: argparse.Namespace) -> Flux2Pipeline:
     """The model as the command line asks for it."""
-    options = {name: getattr(arguments, name) for name in (*MODEL_OPTIONS, "revision", "dtype")}
-    return Flux2Pipeline.from_pretrained(arguments.model, cache=False, **options)
+    options = CheckpointOptions.collect(given_options(arguments))
+    return Flux2Pipeline.from_pretrained(**vars(options), cache=False)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--model", default=NANO, help="one of this world, as examples/train_nano.py makes (%(default)s)"
     )
-    add_model_options(parser)
-    parser.add_argument("--dtype", choices=tuple(DTYPES))
+    parser.add_options(CheckpointOptions, skip=["model"])
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--step-cache", type=float)

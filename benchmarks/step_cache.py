@@ -19,16 +19,15 @@ from tqdm import tqdm
 from benchmarks.common import machine, process_peak_gb
 from benchmarks.nano_score import Drawn, open_variant, rates, unseen_edits, unseen_tasks
 from benchmarks.nano_world import HOME, judge, render
-from flux2_mlx.cli.common import add_model_options
+from flux2_mlx.cli.common import Parser
 from flux2_mlx.families import NANO
-from flux2_mlx.options import DTYPES
+from flux2_mlx.options import CheckpointOptions
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default=NANO, help="one of nano's world (%(default)s)")
-    add_model_options(parser)
-    parser.add_argument("--dtype", choices=tuple(DTYPES))
+    parser.add_options(CheckpointOptions, skip=["model"])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--captions", type=int, default=32)

@@ -17,12 +17,12 @@ import mlx.core as mx
 from tqdm.auto import tqdm
 
 from ..checkpoints.load import materialize
-from ..cli.common import MODEL_OPTIONS
 from ..device import weight_bytes, wired, within
 from ..errors import InputError
 from ..models.autoencoder import AutoEncoder
 from ..models.flux2 import FluxKlein
 from ..models.qwen3 import Qwen3TextEncoder
+from ..options import CheckpointOptions
 from ..pipeline import Flux2Pipeline
 from ..quantization.layers import tune
 from ..runtime.distributed import any_process, check_agreement, launched
@@ -142,13 +142,10 @@ def open_pipeline(options: TrainingOptions, run: argparse.Namespace) -> Flux2Pip
         InputError: for one that is not to be trained.
     """
     pipe = Flux2Pipeline.from_pretrained(
-        options.model,
-        revision=options.revision,
-        dtype=training_dtype(options.dtype),
+        **options.select(CheckpointOptions) | {"dtype": training_dtype(options.dtype)},
         cache=False,
         memory_limit=run.memory_limit,
         progress=not run.quiet,
-        **{name: getattr(options, name) for name in MODEL_OPTIONS},
     )
     if pipe.checkpoint.has_kv_cache:
         raise InputError(
