@@ -263,7 +263,7 @@ class Options:
 
 def changed(cls: type[Options], name: str, default: Any = MISSING, **more: Any) -> Any:
     """The field of that name with another default, or none, and what else is to be told otherwise."""
-    return field(default=default, metadata={**cls.field(name).metadata, **more})
+    return field(default=default, kw_only=True, metadata={**cls.field(name).metadata, **more})
 
 
 def one_of_two(name: str, value: Any, other_name: str, other: Any) -> Any:

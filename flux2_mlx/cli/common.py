@@ -70,6 +70,7 @@ class Parser(argparse.ArgumentParser):
         if kind is bool:
             how["action"] = argparse.BooleanOptionalAction
         else:
+            how["metavar"] = "N" if kind in (int, float) else None
             how |= {name: meta[name] for name in ("metavar", "choices", "nargs") if meta.get(name) is not None}
             how["type"] = parser_of(cls, f)
             if kind == tuple[str, ...] and "nargs" not in how:
