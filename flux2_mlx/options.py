@@ -47,6 +47,8 @@ def check_size(height: int | None, width: int | None) -> None:
     for name, value in (("height", height), ("width", width)):
         if value is None:
             continue
+        if value < MIN_SIDE:
+            raise InputError(f"{name} must be a whole number of at least {MIN_SIDE}, got {value}")
         if value % PIXELS_PER_TOKEN:
             low = value // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN
             raise InputError(

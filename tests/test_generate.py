@@ -400,7 +400,7 @@ def test_from_image_keeps_a_revision_with_its_model_alone(run, tmp_path, monkeyp
         ({"lora": [5]}, "cannot be read: lora"),
         ({"sigmas": [True]}, "cannot be read: sigmas"),
         ({"force_guidance": "no"}, "cannot be read: force_guidance"),
-        ({"seed": None, "width": "64"}, "cannot be read: seed, width"),
+        ({"seed": None, "width": "64"}, "cannot be read: width, seed"),
         ({"inputs": ["image", "latents"]}, "carries (image, latents), and cannot be repeated"),
         ({"inputs": ["image"]}, "carries (image); give it again (--image)"),
         ({"width": 10**9}, "megapixels"),
