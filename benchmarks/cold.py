@@ -26,6 +26,7 @@ def with_flux2_mlx(options: dict[str, Any]) -> Drawing:
     import mlx.core as mx
 
     from flux2_mlx import Flux2Pipeline
+    from flux2_mlx.runtime import residency
 
     if not options.get("read_ahead", True):  # of the next stage's files while one works
         patch.object(residency, "read_through", lambda *_: 0).start()

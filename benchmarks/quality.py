@@ -48,10 +48,10 @@ from examples.nano_score import (
 from examples.nano_world import HOME
 from flux2_mlx import Flux2Pipeline, Quantization, image_ids
 from flux2_mlx.checkpoints.load import load_weights
-from flux2_mlx.cli.common import MODEL_OPTIONS, add_model_options
+from flux2_mlx.cli.common import Parser, given_options
 from flux2_mlx.device import weights_of
 from flux2_mlx.families import NANO
-from flux2_mlx.options import DTYPES
+from flux2_mlx.options import CheckpointOptions
 from flux2_mlx.quantization.layers import Recipe, dense_layers
 from flux2_mlx.quantization.packing import Packing, dequantize, quantize_rtn, quantize_weight
 from flux2_mlx.quantization.recipes import mixed_precision
@@ -83,8 +83,8 @@ def parsed(words: Sequence[str]) -> dict[str, Any]:
 
 def open_variant(arguments: argparse.Namespace) -> Flux2Pipeline:
     """The model as the command line asks for it."""
-    options = {name: getattr(arguments, name) for name in (*MODEL_OPTIONS, "revision", "dtype")}
-    return Flux2Pipeline.from_pretrained(arguments.model, cache=False, **options)
+    options = CheckpointOptions.collect(given_options(arguments))
+    return Flux2Pipeline.from_pretrained(**vars(options), cache=False)
 
 
 def score(pipe: Flux2Pipeline, options: Mapping[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -318,14 +318,13 @@ def pack_in_all_ways(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("options", nargs="*", metavar="NAME=VALUE", help="of Flux2Pipeline's call, as reuse=text")
     parser.add_argument("--beside", nargs="+", action="append", metavar="NAME=VALUE", help="another way, in turn")
     parser.add_argument(
         "--model", default=NANO, help="one of this world, as examples/train_nano.py makes (%(default)s)"
     )
-    add_model_options(parser)
-    parser.add_argument("--dtype", choices=tuple(DTYPES))
+    parser.add_options(CheckpointOptions, skip=["model"])
     parser.add_argument("--height", type=int, default=HOME[0])
     parser.add_argument("--width", type=int, default=HOME[1])
     parser.add_argument("--captions", type=int, help="(500; 32 with --beside, 24 with --ways)")

@@ -5,19 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from .checkpoints.publish import check, upload
-from .cli.common import MODEL_HELP, Parser, add_writing_options, run_command, write_model
+from .cli.common import MODEL_HELP, Parser, add_writing_options, path, run_command, write_model
 from .errors import InputError
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(prog="flux2-convert", description="Convert a FLUX.2 [klein] checkpoint, or check a folder.")
     parser.add_argument("model", nargs="?", help=MODEL_HELP)
-    parser.add_argument("target", nargs="?", type=Path, help="the folder to write, which must not exist")
+    parser.add_argument("target", nargs="?", type=path, help="the folder to write, which must not exist")
     add_writing_options(parser)
-    parser.add_argument("--check", type=Path, metavar="FOLDER", help="verify a folder instead")
+    parser.add_argument("--check", type=path, metavar="FOLDER", help="verify a folder instead")
     parser.add_argument(
         "--upload", metavar="ID", help="push the result to the Hub, into a new private repository or one that is there"
     )
@@ -44,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; see commands.run_command for the exit code."""
+    """Run the command; see run_command for the exit code."""
     return run_command(lambda: run(build_parser().parse_args(argv)))
 
 

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from .cli.common import LORA_HELP, MODEL_HELP, PARTIAL_HELP, Parser, add_writing_options, run_command, write_model
+from .cli.common import MODEL_HELP, Parser, add_writing_options, path, run_command, write_model
+from .options import ModelOptions
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(
         prog="flux2-fuse",
         description="Merge LoRAs into a FLUX.2 [klein] checkpoint, in float32, and write it; with --quantize packed "
         "afterwards.",
     )
     parser.add_argument("model", help=MODEL_HELP)
-    parser.add_argument("target", type=Path, help="the folder to write, which must not exist")
-    parser.add_argument("--lora", action="append", required=True, metavar="FILE[:SCALE]", help=LORA_HELP)
-    parser.add_argument("--lora-partial", action="store_true", help=PARTIAL_HELP)
+    parser.add_argument("target", type=path, help="the folder to write, which must not exist")
+    parser.add_option(ModelOptions, ModelOptions.field("lora"), required=True)
+    parser.add_option(ModelOptions, ModelOptions.field("lora_partial"))
     add_writing_options(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; see commands.run_command for the exit code."""
+    """Run the command; see run_command for the exit code."""
 
     def run() -> None:
         arguments = build_parser().parse_args(argv)
-        write_model(arguments, arguments.lora, arguments.lora_partial)
+        write_model(arguments, arguments.lora, bool(arguments.lora_partial))
 
     return run_command(run)
 

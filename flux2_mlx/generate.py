@@ -51,14 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             group = launched()
             if group is not None:
                 arguments.quiet = arguments.quiet or group.rank() > 0
-            complete(arguments, sys.stdin, random_seed if group is None else partial(shared_seed, group))
+            task = complete(arguments, sys.stdin, random_seed if group is None else partial(shared_seed, group))
             if arguments.plan:
-                print_plan(arguments)
+                print_plan(task, arguments.plan == "measure")
                 return 0
-            check(arguments)
-            steps = start(arguments, open_pipeline(arguments, group))
-            seed = f" (seed {arguments.seed})"
-            draw(steps, arguments, started, saves=group is None or group.rank() == 0)
+            check(task)
+            steps = start(task, open_pipeline(task, group))
+            seed = f" (seed {task.seed})"
+            draw(steps, task, started, saves=group is None or group.rank() == 0)
         except (InputError, FloatingPointError, OSError) as error:
             print(f"error: {one_line(error)}{seed}", file=sys.stderr)
             return 2

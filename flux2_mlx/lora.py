@@ -11,7 +11,6 @@ with), samples/, log.jsonl (a line a step), loss.png, config.json (the options),
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import sys
 import warnings
@@ -21,84 +20,43 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
-from .adapters.keys import NAMES
-from .cli.common import INTERRUPTED, MODEL_HELP, PART_OPTIONS, Parser, add_model_options, gigabytes
+from .cli.common import INTERRUPTED, Parser, path
 from .device import machine_memory
 from .errors import InputError, one_line
-from .families import MAX_SEQUENCE_LENGTH, find_release
-from .options import check_prompt, dtype_of
-from .quantization.spec import parse_options
+from .families import MAX_SEQUENCE_LENGTH
+from .fields import nearest
+from .options import MODEL, RuntimeOptions, check_prompt, dtype_of
 from .runtime.released import released_modules
 from .sampling.latents import PIXELS_PER_TOKEN
 from .training.dataset import DataError, Size, read_dataset
-from .training.options import DECAYS, DTYPES, TIMESTEPS, TrainingOptions, training_dtype
+from .training.options import ADAPTER, DATA, OPTIMIZATION, RUN, VALIDATION, TrainingOptions, training_dtype
 from .training.run import CONFIG, STATE, open_pipeline, plan_training, train
 
 MAX_FAULTS = 20  # of a data set that are printed
 
 
-def build_parser() -> argparse.ArgumentParser:
+HINTS = {"--epochs": "give --steps; an epoch is as many as there are pictures, divided by --batch-size * --accumulate"}
+
+
+def build_parser() -> Parser:
     """The command line; what is not given is not among its results."""
-    default = {field.name: field.default for field in fields(TrainingOptions)}
     parser = Parser(
         prog="flux2-lora",
-        allow_abbrev=False,
+        usage="%(prog)s --data FOLDER --output FOLDER [options]",
         argument_default=argparse.SUPPRESS,
+        titles=(DATA, MODEL, ADAPTER, OPTIMIZATION, VALIDATION, RUN),
+        hints={**HINTS, "--num-epochs": HINTS["--epochs"], "--num-train-epochs": HINTS["--epochs"]},
         description="Train a LoRA of FLUX.2 [klein] on a folder of pictures.",
         epilog="A folder has pictures, each with its caption in a .txt file of the same name, or metadata.jsonl: "
         '{"file_name": "1.png", "text": "...", "reference": "before.png"} a line, the reference for edits.',
     )
-
-    def add(name: str, kind: Any = str, what: str = "", **options: Any) -> None:
-        shown = "" if default[name] in (None, "", ()) else f" ({default[name]})"
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=what + shown, **options)
-
-    parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="options, as JSON or TOML; those here win")
-    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the run in this folder")
-    add("data", what="folder of pictures and captions", metavar="FOLDER")
-    add("output", what="folder of the run, which must not have one", metavar="FOLDER")
-    add("model", what=f"{MODEL_HELP}; a base model is the one to train")
-    add_model_options(parser)
-    parser.add_argument("--allow-distilled", action="store_true", help="train a distilled model all the same")
-    add("dtype", what="of the transformer (bfloat16; float32 on a CPU)", choices=DTYPES)
-    add("resolution", int, "pixels; pictures have at most its square")
-    add("trigger", what="a word to stand before every caption that has it not", metavar="WORD")
-    add("steps", int, "of the optimizer")
-    add("batch_size", int, "pictures in a pass, as far as so many have one size")
-    add("accumulate", int, "passes in a step; processes of mlx.launch share them")
-    add("rank", int, "of the LoRA")
-    add("alpha", float, "its change is scaled by alpha / rank (the rank)")
-    add("targets", what="layers to change, by parts of their paths (all of the blocks)", nargs="+", metavar="NAME")
-    add("dropout", float, "share of a layer's inputs that its LoRA does not see")
-    add("learning_rate", float, "of AdamW")
-    add("weight_decay", float, "of AdamW")
-    add("warmup", int, "steps in which the learning rate rises")
-    add("decay", what="of the learning rate then", choices=DECAYS)
-    add("clip", float, "largest norm of all gradients")
-    add("timesteps", what="how noise levels are drawn", choices=TIMESTEPS)
-    add("caption_dropout", float, "share of the captions that are left out")
-    add(
-        "preserve",
-        what="captions, one a line, for which the model is to stay as it was; more than twice the time",
-        metavar="FILE",
+    parser.add_argument("-c", "--config", type=path, metavar="FILE", help="options, as JSON or TOML; those here win")
+    parser.add_argument("--resume", type=path, metavar="FOLDER", help="go on with the run in this folder")
+    parser.add_options(TrainingOptions)
+    parser.titles[MODEL].add_argument(
+        "--allow-distilled", action="store_true", help="train a distilled model all the same"
     )
-    add("preserve_weight", float, "what a change of these counts, beside what is learned")
-    add("ema", float, "decay of a moving average of the weights, which is then the result; 0: none")
-    parser.add_argument(
-        "--grad-checkpoint",
-        action=argparse.BooleanOptionalAction,
-        help="compute blocks again in the backward pass, to save memory (on)",
-    )
-    add("seed", int, "of everything that is drawn at random")
-    add("names", what="of the layers in the written file", choices=NAMES)
-    add("save_every", int, "steps between checkpoints")
-    add("validation_prompt", what="draw this now and then")
-    add("validation_image", what="pictures that it is edited from", nargs="+", metavar="FILE")
-    add("validate_every", int, "steps between these pictures")
-    add("validation_steps", int, "that they are drawn in (25; distilled 4)")
-    parser.add_argument(
-        "--memory-limit", type=gigabytes, metavar="GB", help="memory to keep to (what the machine has now)"
-    )
+    parser.add_option(RuntimeOptions, RuntimeOptions.field("memory_limit"))
     parser.add_argument("--plan", action="store_true", help="print what training needs, and train nothing")
     parser.add_argument("--quiet", action="store_true", help="no bars, no summary")
     parser.add_argument("--version", action="version", version=f"flux2_mlx {__version__}")
@@ -132,27 +90,26 @@ def parse(argv: Sequence[str] | None) -> tuple[TrainingOptions, argparse.Namespa
     return TrainingOptions(**values), run
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
     """Options from a JSON or TOML file.
 
     Raises:
         InputError: for a file that is none, or an option that there is not.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        values = _toml(text) if path.suffix.lower() == ".toml" else json.loads(text)
+        text = file.read_text(encoding="utf-8-sig")
+        values = _toml(text) if file.suffix.lower() == ".toml" else json.loads(text)
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
+        raise InputError(f"cannot read {file}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
+        raise InputError(f"{file} cannot be read: {error}") from None
     if not isinstance(values, dict):
-        raise InputError(f"{path} must be an object of options")
+        raise InputError(f"{file} must be an object of options")
     known = [field.name for field in fields(TrainingOptions)]
     options = {str(name).replace("-", "_"): value for name, value in values.items()}
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise InputError(f"{path} has an unknown option {name!r}" + (f"; {near[0]}?" if near else "; see --help"))
+            raise InputError(f"{file} has an unknown option {name!r}{nearest(name, known) or '; see --help'}")
     return options
 
 
@@ -170,7 +127,7 @@ def check(options: TrainingOptions, resumes: bool) -> None:
     Raises:
         InputError: naming the value.
     """
-    parse_options(options.quantize, options.quantize_text_encoder, options.group_size)
+    options.quantization()
     for text in (options.validation_prompt, options.trigger):
         if text:
             check_prompt(text)
@@ -190,18 +147,16 @@ def print_plan(options: TrainingOptions, run: argparse.Namespace) -> None:
     if options.data:
         examples = read_dataset(Path(options.data), options.resolution, options.trigger)
         shapes = sorted({example.shape for example in examples})
-    release = find_release(options.model)
-    others = [getattr(options, part) for part in PART_OPTIONS if part not in ("distilled", "kv_cache")]
-    if release is None or any(others) or Path(options.model).exists():
+    release = options.release
+    if release is None:
         allow = bool(run.allow_distilled) or run.resume is not None
         pipe = open_pipeline(options, allow_distilled=allow, limit=run.memory_limit, progress=not run.quiet)
         modules = pipe.text_encoder, pipe.transformer, pipe.autoencoder
         print(plan_training(modules, options, pipe.dtype, pipe.tokenizer.default_length, shapes, pipe.memory_limit))
         return
     dtype = dtype_of(training_dtype(options.dtype))
-    packed = parse_options(options.quantize, options.quantize_text_encoder, options.group_size)
     limit = run.memory_limit or machine_memory()
-    modules = released_modules(release.name, dtype, packed)
+    modules = released_modules(release.name, dtype, options.quantization())
     print(plan_training(modules, options, dtype, MAX_SEQUENCE_LENGTH, shapes, limit))
 
 

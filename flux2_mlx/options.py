@@ -1,17 +1,20 @@
-"""The options of generating."""
+"""Every option of generating, once: its field is the flag, the key of a job, the line of an image's file, the check."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from .device import default_dtype
 from .errors import InputError
-from .imaging.inpaint import MAX_MARGIN, check_expand
+from .families import Release, find_release
+from .fields import Options, option
+from .imaging.inpaint import MAX_MARGIN, SIDES, check_expand
+from .quantization.spec import AFFINE_BITS, AFFINE_GROUPS, FLOAT_MODES, Quantization, parse_options
 from .runtime.plan import MODES
 from .sampling.latents import NOISES, PIXELS_PER_TOKEN
 from .sampling.schedules import SCHEDULES, check_sigmas
@@ -24,74 +27,15 @@ MAX_STEPS = 1000  # noise levels that the models were trained on
 MAX_POSITIONS = 40960  # of Qwen3
 MAX_IMAGES = 10_000
 MAX_GUIDANCE = 100
+MIN_MEMORY = 10**6  # bytes; less is a number of GB
+STRENGTH = 0.75  # of an init image without a mask, unless given, or less where the steps are fewer than four
 REUSED = ("text", "references")
 
-
-def check_options(
-    *,
-    height: int | None,
-    width: int | None,
-    num_steps: int | None,
-    guidance: float | None,
-    guidance_interval: Sequence[float] | None,
-    guidance_rescale: float,
-    step_cache: float | None,
-    reuse: str | None,
-    seed: int,
-    num_images: int,
-    batch_size: int | None,
-    schedule: str,
-    sigmas: Sequence[float] | None,
-    noise: str,
-    max_sequence_length: int | None,
-    strength: float | None,
-    mask_blur: float,
-    mask_padding: int | None,
-    expand: Mapping[str, int] | None,
-) -> None:
-    """Refuse options of Flux2Pipeline.stream that no model could draw with; None stands for the model's default.
-
-    Raises:
-        InputError: naming the value and what is possible.
-    """
-    check_size(height, width)
-    if num_steps is not None:
-        check_whole("num_steps", num_steps, 1, MAX_STEPS)
-    if sigmas is not None:
-        check_sigmas(sigmas)
-        if num_steps not in (None, len(sigmas)):
-            raise InputError(f"num_steps is {num_steps}, but {len(sigmas)} sigmas are given")
-    if guidance is not None and not (isinstance(guidance, (int, float)) and 0 <= guidance <= MAX_GUIDANCE):
-        raise InputError(f"guidance must be a number from 0 to {MAX_GUIDANCE}, got {guidance!r}")
-    if guidance_interval is not None:
-        ends = list(guidance_interval) if isinstance(guidance_interval, (list, tuple)) else []
-        if not (len(ends) == 2 and all(isinstance(end, (int, float)) for end in ends) and 0 <= ends[0] <= ends[1] <= 1):
-            raise InputError(
-                f"guidance_interval must be two noise levels, 0 <= low <= high <= 1, got {guidance_interval!r}"
-            )
-    if not (isinstance(guidance_rescale, (int, float)) and 0 <= guidance_rescale <= 1):
-        raise InputError(f"guidance_rescale must be a number from 0 to 1, got {guidance_rescale!r}")
-    if step_cache is not None and not (isinstance(step_cache, (int, float)) and 0 <= step_cache < math.inf):
-        raise InputError(f"step_cache must be a number of at least 0, got {step_cache!r}")
-    if reuse is not None:
-        check_choice("reuse", reuse, REUSED)
-        if step_cache is not None:
-            raise InputError("step_cache is for tens of steps and reuse for a few; give one of them")
-    check_whole("seed", seed, 0, None)
-    check_whole("num_images", num_images, 1, MAX_IMAGES)
-    if batch_size is not None:
-        check_whole("batch_size", batch_size, 1, MAX_IMAGES)
-    if max_sequence_length is not None:
-        check_whole("max_sequence_length", max_sequence_length, 1, MAX_POSITIONS)
-    if strength is not None and not (isinstance(strength, (int, float)) and 0 < strength <= 1):
-        raise InputError(f"strength must be a number above 0, up to 1, got {strength!r}")
-    if not (isinstance(mask_blur, (int, float)) and 0 <= mask_blur <= MAX_MARGIN):
-        raise InputError(f"mask_blur must be a number of pixels from 0 to {MAX_MARGIN}, got {mask_blur!r}")
-    if mask_padding is not None:
-        check_whole("mask_padding", mask_padding, 0, MAX_MARGIN)
-    check_expand(expand)
-    check_choice("schedule", schedule, SCHEDULES)
-    check_choice("noise", noise, NOISES)
+_SIZE = "in pixels, a multiple of 16"
+_LORA = "a LoRA and its strength: a safetensors file, a folder, a Hub id or owner/name/file; given again for each"
+_PART = "from a file, a folder or the Hub, in place of the model's own"
+PROMPT, MODEL, ADAPTERS, SAMPLING = "prompt and images", "model", "adapters", "sampling"
+OUTPUT, MEMORY, BATCH = "output", "memory and speed", "batch and session"
 
 
 def check_size(height: int | None, width: int | None) -> None:
@@ -103,7 +47,8 @@ def check_size(height: int | None, width: int | None) -> None:
     for name, value in (("height", height), ("width", width)):
         if value is None:
             continue
-        check_whole(name, value, MIN_SIDE, None)
+        if value < MIN_SIDE:
+            raise InputError(f"{name} must be a whole number of at least {MIN_SIDE}, got {value}")
         if value % PIXELS_PER_TOKEN:
             low = value // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN
             raise InputError(
@@ -131,46 +76,266 @@ def check_prompt(prompt: Any) -> None:
         raise InputError(f"the prompt is not Unicode text: {prompt[error.start]!r} at {error.start}") from None
 
 
-def check_whole(name: str, value: int, least: int, most: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    if most is not None and value > most:
-        raise InputError(f"{name} must be at most {most}, got {value}")
+def _check_interval(value: Any) -> None:
+    ends = list(value) if isinstance(value, (list, tuple)) else []
+    if not (len(ends) == 2 and all(isinstance(end, (int, float)) for end in ends) and 0 <= ends[0] <= ends[1] <= 1):
+        raise InputError(f"guidance_interval must be two noise levels, 0 <= low <= high <= 1, got {value!r}")
 
 
-def check_memory(memory: str, limit: int | None) -> None:
-    check_choice("memory", memory, MODES)
-    if limit is not None and not (isinstance(limit, (int, float)) and 1 <= limit < 2**63):
-        raise InputError(f"memory_limit must be a number of bytes, got {limit!r}")
+def _check_limit(value: Any) -> None:
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) and MIN_MEMORY <= value < 2**63):
+        raise InputError(
+            f"memory_limit must be a number of bytes, at least {MIN_MEMORY}, got {value!r}; 8 GB are 8e9 "
+            "(--memory-limit 8)"
+        )
 
 
-def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+def gigabytes(text: str) -> int:
+    """GB of 10^9 bytes in bytes."""
+    size = float(text) * 1e9
+    if not 1 <= size < 2**63:
+        raise ValueError
+    return int(size)
 
 
-def one_of_two(name: str, value: Any, other_name: str, other: Any) -> Any:
-    """One argument under two names."""
-    if value is not None and other is not None and value != other:
-        raise InputError(f"{name} ({value}) and {other_name} ({other}) are the same setting; give one of them")
-    return other if value is None else value
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions(Options):
+    """What decides an image, beside the prompt, the model and images that are given; see Flux2Pipeline.stream."""
+
+    negative_prompt: str = option(
+        "", "what CFG steers away from (base models)", group=PROMPT, check=check_prompt, metavar="TEXT",
+        also=("--negative",),
+    )  # fmt: skip
+    strength: float | None = option(
+        None, "denoising strength of img2img and inpainting: 1 keeps nothing of --init-image", group=PROMPT, gt=0, le=1,
+        shown=f"{STRENGTH}; inpainting 1", also=("--denoise", "--denoising-strength"),
+    )  # fmt: skip
+    mask_blur: float = option(
+        0.0, "feather the mask's edge: radius of a Gaussian blur", group=PROMPT, ge=0, le=MAX_MARGIN, metavar="PIXELS"
+    )
+    mask_padding: int | None = option(
+        None, "inpaint a crop: what the mask shows and so much around it, at the full size", group=PROMPT, ge=0,
+        le=MAX_MARGIN, metavar="PIXELS",
+    )  # fmt: skip
+    expand: Mapping[str, int] | None = option(
+        None, f"outpainting: extend --init-image beyond its edges ({', '.join(SIDES)})", group=PROMPT,
+        check=check_expand, hash=False, metavar="SIDE=PIXELS,...", also=("--outpaint",),
+    )  # fmt: skip
+    width: int | None = option(
+        None,
+        _SIZE,
+        group=SAMPLING,
+        ge=MIN_SIDE,
+        shown="a given image's, else 1024; nano 128",
+        also=("-W",),
+        planned=True,
+    )
+    height: int | None = option(
+        None,
+        _SIZE,
+        group=SAMPLING,
+        ge=MIN_SIDE,
+        shown="a given image's, else 1024; nano 128",
+        also=("-H",),
+        planned=True,
+    )
+    num_steps: int | None = option(
+        None, "denoising steps", group=SAMPLING, ge=1, le=MAX_STEPS, flag="steps", metavar="N",
+        shown="distilled models 4, base models 50", also=("--num-steps", "--num-inference-steps", "-s"),
+        alias="num_inference_steps",
+    )  # fmt: skip
+    guidance: float | None = option(
+        None, "CFG scale (classifier-free guidance); 1 is none", group=SAMPLING, ge=0, le=MAX_GUIDANCE, metavar="SCALE",
+        shown="distilled models 1.0, base models 4.0", also=("--guidance-scale", "--cfg-scale", "--cfg"),
+        alias="guidance_scale",
+    )  # fmt: skip
+    guidance_interval: tuple[float, ...] | None = option(
+        None, "apply CFG between these noise levels (sigmas) alone", group=SAMPLING, check=_check_interval,
+        metavar="LOW,HIGH", shown="0,1",
+    )  # fmt: skip
+    guidance_rescale: float = option(
+        0.0, "CFG rescale against oversaturation: 0 is none, 1 full", group=SAMPLING, ge=0, le=1, metavar="SHARE"
+    )
+    force_guidance: bool = option(False, "apply CFG to a distilled model all the same", group=SAMPLING)
+    seed: int | None = option(
+        None, "of the first image; the next have seed + 1, ...", group=SAMPLING, ge=0, shown="random", metavar="N",
+        hint="; leave it out for a random one", alias="generator",
+    )  # fmt: skip
+    schedule: str = option(
+        "flux2",
+        "noise schedule (scheduler): how sigmas fall",
+        group=SAMPLING,
+        choices=SCHEDULES,
+        also=("--scheduler",),
+        either="sigmas",
+    )
+    sigmas: tuple[float, ...] | None = option(
+        None, "a noise schedule of your own, from 1 without the last 0", group=SAMPLING, check=check_sigmas,
+        metavar="S,S,...", either="sigmas",
+    )  # fmt: skip
+    noise: str = option(
+        "torch", "noise source of a seed: torch's CPU generator or mx.random", group=SAMPLING, choices=NOISES
+    )
+    max_sequence_length: int | None = option(
+        None, "tokens that a prompt is padded or cut to", group=SAMPLING, ge=1, le=MAX_POSITIONS, metavar="N",
+        shown="512; nano 48", planned=True,
+    )  # fmt: skip
+    step_cache: float | None = option(
+        None, "First Block Cache for tens of steps: skip the other blocks where the first one's output changes by less "
+        "than this, as 0.1", group=MEMORY, ge=0, metavar="THRESHOLD", shown="off", planned=True,
+    )  # fmt: skip
+    reuse: str | None = option(
+        None, "freeze the keys and values of the prompt, or of the reference images, after the first step (distilled "
+        "models)",
+        group=MEMORY, choices=REUSED, shown="off", planned=True,
+    )  # fmt: skip
+
+    @property
+    def planned(self) -> dict[str, Any]:
+        """The arguments of Flux2Pipeline.plan: what memory depends on."""
+        return self.marked("planned")
+
+    def check_together(self) -> None:
+        check_size(self.height, self.width)
+        if self.sigmas is not None and self.num_steps not in (None, len(self.sigmas)):
+            raise InputError(f"num_steps is {self.num_steps}, but {len(self.sigmas)} sigmas are given")
+        if self.step_cache is not None and self.reuse is not None:
+            raise InputError("step_cache is for tens of steps and reuse for a few; give one of them")
 
 
-def dtype_of(dtype: str | mx.Dtype | None) -> mx.Dtype:
-    """The dtype of that name; None takes what suits the machine.
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions(Options):
+    """How many images a call makes, and how many of them together."""
+
+    num_images: int = option(
+        1, "how many images of each prompt", group=SAMPLING, ge=1, le=MAX_IMAGES, metavar="N",
+        also=("-n", "--num-images-per-prompt"), alias="num_images_per_prompt",
+    )  # fmt: skip
+    batch_size: int | None = option(
+        None, "images that share a pass of the transformer, where memory allows", group=MEMORY, ge=1, le=MAX_IMAGES,
+        metavar="N", shown="1; streamed: what fits",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions(Options):
+    """Which model is opened and how: Flux2Pipeline.from_pretrained takes all, open_checkpoint those marked a source."""
+
+    model: str = option(
+        "klein-4b", "a released model, nano, a folder, a file, a Hub id or owner/name/file", group=MODEL, also=("-m",),
+        source=True,
+    )  # fmt: skip
+    revision: str | None = option(None, "branch, tag or commit on the Hub", group=MODEL, source=True)
+    transformer: str | None = option(None, f"the transformer {_PART}", group=MODEL, metavar="FILE", source=True)
+    text_encoder: str | None = option(None, f"the text encoder {_PART}", group=MODEL, metavar="FILE", source=True)
+    vae: str | None = option(None, f"the autoencoder (VAE) {_PART}", group=MODEL, metavar="FILE", source=True)
+    tokenizer: str | None = option(None, "another folder with tokenizer.json", group=MODEL, metavar="DIR", source=True)
+    distilled: bool | None = option(
+        None, "whether the transformer is step-distilled (few steps, no CFG), where its file does not say", group=MODEL,
+        source=True,
+    )  # fmt: skip
+    kv_cache: bool | None = option(
+        None, "whether the transformer caches the keys and values of reference images, as klein-9b-kv does, where its "
+        "file does not say", group=MODEL, source=True,
+    )  # fmt: skip
+    dtype: str | None = option(
+        None, "of the transformer", group=MODEL, choices=tuple(DTYPES),
+        shown="bfloat16; float16 on M1 and M2; float32 on a CPU", alias="torch_dtype",
+    )  # fmt: skip
+    quantize: int | str | None = option(
+        None, f"quantize weights: {', '.join(map(str, AFFINE_BITS))} bits, {', '.join(FLOAT_MODES)}; below 8 bits the "
+        "most sensitive layers get more", group=MODEL, metavar="BITS", also=("-q",),
+    )  # fmt: skip
+    quantize_text_encoder: int | str | None = option(
+        None, "the same for the text encoder, where it is to differ", group=MODEL, metavar="BITS"
+    )
+    group_size: int | None = option(
+        None, f"weights that share a quantization scale: {', '.join(map(str, AFFINE_GROUPS))}", group=MODEL, shown="64"
+    )
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """The arguments of open_checkpoint."""
+        return self.marked("source")
+
+    @property
+    def release(self) -> Release | None:
+        """The released model that this is and no more, which needs no file to be known."""
+        parts = {name: value for name, value in self.source.items() if name not in ("model", "distilled", "kv_cache")}
+        if any(parts.values()) or Path(self.model).exists():
+            return None
+        return find_release(self.model)
+
+    def quantization(self) -> dict[str, Quantization]:
+        """How each part is quantized."""
+        return parse_options(self.quantize, self.quantize_text_encoder, self.group_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(CheckpointOptions):
+    """A model and its adapters."""
+
+    lora: tuple[str, ...] = option((), _LORA, group=ADAPTERS, metavar="FILE[:STRENGTH]")
+    lora_merge: bool = option(
+        False, "merge LoRAs into weights that are not quantized: steps take a little less, loading more", group=ADAPTERS
+    )
+    lora_partial: bool = option(
+        False, "skip the layers of a LoRA that fit nothing, instead of refusing it", group=ADAPTERS
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeOptions(Options):
+    """How a pipeline computes; no image depends on it."""
+
+    memory: str = option(
+        "auto", "offloading: keep everything loaded (resident), one stage at a time (staged), one block at a time "
+        "(streamed), or what fits (auto)", group=MEMORY, choices=MODES,
+    )  # fmt: skip
+    memory_limit: float | None = option(
+        None, "memory to keep to", group=MEMORY, check=_check_limit, parse=gigabytes, metavar="GB",
+        shown="what the machine has now",
+    )  # fmt: skip
+    cache: bool = option(True, "keep prompt embeddings on disk, and use them again", group=MEMORY, shown="on")
+    preview_decoder: str | None = option(
+        None,
+        "decode --preview with TAEF2, from a file or owner/name/file, instead of coarsely",
+        group=OUTPUT,
+        metavar="FILE",
+    )
+    progress: bool = option(False, "bars on standard error while weights are read and steps are done", flag=None)
+
+
+def dtype_of(dtype: Any) -> mx.Dtype:
+    """The dtype of that name, or of MLX's or torch's own; None takes what suits the machine.
 
     Raises:
         InputError: for another one.
     """
     if dtype is None:
         return default_dtype()
-    if isinstance(dtype, str):
-        check_choice("dtype", dtype, tuple(DTYPES))
-        return DTYPES[dtype]
-    if dtype not in DTYPES.values():
+    name = dtype if isinstance(dtype, str) else str(dtype).rpartition(".")[2]
+    if name not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
-    return dtype
+    return DTYPES[name]
 
 
 def dtype_name(dtype: mx.Dtype) -> str:
     return next(name for name, value in DTYPES.items() if value == dtype)
+
+
+def seed_of(generator: Any) -> int | None:
+    """The seed of diffusers' ``generator``: torch's, or the number itself.
+
+    Raises:
+        InputError: for several, or something else.
+    """
+    if hasattr(generator, "initial_seed"):
+        return int(generator.initial_seed())
+    if generator is None or (isinstance(generator, int) and not isinstance(generator, bool)):
+        return generator
+    if isinstance(generator, (list, tuple)):
+        raise InputError(
+            "generator must be one: the k-th image has its seed + k; call once for each of several other seeds"
+        )
+    raise InputError(f"generator must be a torch.Generator or a seed, got {generator!r}")

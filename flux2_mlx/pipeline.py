@@ -10,11 +10,10 @@ Reference: diffusers' Flux2KleinPipeline, whose argument names are accepted besi
 from __future__ import annotations
 
 import os
-import secrets
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from inspect import signature
+from typing import Any, NoReturn
 
 import mlx.core as mx
 import numpy as np
@@ -28,45 +27,35 @@ from .conditioning.tokenizer import Qwen3Tokenizer
 from .decoding import LatentDecoder
 from .device import machine_memory
 from .errors import InputError
+from .fields import check_choice, nearest
 from .generation import Generator
-from .imaging.inpaint import inpaint_from
-from .imaging.preprocess import init_array, reference_array, reference_size
+from .inputs import Inputs
 from .models.autoencoder import AutoEncoder
 from .models.flux2 import FluxKlein
 from .models.qwen3 import Qwen3TextEncoder
 from .models.taef2 import TinyDecoder
 from .options import (
-    MAX_POSITIONS,
     OUTPUT_TYPES,
-    check_choice,
-    check_memory,
-    check_options,
+    BatchOptions,
+    CheckpointOptions,
+    GenerationOptions,
+    ModelOptions,
+    RuntimeOptions,
     check_prompt,
-    check_whole,
     dtype_name,
     dtype_of,
-    one_of_two,
+    seed_of,
 )
-from .quantization.spec import Quantization, options_of, parse_options
-from .request import (
-    TENS_OF_STEPS,
-    Request,
-    Settings,
-    as_array,
-    drawn_size,
-    first_step,
-    given_latents,
-    noise_levels,
-    usual_guidance,
-    usual_strength,
-)
+from .quantization.spec import Quantization, options_of
+from .request import Settings, image_sigmas, output_size, resolve
 from .results import Result, Step
 from .runtime.activations import Workload
 from .runtime.plan import Plan, make_plan
 from .runtime.residency import STAGES, Stages
 from .runtime.stats import Stats
-from .sampling.latents import PIXELS_PER_TOKEN
-from .sampling.schedules import plan_steps
+
+OWN = ("output_type", "callback_on_step_end", "return_dict")  # options of pipe(...) that stream has not
+ImageLike = Image.Image | str | os.PathLike  # an image, or its file
 
 
 class Flux2Pipeline:
@@ -103,7 +92,7 @@ class Flux2Pipeline:
         preview_decoder: str | os.PathLike[str] | None = None,
         progress: bool = False,
     ):
-        check_memory(memory, memory_limit)
+        RuntimeOptions(memory=memory, memory_limit=memory_limit)
         if group is not None and group.size() != 2:
             raise InputError(f"guidance has two passes to share, and the group has {group.size()} processes")
         self.stages = Stages(
@@ -200,6 +189,7 @@ class Flux2Pipeline:
         group: mx.distributed.Group | None = None,
         preview_decoder: str | os.PathLike[str] | None = None,
         progress: bool = False,
+        torch_dtype: Any = None,
     ) -> Flux2Pipeline:
         """Open a checkpoint. Configs, file headers, names and shapes are checked now; weights are read when needed.
 
@@ -231,35 +221,19 @@ class Flux2Pipeline:
                 passes of guidance.
             preview_decoder: TAEF2's weights for Step.preview, a safetensors file or "owner/name/file" on the Hub.
             progress: show bars on standard error while weights are read and steps are drawn.
+            torch_dtype: diffusers' name for dtype; torch's own dtypes are understood.
 
         Raises:
             CheckpointError: for a checkpoint that cannot be used, with the way out.
             InputError: for an unknown dtype or memory, a limit that is none, or a group of other than two.
         """
-        dtype_of(dtype)  # refused before anything is downloaded
-        check_memory(memory, memory_limit)
-        packed = parse_options(quantize, quantize_text_encoder, group_size)
-        checkpoint = open_checkpoint(
-            model,
-            revision=revision,
-            transformer=transformer,
-            text_encoder=text_encoder,
-            vae=vae,
-            tokenizer=tokenizer,
-            distilled=distilled,
-            kv_cache=kv_cache,
-        )
-        return cls(
-            checkpoint,
-            dtype=dtype,
-            quantize=packed,
-            cache=cache,
-            memory=memory,
-            memory_limit=memory_limit,
-            group=group,
-            preview_decoder=preview_decoder,
-            progress=progress,
-        )
+        given = dict(locals())
+        for name in ("dtype", "torch_dtype"):
+            given[name] = None if given[name] is None else dtype_name(dtype_of(given[name]))
+        options, runtime = CheckpointOptions.collect(given), RuntimeOptions.collect(given)
+        packed = options.quantization()  # refused before anything is downloaded
+        checkpoint = open_checkpoint(**options.source)
+        return cls(checkpoint, dtype=options.dtype, quantize=packed, group=group, **vars(runtime))
 
     def plan(
         self,
@@ -279,9 +253,8 @@ class Flux2Pipeline:
         Raises:
             InputError: for a size or a length that cannot be drawn.
         """
-        if max_sequence_length is not None:
-            check_whole("max_sequence_length", max_sequence_length, 1, MAX_POSITIONS)
-        height, width = drawn_size(height, width, references, self.checkpoint.autoencoder.sample_size)
+        GenerationOptions.collect(locals())
+        height, width = output_size(height, width, references, self.checkpoint.autoencoder.sample_size)
         workload = Workload(
             height,
             width,
@@ -308,7 +281,7 @@ class Flux2Pipeline:
             InputError: for what is no prompt, or a length that cannot be.
         """
         length = self.tokenizer.default_length if max_sequence_length is None else max_sequence_length
-        check_whole("max_sequence_length", length, 1, MAX_POSITIONS)
+        GenerationOptions(max_sequence_length=length)
         for prompt in prompts:
             check_prompt(prompt)
         return self._prompts.encode_ahead(prompts, length)
@@ -378,26 +351,66 @@ class Flux2Pipeline:
 
     # ------------------------------------------------------------------------------------------------ drawing
 
+    @property
+    def options(self) -> ModelOptions:
+        """What is opened, as images' files tell it."""
+        return ModelOptions(
+            model=self.checkpoint.name,
+            revision=self.checkpoint.revision,
+            dtype=dtype_name(self.dtype),
+            lora=tuple(map(str, self.loras.values())),
+            lora_merge=any(lora.merge for lora in self.loras.values()),
+            lora_partial=any(lora.partial for lora in self.loras.values()),
+            **self.checkpoint.options,
+            **options_of(self.quantize),
+        )
+
+    def to(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse diffusers' way to a device and a dtype, with this library's."""
+        raise InputError(
+            "MLX computes on the GPU where there is one, so leave .to(...) out; mx.set_default_device chooses another "
+            "device, and from_pretrained(..., dtype=) the dtype"
+        )
+
     def __call__(
-        self, prompt: str | Sequence[str] | None = None, *, output_type: str = "pil", **options: Any
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[[Flux2Pipeline, int, float, dict[str, mx.array]], Any] | None = None,
+        return_dict: bool = True,
+        **options: Any,
     ) -> Result:
-        """Draw pictures.
+        """Generate images.
 
         Args:
             prompt: one or several.
             output_type: "pil"; "np" for float32 arrays in 0..1; "latent" for what the decoder takes.
+            callback_on_step_end: called as diffusers does, with the pipeline, the number of the step from 0, its
+                timestep (1000 times its noise level) and {"latents": those after it, of one image}. It may watch and
+                stop (by an exception), not change the latents.
+            return_dict: False returns (images,), as diffusers does.
             options: those of ``stream``.
+
+        Returns:
+            a Result, unless return_dict is False.
 
         Raises:
             InputError: for a value that cannot be used.
+            TypeError: for an option that there is not.
             FloatingPointError: where the latents stop being finite.
         """
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        known = list(signature(type(self).stream).parameters)[2:]
+        for name in options.keys() - known:
+            raise TypeError(f"pipe(...) has no option {name!r}{nearest(name, [*known, *OWN])}")
         images: list[Any] = []
         settings: list[Settings] = []
         stats = Stats()
         for step in self.stream(prompt, **options):
+            if callback_on_step_end is not None:
+                self._call_back(callback_on_step_end, step)
             if not step.is_last:
                 continue
             stats = step.stats
@@ -413,14 +426,23 @@ class Flux2Pipeline:
             joined = np.stack(images)
         elif output_type == "latent":
             joined = mx.concatenate(images)
+        if not return_dict:
+            return (joined,)  # type: ignore[return-value]  # as who asks for it knows
         return Result(joined, settings, stats.seconds, stats.peak_bytes, stats.steps)
+
+    def _call_back(self, callback: Callable[..., Any], step: Step) -> None:
+        settings = step.settings
+        sigmas = image_sigmas(settings, self.checkpoint.is_distilled, (settings.height, settings.width))
+        returned = callback(self, step.index - 1, 1000 * sigmas[step.index - 1], {"latents": step.latents})
+        if isinstance(returned, Mapping) and returned.get("latents", step.latents) is not step.latents:
+            raise InputError("callback_on_step_end cannot change latents; FluxSampler is for loops of your own")
 
     def stream(
         self,
         prompt: str | Sequence[str] | None = None,
         *,
         negative_prompt: str = "",
-        image: Image.Image | Sequence[Image.Image] | None = None,
+        image: ImageLike | Sequence[ImageLike] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_steps: int | None = None,
@@ -437,9 +459,9 @@ class Flux2Pipeline:
         sigmas: Sequence[float] | None = None,
         noise: str = "torch",
         max_sequence_length: int | None = None,
-        init_image: Image.Image | None = None,
+        init_image: ImageLike | None = None,
         strength: float | None = None,
-        mask: Image.Image | str | None = None,
+        mask: ImageLike | None = None,
         mask_blur: float = 0.0,
         mask_padding: int | None = None,
         expand: Mapping[str, int] | None = None,
@@ -448,6 +470,7 @@ class Flux2Pipeline:
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         num_images_per_prompt: int | None = None,
+        generator: Any = None,
     ) -> Iterator[Step]:
         """Draw pictures, and yield every step, so that a caller can preview, stop, save or time. Pictures that share a
         pass through the transformer are yielded in turn, step by step.
@@ -457,7 +480,7 @@ class Flux2Pipeline:
         Args:
             prompt: one or several; each is encoded once, and not again while the last call's are kept.
             negative_prompt: what guidance leads away from.
-            image: reference pictures, as diffusers takes them.
+            image: reference images, as diffusers takes them, or their files; so are init_image and mask.
             height, width: in pixels, multiples of 16, from 64 up to 4 megapixels; unless given the first reference's
                 size (of one side given, the other by that reference's aspect), or what the checkpoint is for, 1024 for
                 the released ones.
@@ -468,12 +491,12 @@ class Flux2Pipeline:
             guidance_rescale: how far guidance is brought back to the spread of the velocity without it, 0 to 1.
             force_guidance: guide a distilled model all the same.
             step_cache: leave out all blocks but the first in steps that differ by less than this from one before, as
-                0.1, and foresee what they would change; see models.first_block_cache. The first step and the last
+                0.1, and foresee what they would change; see models.step_cache.StepCache. The first step and the last
                 are computed, and so are those where guidance begins and ends. None and 0 compute every step. It is for
                 tens of steps: of four, each differs much from the one before. Pictures in a pass are decided on
                 together, so that a picture is not quite its single one.
             reuse: "text" or "references": what the picture sees of these tokens in the first step stands for them in
-                the later ones, which leave them out; see models.kv_cache.FrozenKV. For distilled models without
+                the later ones, which leave them out; see models.transformer.Reuse. For distilled models without
                 guidance; None computes every token in every step.
             seed: of the first picture, the k-th has seed + k; random unless given.
             num_images: pictures of each prompt.
@@ -501,6 +524,7 @@ class Flux2Pipeline:
             latents: (B, 128, H/16, W/16) in diffusers' order, or (B, S, 128), in place of noise.
             num_inference_steps, guidance_scale, num_images_per_prompt: diffusers' names for num_steps, guidance and
                 num_images.
+            generator: diffusers' way to say the seed: a torch.Generator, whose initial seed it is, or a whole number.
 
         Yields:
             Step, num_steps a picture, with an init_image those that are done.
@@ -509,275 +533,23 @@ class Flux2Pipeline:
             InputError: for a value that cannot be used.
             FloatingPointError: where the latents stop being finite.
         """
-        num_steps = one_of_two("num_steps", num_steps, "num_inference_steps", num_inference_steps)
-        guidance = one_of_two("guidance", guidance, "guidance_scale", guidance_scale)
-        num_images = one_of_two("num_images", num_images, "num_images_per_prompt", num_images_per_prompt)
-        run = self._validate(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            image=image,
-            height=height,
-            width=width,
-            num_steps=num_steps,
-            guidance=guidance,
-            guidance_interval=guidance_interval,
-            guidance_rescale=guidance_rescale,
-            force_guidance=force_guidance,
-            step_cache=step_cache,
-            reuse=reuse,
-            seed=seed,
-            num_images=1 if num_images is None else num_images,
-            batch_size=batch_size,
-            schedule=schedule,
-            sigmas=sigmas,
-            noise=noise,
-            max_sequence_length=max_sequence_length,
-            init_image=init_image,
-            strength=strength,
-            mask=mask,
-            mask_blur=mask_blur,
-            mask_padding=mask_padding,
-            expand=expand,
-            prompt_embeds=prompt_embeds,
-            latents=latents,
+        given = dict(locals()) | {"generator": seed_of(generator)}
+        request = resolve(
+            GenerationOptions.collect(given),
+            BatchOptions.collect(given),
+            Inputs(**{f.name: given[f.name] for f in fields(Inputs)}),
+            checkpoint=self.checkpoint,
+            model=self.options,
+            default_length=self.tokenizer.default_length,
+            limit=self.memory_limit,
+            peak=self._peak,
+            shares_cfg=self.group is not None,
         )
-        return self._generator.generate(run)
+        return self._generator.generate(request)
 
-    def _validate(
-        self,
-        *,
-        prompt: str | Sequence[str] | None,
-        negative_prompt: str,
-        image: Image.Image | Sequence[Image.Image] | None,
-        height: int | None,
-        width: int | None,
-        num_steps: int | None,
-        guidance: float | None,
-        guidance_interval: tuple[float, float] | None,
-        guidance_rescale: float,
-        force_guidance: bool,
-        step_cache: float | None,
-        reuse: str | None,
-        seed: int | None,
-        num_images: int,
-        batch_size: int | None,
-        schedule: str,
-        sigmas: Sequence[float] | None,
-        noise: str,
-        max_sequence_length: int | None,
-        init_image: Image.Image | None,
-        strength: float | None,
-        mask: Image.Image | str | None,
-        mask_blur: float,
-        mask_padding: int | None,
-        expand: Mapping[str, int] | None,
-        prompt_embeds: mx.array | None,
-        latents: mx.array | np.ndarray | None,
-    ) -> Request:
-        """Check a call's arguments and fill in the defaults; nothing is computed yet."""
-        distilled, params = self.checkpoint.is_distilled, self.checkpoint.transformer
-        if (prompt is None) == (prompt_embeds is None):
-            raise InputError("give either prompt or prompt_embeds")
-        if prompt_embeds is not None:
-            prompt_embeds = as_array("prompt_embeds", prompt_embeds)
-            if prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != params.txt_embed_dim:
-                raise InputError(f"prompt_embeds must be (B, L, {params.txt_embed_dim}), got {prompt_embeds.shape}")
-            max_sequence_length = prompt_embeds.shape[1]
-            prompts = [""] * prompt_embeds.shape[0]
-        else:
-            prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [cast(str, prompt)]
-        if not prompts:
-            raise InputError("prompt must be a string or a non-empty list of strings, got an empty list")
-        for text in [*prompts, negative_prompt]:
-            check_prompt(text)
-        is_seeded = seed is not None
-        seed = secrets.randbelow(2**32) if seed is None else seed
-        check_options(
-            height=height,
-            width=width,
-            num_steps=num_steps,
-            guidance=guidance,
-            guidance_interval=guidance_interval,
-            guidance_rescale=guidance_rescale,
-            step_cache=step_cache,
-            reuse=reuse,
-            seed=seed,
-            num_images=num_images,
-            batch_size=batch_size,
-            schedule=schedule,
-            sigmas=sigmas,
-            noise=noise,
-            max_sequence_length=max_sequence_length,
-            strength=strength,
-            mask_blur=mask_blur,
-            mask_padding=mask_padding,
-            expand=expand,
-        )
-        pictures: list[Any] = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
-        repainting = inpaint_from(init_image, mask, mask_blur, mask_padding, expand)
-        references = [reference_array(picture) for picture in pictures]
-        sizes = [(picture.shape[1], picture.shape[2]) for picture in references]
-        begun = init_image if repainting is None else repainting.image
-        models = [*([] if begun is None else [reference_size(begun)]), *sizes]
-        height, width = drawn_size(height, width, models, self.checkpoint.autoencoder.sample_size)
-        if repainting is not None:
-            repainting.check_aspect(height, width)
-            sizes = [(height, width), *sizes]
-        guidance = usual_guidance(distilled) if guidance is None else guidance
-        if max_sequence_length is None:
-            max_sequence_length = self.tokenizer.default_length
-        if references:
-            needed = 0 if repainting is None else 1
-            self._check_room(height, width, max_sequence_length, sizes, needed, step_cache, reuse)
-        tokens = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
-        levels = noise_levels(distilled, tokens, num_steps, schedule, sigmas)
-        if distilled and guidance > 1 and not force_guidance:
-            warnings.warn(
-                f"{self.checkpoint.name} is distilled and draws without guidance; guidance {guidance:g} is ignored "
-                "(force_guidance, --force-guidance apply it)",
-                stacklevel=3,
-            )
-            guidance = 1.0
-        if reuse is not None:
-            self._check_reuse(reuse, guidance, has_references=bool(sizes))
-
-        if self.group is not None and not is_seeded:
-            raise InputError("two processes that share the passes of guidance need the same seed, and none is given")
-        if self.group is not None and guidance <= 1:
-            raise InputError(
-                "two processes share the passes of guidance, and there is none; they can share pictures: --jobs FILE"
-            )
-
-        total = len(prompts) * num_images
-        start = 0
-        if init_image is not None:
-            usual = usual_strength(len(levels) - 1, repaints=repainting is not None)
-            strength = usual if strength is None else float(strength)
-            start = first_step(strength, len(levels) - 1)
-        elif strength is not None:
-            raise InputError("strength belongs to init_image, and none is given")
-        if guidance > 1 and guidance_interval is not None:
-            low, high = guidance_interval
-            if not any(low <= sigma <= high for sigma in levels[start:-1]):
-                told = ", ".join(f"{sigma:.3g}" for sigma in levels[start:-1][:8])
-                warnings.warn(f"no noise level is in guidance_interval: {told}; there is no guidance", stacklevel=3)
-        done = len(levels) - 1 - start
-        if step_cache and done < TENS_OF_STEPS:
-            warnings.warn(
-                f"step_cache is for tens of steps: of {done}, each differs much from the one before, so that few "
-                "are reused, or the picture becomes another",
-                stacklevel=3,
-            )
-        given_inputs: dict[str, Any] = {"image": image, "init_image": init_image, "mask": mask}
-        given_inputs |= {"prompt_embeds": prompt_embeds, "latents": latents}
-        settings = [
-            Settings(
-                prompt=prompts[k // num_images],
-                model=self.checkpoint.name,
-                seed=int(seed) + k,
-                width=int(width),
-                height=int(height),
-                num_steps=len(levels) - 1,
-                guidance=float(guidance),
-                schedule=schedule,
-                noise=noise,
-                dtype=dtype_name(self.dtype),
-                max_sequence_length=int(max_sequence_length),
-                negative_prompt=negative_prompt,
-                sigmas=None if sigmas is None else tuple(float(s) for s in sigmas),
-                revision=self.checkpoint.revision,
-                strength=strength,
-                guidance_interval=None if guidance_interval is None else tuple(map(float, guidance_interval)),
-                guidance_rescale=float(guidance_rescale),
-                force_guidance=bool(force_guidance),
-                step_cache=None if step_cache is None else float(step_cache),
-                reuse=reuse,
-                mask_blur=float(mask_blur),
-                mask_padding=None if mask_padding is None else int(mask_padding),
-                expand=None if expand is None else {side: int(pixels) for side, pixels in expand.items()},
-                inputs=tuple(name for name, value in given_inputs.items() if value is not None),
-                lora=tuple(map(str, self.loras.values())),
-                lora_merge=any(lora.merge for lora in self.loras.values()),
-                lora_partial=any(lora.partial for lora in self.loras.values()),
-                **self.checkpoint.options,
-                **options_of(self.quantize),
-            )
-            for k in range(total)
-        ]
-        given = None
-        if latents is not None:
-            given = given_latents(as_array("latents", latents), total, height, width, params.in_channels)
-        embeds = None
-        if prompt_embeds is not None:
-            embeds = [prompt_embeds[k // num_images][None] for k in range(total)]
-        init = repainted = None
-        if repainting is not None:
-            init, repainted = repainting.array((height, width)), repainting.mask_tokens((height, width))
-        elif init_image is not None:
-            init = init_array(init_image, (height, width))
-        return Request(
-            settings,
-            plan_steps(levels, start, uses_cfg=guidance > 1, interval=guidance_interval),
-            embeds,
-            given,
-            references,
-            init,
-            repainting,
-            repainted,
-            uses_cfg=guidance > 1,
-            batch_size=batch_size,
-        )
-
-    def _check_room(
-        self,
-        height: int,
-        width: int,
-        length: int,
-        references: Sequence[tuple[int, int]],
-        needed: int,
-        step_cache: float | None,
-        reuse: str | None,
-    ) -> None:
-        """Refuse more references than there is memory for. A picture that is itself too large, or with the first ones
-        that it cannot do without, is warned of later.
-
-        Raises:
-            InputError: with the number that fits.
-        """
-
-        def peak(count: int) -> int:
-            return self.plan(height, width, length, references[:count], step_cache, reuse).peak
-
-        wanted = peak(len(references))
-        if wanted <= self.memory_limit:
-            return
-        fitting = [count for count in range(needed, len(references)) if peak(count) <= self.memory_limit]
-        if fitting:
-            raise InputError(
-                f"{len(references) - needed} references and a picture of {width} x {height} need about "
-                f"{wanted / 1e9:.2f} GB of memory, and there are {self.memory_limit / 1e9:.2f}; the first "
-                f"{fitting[-1] - needed} fit"
-            )
-
-    def _check_reuse(self, reuse: str, guidance: float, *, has_references: bool) -> None:
-        """Refuse to reuse what this model, or this call, does not have, or would lose too much by.
-
-        Raises:
-            InputError: with the reason.
-        """
-        name = self.checkpoint.name
-        if not self.checkpoint.is_distilled:
-            raise InputError(
-                f"reuse is for the few steps of distilled models, and {name} is a base model, whose many steps have "
-                "step_cache (--step-cache)"
-            )
-        if guidance > 1:
-            raise InputError(f"reuse is for distilled models without guidance, and guidance is {guidance:g}")
-        if reuse == "references" and not has_references:
-            raise InputError("reuse of references belongs to image (--image), and none is given")
-        if self.checkpoint.has_kv_cache and has_references:
-            more = "" if reuse == "references" else ", and reuse of the text beside them costs too much of the picture"
-            raise InputError(f"{name} keeps its references already, as klein-9b-kv does{more}")
+    def _peak(self, options: GenerationOptions, references: Sequence[tuple[int, int]]) -> int:
+        """Bytes that an image needs, its size and the length of its prompt resolved."""
+        return self.plan(references=references, **options.planned).peak
 
     def unload(self, stage: str | None = None) -> None:
         """Give a stage's memory back ("text_encoder", "transformer", "autoencoder"; all unless named). Its weights

@@ -1,11 +1,16 @@
-"""A call, checked and resolved: sizes, sigmas, the first step, defaults."""
+"""A call, checked and resolved before anything is computed.
+
+GenerationOptions, BatchOptions, Inputs -> resolve -> Request: Settings of each image, StepPlan of each step, arrays
+"""
 
 from __future__ import annotations
 
 import math
+import secrets
+import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,110 +18,65 @@ import mlx.core as mx
 import numpy as np
 
 from ._version import __version__
+from .checkpoints.checkpoint import Checkpoint
 from .errors import InputError
 from .families import BASE, DISTILLED
+from .fields import changed, is_of_type, option
 from .imaging.inpaint import Inpaint
-from .options import MIN_SIDE, check_size
+from .imaging.preprocess import init_array, reference_array, reference_size
+from .inputs import INPUTS, Inputs
+from .options import MIN_SIDE, STRENGTH, BatchOptions, GenerationOptions, ModelOptions, check_prompt, check_size
 from .sampling.latents import PIXELS_PER_TOKEN, initial_noise, pack_channels_first
-from .sampling.schedules import StepPlan, custom_sigmas, schedule_sigmas
+from .sampling.schedules import StepPlan, custom_sigmas, plan_steps, schedule_sigmas
 
-# What a call may be given that no file carries, and the command's option for it.
-INPUTS = {"image": "--image", "init_image": "--init-image", "mask": "--mask", "prompt_embeds": "", "latents": ""}
-STRENGTH = 0.75  # of an init image without a mask, unless given, or less where the steps are fewer than four
+Size = tuple[int, int]  # (height, width)
+
 TENS_OF_STEPS = 10  # from which on a step may be near enough to the one before
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What decides one picture; written into its file and read back by ``--from-image``.
+@dataclass(frozen=True, kw_only=True)
+class Settings(ModelOptions, GenerationOptions):
+    """What decided one image, every default filled in; written into its file and read back by ``--from-image``.
 
     ``inputs`` names what the call was given besides (of INPUTS), which no file carries.
     """
 
-    prompt: str
-    model: str
-    seed: int
-    width: int
-    height: int
-    num_steps: int
-    guidance: float
-    schedule: str
-    noise: str
-    dtype: str
-    max_sequence_length: int
-    negative_prompt: str = ""
-    sigmas: tuple[float, ...] | None = None
-    revision: str | None = None
-    transformer: str | None = None
-    text_encoder: str | None = None
-    vae: str | None = None
-    tokenizer: str | None = None
-    distilled: bool | None = None
-    kv_cache: bool | None = None
-    lora: tuple[str, ...] = ()
-    lora_merge: bool = False
-    lora_partial: bool = False
-    quantize: int | str | None = None
-    quantize_text_encoder: int | str | None = None
-    group_size: int | None = None
-    strength: float | None = None
-    guidance_interval: tuple[float, ...] | None = None
-    guidance_rescale: float = 0.0
-    force_guidance: bool = False
-    step_cache: float | None = None
-    reuse: str | None = None
-    mask_blur: float = 0.0
-    mask_padding: int | None = None
-    expand: Mapping[str, int] | None = field(default=None, hash=False)
-    inputs: tuple[str, ...] = ()
-    version: str = __version__
+    prompt: str = option(check=check_prompt)
+    model: str = changed(ModelOptions, "model")
+    seed: int = changed(GenerationOptions, "seed")
+    width: int = changed(GenerationOptions, "width")
+    height: int = changed(GenerationOptions, "height")
+    num_steps: int = changed(GenerationOptions, "num_steps")
+    guidance: float = changed(GenerationOptions, "guidance")
+    schedule: str = changed(GenerationOptions, "schedule")
+    noise: str = changed(GenerationOptions, "noise")
+    dtype: str = changed(ModelOptions, "dtype")
+    max_sequence_length: int = changed(GenerationOptions, "max_sequence_length")
+    inputs: tuple[str, ...] = option(())
+    version: str = option(__version__)
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], given: Sequence[str] = ()) -> Settings:
-        """The settings that ``metadata`` gave, as read from a picture's file.
+        """The settings that ``metadata`` gave, as read from an image's file.
 
         Args:
             given: which of the inputs the caller has again.
 
         Raises:
-            InputError: for a setting that is missing or of the wrong kind, and for a picture that needs more than its
-                settings to be drawn again.
+            InputError: for a setting that is missing or of the wrong kind, and for an image that needs more than its
+                settings to be generated again.
         """
-        defaults = {field.name: None if field.default is MISSING else field.default for field in fields(cls)}
+        defaults = {f.name: None if f.default is MISSING else f.default for f in fields(cls)}
         values: dict[str, Any] = {name: metadata.get(name, default) for name, default in defaults.items()}
-        for name in ("sigmas", "guidance_interval", "inputs", "lora"):  # JSON has no tuples
-            values[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
-        number, optional = (int, float), type(None)
-        kinds: dict[str, Any] = {"seed": int, "width": int, "height": int, "num_steps": int, "max_sequence_length": int}
-        kinds |= {"guidance": number, "sigmas": (tuple, optional), "inputs": tuple, "distilled": (bool, optional)}
-        kinds |= {"kv_cache": (bool, optional), "lora": tuple, "lora_merge": bool, "lora_partial": bool}
-        kinds |= {"strength": (*number, optional), "guidance_interval": (tuple, optional), "guidance_rescale": number}
-        kinds |= {
-            "force_guidance": bool,
-            "step_cache": (*number, optional),
-            "reuse": (str, optional),
-            "mask_blur": number,
-            "mask_padding": (int, optional),
-        }
-        kinds |= {"expand": (Mapping, optional)}
-        kinds |= dict.fromkeys(("revision", "transformer", "text_encoder", "vae", "tokenizer"), (str, optional))
-        kinds |= dict.fromkeys(("quantize", "quantize_text_encoder", "group_size"), (int, str, optional))
-        wrong = [name for name, value in values.items() if not isinstance(value, kinds.get(name, str))]
-        for name in ("sigmas", "guidance_interval") if not wrong else ():
-            if not all(isinstance(value, number) for value in values[name] or ()):
-                wrong = [name]
+        wrong = [f.name for f in fields(cls) if not is_of_type(cls, f, values[f.name])]
         if wrong:
             raise InputError(f"the picture's settings cannot be read: {', '.join(wrong)}")
         absent = [str(name) for name in values["inputs"] if name not in given]
         if absent:
-            options = [INPUTS.get(name, "") for name in absent]
-            way_out = f"; give it again ({', '.join(options)})" if all(options) else ", and cannot be repeated"
+            flags = [INPUTS.get(name, "") for name in absent]
+            way_out = f"; give it again ({', '.join(flags)})" if all(flags) else ", and cannot be repeated"
             raise InputError(f"the picture was drawn from more than its file carries ({', '.join(absent)}){way_out}")
         return cls(**values)
-
-    def metadata(self) -> dict[str, Any]:
-        """The settings as JSON values."""
-        return asdict(self)
 
     def parameters(self) -> str:
         """The settings in the "parameters" form that other tools read; of a folder it names the last part alone."""
@@ -134,19 +94,19 @@ class Settings:
 
 @dataclass(frozen=True)
 class Request:
-    """A call, checked and resolved.
+    """A resolved call: one Settings an image, and what the images share.
 
     Attributes:
-        settings: one an image.
-        steps: of every image.
-        prompt_embeds: (1, L, D) an image, in place of prompts.
-        latents: (1, S, C) an image, in place of noise.
-        references: (1, H, W, 3) each, in -1..1.
-        init_image: (1, H, W, 3) in -1..1, if any.
-        inpaint: what the mask of the init image says, if there is one.
-        mask_tokens: (1, S, 1), how much of each token is generated anew.
-        uses_cfg: whether there is classifier-free guidance.
-        batch_size: the most images in a pass; None for one, or as many as fit where the transformer is streamed.
+        settings: of each image.
+        steps: the same for all images.
+        prompt_embeds: (1, L, D) of each image, or None.
+        latents: (1, S, C) of each image, or None.
+        references: (1, H, W, 3) each.
+        init_image: (1, H, W, 3).
+        inpaint: what to composite the image with.
+        mask_tokens: (1, S, 1), how much of each token is inpainted.
+        uses_cfg: whether there is CFG in any step.
+        batch_size: the most images in a pass; None for what suits the memory.
     """
 
     settings: list[Settings]
@@ -161,49 +121,50 @@ class Request:
     batch_size: int | None
 
 
-def usual_guidance(distilled: bool) -> float:
+def warn(message: str) -> None:
+    """A UserWarning at the code that called this package."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(f"{__package__}."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+# ------------------------------------------------------------------------------------------------ defaults and sizes
+
+
+def default_steps(distilled: bool) -> int:
+    return (DISTILLED if distilled else BASE).num_steps
+
+
+def default_guidance(distilled: bool) -> float:
     return (DISTILLED if distilled else BASE).guidance
 
 
-def noise_levels(
-    distilled: bool, tokens: int, num_steps: int | None, schedule: str, sigmas: Sequence[float] | None
-) -> list[float]:
-    """Those of a picture with so many image tokens: the custom ones, else of so many steps, or the model's usual."""
-    if sigmas is not None:
-        return custom_sigmas(sigmas, tokens)
-    return schedule_sigmas(
-        schedule, (DISTILLED if distilled else BASE).num_steps if num_steps is None else num_steps, tokens
-    )
+def default_strength(steps: int, *, inpaints: bool) -> float:
+    return 1.0 if inpaints else min(STRENGTH, max_partial_strength(steps))
 
 
-def usual_strength(steps: int, *, repaints: bool) -> float:
-    return 1.0 if repaints else min(STRENGTH, most_kept(steps))
-
-
-def first_step(strength: float, steps: int) -> int:
-    """The step to begin with, of so many, where a picture is drawn anew with a strength; diffusers' rounding. The last
-    one is always done.
-    """
-    first = min(int(steps - steps * strength), steps - 1)
-    if first == 0 and strength < 1 < steps:
-        warnings.warn(
-            f"strength {strength:g} of {steps} steps is rounded to all of them and keeps next to nothing of the init "
-            f"image; {most_kept(steps):g} is the most that keeps some",
-            stacklevel=4,
-        )
-    return first
-
-
-def most_kept(steps: int) -> float:
+def max_partial_strength(steps: int) -> float:
     """The greatest strength, in hundredths, that leaves out one of so many steps; 1 where there is one alone."""
     return math.floor(100 * (steps - 1) / steps) / 100 if steps > 1 else 1.0
 
 
-def drawn_size(
-    height: int | None, width: int | None, references: Sequence[tuple[int, int]], side: int
-) -> tuple[int, int]:
-    """The size (height, width) of a picture: what is given, else the first of those that it is drawn from, by its
-    aspect where one side is given, else ``side``.
+def start_step(strength: float, steps: int) -> int:
+    """How many steps a strength leaves out at the beginning (img2img), by diffusers' rounding; the last is always
+    done.
+    """
+    start = min(int(steps - steps * strength), steps - 1)
+    if start == 0 and strength < 1 < steps:
+        warn(
+            f"strength {strength:g} of {steps} steps is rounded to all of them and keeps next to nothing of the init "
+            f"image; {max_partial_strength(steps):g} is the most that keeps some"
+        )
+    return start
+
+
+def output_size(height: int | None, width: int | None, references: Sequence[Size], side: int) -> Size:
+    """The size (height, width) of an image: what is given, else the first reference's, by its aspect where one side is
+    given, else ``side``.
 
     Raises:
         InputError: see check_size.
@@ -221,8 +182,233 @@ def drawn_size(
 
 
 def _multiple(side: float) -> int:
-    """The nearest side that can be drawn."""
+    """The nearest side that can be generated."""
     return max(MIN_SIDE, round(side / PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN)
+
+
+def image_sizes(
+    options: GenerationOptions, inputs: Inputs, inpaint: Inpaint | None, side: int
+) -> tuple[Size, list[Size]]:
+    """The size to generate at, where ``side`` is what the model is for, and the sizes of what the transformer sees:
+    what is inpainted is its first reference.
+
+    Raises:
+        InputError: for a size that cannot be.
+    """
+    references = [reference_size(image) for image in inputs.images]
+    init_image = inputs.init_image if inpaint is None else inpaint.image
+    models = references if init_image is None else [reference_size(init_image), *references]
+    size = output_size(options.height, options.width, models, side)
+    if inpaint is None:
+        return size, references
+    inpaint.check_aspect(*size)
+    return size, [size, *references]
+
+
+# ------------------------------------------------------------------------------------------------ steps
+
+
+def image_sigmas(options: GenerationOptions, distilled: bool, size: Size) -> list[float]:
+    """The noise levels of an image of this size (height, width): the custom ones, else the schedule's."""
+    tokens = (size[0] // PIXELS_PER_TOKEN) * (size[1] // PIXELS_PER_TOKEN)
+    if options.sigmas is not None:
+        return custom_sigmas(options.sigmas, tokens)
+    return schedule_sigmas(options.schedule, options.num_steps or default_steps(distilled), tokens)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an image is sampled, every default filled in.
+
+    Attributes:
+        guidance: CFG's scale, 1 where there is none.
+        strength: of img2img and inpainting; None without an init image.
+        num_steps: with those that the strength leaves out.
+        steps: those that are done.
+    """
+
+    guidance: float
+    strength: float | None
+    num_steps: int
+    steps: list[StepPlan]
+
+
+def resolve_sampling(
+    options: GenerationOptions, distilled: bool, size: Size, *, has_init: bool, inpaints: bool
+) -> Sampling:
+    """The one place that knows how many steps there are, where they start, and in which of them CFG applies."""
+    guidance = default_guidance(distilled) if options.guidance is None else options.guidance
+    if distilled and not options.force_guidance:
+        guidance = min(guidance, 1.0)
+    sigmas = image_sigmas(options, distilled, size)
+    num_steps, start, strength = len(sigmas) - 1, 0, options.strength
+    if has_init:
+        strength = default_strength(num_steps, inpaints=inpaints) if strength is None else strength
+        start = start_step(strength, num_steps)
+    steps = plan_steps(sigmas, start, uses_cfg=guidance > 1, interval=options.guidance_interval)
+    return Sampling(guidance, strength, num_steps, steps)
+
+
+def warn_of_sampling(options: GenerationOptions, sampling: Sampling, name: str) -> None:
+    """Say what is asked for and has no effect, or another than is hoped for."""
+    steps = sampling.steps
+    if options.guidance is not None and options.guidance > max(sampling.guidance, 1):
+        warn(
+            f"{name} is distilled and draws without guidance; guidance {options.guidance:g} is ignored "
+            "(force_guidance, --force-guidance apply it)"
+        )
+    if sampling.guidance > 1 and not any(step.is_guided for step in steps):
+        sigmas = ", ".join(f"{step.sigma:.3g}" for step in steps[:8])
+        warn(f"no noise level is in guidance_interval: {sigmas}; there is no guidance")
+    if options.step_cache and len(steps) < TENS_OF_STEPS:
+        warn(
+            f"step_cache is for tens of steps: of {len(steps)}, each differs much from the one before, so that few are "
+            "reused, or the picture becomes another"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def check_reuse(reuse: str, guidance: float, checkpoint: Checkpoint, *, has_references: bool) -> None:
+    """Refuse to freeze what this model, or this call, does not have, or would lose too much by.
+
+    Raises:
+        InputError: with the reason.
+    """
+    name = checkpoint.name
+    if not checkpoint.is_distilled:
+        raise InputError(
+            f"reuse is for the few steps of distilled models, and {name} is a base model, whose many steps have "
+            "step_cache (--step-cache)"
+        )
+    if guidance > 1:
+        raise InputError(f"reuse is for distilled models without guidance, and guidance is {guidance:g}")
+    if reuse == "references" and not has_references:
+        raise InputError("reuse of references belongs to image (--image), and none is given")
+    if checkpoint.has_kv_cache and has_references:
+        more = "" if reuse == "references" else ", and reuse of the text beside them costs too much of the picture"
+        raise InputError(f"{name} keeps its references already, as klein-9b-kv does{more}")
+
+
+def check_room(
+    peak: Callable[[Sequence[Size]], int], size: Size, references: Sequence[Size], needed: int, limit: int
+) -> None:
+    """Refuse more references than there is memory for. An image that is itself too large, or with the first ones that
+    it cannot do without, is warned of later.
+
+    Args:
+        peak: bytes with these references.
+        needed: how many references cannot be left out.
+
+    Raises:
+        InputError: with the number that fits.
+    """
+    wanted = peak(references)
+    if wanted <= limit:
+        return
+    fitting = [count for count in range(needed, len(references)) if peak(references[:count]) <= limit]
+    if fitting:
+        height, width = size
+        raise InputError(
+            f"{len(references) - needed} references and a picture of {width} x {height} need about "
+            f"{wanted / 1e9:.2f} GB of memory, and there are {limit / 1e9:.2f}; the first {fitting[-1] - needed} fit"
+        )
+
+
+def check_group(is_seeded: bool, guidance: float) -> None:
+    """Refuse what two processes cannot share.
+
+    Raises:
+        InputError: with the way out.
+    """
+    if not is_seeded:
+        raise InputError("two processes that share the passes of guidance need the same seed, and none is given")
+    if guidance <= 1:
+        raise InputError(
+            "two processes share the passes of guidance, and there is none; they can share pictures: --jobs FILE"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ resolving
+
+
+def resolve(
+    options: GenerationOptions,
+    batch: BatchOptions,
+    inputs: Inputs,
+    *,
+    checkpoint: Checkpoint,
+    model: ModelOptions,
+    default_length: int,
+    limit: int,
+    peak: Callable[[GenerationOptions, Sequence[Size]], int],
+    shares_cfg: bool = False,
+) -> Request:
+    """Check a call and fill in the defaults; nothing is computed yet.
+
+    Args:
+        model: what is opened, as its images' files will tell.
+        default_length: tokens of a prompt where none is said.
+        limit: bytes of memory.
+        peak: bytes that an image needs, its size and length resolved, with references of these sizes.
+        shares_cfg: whether two processes share the passes of CFG.
+
+    Raises:
+        InputError: for a value that cannot be used.
+    """
+    embeds = resolve_embeds(inputs, checkpoint.transformer.txt_embed_dim)
+    prompts = inputs.prompts if embeds is None else [""] * len(embeds)
+    if not prompts:
+        raise InputError("prompt must be a string or a non-empty list of strings, got an empty list")
+    for text in prompts:
+        check_prompt(text)
+    inputs = inputs.opened()
+    inpaint = inputs.inpaint(options)
+    references = [reference_array(image) for image in inputs.images]
+    size, sizes = image_sizes(options, inputs, inpaint, checkpoint.autoencoder.sample_size)
+    length = (options.max_sequence_length or default_length) if embeds is None else embeds.shape[1]
+    resolved = replace(options, height=size[0], width=size[1], max_sequence_length=length)
+    if references:
+        check_room(lambda seen: peak(resolved, seen), size, sizes, int(inpaint is not None), limit)
+    has_init, inpaints = inputs.init_image is not None, inpaint is not None
+    sampling = resolve_sampling(resolved, checkpoint.is_distilled, size, has_init=has_init, inpaints=inpaints)
+    if options.reuse is not None:
+        check_reuse(options.reuse, sampling.guidance, checkpoint, has_references=bool(sizes))
+    if shares_cfg:
+        check_group(options.seed is not None, sampling.guidance)
+    warn_of_sampling(options, sampling, checkpoint.name)
+    seed = secrets.randbelow(2**32) if options.seed is None else options.seed
+    own = vars(resolved) | {name: getattr(sampling, name) for name in ("guidance", "strength", "num_steps")}
+    first = Settings(**vars(model) | own | {"prompt": prompts[0], "seed": seed, "inputs": inputs.names})
+    count = len(prompts) * batch.num_images
+    image_of = [k // batch.num_images for k in range(count)]
+    channels = checkpoint.transformer.in_channels
+    init_image = init_array(inputs.init_image, size) if has_init and inpaint is None else None
+    return Request(
+        settings=[replace(first, prompt=prompts[image_of[k]], seed=seed + k) for k in range(count)],
+        steps=sampling.steps,
+        prompt_embeds=None if embeds is None else [embeds[image_of[k]][None] for k in range(count)],
+        latents=None if inputs.latents is None else given_latents(inputs.latents, count, size, channels),
+        references=references,
+        init_image=init_image if inpaint is None else inpaint.array(size),
+        inpaint=inpaint,
+        mask_tokens=None if inpaint is None else inpaint.mask_tokens(size),
+        uses_cfg=sampling.guidance > 1,
+        batch_size=batch.batch_size,
+    )
+
+
+def resolve_embeds(inputs: Inputs, width: int) -> mx.array | None:
+    """The embeddings (B, L, width) that stand for prompts, if they do."""
+    if (inputs.prompt is None) == (inputs.prompt_embeds is None):
+        raise InputError("give either prompt or prompt_embeds")
+    if inputs.prompt_embeds is None:
+        return None
+    embeds = as_array("prompt_embeds", inputs.prompt_embeds)
+    if embeds.ndim != 3 or embeds.shape[-1] != width:
+        raise InputError(f"prompt_embeds must be (B, L, {width}), got {embeds.shape}")
+    return embeds
 
 
 def as_array(name: str, value: Any) -> mx.array:
@@ -237,8 +423,10 @@ def request_noise(settings: Settings, channels: int) -> mx.array:
     return initial_noise(settings.seed, settings.height, settings.width, channels, settings.noise)
 
 
-def given_latents(latents: mx.array, count: int, height: int, width: int, channels: int) -> list[mx.array]:
-    rows, columns = height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN
+def given_latents(value: Any, count: int, size: Size, channels: int) -> list[mx.array]:
+    """(1, S, C) of each image."""
+    latents = as_array("latents", value)
+    rows, columns = (side // PIXELS_PER_TOKEN for side in size)
     if latents.shape == (count, channels, rows, columns):
         latents = pack_channels_first(latents)
     if latents.shape != (count, rows * columns, channels):

@@ -16,10 +16,15 @@ import pytest
 from PIL import Image, ImageOps
 
 from flux2_mlx import Flux2Pipeline, InputError, Settings, __version__, read_metadata, save_image
-from flux2_mlx.cli.arguments import check, output_path, parse_arguments
+from flux2_mlx.cli.arguments import build_parser, check, complete, output_path
 from flux2_mlx.generate import main
 from tests import tiny
 from tests.prompts import LONG
+
+
+def task_of(*words):
+    return complete(build_parser().parse_args([str(word) for word in words]), None)
+
 
 SMALL = ["--width", "80", "--height", "64", "--steps", "2", "--max-sequence-length", "16"]
 
@@ -252,7 +257,10 @@ def test_a_distilled_model_is_guided_where_that_is_forced(run, tmp_path):
 
 
 def test_a_strength_without_a_picture_to_begin_from_is_refused(run):
-    refused(run("a", "--strength", 0.5, model="no/such/model"), "--strength belongs to --init-image")
+    refused(
+        run("a", "--strength", 0.5, model="no/such/model"),
+        "strength belongs to init_image (--init-image), and none is given",
+    )
 
 
 def test_references_that_cannot_be_used_are_refused_before_the_model_is_opened(run, fox):
@@ -271,7 +279,7 @@ def test_what_a_reference_asks_for_is_refused_before_the_model_is_opened(run, fo
     fox.resize((512, 64)).save("wide.png")
     base = ["a", "--model", "no/such/model", "--image", "wide.png", "--height", "1024"]
     with pytest.raises(InputError, match="megapixels"):
-        check(parse_arguments(base, None))
+        check(task_of(*base))
     refused(run("a", "--image", "fox.png", "--kv-cache", model="klein-9b"), "klein-9b was not trained to keep its")
 
 
@@ -376,10 +384,10 @@ def test_from_image_keeps_a_revision_with_its_model_alone(run, tmp_path, monkeyp
     hub = replace(settings, model="klein-4b", revision="v1")
     save_image(image, tmp_path / "hub.png", hub.metadata(), hub.parameters())
     image.close()
-    arguments = parse_arguments(["--from-image", str(tmp_path / "hub.png")], None)
-    assert (arguments.model, arguments.revision) == ("klein-4b", "v1")
-    arguments = parse_arguments(["--from-image", str(tmp_path / "hub.png"), "--model", "klein-9b"], None)
-    assert (arguments.model, arguments.revision) == ("klein-9b", None)
+    model = task_of("--from-image", tmp_path / "hub.png").model
+    assert (model.model, model.revision) == ("klein-4b", "v1")
+    model = task_of("--from-image", tmp_path / "hub.png", "--model", "klein-9b").model
+    assert (model.model, model.revision) == ("klein-9b", None)
 
 
 @pytest.mark.parametrize(
@@ -389,7 +397,10 @@ def test_from_image_keeps_a_revision_with_its_model_alone(run, tmp_path, monkeyp
         ({"sigmas": 5}, "cannot be read: sigmas"),
         ({"sigmas": ["x"]}, "cannot be read: sigmas"),
         ({"prompt": ["a", "b"]}, "cannot be read: prompt"),
-        ({"seed": None, "width": "64"}, "cannot be read: seed, width"),
+        ({"lora": [5]}, "cannot be read: lora"),
+        ({"sigmas": [True]}, "cannot be read: sigmas"),
+        ({"force_guidance": "no"}, "cannot be read: force_guidance"),
+        ({"seed": None, "width": "64"}, "cannot be read: width, seed"),
         ({"inputs": ["image", "latents"]}, "carries (image, latents), and cannot be repeated"),
         ({"inputs": ["image"]}, "carries (image); give it again (--image)"),
         ({"width": 10**9}, "megapixels"),
@@ -409,7 +420,7 @@ def test_settings_of_a_picture_that_cannot_be_used(run, tmp_path, capsys, change
 
 def test_a_dash_in_a_pictures_prompt_does_not_read_standard_input(run, tmp_path):
     assert run("-", "--seed", 1, "--output", "dash.png", "--quiet", stdin="-")[0] == 0
-    assert parse_arguments(["--from-image", str(tmp_path / "dash.png")], None).prompt == "-"
+    assert task_of("--from-image", tmp_path / "dash.png").inputs.prompt == "-"
 
 
 def test_a_long_prompt_is_cut_with_a_warning(run):
@@ -444,22 +455,25 @@ def test_output_names():
         (["a", "--height", "32"], ["height must be a whole number of at least 64, got 32"]),
         (["a", "--width", "4096", "--height", "4096"], ["4096 x 4096 is 16.00 megapixels; at most 4 (2048 x 2048)"]),
         (["a", "--width", "wide"], ["argument --width: invalid int value: 'wide'"]),
-        (["a", "--steps", "0"], ["num_steps must be a whole number of at least 1, got 0"]),
-        (["a", "--num-images", "0"], ["num_images must be a whole number of at least 1, got 0"]),
-        (["a", "--seed", "-4"], ["seed must be a whole number of at least 0, got -4"]),
+        (["a", "--steps", "0"], ["num_steps must be a whole number from 1 to 1000, got 0"]),
+        (["a", "--num-images", "0"], ["num_images must be a whole number from 1 to 10000, got 0"]),
+        (["a", "--seed", "-4"], ["seed must be a whole number of at least 0, got -4; leave it out for a random one"]),
         (["a", "--model", "klein4b"], ["no model 'klein4b'", "did you mean klein-4b"]),
         (["a", "--model", "."], ["no FLUX.2 [klein] checkpoint in the diffusers layout: no model_index.json"]),
         (["a", "--schedule", "karras"], ["invalid choice: 'karras'"]),
         (["a", "--output", "fox.bmp"], ["cannot write fox.bmp: the suffix must be one of .png"]),
         (["a", "--output", "gone/fox.png"], ["cannot write gone/fox.png: there is no folder gone"]),
-        (["a", "--output", "{prompt}.png"], ["--output takes {seed} and {index} alone, got '{prompt}.png'"]),
-        (["a", "--output", "{.png"], ["--output takes {seed} and {index} alone"]),
-        (["a", "--output", "{seed:{prompt}}.png"], ["--output takes {seed} and {index} alone"]),
-        (["a", "--output", "{seed:c}.png"], ["--output takes {seed} and {index} alone"]),
+        (["a", "--output", "{model}.png"], ["--output takes {seed}, {index} and {prompt} alone, got '{model}.png'"]),
+        (["a", "--output", "{.png"], ["--output takes {seed}, {index} and {prompt} alone"]),
+        (["a", "--output", "{seed:{prompt}}.png"], ["--output takes {seed}, {index} and {prompt} alone"]),
+        (["a", "--output", "{seed:c}.png"], ["--output takes {seed}, {index} and {prompt} alone"]),
         (["a", "--output", "~nobody-of-that-name/x.png"], ["cannot write ~nobody-of-that-name/x.png"]),
         (["a", "--output", "x" * 300 + ".png"], ["File name too long"]),
-        (["a", "--num-images", "10001"], ["num_images must be at most 10000, got 10001"]),
-        (["a", "--max-sequence-length", "1000000000000"], ["max_sequence_length must be at most 40960"]),
+        (["a", "--num-images", "10001"], ["num_images must be a whole number from 1 to 10000, got 10001"]),
+        (
+            ["a", "--max-sequence-length", "1000000000000"],
+            ["max_sequence_length must be a whole number from 1 to 40960"],
+        ),
         (["a", "--schedule", "linear", "--sigmas", "1,0.5"], ["not allowed with argument --schedule"]),
         (["a", "--sigmas", "1,x"], ["argument --sigmas: invalid numbers value: '1,x'"]),
         (["a\udcff"], ["the prompt is not Unicode text: '\\udcff' at 1"]),

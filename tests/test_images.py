@@ -22,8 +22,8 @@ SETTINGS = Settings(
     prompt='a red fox 🦊, "quoted"\nsecond line',
     model="klein-4b",
     seed=42,
-    width=32,
-    height=16,
+    width=96,
+    height=64,
     num_steps=4,
     guidance=1.0,
     schedule="flux2",
@@ -60,7 +60,7 @@ def test_every_format_carries_its_settings(image, tmp_path, suffix):
 def test_the_parameters_line():
     assert SETTINGS.parameters() == (
         'a red fox 🦊, "quoted"\nsecond line\nNegative prompt: blur\nSteps: 4, Sampler: Euler, Schedule type: flux2, '
-        f"CFG scale: 1, Seed: 42, Size: 32x16, Model: klein-4b, Version: flux2_mlx {SETTINGS.version}"
+        f"CFG scale: 1, Seed: 42, Size: 96x64, Model: klein-4b, Version: flux2_mlx {SETTINGS.version}"
     )
 
 

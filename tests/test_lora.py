@@ -362,7 +362,7 @@ def test_computing_blocks_again_changes_no_number(dropout, bits):
         (["--config", "nowhere.json"], "cannot read nowhere.json"),
         (["--resume", "nowhere"], "nowhere has no checkpoints/state.safetensors"),
         (["--resume", "a", "--config", "b"], "--config is for a new one"),
-        (["--rnak", "4"], "unrecognized arguments: --rnak"),
+        (["--rnak", "4"], "unknown option --rnak; did you mean --rank?"),
     ],
 )  # fmt: skip
 def test_options_that_are_refused(words, message, capsys, tmp_path, monkeypatch):
@@ -393,7 +393,7 @@ def test_a_file_of_options(tmp_path):
         ("{", "cannot be read"),
         ("[" * 100_000, "cannot be read"),
         ("[1]", "must be an object of options"),
-        ('{"rnak": 4}', "has an unknown option 'rnak'; rank?"),
+        ('{"rnak": 4}', "has an unknown option 'rnak'; did you mean rank?"),
         ('{"data": "a", "output": "b", "rank": "4"}', "rank must be a whole number from 1 to 1024, got '4'"),
         ('{"data": "a", "output": "b", "rank": true}', "rank must be a whole number from 1 to 1024, got True"),
         ('{"data": "a", "output": "b", "targets": "to_q"}', "targets must be a list of strings, got 'to_q'"),

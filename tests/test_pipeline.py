@@ -17,8 +17,8 @@ from flux2_mlx.device import default_dtype, machine_memory, weight_bytes, weight
 from flux2_mlx.imaging.preprocess import init_array
 from flux2_mlx.models.flux2 import FluxKlein
 from flux2_mlx.models.qwen3 import Qwen3TextEncoder
-from flux2_mlx.options import check_size
-from flux2_mlx.request import STRENGTH, drawn_size, first_step, most_kept
+from flux2_mlx.options import STRENGTH, check_size
+from flux2_mlx.request import max_partial_strength, output_size, start_step
 from flux2_mlx.runtime.activations import Pass, decoder_bytes, kv_bytes, transformer_bytes
 from flux2_mlx.runtime.plan import MODES
 from flux2_mlx.runtime.residency import Need
@@ -401,14 +401,14 @@ def test_references_are_encoded_once(pipe, monkeypatch):
 
 def test_a_side_that_is_not_given_keeps_the_first_references_aspect():
     references = [(512, 768), (64, 64)]
-    assert drawn_size(None, None, references, 1024) == (512, 768)
-    assert drawn_size(256, None, references, 1024) == (256, 384)
-    assert drawn_size(None, 1024, references, 1024) == (688, 1024)  # 682.67, in sixteens
-    assert drawn_size(None, 64, [(64, 512)], 1024) == (64, 64)
-    assert drawn_size(128, 64, references, 1024) == (128, 64)
-    assert drawn_size(None, 64, [], 1024) == (1024, 64)
+    assert output_size(None, None, references, 1024) == (512, 768)
+    assert output_size(256, None, references, 1024) == (256, 384)
+    assert output_size(None, 1024, references, 1024) == (688, 1024)  # 682.67, in sixteens
+    assert output_size(None, 64, [(64, 512)], 1024) == (64, 64)
+    assert output_size(128, 64, references, 1024) == (128, 64)
+    assert output_size(None, 64, [], 1024) == (1024, 64)
     with pytest.raises(InputError, match="megapixels"):
-        drawn_size(None, 2048, [(512, 64)], 1024)
+        output_size(None, 2048, [(512, 64)], 1024)
 
 
 def test_a_picture_is_begun_from(pipe):
@@ -437,8 +437,8 @@ def test_a_picture_is_begun_from(pipe):
 
 @pytest.mark.parametrize("steps", [2, 3, 4, 7, 29, 50, 1000])
 def test_the_strength_that_is_advised_keeps_something(steps):
-    assert first_step(most_kept(steps), steps) >= 1
-    assert first_step(min(STRENGTH, most_kept(steps)), steps) >= 1
+    assert start_step(max_partial_strength(steps), steps) >= 1
+    assert start_step(min(STRENGTH, max_partial_strength(steps)), steps) >= 1
 
 
 def test_a_picture_to_begin_from_is_never_stretched(pipe):
@@ -515,7 +515,7 @@ def test_a_stage_too_large_for_the_machine_warns_once(checkpoint):
 
 @pytest.mark.filterwarnings("ignore:the .* needs about")
 def test_short_memory_unloads_what_is_not_needed(checkpoint, pipe, memory):
-    short = Flux2Pipeline.from_pretrained(checkpoint, memory_limit=1)
+    short = Flux2Pipeline.from_pretrained(checkpoint, memory_limit=10**6)
     before = memory()
     for step in short.stream("a", seed=2, **SMALL):
         assert loaded(short) == {"transformer"}, step
@@ -558,13 +558,13 @@ def test_estimates_grow_with_the_work(pipe):
         ({"width": -16}, "width must be a whole number of at least 64, got -16"),
         ({"width": 2048, "height": 2064}, r"2048 x 2064 is 4\.03 megapixels; at most 4 \(2048 x 2048\)"),
         ({"height": 64.0}, r"height must be a whole number of at least 64, got 64\.0"),
-        ({"num_steps": 1001}, "num_steps must be at most 1000, got 1001"),
-        ({"num_steps": 0}, "num_steps must be a whole number of at least 1, got 0"),
-        ({"num_inference_steps": -3}, "num_steps must be a whole number of at least 1, got -3"),
+        ({"num_steps": 1001}, "num_steps must be a whole number from 1 to 1000, got 1001"),
+        ({"num_steps": 0}, "num_steps must be a whole number from 1 to 1000, got 0"),
+        ({"num_inference_steps": -3}, "num_steps must be a whole number from 1 to 1000, got -3"),
         ({"num_steps": 4, "num_inference_steps": 5}, r"num_steps \(4\) and num_inference_steps \(5\) are the same"),
-        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
-        ({"num_images": 0}, "num_images must be a whole number of at least 1, got 0"),
-        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        ({"batch_size": 0}, "batch_size must be a whole number from 1 to 10000, got 0"),
+        ({"num_images": 0}, "num_images must be a whole number from 1 to 10000, got 0"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1; leave it out for a random one"),
         ({"guidance": -1.0}, "guidance must be a number from 0 to 100, got -1"),
         ({"guidance": "strong"}, "guidance must be a number from 0 to 100, got 'strong'"),
         ({"guidance_interval": (0.5, 0.2)}, r"guidance_interval must be two noise levels, .* got \(0\.5, 0\.2\)"),
@@ -575,10 +575,13 @@ def test_estimates_grow_with_the_work(pipe):
         ({"step_cache": float("inf")}, "step_cache must be a number of at least 0, got inf"),
         ({"step_cache": float("nan")}, "step_cache must be a number of at least 0, got nan"),
         ({"step_cache": "much"}, "step_cache must be a number of at least 0, got 'much'"),
+        ({"guidance": True}, "guidance must be a number from 0 to 100, got True"),
+        ({"sigmas": [True]}, r"sigmas must be a list of numbers, got \[True\]"),
+        ({"force_guidance": "no"}, "force_guidance must be true or false, got 'no'"),
         ({"guidance": float("nan")}, "guidance must be a number from 0 to 100, got nan"),
         ({"noise": "cuda"}, "noise must be one of torch, mlx, got 'cuda'"),
         ({"schedule": "karras"}, "schedule must be one of flux2, linear, comfy, got 'karras'"),
-        ({"max_sequence_length": 0}, "max_sequence_length must be a whole number of at least 1, got 0"),
+        ({"max_sequence_length": 0}, "max_sequence_length must be a whole number from 1 to 40960, got 0"),
         ({"sigmas": [0.5, 0.9]}, "sigmas must fall"),
         ({"sigmas": [1.0, 0.5], "num_steps": 3}, "num_steps is 3, but 2 sigmas are given"),
         ({"prompt": None}, "give either prompt or prompt_embeds"),
@@ -593,12 +596,12 @@ def test_estimates_grow_with_the_work(pipe):
         ({"latents": object()}, "latents must be an array, got object"),
         ({"sigmas": 5}, "sigmas must be a list of numbers, got 5"),
         ({"guidance": 10**400}, "guidance must be a number from 0 to 100"),
-        ({"image": "fox.png"}, r"an image must be a PIL\.Image\.Image, got str"),
+        ({"image": "fox.png"}, r"fox\.png: cannot be read: No such file"),
         ({"image": np.zeros((64, 64, 3))}, r"an image must be a PIL\.Image\.Image, got ndarray"),
         ({"output_type": "pt"}, "output_type must be one of pil, np, latent, got 'pt'"),
         ({"image": Image.new("RGB", (20, 20))}, "too small"),
         ({"init_image": Image.new("RGB", (20, 20))}, "too small"),
-        ({"init_image": "fox.png"}, r"an image must be a PIL\.Image\.Image, got str"),
+        ({"init_image": "fox.png"}, r"fox\.png: cannot be read: No such file"),
         ({"strength": 0.5}, "strength belongs to init_image"),
         (
             {"init_image": Image.new("RGB", (64, 64)), "strength": 0},

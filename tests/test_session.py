@@ -27,7 +27,7 @@ def session():
     return session
 
 
-NOTHING = {"seed": None, "height": None, "width": None, "num_steps": None, "lora": None}
+NOTHING: dict = {}
 
 
 def test_a_line_is_drawn(session):
@@ -172,7 +172,7 @@ def test_completion(tmp_path, monkeypatch):
     def every(text):
         return [found for k in range(9) if (found := completed(text, k)) is not None]
 
-    assert every("s") == ["seed ", "size ", "steps ", "save "]
+    assert every("s") == ["seed ", "size ", "steps ", "set ", "save "]
     assert every("fo") == ["folder/", "forest.webp", "fox.png"]
     assert every("folder/") == ["folder/a.png"]
     assert every(f"{tmp_path}/fox") == [f"{tmp_path}/fox.png"]

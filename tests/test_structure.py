@@ -16,7 +16,7 @@ ROOT = PACKAGE.parent
 # Packages and modules at the top of flux2_mlx, each importing from those of earlier lines alone, or from itself.
 ORDER = [
     {"_version", "errors"},
-    {"lazy", "disk_cache"},
+    {"lazy", "disk_cache", "fields"},
     {"models"},
     {"device"},
     {"sampling", "quantization"},
@@ -26,6 +26,7 @@ ORDER = [
     {"runtime"},
     {"options"},
     {"conditioning"},
+    {"inputs"},
     {"request"},
     {"decoding"},
     {"results"},

@@ -1,70 +1,98 @@
-"""What the commands share: a parser that tells faults in one line, the options that say which model to open, those that
-say what to write of it, and the processes that were started together.
-"""
+"""What the commands share: a parser that tells faults in one line, flags made from options, how a command ends."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ..adapters.lora import fuse, parse_lora
 from ..checkpoints.checkpoint import open_checkpoint
 from ..checkpoints.write import LAYOUTS, convert
 from ..errors import InputError, one_line
-from ..quantization.spec import AFFINE_BITS, FLOAT_MODES, parse_options
+from ..fields import default_of, flag_of, nearest, parser_of, type_of
+from ..options import CheckpointOptions
 
-# What belongs to the model besides its name, as Flux2Pipeline.from_pretrained takes it.
-PART_OPTIONS = ("transformer", "text_encoder", "vae", "tokenizer", "distilled", "kv_cache")
-MODEL_OPTIONS = (*PART_OPTIONS, "quantize", "quantize_text_encoder", "group_size")
-MODEL_HELP = "a released name, nano, a folder, a file, a Hub id or owner/name/file"
+MODEL_HELP = CheckpointOptions.field("model").metadata["help"]
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells a fault in one line, as the rest of a command does, instead of with its usage."""
+    """A parser that lists its options under titles and tells a fault in one line, with the option that was meant.
+
+    Args:
+        titles: in the order of ``--help``.
+        hints: of flags that there are not, what to do instead.
+    """
+
+    def __init__(self, *, titles: Sequence[str] = (), hints: Mapping[str, str] | None = None, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+        self.titles = {title: self.add_argument_group(title) for title in titles}
+        self.hints = hints or {}
+        self.exclusive: dict[str, Any] = {}  # groups of options that exclude each other
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, rest = self.parse_known_args(args, namespace)
+        for word in rest:
+            flag = word.partition("=")[0]
+            if flag in self.hints:
+                raise InputError(f"unknown option {flag}: {self.hints[flag]}")
+            if flag.startswith("-"):
+                near = nearest(flag, list(self._option_string_actions))
+                raise InputError(f"unknown option {flag}{near or '; see --help'}")
+        if rest:
+            raise InputError(f"{rest[0]!r} is one word too many: text with spaces needs quotes; see --help")
+        return parsed
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Options of every command that opens a model, besides its name."""
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    for part, what in (("transformer", "transformer"), ("text-encoder", "text encoder"), ("vae", "autoencoder")):
-        parser.add_argument(f"--{part}", metavar="FILE", help=f"another {what}: a file, a folder, or one on the Hub")
-    parser.add_argument("--tokenizer", metavar="DIR", help="another folder with tokenizer.json")
-    parser.add_argument(
-        "--distilled",
-        action=argparse.BooleanOptionalAction,
-        help="whether the transformer draws in few steps without guidance, where its file does not say",
-    )
-    parser.add_argument(
-        "--kv-cache",
-        action=argparse.BooleanOptionalAction,
-        help="whether the transformer was trained to keep its references (klein-9b-kv), where its file does not say",
-    )
-    parser.add_argument(
-        "--quantize",
-        metavar="BITS",
-        help=f"pack matrices: {', '.join(map(str, AFFINE_BITS))} bits, {', '.join(FLOAT_MODES)}; below 8 "
-        "bits the most sensitive layers get more",
-    )
-    parser.add_argument("--quantize-text-encoder", metavar="BITS", help="the same of the text encoder, to differ")
-    parser.add_argument("--group-size", type=int, help="weights that share a scale: 32, 64, 128 (64)")
+    def add_options(self, cls: type, skip: Sequence[str] = ()) -> None:
+        """A flag for each option of a class; what is not given is None, or absent, as the parser is made."""
+        for f in fields(cls):
+            if f.name not in skip and f.metadata.get("flag", "") is not None:
+                self.add_option(cls, f)
+
+    def add_option(self, cls: type, f: Field[Any], **more: Any) -> None:
+        """An option's flag, and hidden ones for its names from habit."""
+        meta, shown, kind = f.metadata, default_of(f), type_of(cls, f.name)
+        group: Any = self.titles.get(meta["group"], self)
+        if meta.get("either"):
+            if meta["either"] not in self.exclusive:
+                self.exclusive[meta["either"]] = group.add_mutually_exclusive_group()
+            group = self.exclusive[meta["either"]]
+        how: dict[str, Any] = {"dest": f.name, **more}
+        if kind is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        else:
+            how["metavar"] = "N" if kind in (int, float) else None
+            how |= {name: meta[name] for name in ("metavar", "choices", "nargs") if meta.get(name) is not None}
+            how["type"] = parser_of(cls, f)
+            if kind == tuple[str, ...] and "nargs" not in how:
+                how["action"] = "append"
+        group.add_argument(f"--{flag_of(f)}", help=meta["help"] + (f" ({shown})" if shown else ""), **how)
+        if meta.get("also"):
+            group.add_argument(*meta["also"], help=argparse.SUPPRESS, **how)
 
 
-LORA_HELP = (
-    "a LoRA, and how much of its change is made (1): a safetensors file, a folder, a Hub id or owner/name/file; given "
-    "again for each further one"
-)
-PARTIAL_HELP = "pass over what of a LoRA fits no layer, instead of refusing it"
+def path(text: str) -> Path:
+    """A path whose leading ~ is the home folder."""
+    return Path(os.path.expanduser(text))
 
 
-def add_writing_options(parser: argparse.ArgumentParser) -> None:
+def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a command line says."""
+    return {name: value for name, value in vars(arguments).items() if value is not None}
+
+
+def add_writing_options(parser: Parser) -> None:
     """Options of every command that writes a model."""
-    add_model_options(parser)
+    parser.add_options(CheckpointOptions, skip=("model", "dtype"))
     parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="of the result (%(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -75,10 +103,10 @@ def write_model(arguments: argparse.Namespace, loras: Sequence[str] = (), partia
     Raises:
         InputError: for what cannot be used.
     """
-    packed = parse_options(arguments.quantize, arguments.quantize_text_encoder, arguments.group_size)
-    parts = {name: getattr(arguments, name) for name in PART_OPTIONS}
+    options = CheckpointOptions.collect(given_options(arguments))
+    packed = options.quantization()
     given = [parse_lora(text) for text in loras]
-    checkpoint = fuse(open_checkpoint(arguments.model, revision=arguments.revision, **parts), given, partial)
+    checkpoint = fuse(open_checkpoint(**options.source), given, partial)
     convert(checkpoint, arguments.target, layout=arguments.layout, quantization=packed, progress=not arguments.quiet)
     print(arguments.target)
 
@@ -96,19 +124,8 @@ def run_command(run: Callable[[], None]) -> int:
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
-
-
-def gigabytes(text: str) -> int:
-    """GB of 10^9 bytes in bytes."""
-    size = float(text) * 1e9
-    if not 1 <= size < 2**63:
-        raise ValueError
-    return int(size)
-
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def show_warning(message: Warning | str, *_: Any) -> None:

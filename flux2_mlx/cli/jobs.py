@@ -18,19 +18,21 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, one_line
+from ..fields import type_of
+from ..options import ModelOptions
 from ..pipeline import Flux2Pipeline
 from ..runtime.distributed import launched
-from .arguments import build_parser, check, complete, outputs_of
-from .common import INTERRUPTED
-from .runner import JOB_FAULTS, draw, open_pipeline, pipeline_options, start
+from .arguments import Task, build_parser, check, complete
+from .common import INTERRUPTED, Parser
+from .runner import JOB_FAULTS, draw, identity, open_pipeline, start
 
 # Options that are given once for each file, and those that concern the whole run.
-SEVERAL = ("image", "lora")
+SEVERAL = ("image", *(f.name for f in fields(ModelOptions) if type_of(ModelOptions, f.name) == tuple[str, ...]))
 COMMAND_ALONE = ("help", "version", "prompt-file", "jobs", "resume", "interactive", "plan", "measure", "stats", "quiet")
 
 
@@ -51,7 +53,7 @@ class Job:
         """The seed of a line that gives none, 0 to 2^32 - 1: always the same for this text in this line."""
         return int.from_bytes(hashlib.sha256(f"{self.number} {self.text}".encode()).digest()[:4], "big")
 
-    def arguments(self, parser: argparse.ArgumentParser, given: argparse.Namespace) -> argparse.Namespace:
+    def arguments(self, parser: Parser, given: argparse.Namespace) -> argparse.Namespace:
         """The command line that this is, on top of the one that was given for all lines.
 
         Raises:
@@ -146,7 +148,7 @@ class Jobs:
         self.drawn = self.skipped = 0
         self.claimed: dict[Path, int] = {}  # outputs, and the lines that write them
         self.pipe: Flux2Pipeline | None = None
-        self.opened: Any = None  # what decides a pipeline, of the one that is open
+        self.opened: dict[str, Any] = {}  # see identity, of the pipeline that is open
 
     def run(self, jobs: Sequence[Job]) -> None:
         for k in range(0, len(jobs), ENCODED_AHEAD):
@@ -166,52 +168,49 @@ class Jobs:
         wanted = None
         for job in jobs:
             with contextlib.suppress(*JOB_FAULTS):
-                arguments = self._arguments(job)
-                check(arguments)
-                if self.given.resume and not missing_runs(outputs_of(arguments)):
+                task = self._task(job)
+                check(task)
+                if self.given.resume and not missing_runs(task.outputs):
                     continue
-                own = (pipeline_options(arguments), arguments.max_sequence_length)
+                own = (identity(task), task.options.max_sequence_length)
                 wanted = wanted or own
                 if own == wanted:
-                    pipe = self._open(arguments)
-                    prompts[arguments.prompt] = None
-                    if arguments.force_guidance or not pipe.checkpoint.is_distilled:
-                        prompts[arguments.negative_prompt] = None
+                    pipe = self._open(task)
+                    prompts[task.inputs.prompt] = None
+                    if task.options.force_guidance or not pipe.checkpoint.is_distilled:
+                        prompts[task.options.negative_prompt] = None
         with contextlib.suppress(*JOB_FAULTS):
             if wanted is not None and self.pipe is not None:
                 self.pipe.encode(list(prompts), wanted[1])
 
     def _draw(self, job: Job) -> None:
-        arguments = self._arguments(job)
-        check(arguments)
-        outputs = outputs_of(arguments)
+        task = self._task(job)
+        check(task)
+        outputs, count = task.outputs, task.batch.num_images
         if self.given.resume and len(set(outputs)) < len(outputs):
-            raise InputError(
-                f"{arguments.num_images} pictures of one name; with --resume give {{seed}} or {{index}} in it"
-            )
+            raise InputError(f"{count} pictures of one name; with --resume give {{seed}} or {{index}} in it")
         for output in outputs if self.given.resume else ():
             writer = self.claimed.setdefault(output.resolve(), job.number)
             if writer != job.number:
                 raise InputError(f"line {writer} writes {output} too; with --resume each job needs files of its own")
-        runs = missing_runs(outputs) if self.given.resume else [range(arguments.num_images)]
-        self.skipped += arguments.num_images - sum(map(len, runs))
-        seed = arguments.seed
+        runs = missing_runs(outputs) if self.given.resume else [range(count)]
+        self.skipped += count - sum(map(len, runs))
         for run in runs:
-            arguments.seed, arguments.num_images = seed + run.start, len(run)
+            options = replace(task.options, seed=task.seed + run.start)
+            part = replace(task, options=options, batch=replace(task.batch, num_images=len(run)))
             started = time.perf_counter()
-            draw(start(arguments, self._open(arguments)), arguments, started, first=run.start, saved=self._count)
+            draw(start(part, self._open(part)), part, started, first=run.start, saved=self._count)
 
     def _count(self, *_: object) -> None:
         self.drawn += 1
 
-    def _arguments(self, job: Job) -> argparse.Namespace:
+    def _task(self, job: Job) -> Task:
         return complete(job.arguments(self.parser, self.given), None, lambda: job.seed)
 
-    def _open(self, arguments: argparse.Namespace) -> Flux2Pipeline:
-        options = pipeline_options(arguments)
-        if self.pipe is None or self.opened != options:
+    def _open(self, task: Task) -> Flux2Pipeline:
+        if self.pipe is None or self.opened != identity(task):
             self.pipe = None  # give its memory back first
-            self.pipe, self.opened = open_pipeline(arguments), options
+            self.pipe, self.opened = open_pipeline(task), identity(task)
         return self.pipe
 
     def report(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -19,84 +18,66 @@ from ..adapters.lora import parse_lora
 from ..errors import InputError
 from ..imaging.files import save_image, save_preview
 from ..imaging.terminal import PROTOCOLS, detect_protocol, encode
+from ..options import CheckpointOptions
 from ..pipeline import Flux2Pipeline
 from ..request import Settings
 from ..results import Step
 from ..runtime.plan import Plan
-from .arguments import drawing_options, output_path, sizes_of
-from .common import MODEL_OPTIONS
+from .arguments import Task
 
-JOB_FAULTS = (
-    InputError,
-    FloatingPointError,
-    OSError,
-    RuntimeError,
-)  # the last is what MLX raises, as for want of memory
+# What costs one job or one line of a session alone; RuntimeError is what MLX raises, as for want of memory.
+JOB_FAULTS = (InputError, FloatingPointError, OSError, RuntimeError)
 
 
-def use_loras(pipe: Flux2Pipeline, arguments: argparse.Namespace) -> None:
+def use_loras(pipe: Flux2Pipeline, task: Task) -> None:
     """Load the LoRAs that are asked for and are not loaded yet, and unload the others."""
-    wanted = dict(map(parse_lora, arguments.lora))
-    how = {"merge": arguments.lora_merge, "partial": arguments.lora_partial}
+    model = task.model
+    wanted = dict(map(parse_lora, model.lora))
     for name, lora in list(pipe.loras.items()):
-        if name not in wanted or (lora.merge, lora.partial) != tuple(how.values()):
+        if name not in wanted or (lora.merge, lora.partial) != (model.lora_merge, model.lora_partial):
             pipe.unload_lora(name)
     for name, scale in wanted.items():
         if name not in pipe.loras:
-            lora = pipe.load_lora(name, scale=scale, **how)
-            if not arguments.quiet:
+            lora = pipe.load_lora(name, scale=scale, merge=model.lora_merge, partial=model.lora_partial)
+            if not task.quiet:
                 print(f"{lora}: {lora.summary}", file=sys.stderr)
         elif pipe.loras[name].scale != scale:
             pipe.set_lora(name, scale)
 
 
-def start(arguments: argparse.Namespace, pipe: Flux2Pipeline) -> Iterator[Step]:
-    """The steps to draw."""
-    use_loras(pipe, arguments)
-    if not arguments.quiet:
-        print(plan_of(pipe, arguments).summary(), file=sys.stderr)
-    return pipe.stream(
-        arguments.prompt,
-        negative_prompt=arguments.negative_prompt,
-        image=arguments.image or None,
-        init_image=arguments.init_image,
-        mask=arguments.mask,
-        force_guidance=arguments.force_guidance,
-        **drawing_options(arguments),
-    )
+def start(task: Task, pipe: Flux2Pipeline) -> Iterator[Step]:
+    """The steps of the images."""
+    use_loras(pipe, task)
+    if not task.quiet:
+        print(plan_of(pipe, task).summary(), file=sys.stderr)
+    return pipe.stream(**vars(task.inputs), **vars(task.options), **vars(task.batch))
 
 
-def open_pipeline(arguments: argparse.Namespace, group: mx.distributed.Group | None = None) -> Flux2Pipeline:
-    return Flux2Pipeline.from_pretrained(
-        arguments.model,
-        revision=arguments.revision,
-        dtype=arguments.dtype,
-        cache=arguments.cache,
-        memory=arguments.memory,
-        memory_limit=arguments.memory_limit,
-        group=group,
-        preview_decoder=arguments.preview_decoder,
-        progress=not arguments.quiet,
-        **{name: getattr(arguments, name) for name in MODEL_OPTIONS},
-    )
+def open_pipeline(task: Task, group: mx.distributed.Group | None = None) -> Flux2Pipeline:
+    options = task.model.select(CheckpointOptions)
+    return Flux2Pipeline.from_pretrained(options.pop("model"), group=group, **options, **vars(task.runtime))
 
 
-def plan_of(pipe: Flux2Pipeline, arguments: argparse.Namespace) -> Plan:
-    height, width, references = sizes_of(arguments, pipe.checkpoint.autoencoder.sample_size)
-    more = {name: getattr(arguments, name) for name in ("step_cache", "reuse")}
-    return pipe.plan(height, width, arguments.max_sequence_length, references, **more)
+def identity(task: Task) -> dict[str, Any]:
+    """What decides which pipeline is open; LoRAs come and go with it open."""
+    return task.model.select(CheckpointOptions) | vars(task.runtime)
+
+
+def plan_of(pipe: Flux2Pipeline, task: Task) -> Plan:
+    (height, width), references = task.sizes(pipe.checkpoint.autoencoder.sample_size)
+    return pipe.plan(references=references, **{**task.options.planned, "height": height, "width": width})
 
 
 def draw(
     steps: Iterator[Step],
-    arguments: argparse.Namespace,
+    task: Task,
     started: float,
     *,
     first: int = 0,
     saves: bool = True,
     saved: Callable[[Image.Image, Settings], object] | None = None,
 ) -> None:
-    """Draw, save each picture when it is done, and report.
+    """Generate, save each image when it is done, and report.
 
     Args:
         started: time.perf_counter() when the work began.
@@ -104,18 +85,18 @@ def draw(
         saves: whether it is this process that saves them.
         saved: is told of each picture once it is.
     """
-    protocol = detect_protocol(os.environ) if arguments.show == "auto" else arguments.show
-    if arguments.show and protocol is None:
+    protocol = detect_protocol(os.environ) if task.show == "auto" else task.show
+    if task.show and protocol is None:
         warnings.warn(
             f"this terminal is not known to show pictures; --show {', --show '.join(PROTOCOLS)} try one way",
             stacklevel=2,
         )
     for step in steps:
-        if arguments.preview is not None and saves:
-            save_preview(step.preview(), arguments.preview)
+        if task.preview is not None and saves:
+            save_preview(step.preview(), task.preview)
         if step.is_last and saves:
             picture, settings = step.picture(), step.settings
-            path = output_path(arguments.output, settings.seed, first + step.image)
+            path = task.output_path(settings.seed, first + step.image)
             written = save_image(picture, path, settings.metadata(), settings.parameters())
             if saved is not None:
                 saved(picture, settings)
@@ -124,18 +105,12 @@ def draw(
                 tqdm.write(encode(picture, protocol), end="")
             sys.stdout.flush()
     stats = step.stats
-    if not arguments.quiet:
+    if not task.quiet:
         seconds = "  ".join(f"{part} {value:.1f} s" for part, value in stats.seconds.items())
         total, peak = time.perf_counter() - started, max(stats.peak_bytes.values())
         counted = f", {stats.steps['computed']} of {sum(stats.steps.values())} steps computed"
-        cached = "" if arguments.step_cache is None else counted
+        cached = counted if task.options.step_cache is not None else ""
         print(f"{total:.1f} s in all ({seconds}){cached}, peak memory {peak / 1e9:.2f} GB", file=sys.stderr)
-    if arguments.stats:
+    if task.stats:
         figures = {"seconds": stats.seconds, "peak_bytes": stats.peak_bytes, "steps": stats.steps}
         print(json.dumps({"model": step.settings.model, **figures}))
-
-
-def pipeline_options(arguments: argparse.Namespace) -> tuple[Any, ...]:
-    """What decides which pipeline is open."""
-    names = ("model", "revision", *MODEL_OPTIONS, "dtype", "cache", "memory", "memory_limit", "preview_decoder")
-    return tuple(getattr(arguments, name) for name in names)

@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +19,42 @@ from PIL import Image
 
 from ..disk_cache import cache_folder
 from ..errors import InputError, one_line
+from ..fields import Options, convert_option, flag_of, parser_of
 from ..imaging.files import FORMATS, open_image, save_image
-from ..options import check_options
+from ..inputs import open_reference
+from ..options import BatchOptions, GenerationOptions, ModelOptions
 from ..request import Settings
 from ..runtime.distributed import random_seed
-from .arguments import check, complete, drawing_options, open_reference
+from .arguments import Task, check, complete
 from .runner import JOB_FAULTS, draw, open_pipeline, start
 
 HELP = """\
-Type a prompt to draw it. $3 in a prompt is picture 3, as a reference; $$ is a dollar sign.
+Type a prompt to generate it. $3 in a prompt is picture 3, as a reference; $$ is a dollar sign.
   again             the last prompt once more, with another seed
   seed N            the seed of the next pictures; seed alone: a random one for each
   size W x H        their size; size alone: the model's, or the first reference's
   steps N           their steps; steps alone: the model's
   lora FILE[:SCALE] draw with a LoRA, beside the others; lora alone: with none
+  set NAME VALUE    any option of sampling, as set guidance 3; set NAME: the usual; set alone: what is set
   load FILE         open a picture, to refer to it
   save [N] FILE     write a picture, the last or that of this number, under another name
   help, quit        Ctrl-C stops a picture, Ctrl-D quits"""
 _SUFFIXES = "|".join(suffix[1:] for suffix in FORMATS)
+# What a session can set, under the names of the flags and of Python.
+_CLASSES: list[type[Options]] = [GenerationOptions, BatchOptions]
+SETTABLE: dict[str, tuple[type[Options], Field[Any]]] = {
+    **{f.name: (cls, f) for cls in _CLASSES for f in fields(cls)},  # type: ignore[arg-type]
+    "lora": (ModelOptions, ModelOptions.field("lora")),
+}
+NAMES = {name.replace("_", "-"): f.name for _, f in SETTABLE.values() for name in (f.name, flag_of(f))}
+_NAMES = "|".join(re.escape(name).replace("\\-", "[-_]") for name in NAMES)
 COMMANDS = {
     "again": re.compile(r"again"),
     "seed": re.compile(r"seed(?: +(\d+))?"),
     "size": re.compile(r"size(?: +(\d+) *[x×] *(\d+))?"),
     "steps": re.compile(r"steps(?: +(\d+))?"),
     "lora": re.compile(r"lora(?: +((?:.+\.safetensors|[\w.-]+(?:/[\w.-]+)+)(?::-?[\d.]+)?))?"),
+    "set": re.compile(rf"set(?: +({_NAMES})(?: +(.+))?)?"),
     "load": re.compile(r"load +(.+\.\w+)"),
     "save": re.compile(rf"save(?: +(\d+))? +(.+\.(?:{_SUFFIXES}))", re.IGNORECASE),
     "help": re.compile(r"help|\?"),
@@ -58,8 +70,7 @@ class Picture:
     settings: Settings | None
 
 
-# (prompt, its references, options of the command, None for those that are not set, what is told of each
-# picture once it is saved): draws.
+# (prompt, its references, options that are set, what is told of each picture once it is saved): generates.
 Draw = Callable[[str, Sequence[Image.Image], Mapping[str, Any], Callable[[Picture], None]], None]
 
 
@@ -70,14 +81,12 @@ class Session:
     Attributes:
         draw: draws a prompt, and saves what it draws.
         pictures: those that were drawn or loaded, in order; picture 1 is the first.
+        options: that are set, by their names in Python.
     """
 
     draw: Draw
     pictures: list[Picture] = field(default_factory=list)
-    seed: int | None = None
-    size: tuple[int, int] | None = None
-    steps: int | None = None
-    lora: tuple[str, ...] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     last: str = ""
     count: int = 1  # of pictures that the last prompt gave
 
@@ -103,10 +112,8 @@ class Session:
     def _prompt(self, text: str) -> str:
         prompt, references = self.referring(text)
         self.last = text
-        height, width = self.size or (None, None)
-        options = {"seed": self.seed, "height": height, "width": width, "num_steps": self.steps, "lora": self.lora}
         first = len(self.pictures) + 1
-        self.draw(prompt, references, options, self.pictures.append)
+        self.draw(prompt, references, dict(self.options), self.pictures.append)
         self.count = len(self.pictures) + 1 - first
         return f"picture {first}" if self.count == 1 else f"pictures {first} to {len(self.pictures)}"
 
@@ -136,25 +143,48 @@ class Session:
     def _again(self) -> str:
         if not self.last:
             raise InputError("there is no prompt to draw again")
-        if self.seed is not None:
-            self.seed += self.count
+        if "seed" in self.options:
+            self.options["seed"] += self.count
         return self._prompt(self.last)
 
+    def _change(self, name: str, value: Any) -> None:
+        """Set an option, or take it back by None."""
+        if value is None:
+            self.options.pop(name, None)
+            return
+        cls, option = SETTABLE[name]
+        self.options[name] = convert_option(cls, option, value)
+
     def _seed(self, seed: str | None) -> str:
-        self.seed = None if seed is None else int(seed)
+        self._change("seed", None if seed is None else int(seed))
         return f"seed {'random' if seed is None else seed}"
 
     def _size(self, width: str | None, height: str | None) -> str:
-        self.size = None if width is None or height is None else (int(height), int(width))
-        return "the usual size" if self.size is None else f"size {width} x {height}"
+        self._change("width", None if width is None else int(width))
+        self._change("height", None if height is None else int(height))
+        return "the usual size" if width is None else f"size {width} x {height}"
 
     def _steps(self, steps: str | None) -> str:
-        self.steps = None if steps is None else int(steps)
+        self._change("num_steps", None if steps is None else int(steps))
         return "the usual steps" if steps is None else f"{steps} steps"
 
     def _lora(self, lora: str | None) -> str:
-        self.lora = () if lora is None else (*(self.lora or ()), lora)
-        return f"LoRAs: {', '.join(self.lora) or 'none'}"
+        self._change("lora", () if lora is None else (*self.options.get("lora", ()), lora))
+        return f"LoRAs: {', '.join(self.options['lora']) or 'none'}"
+
+    def _set(self, name: str | None, text: str | None) -> str:
+        if name is None:
+            return "\n".join(f"{name} {value}" for name, value in self.options.items()) or "nothing is set"
+        name = NAMES[name.replace("_", "-")]
+        if name == "lora":
+            return self._lora(text)
+        cls, option = SETTABLE[name]
+        try:
+            value = None if text is None else parser_of(cls, option)(text)
+        except (ValueError, KeyError):
+            raise InputError(f"{name} cannot be {text!r}: {option.metadata['help']}") from None
+        self._change(name, value)
+        return f"{name} {'as usual' if text is None else text}"
 
     def _load(self, path: str) -> str:
         self.pictures.append(Picture(open_image(Path(path).expanduser()), None))
@@ -198,30 +228,29 @@ def interact(given: argparse.Namespace) -> None:
     if given.plan or given.jobs is not None:
         raise InputError("--interactive goes neither with --plan nor with --jobs")
     references, given.image = given.image or [], None
-    first = given.prompt
+    first = given.prompt if given.prompt_option is None else given.prompt_option
+    given.prompt_option = None
 
-    def completed(prompt: str) -> argparse.Namespace:
-        arguments = argparse.Namespace(**{**vars(given), "prompt": prompt})
+    def task_of(prompt: str, **own: Any) -> Task:
+        arguments = argparse.Namespace(**{**vars(given), **own, "prompt": prompt})
         return complete(arguments, None, inputs=["image"] if references else [])
 
-    usual = completed("")
+    usual = task_of("")
     check(usual)
-    is_seeded = given.seed is not None or given.from_image is not None
     pipe = open_pipeline(usual)
 
-    def drawn(
-        prompt: str, images: Sequence[Image.Image], own: Mapping[str, Any], add: Callable[[Picture], None]
+    def draw_prompt(
+        prompt: str, images: Sequence[Image.Image], options: Mapping[str, Any], add: Callable[[Picture], None]
     ) -> None:
-        arguments = completed(prompt)
-        vars(arguments).update({name: value for name, value in own.items() if value is not None})
-        arguments.seed = random_seed() if own["seed"] is None else own["seed"]
-        arguments.image = list(images)
-        check_options(**drawing_options(arguments))
-        check(arguments)
-        steps = start(arguments, pipe)
-        draw(steps, arguments, time.perf_counter(), saved=lambda image, settings: add(Picture(image, settings)))
+        own = {"seed": random_seed(), **options, "image": list(images) or None}
+        task = task_of(prompt, **own)
+        check(task)
+        draw(start(task, pipe), task, time.perf_counter(), saved=lambda image, made: add(Picture(image, made)))
 
-    session = Session(drawn, seed=usual.seed if is_seeded else None, lora=tuple(usual.lora) or None)
+    is_seeded = given.seed is not None or given.from_image is not None
+    session = Session(draw_prompt, options={"seed": usual.seed} if is_seeded else {})
+    if usual.model.lora:
+        session.options["lora"] = usual.model.lora
     session.pictures += [Picture(open_reference(path), None) for path in references]
     if not given.quiet:
         print(HELP)

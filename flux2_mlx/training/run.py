@@ -21,6 +21,7 @@ from ..errors import InputError
 from ..models.autoencoder import AutoEncoder
 from ..models.flux2 import FluxKlein
 from ..models.qwen3 import Qwen3TextEncoder
+from ..options import CheckpointOptions
 from ..pipeline import Flux2Pipeline
 from ..quantization.layers import autotune
 from ..runtime.distributed import any_process, check_agreement, launched
@@ -169,18 +170,7 @@ def open_pipeline(
         InputError: for a model that cannot be trained, or that is distilled without ``allow_distilled``.
     """
     pipe = Flux2Pipeline.from_pretrained(
-        options.model,
-        revision=options.revision,
-        transformer=options.transformer,
-        text_encoder=options.text_encoder,
-        vae=options.vae,
-        tokenizer=options.tokenizer,
-        distilled=options.distilled,
-        kv_cache=options.kv_cache,
-        quantize=options.quantize,
-        quantize_text_encoder=options.quantize_text_encoder,
-        group_size=options.group_size,
-        dtype=training_dtype(options.dtype),
+        **options.select(CheckpointOptions) | {"dtype": training_dtype(options.dtype)},
         cache=False,
         memory_limit=limit,
         progress=progress,

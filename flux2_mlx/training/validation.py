@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 from ..errors import InputError
+from ..families import BASE, DISTILLED
 from ..imaging.files import open_image
 from ..imaging.preprocess import reference_size, to_pil, to_unit
 from ..pipeline import Flux2Pipeline
-from ..request import usual_guidance
 from ..sampling.denoiser import Denoiser
 from ..sampling.guidance import Guidance, sequential
 from ..sampling.latents import PIXELS_PER_TOKEN, initial_noise, unpack_latents
@@ -24,6 +24,8 @@ from .dataset import Size, bucket
 from .log import write_image
 from .options import TrainingOptions
 from .trainer import Trainer
+
+MAX_STEPS = 25  # of an image to look at, unless the options say another number
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,9 @@ class Validation:
         side = options.resolution // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN
         size = references[0][1] if references else (side, side)
         is_distilled = pipe.checkpoint.is_distilled
-        steps = options.validation_steps or (4 if is_distilled else 25)
-        return cls(options.validation_prompt, references, size, steps, usual_guidance(is_distilled))
+        variant = DISTILLED if is_distilled else BASE
+        steps = options.validation_steps or min(variant.num_steps, MAX_STEPS)
+        return cls(options.validation_prompt, references, size, steps, variant.guidance)
 
     def generate(self, trainer: Trainer) -> None:
         """Generate it with what has been learned, as samples/step-000250.png of the run's folder."""

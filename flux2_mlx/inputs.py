@@ -1,0 +1,94 @@
+"""What a call is given beside its options: prompts, images or their files, embeddings, latents."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from PIL import Image
+
+from .errors import InputError
+from .imaging.files import open_image
+from .imaging.inpaint import ALPHA, Inpaint, inpaint_from
+from .imaging.preprocess import reference_size
+from .options import GenerationOptions
+
+# What a call may be given that no file carries, and the command's option for it.
+INPUTS = {"image": "--image", "init_image": "--init-image", "mask": "--mask", "prompt_embeds": "", "latents": ""}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a call is given beside its options: prompts or their embeddings, images or their files, latents."""
+
+    prompt: Any = None
+    image: Any = None
+    init_image: Any = None
+    mask: Any = None
+    prompt_embeds: Any = None
+    latents: Any = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those that are given, of INPUTS."""
+        return tuple(name for name in INPUTS if getattr(self, name) is not None)
+
+    @property
+    def prompts(self) -> list[Any]:
+        return list(self.prompt) if isinstance(self.prompt, (list, tuple)) else [self.prompt]
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The reference images."""
+        if self.image is None:
+            return []
+        return list(self.image) if isinstance(self.image, (list, tuple)) else [self.image]
+
+    def opened(self) -> Inputs:
+        """With images in the place of their files.
+
+        Raises:
+            InputError: for a file that cannot be read, or an image that the transformer cannot see.
+        """
+        images = [open_reference(image) for image in self.images] or None
+        init_image = None if self.init_image is None else open_reference(self.init_image, alpha=self.mask == ALPHA)
+        is_file = isinstance(self.mask, (str, os.PathLike)) and self.mask != ALPHA
+        return replace(self, image=images, init_image=init_image, mask=open_file(self.mask) if is_file else self.mask)
+
+    def inpaint(self, options: GenerationOptions) -> Inpaint | None:
+        """What is inpainted or outpainted, if anything, once the images are opened.
+
+        Raises:
+            InputError: for options without what they belong to.
+        """
+        if options.strength is not None and self.init_image is None:
+            raise InputError("strength belongs to init_image (--init-image), and none is given")
+        how = options.mask_blur, options.mask_padding, options.expand
+        return inpaint_from(self.init_image, self.mask, *how)
+
+
+def open_file(path: str | os.PathLike[str]) -> Image.Image:
+    """An image file with its transparency.
+
+    Raises:
+        InputError: naming the file.
+    """
+    return open_image(os.path.expanduser(path), alpha=True)
+
+
+def open_reference(image: Any, *, alpha: bool = False) -> Image.Image:
+    """An image, or an image from a file, that the transformer is to see.
+
+    Raises:
+        InputError: naming the file.
+    """
+    if not isinstance(image, (str, os.PathLike)):
+        reference_size(image)
+        return cast(Image.Image, image)
+    opened = open_image(os.path.expanduser(image), alpha=alpha)
+    try:
+        reference_size(opened)
+    except InputError as error:
+        raise InputError(f"{os.fspath(image)}: {error}") from None
+    return opened
