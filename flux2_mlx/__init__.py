@@ -13,6 +13,7 @@ from .models.autoencoder import AutoEncoder, Decoder, Encoder
 from .models.config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
 from .models.flux2 import FluxKlein
 from .models.qwen3 import Qwen3TextEncoder
+from .options import GenerationOptions, ModelOptions
 from .pipeline import Flux2Pipeline
 from .quantization.recipes import QuantizedFluxKlein
 from .quantization.spec import Quantization
@@ -34,7 +35,9 @@ __all__ = [
     "FluxKleinParams",
     "FluxSampler",
     "FluxSamplerConfig",
+    "GenerationOptions",
     "InputError",
+    "ModelOptions",
     "Plan",
     "Quantization",
     "QuantizedFluxKlein",

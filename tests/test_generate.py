@@ -462,7 +462,10 @@ def test_output_names():
         (["a", "--model", "."], ["no FLUX.2 [klein] checkpoint in the diffusers layout: no model_index.json"]),
         (["a", "--schedule", "karras"], ["invalid choice: 'karras'"]),
         (["a", "--output", "fox.bmp"], ["cannot write fox.bmp: the suffix must be one of .png"]),
-        (["a", "--output", "gone/fox.png"], ["cannot write gone/fox.png: there is no folder gone"]),
+        (
+            ["a", "--output", "gone/fox.png"],
+            ["cannot write gone/fox.png: there is no folder gone; mkdir -p gone makes it"],
+        ),
         (["a", "--output", "{model}.png"], ["--output takes {seed}, {index} and {prompt} alone, got '{model}.png'"]),
         (["a", "--output", "{.png"], ["--output takes {seed}, {index} and {prompt} alone"]),
         (["a", "--output", "{seed:{prompt}}.png"], ["--output takes {seed}, {index} and {prompt} alone"]),

@@ -108,7 +108,7 @@ def check_output(path: Path) -> None:
         raise InputError(f"cannot write {path}: the suffix must be one of {', '.join(FORMATS)}")
     try:
         if not path.parent.is_dir():
-            raise InputError(f"cannot write {path}: there is no folder {path.parent}")
+            raise InputError(f"cannot write {path}: there is no folder {path.parent}; mkdir -p {path.parent} makes it")
         path.with_stem(f"{path.stem}-0000").exists()  # fails where the name, once numbered, would be too long
         with tempfile.TemporaryFile(dir=path.parent):
             pass
