@@ -135,6 +135,7 @@ class Generator:
                 yield Step(
                     k,
                     step.index,
+                    1000 * step.sigma,
                     step.sigma_next,
                     latents[part],
                     denoised[part],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from .decoding import LatentDecoder
+from .errors import InputError
 from .imaging.inpaint import Inpaint
 from .imaging.preprocess import to_pil
 from .request import Settings
@@ -23,6 +25,7 @@ class Step:
     Attributes:
         image: which image of the call, from 0.
         index: steps done, 1 to settings.num_steps.
+        timestep: 1000 times the noise level that the step began at, as diffusers counts.
         sigma: the noise level that is left, 0 after the last step.
         latents: (1, S, 128) tokens at that level, float32.
         denoised: (1, S, 128) the image as this step foresees it; equals latents after the last step.
@@ -32,6 +35,7 @@ class Step:
 
     image: int
     index: int
+    timestep: float
     sigma: float
     latents: mx.array
     denoised: mx.array
@@ -55,6 +59,10 @@ class Step:
         if self._inpaint is not None:
             return np.asarray(self.picture(), np.float32) / 255
         return np.array(self._decoder.decode(self.denoised, self.settings, self.stats)[0])
+
+    def unpacked(self) -> mx.array:
+        """The latents as the decoder takes them: (1, H/8, W/8, 32)."""
+        return self._decoder.unpack(self.latents, self.settings)
 
     def picture(self) -> Image.Image:
         """The foreseen image, decoded to 8-bit RGB; see ``array``."""
@@ -87,6 +95,38 @@ class Result:
     peak_bytes: dict[str, int]
     steps: dict[str, int]
 
+    @classmethod
+    def collect(cls, steps: Iterable[Step], output_type: str) -> Result:
+        """The finished images of some steps, in one of OUTPUT_TYPES."""
+        images: list[Any] = []
+        settings: list[Settings] = []
+        stats = Stats()
+        for step in steps:
+            if not step.is_last:
+                continue
+            stats = step.stats
+            settings.append(step.settings)
+            images.append({"pil": step.picture, "np": step.array, "latent": step.unpacked}[output_type]())
+        joined: Any = images
+        if output_type == "np":
+            joined = np.stack(images)
+        elif output_type == "latent":
+            joined = mx.concatenate(images)
+        return cls(joined, settings, stats.seconds, stats.peak_bytes, stats.steps)
+
     @property
     def seeds(self) -> list[int]:
         return [settings.seed for settings in self.settings]
+
+
+def watch(steps: Iterable[Step], callback: Callable[[int, float, dict[str, mx.array]], Any]) -> Iterator[Step]:
+    """The same steps, each told to diffusers' callback_on_step_end: its number from 0, its timestep, its latents.
+
+    Raises:
+        InputError: where the callback wants to change the latents.
+    """
+    for step in steps:
+        returned = callback(step.index - 1, step.timestep, {"latents": step.latents})
+        if isinstance(returned, Mapping) and returned.get("latents", step.latents) is not step.latents:
+            raise InputError("callback_on_step_end cannot change latents; FluxSampler is for loops of your own")
+        yield step

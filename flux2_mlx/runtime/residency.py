@@ -20,11 +20,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from tqdm.auto import tqdm
 
-from ..adapters.lora import Lora, adapter_arrays, set_adapters, with_fused
+from ..adapters.lora import Lora, adapter_arrays, check_scale, open_lora, set_adapters, with_fused
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.files import read_through
 from ..checkpoints.load import load_autoencoder, load_text_encoder, load_transformer, load_weights, needs_conversion
 from ..device import memory_limit, stage_dtype, weight_bytes
+from ..errors import InputError
 from ..models.autoencoder import AutoEncoder
 from ..models.flux2 import FluxKlein
 from ..models.qwen3 import Qwen3TextEncoder
@@ -276,6 +277,45 @@ class Stages:
         set_adapters(self.transformer, self._beside())
         if self._loaded["transformer"] and not is_streamed(self.transformer):
             mx.eval(adapter_arrays(self.transformer))
+
+    def load_lora(self, where: str, name: str, scale: float, *, merge: bool, partial: bool) -> Lora:
+        """Open a LoRA and generate with it too; see Flux2Pipeline.load_lora.
+
+        Raises:
+            CheckpointError: for a file that does not fit, or fusing into packed weights.
+            InputError: for a name that is taken, or a scale that is none.
+        """
+        if name in self.loras:
+            raise InputError(f"a LoRA {name!r} is loaded; set_lora changes its scale, and name= names another")
+        weights = self.checkpoint.sources["transformer"].weights
+        model = FluxKlein(self.checkpoint.transformer)
+        lora = open_lora(where, model, weights, scale=scale, merge=merge, partial=partial)
+        self.set_loras({**self.loras, name: lora})
+        return lora
+
+    def scale_lora(self, name: str, scale: float) -> None:
+        """Change how much of a LoRA's change is made.
+
+        Raises:
+            InputError: for a name that is not loaded, or a scale that is none.
+        """
+        check_scale(scale)
+        self.set_loras({**self.loras, name: replace(self._lora(name), scale=float(scale))})
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Generate without a LoRA again, or without any.
+
+        Raises:
+            InputError: for a name that is not loaded.
+        """
+        if name is not None:
+            self._lora(name)
+        self.set_loras({} if name is None else {own: lora for own, lora in self.loras.items() if own != name})
+
+    def _lora(self, name: str) -> Lora:
+        if name not in self.loras:
+            raise InputError(f"no LoRA {name!r} is loaded, only {', '.join(self.loras) or 'none'}")
+        return self.loras[name]
 
     def _beside(self) -> list[Lora]:
         return [lora for lora in self.loras.values() if not lora.merge]
