@@ -226,6 +226,12 @@ def test_flags_from_habit():
     assert task_of("a", "--guidance-scale", 3).options.guidance == 3
 
 
+def test_a_prompt_may_begin_with_a_dash():
+    for text in ("-some text", "-a fox", "-3 dogs", "--two dashes"):
+        assert task_of(text).inputs.prompt == text
+        assert task_of("a", "--negative-prompt", text).options.negative_prompt == text
+
+
 def test_images_under_names_from_habit(tmp_path):
     for name in ("a.png", "mask.png"):
         Image.new("RGB", (64, 64), "white").save(tmp_path / name)

@@ -52,6 +52,11 @@ class Parser(argparse.ArgumentParser):
             raise InputError(f"{rest[0]!r} is one word too many: text with spaces needs quotes; see --help")
         return parsed
 
+    def _parse_optional(self, arg_string: str) -> Any:
+        """What argparse asks of every word: a text that begins with a dash is no short flag with its value."""
+        is_text = " " in arg_string and not arg_string.startswith("--")
+        return None if is_text else super()._parse_optional(arg_string)
+
     def add_options(self, cls: type, skip: Sequence[str] = ()) -> None:
         """A flag for each option of a class; what is not given is None, or absent, as the parser is made."""
         for f in fields(cls):
