@@ -224,8 +224,8 @@ class Flux2Pipeline:
         return make_plan(*modules, workload, dtype=self.dtype, limit=self.memory_limit, memory=self.memory)
 
     def encode(self, prompts: Sequence[str], max_sequence_length: int | None = None) -> list[mx.array]:
-        """Encode prompts of calls to come, negative ones too, which then need no text encoder; kept until the next call of
-        this. Returns the embeddings (1, L, D) of each.
+        """Encode prompts of calls to come, negative ones too, which then need no text encoder: (1, L, D) each, kept
+        until the next call of this.
 
         Args:
             max_sequence_length: as ``stream`` takes it.
