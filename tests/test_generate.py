@@ -70,7 +70,7 @@ def test_a_prompt_becomes_a_picture(run, pipe, tmp_path):
     assert re.search(
         r"s in all \(load .* s  text_encoder .* s  denoise .* s  decode .* s\), peak memory \d+\.\d\d GB", err
     )
-    assert "drawing:" in err
+    assert "generating:" in err
     assert "loading transformer" in err
     expected = pipe("a red fox", seed=5, width=80, height=64, num_steps=2, max_sequence_length=16).images[0]
     with Image.open(tmp_path / "flux2-5.png") as picture:
@@ -612,7 +612,7 @@ def test_ctrl_c_ends_with_130_and_no_file(checkpoint, tmp_path):
     command += ["--steps", "1000"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     seen = b""
-    while b"drawing" not in seen:
+    while b"generating" not in seen:
         byte = os.read(process.stderr.fileno(), 1)
         assert byte, seen
         seen += byte
