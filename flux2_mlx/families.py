@@ -26,8 +26,8 @@ class Part:
     Attributes:
         key: the option, the folder in the diffusers layout, and the key of Checkpoint.sources.
         label: what messages call it.
-        stem: of its weight files in the diffusers layout.
-        bfl_stem: of its single file beside BFL's.
+        stem: the stem of its weight files in the diffusers layout.
+        bfl_stem: the stem of its single file in BFL's layout.
         config: its configuration, with from_config and to_config.
         module: the class that the configuration makes one of.
         names: what files call its weights.
@@ -109,11 +109,12 @@ class Release:
     """A released model: what is known of it before anything is downloaded.
 
     Attributes:
-        name: that from_pretrained and --model take.
+        name: the name that from_pretrained and --model take.
         repo: its id on the Hub.
-        text_encoder_parameters: of the whole Qwen3 in the repository, with the layers that klein does not use.
+        text_encoder_parameters: parameters of the whole Qwen3 in the repository, with the layers that klein does not
+            use.
         licence: which, for the 9B models, has to be accepted on the Hub.
-        is_distilled: whether it generates in few steps without guidance.
+        is_distilled: whether it generates in few steps without CFG.
         has_kv_cache: whether it was trained to cache its references.
     """
 
@@ -144,7 +145,7 @@ RELEASES = (
     _release_9b("klein-9b-kv", "black-forest-labs/FLUX.2-klein-9b-kv", has_kv_cache=True),
 )
 RELEASED: dict[str, str] = {release.name: release.repo for release in RELEASES}
-RELEASED_NAMES = ", ".join(RELEASED)  # for messages
+RELEASED_NAMES = ", ".join(RELEASED)  # the list in messages
 
 
 def find_release(model: str) -> Release | None:

@@ -191,5 +191,5 @@ def test_the_picture_that_is_repainted_counts_as_a_reference(checkpoint):
     assert peaks[0] < peaks[11] < peaks[12]
     pipe.memory_limit = peaks[11]
     pipe.stream("a", init_image=picture, mask=mask, image=[other] * 10, **SMALL)
-    with pytest.raises(InputError, match=r"13 references and a picture of 96 x 64 need .*; the first 10 fit"):
+    with pytest.raises(InputError, match=r"13 references and an image of 96 x 64 need .*; the first 10 fit"):
         pipe.stream("a", init_image=picture, mask=mask, image=[other] * 13, **SMALL)

@@ -216,7 +216,7 @@ def test_a_checkpoint_says_how_large_and_how_long(damaged):
 
 def test_guidance_of_a_distilled_model_is_ignored_with_a_warning(pipe):
     expected = pipe("a", seed=1, **SMALL)
-    with pytest.warns(UserWarning, match=r"distilled and draws without guidance; guidance 3\.5 is ignored"):
+    with pytest.warns(UserWarning, match=r"distilled and generates without guidance; guidance 3\.5 is ignored"):
         ours = pipe("a", seed=1, guidance_scale=3.5, **SMALL)
     assert same(ours.images[0], expected.images[0])
     assert ours.settings[0].guidance == 1.0
@@ -292,7 +292,7 @@ def test_pictures_share_a_pass_where_memory_allows(checkpoint, passes):
     assert passes == [4, 4]
     stage = pipe.stages.transformer_stage(Pass(16, 20, rows=3))
     passes.clear()
-    pipe.memory_limit = stage.streamed + stage.working
+    pipe.memory_limit = stage.streamed + stage.activation_bytes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other stages' needs
         pipe("a", **options)
@@ -458,7 +458,7 @@ def test_more_references_than_memory_are_refused_with_the_number_that_fits(check
     assert peaks[0] < peaks[11] < peaks[12]
     pipe.memory_limit = peaks[11]
     pipe.stream("a", image=pictures[:11], **SMALL)
-    with pytest.raises(InputError, match=r"14 references and a picture of 80 x 64 need .* the first 11 fit"):
+    with pytest.raises(InputError, match=r"14 references and an image of 80 x 64 need .* the first 11 fit"):
         pipe.stream("a", image=pictures, **SMALL)
 
 
@@ -733,7 +733,8 @@ def test_a_checkpoint_that_keeps_its_references_is_planned(damaged, checkpoint):
     own, plain = kept_by(damaged), Flux2Pipeline.from_pretrained(checkpoint)
     params = own.checkpoint.transformer
     kept, in_place = (
-        {stage.name: stage.working for stage in pipe.plan(64, 64, 16, [(512, 512)]).stages} for pipe in (own, plain)
+        {stage.name: stage.activation_bytes for stage in pipe.plan(64, 64, 16, [(512, 512)]).stages}
+        for pipe in (own, plain)
     )
     held = kv_bytes(params, 1024, own.dtype)
     assert held == 2 * (params.depth + params.depth_single) * 1024 * params.hidden_size * own.dtype.size

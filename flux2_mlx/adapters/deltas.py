@@ -14,7 +14,7 @@ from ..models.layers import Linear
 from ..models.names.flux2 import Rows
 from ..quantization.layers import QuantizedLinear
 
-ROWS_AT_ONCE = 4096  # of a weight whose rows' lengths are measured
+ROWS_AT_ONCE = 4096  # rows of a weight whose lengths are computed at one time
 
 
 class LoRADelta(nn.Module):

@@ -64,7 +64,7 @@ class LoraLayer:
     """A layer of a file: its arrays by kind, all of its outputs' places, and alpha over rank.
 
     Attributes:
-        name: as the file has it.
+        name: the layer's name in the file.
     """
 
     name: str
@@ -239,8 +239,8 @@ def _settings(file: Path) -> Mapping[str, Any]:
         if not all(alpha is None or isinstance(alpha, (int, float)) for alpha in alphas):
             raise ValueError("an alpha that is no number")
     except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
-        where = f"{file}: its header's lora_adapter_metadata" if text is not None else str(beside)
-        raise CheckpointError(f"{where} cannot be read ({error})") from None
+        source = f"{file}: its header's lora_adapter_metadata" if text is not None else str(beside)
+        raise CheckpointError(f"{source} cannot be read ({error})") from None
     return values
 
 
@@ -270,8 +270,8 @@ def lora_arrays(
     under BFL's names: there up is multiplied by alpha over rank, which every reader understands.
 
     Args:
-        layers: of each layer, by its path, down (R, inputs) and up (outputs, R).
-        names: of NAMES.
+        layers: down (R, inputs) and up (outputs, R) of each layer, by its path.
+        names: whose names the layers get, one of NAMES.
     """
     if names == "comfyui":
         scaled = {path: (down, up * (alpha / down.shape[0])) for path, (down, up) in layers.items()}

@@ -28,11 +28,11 @@ class Checkpoint:
 
     Attributes:
         name: what the caller asked for: a released name, a Hub id, or a path.
-        revision: of the Hub repository, where the caller asked for one.
+        revision: the revision on the Hub, where the caller asked for one.
         folder: where the files are, of a single file the folder of the rest.
         is_distilled: whether it generates in few steps without CFG.
         has_kv_cache: whether it was trained to cache its references (klein-9b-kv).
-        sources: of each part's weights, by its key; see families.PARTS.
+        sources: where each part's weights come from, by its key; see families.PARTS.
         tokenizer: folder of tokenizer.json.
         options: what the caller asked for besides, as open_checkpoint takes it; None where nothing.
     """

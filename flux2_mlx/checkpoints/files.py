@@ -103,7 +103,7 @@ _DTYPES = {
     "U8": mx.uint8,  # packed layers and marks
     "U32": mx.uint32,
 }
-_COUNTS = ("num_batches_tracked", ".alpha")  # which are integers in some files
+_COUNTS = ("num_batches_tracked", ".alpha")  # names of weights that are integers in some files
 
 
 def load_safetensors(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> dict[str, mx.array]:
@@ -154,7 +154,7 @@ def starts_with(file: Path, magic: bytes) -> bool:
         with file.open("rb") as raw:
             return raw.read(len(magic)) == magic
     except OSError:
-        return False  # which reading its header tells in full
+        return False  # read_header raises the error that explains it
 
 
 def _load_file(file: Path) -> dict[str, Any]:
@@ -198,8 +198,8 @@ def _load_mapped(file: Path, header: Mapping[str, tuple[str, tuple[int, ...]]]) 
     for name, (dtype, shape) in header.items():
         if dtype in _DTYPES:
             first, last = entries[name]["data_offsets"]
-            make = _lazy_tensor if name.endswith(".weight") else _array
-            weights[name] = make(content[start + first : start + last], dtype, shape)
+            to_tensor = _lazy_tensor if name.endswith(".weight") else _array
+            weights[name] = to_tensor(content[start + first : start + last], dtype, shape)
     return weights
 
 
@@ -208,7 +208,7 @@ def _array(raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> mx.array:
 
 
 def _lazy_tensor(raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> LazyTensor:
-    size = math.prod(shape[1:]) * _DTYPES[dtype].size  # of a row
+    size = math.prod(shape[1:]) * _DTYPES[dtype].size  # bytes of a row
 
     def read(start: int, stop: int) -> mx.array:
         return _array(raw[start * size : stop * size], dtype, (stop - start, *shape[1:]))

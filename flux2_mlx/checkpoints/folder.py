@@ -67,8 +67,8 @@ class Source:
         name: what messages call it: a path.
         files: one, or the shards.
         config: its config.json, where there is one.
-        decoder: of the autoencoder, a file with another decoder for it.
-        changes: of its weights, made one after another.
+        decoder: a file with another decoder, for an autoencoder.
+        changes: what changes its weights, one after another, as fused LoRAs.
     """
 
     part: Part

@@ -41,7 +41,7 @@ class PendingWeights:
     module holds placeholders of the same shape and dtype.
 
     Attributes:
-        loaders: by a weight's name; each gives the arrays of its layer by their names, and is called once.
+        loaders: functions by a weight's name; each gives the arrays of its layer by their names, and is called once.
     """
 
     loaders: dict[str, Callable[[], dict[str, mx.array]]] = field(default_factory=dict)
@@ -97,15 +97,15 @@ def _check_fit(expected: Mapping[str, mx.array], weights: Mapping[str, Any], sou
     Raises:
         CheckpointError: naming every fault.
     """
-    both = sorted(expected.keys() & weights.keys())
+    common = sorted(expected.keys() & weights.keys())
     misshaped = [
         f"{name} is {weights[name].shape}, not {expected[name].shape}"
-        for name in both
+        for name in common
         if weights[name].shape != expected[name].shape
     ]
     unreadable = [
         f"{name} is {weights[name].dtype}"
-        for name in both
+        for name in common
         if (weights[name].dtype in INTEGERS) != (expected[name].dtype in INTEGERS)
     ]
     faults = [

@@ -79,7 +79,7 @@ def _to_eight_bits(image: Image.Image, name: str, kind: str | None, bits: int) -
     Args:
         name: the file's, for messages.
         kind: the file's format, as Pillow calls it.
-        bits: of a channel's values, for images of more than 8.
+        bits: the bits of a channel's values, for images of more than 8.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):  # convert() would clip at 255
         levels = np.asarray(image, np.float64)

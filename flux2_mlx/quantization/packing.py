@@ -45,8 +45,8 @@ def quantize_weight(
     Formats, and more than FITTED_BITS, are mlx.core.quantize's; scales and biases of fewer bits are fitted.
 
     Args:
-        dtype: that the weight is cast to before, in parts; its own unless given.
-        now: compute each part before the next, or MLX, which computes ahead, holds what several are made of.
+        dtype: the dtype that the weight is cast to first, part by part; its own unless given.
+        now: compute each part before the next. Left lazy, the sources of several parts would be in memory together.
     """
     packing = _quantize_fitted if spec.mode == "affine" and spec.bits <= FITTED_BITS else quantize_rtn
     rows = max(1, PACKED_AT_ONCE // weight.shape[1])

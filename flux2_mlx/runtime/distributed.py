@@ -35,7 +35,7 @@ def check_agreement(identity: str, group: mx.distributed.Group | None) -> None:
         return
     own = mx.array(list(bytes.fromhex(identity)), mx.uint32)[None]
     if np.ptp(np.array(mx.distributed.all_gather(own, group=group)), axis=0).any():
-        raise InputError("the processes have different pictures or captions; each needs the same folder")
+        raise InputError("the processes have different images or captions; each needs the same folder")
 
 
 def any_process(flag: bool, group: mx.distributed.Group | None) -> bool:

@@ -28,7 +28,7 @@ class StoredLayer:
     """A layer as a file has it.
 
     Attributes:
-        name: as in the file, without ".weight".
+        name: the layer's name in the file, without ".weight".
         weight: an mx.array or a LazyTensor; FP8 is a float already.
         scales: those of SCALES that stand beside the weight, by that name; finite.
         mark: the format that the file names for the layer; None where it names none.

@@ -21,10 +21,10 @@ class Names:
     Attributes:
         prefixes: what files that hold more than this part put before its names.
         marks: names, before and after renaming, of which every file with this part has one.
-        rename: from any file's names to the modules'; what has the modules' names stays as it is.
+        rename: brings any file's names to the modules'; weights under the modules' names stay as they are.
         infer: the part's config, told from the shapes of renamed weights; raises CheckpointError for another model's.
         is_read: whether the modules have a weight of that name, without prefix; the rest of a file is passed over.
-        to_diffusers, to_bfl: from the modules' names to those of diffusers' and of BFL's files.
+        to_diffusers, to_bfl: bring the modules' names to those of diffusers' and of BFL's files.
     """
 
     prefixes: tuple[str, ...]

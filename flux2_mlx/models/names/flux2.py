@@ -91,7 +91,7 @@ def rename_transformer(weights: Mapping[str, Any]) -> dict[str, Any]:
                 name = pattern.sub(replacement, name)
             sanitized[name] = weight
             continue
-        kind = "weight" if kind == "scale" else kind  # of a norm
+        kind = "weight" if kind == "scale" else kind  # BFL calls a norm's weight scale
         if module == "final_layer.adaLN_modulation.1":
             weight = _swap_halves(weight)
         third = weight.shape[0] // 3
