@@ -13,7 +13,7 @@ from .models.names import autoencoder, flux2, qwen3
 from .models.names.common import Names
 from .models.qwen3 import Qwen3TextEncoder
 
-# The tokens that a prompt is padded or cut to, unless the tokenizer takes fewer or the caller says otherwise.
+# The tokens that a prompt is padded or truncated to, unless the tokenizer takes fewer or the caller sets another number.
 MAX_SEQUENCE_LENGTH = 512
 
 NANO = "nano"  # a trained miniature, which is part of the package
@@ -81,7 +81,7 @@ PARTS = {part.key: part for part in (TRANSFORMER, TEXT_ENCODER, AUTOENCODER)}
 
 @dataclass(frozen=True)
 class Variant:
-    """How a kind of transformer is sampled unless the caller says otherwise."""
+    """The default steps and CFG scale of a kind of transformer."""
 
     num_steps: int
     guidance: float

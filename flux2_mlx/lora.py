@@ -97,7 +97,7 @@ def read_config(file: Path) -> dict[str, Any]:
     """Options from a JSON or TOML file.
 
     Raises:
-        InputError: for a file that is none, or an option that there is not.
+        InputError: for an unreadable file, or an unknown option.
     """
     try:
         text = file.read_text(encoding="utf-8-sig")

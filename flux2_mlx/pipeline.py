@@ -173,7 +173,7 @@ class Flux2Pipeline:
             distilled: whether the transformer is for few steps without CFG, where the model does not say it.
             kv_cache: whether it was trained to cache its references, as klein-9b-kv, where the model does not say it.
             dtype: "bfloat16", "float16" or "float32"; None takes what suits the machine.
-            quantize: pack the matrices that are dense into so many bits (2, 3, 4, 5, 6, 8) or a format ("mxfp4",
+            quantize: quantize the dense matrices to this many bits (2, 3, 4, 5, 6, 8) or a format ("mxfp4",
                 "mxfp8", "nvfp4"); below 8 bits the most sensitive layers get a third of a bit a weight more at most.
             quantize_text_encoder: the same for the text encoder, where it is to differ; "none" leaves it.
             group_size: weights that share a scale, of bits: 32, 64 or 128; None takes 64.
@@ -332,7 +332,7 @@ class Flux2Pipeline:
 
         Raises:
             InputError: for a value that cannot be used.
-            TypeError: for an option that there is not.
+            TypeError: for an unknown option.
             FloatingPointError: where the latents stop being finite.
         """
         check_choice("output_type", output_type, OUTPUT_TYPES)
@@ -411,8 +411,8 @@ class Flux2Pipeline:
             max_sequence_length: tokens that a prompt is padded or cut to; None takes 512, or the tokenizer's most.
             init_image: img2img: the image to start from, noised. Its size is the default before the first reference's;
                 to another size it is scaled and cropped, never stretched.
-            strength: denoising strength; 1 keeps nothing of the init_image. None takes 0.75, less with fewer than 4 steps,
-                with a mask 1. Of n steps the first n - n * strength are left out, rounded down as in diffusers.
+            strength: denoising strength; 1 keeps nothing of the init_image. None takes 0.75 (with a mask 1, with fewer
+                than 4 steps less). Of n steps the first n - n * strength are left out, rounded down as in diffusers.
             mask: inpainting: white is generated anew, black comes back as it was, grey is blended; "alpha" for what is
                 transparent in the init_image, which the transformer sees as the first reference, as in diffusers. The
                 result has the init_image's own size, whatever height and width it is generated at.

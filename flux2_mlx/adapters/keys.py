@@ -224,7 +224,7 @@ def _look(key: str) -> str:
 
 
 def _settings(file: Path) -> Mapping[str, Any]:
-    """What the file's header says of ranks and alphas, as diffusers writes it, or an adapter_config.json beside it, as
+    """The ranks and alphas of the file's header, as diffusers writes it, or an adapter_config.json beside it, as
     PEFT does.
     """
     with safe_open(file, framework="numpy") as opened:
@@ -245,7 +245,7 @@ def _settings(file: Path) -> Mapping[str, Any]:
 
 
 def _factor(name: str, arrays: Mapping[str, mx.array], settings: Mapping[str, Any]) -> float:
-    """Alpha over rank, or of rsLoRA over its root: of an array, else of the header; 1 where nothing is said."""
+    """Alpha over rank, or of rsLoRA over its root: from the file's array, else its header; 1 without either."""
     rank = rank_of(arrays)
     if rank is None:
         return 1.0
@@ -266,7 +266,7 @@ def lora_arrays(
 ) -> tuple[dict[str, mx.array], dict[str, str]]:
     """A LoRA as a file has it: its arrays, and its header's metadata.
 
-    With diffusers' names the header says alpha, as diffusers reads it. ComfyUI reads no header, and diffusers no alpha
+    With diffusers' names the header holds alpha, as diffusers reads it. ComfyUI reads no header, and diffusers no alpha
     under BFL's names: there up is multiplied by alpha over rank, which every reader understands.
 
     Args:

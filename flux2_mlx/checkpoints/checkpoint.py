@@ -68,7 +68,7 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Find a checkpoint and check it: configs, pairing of the parts, presence of the files.
 
-    What a file is, is told from its content, never from its name.
+    A file's content decides what it is, never its name.
 
     Args:
         model: a folder in the diffusers layout, or as mflux saves one; a safetensors or GGUF file with a transformer,
@@ -127,7 +127,7 @@ def _tokenizer_folder(folder: Path) -> Path:
 
 
 def _variant_of(name: str, found: Found, distilled: bool | None, kv_cache: bool | None) -> tuple[bool, bool]:
-    """(is_distilled, has_kv_cache) of a model, as the caller says, else as it says itself.
+    """(is_distilled, has_kv_cache) of a model: the caller's, else the model's own.
 
     Raises:
         CheckpointError: where nobody says whether it is distilled, or the model says that it has no KV cache.

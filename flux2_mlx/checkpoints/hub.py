@@ -136,7 +136,7 @@ def download_file(name: str, revision: str | None) -> Path:
 
 
 def fetching(name: str, repo: str, revision: str | None, fetch: Callable[[], Path]) -> Path:
-    """What ``fetch`` gets of a Hub repository, each of its faults told in one line with the way out."""
+    """The result of ``fetch``; each of the Hub's errors becomes a CheckpointError of one line with the way out."""
     try:
         return fetch()
     except CheckpointError:

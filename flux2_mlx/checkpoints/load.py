@@ -217,7 +217,7 @@ def load_quantized_flux_klein(weights: Mapping[str, mx.array], params: FluxKlein
 
     Args:
         weights: under any names that sanitize_flux2_klein_weights knows, with ``scales`` (and ``biases``) of the packed
-            layers. Their bits are told from the shapes.
+            layers. Their bits follow from the shapes.
 
     Raises:
         CheckpointError: naming every missing, unknown and mis-shaped weight.

@@ -59,7 +59,7 @@ class QuantizedLinear(nn.Module):
         return apply_adapters(self, x, multiply(x, start, stop), start, stop)
 
     def dense(self, x: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
-        """The product with the unpacked weight, which is not unpacked before x is there."""
+        """The product with the unpacked weight, which is unpacked only once x is computed."""
         weight, scales, biases = self._rows(start, stop)
         weight = mx.stop_gradient(
             mx.depends(weight, x)

@@ -105,7 +105,7 @@ def dequantize(weight: mx.array, scales: mx.array, biases: mx.array | None, spec
     """A packed weight (..., words) as (..., inputs), in the dtype of its scales."""
     if biases is None or on_gpu():
         return mx.dequantize(weight, scales, biases, group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
-    if 32 % spec.bits:  # eight codes in so many bytes, for which there is no word
+    if 32 % spec.bits:  # bits that do not divide a word: eight codes take ``bits`` bytes
         lead, octets = weight.shape[:-1], weight.view(mx.uint8)
         weight = byte_lanes(octets.reshape(*lead, -1, spec.bits))
     return _dequantize_lanes(weight, scales, biases, spec.bits, spec.group_size)

@@ -58,7 +58,7 @@ class Quantization:
 
     @classmethod
     def parse(cls, value: int | str | None, group_size: int | None = None) -> Quantization | None:
-        """From what an option says: bits (4 or "4"), a mode ("mxfp4"), or None or "none".
+        """From an option's value: bits (4 or "4"), a mode ("mxfp4"), or None or "none".
 
         Args:
             group_size: inputs that share a scale, 64 unless given; a floating point mode has its own.

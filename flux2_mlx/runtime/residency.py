@@ -127,7 +127,7 @@ class Stages:
     def prepare(self, name: str, need: Need, stats: Stats, *, part: str = "") -> int:
         """Bring a stage, or a part of one, into memory; other stages out of it as far as mode and limit say.
 
-        What is too large even alone is streamed, if it has blocks, or loaded all the same, with a UserWarning.
+        What is too large even alone is streamed, if it has blocks, or else loaded with a UserWarning.
 
         Returns:
             the bytes of its activations, the largest unpacked matrix among them.
@@ -183,7 +183,7 @@ class Stages:
             )
 
     def _make_room(self, name: str, wanted: int, pinned: int) -> None:
-        """Unload other stages (none, all, or as far as it takes to have so many bytes); then evict, unless pinned."""
+        """Unload other stages, as far as the mode and ``wanted`` bytes ask; then evict, if that is too little."""
         room = {"resident": math.inf, "auto": self.memory_limit}.get(self.memory, 0)
         for other in STAGES:
             if mx.get_active_memory() + wanted <= room:
@@ -224,7 +224,7 @@ class Stages:
         return id(self._module(name, part)) in self._loaded[name]
 
     def bar(self, what: str, total: int, **options: Any) -> tqdm:
-        """A progress bar on standard error, where there is to be one."""
+        """A progress bar on standard error, unless ``progress`` is off."""
         return tqdm(desc=what, total=total, leave=False, disable=not self.progress, **options)
 
     # ------------------------------------------------------------------------------------------------ room
@@ -246,7 +246,7 @@ class Stages:
         return self.transformer_stage(one).is_streamed(self.memory, self.memory_limit)
 
     def fits(self, one: Pass) -> bool:
-        """Whether a pass of so many rows fits, with nothing unloaded or streamed for it that stays for one row."""
+        """Whether a pass of several rows fits without unloading or streaming what a pass of one row leaves loaded."""
         limit = self.memory_limit - self.kv_bytes(one.kv)
         stage = self.transformer_stage(replace(one, rows=1))
         weights = stage.streamed if stage.is_streamed(self.memory, limit) else stage.weights

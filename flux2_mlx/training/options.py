@@ -80,7 +80,7 @@ class TrainingOptions(CheckpointOptions):
         1000, "optimizer steps", group=OPTIMIZATION, ge=1, le=10**7, also=("--max-train-steps", "--iters")
     )
     batch_size: int = option(
-        1, "images per pass, as far as so many have one size", group=OPTIMIZATION, ge=1, le=1024,
+        1, "images per pass; the images of a pass have one size", group=OPTIMIZATION, ge=1, le=1024,
         also=("--train-batch-size",),
     )  # fmt: skip
     accumulate: int = option(

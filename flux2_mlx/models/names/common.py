@@ -22,7 +22,7 @@ class Names:
         prefixes: what files that hold more than this part put before its names.
         marks: names, before and after renaming, of which every file with this part has one.
         rename: brings any file's names to the modules'; weights under the modules' names stay as they are.
-        infer: the part's config, told from the shapes of renamed weights; raises CheckpointError for another model's.
+        infer: the part's config, inferred from the shapes of renamed weights; raises CheckpointError for another model's.
         is_read: whether the modules have a weight of that name, without prefix; the rest of a file is passed over.
         to_diffusers, to_bfl: bring the modules' names to those of diffusers' and of BFL's files.
     """

@@ -1,6 +1,6 @@
 """The transformer's weights under every name that files give them, and back.
 
-Names that are understood, told apart by the names themselves: diffusers (the modules' own), BFL's and ComfyUI's single
+Names that are understood, recognized by the names themselves: diffusers (the modules' own), BFL's and ComfyUI's single
 files, mflux's; and those of LoRAs.
 """
 
@@ -196,7 +196,7 @@ def bfl_lora(layers: Mapping[str, tuple[mx.array, mx.array]]) -> dict[str, tuple
 
 
 def klein_params(weights: Mapping[str, Any]) -> FluxKleinParams:
-    """The transformer's shape, told from its sanitized weights; what no shape tells is klein's.
+    """The transformer's shape, inferred from its sanitized weights; what no shape determines is klein's.
 
     Raises:
         CheckpointError: where they are not those of a FLUX.2 [klein] transformer.
