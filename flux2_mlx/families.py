@@ -13,7 +13,7 @@ from .models.names import autoencoder, flux2, qwen3
 from .models.names.common import Names
 from .models.qwen3 import Qwen3TextEncoder
 
-# The tokens that a prompt is padded or truncated to, unless the tokenizer takes fewer or the caller sets another number.
+# Tokens that a prompt is padded or truncated to, unless the tokenizer takes fewer or the caller sets another number.
 MAX_SEQUENCE_LENGTH = 512
 
 NANO = "nano"  # a trained miniature, which is part of the package
@@ -92,7 +92,7 @@ DISTILLED, BASE = Variant(4, 1.0), Variant(50, 4.0)
 
 @dataclass(frozen=True)
 class Licence:
-    """Of a model card: the Hub's identifier, and a sentence."""
+    """A licence as a model card states it: the Hub's identifier, and a sentence."""
 
     identifier: str
     sentence: str

@@ -35,7 +35,7 @@ def option(
 
     Args:
         default: None where it depends on the model or the machine.
-        help: one line; the default is added.
+        help: one line, to which --help adds the default.
         group: title under which ``--help`` lists it.
         ge, gt, le: bounds of a number.
         choices: the strings that are possible.
@@ -137,7 +137,7 @@ KINDS: dict[Any, Kind] = {
 
 @lru_cache
 def _hints(cls: type) -> dict[str, tuple[Any, bool]]:
-    """Of each field its type without None, and whether it may be None."""
+    """Each field's type without None, and whether it may be None."""
     hints = {}
     for name, hint in get_type_hints(cls).items():
         parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
@@ -152,7 +152,7 @@ def type_of(cls: type, name: str) -> Any:
 
 
 def parser_of(cls: type, f: Field[Any]) -> Callable[[str], Any]:
-    """From the text of a command line to the option's value."""
+    """The function that makes an option's value of the text of a command line."""
     parse: Callable[[str], Any] = f.metadata.get("parse") or KINDS[type_of(cls, f.name)].parse
     return parse
 
@@ -246,7 +246,7 @@ class Options:
 
     @classmethod
     def collect(cls: type[O], given: Mapping[str, Any]) -> O:
-        """From a call's arguments, some of them under diffusers' names; arguments of other things are left aside.
+        """The options among a call's arguments, some of them under diffusers' names; other arguments are ignored.
 
         Raises:
             InputError: for a value that cannot be, or that has two names and two values.

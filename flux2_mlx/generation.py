@@ -33,7 +33,7 @@ from .sampling.samplers import MaskBlend, add_noise, sample_euler
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the transformer is given beside the noisy tokens, for all images of a request.
+    """The transformer's inputs beside the noisy tokens, for all images of a request.
 
     Attributes:
         embeddings: embeddings (1, L, D) of each image's prompt.
@@ -212,7 +212,11 @@ class Generator:
         )
 
     def _need(self, one: Pass, is_frozen: bool = False) -> Need:
-        """What a pass needs beside the weights; ``is_frozen``: frozen keys and values are in memory already."""
+        """The bytes of a pass beside the weights.
+
+        Args:
+            is_frozen: whether frozen keys and values are in memory already.
+        """
         frozen_bytes = one.rows * self.stages.kv_bytes(one.frozen_tokens) if is_frozen else 0
         activations, attention = (part - frozen_bytes for part in self.stages.transformer_need(one))
         return Need(activations, attention, pinned=self.stages.kv_bytes(one.kv) + frozen_bytes)

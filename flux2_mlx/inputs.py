@@ -57,7 +57,7 @@ class Inputs:
         return replace(self, image=images, init_image=init_image, mask=open_file(self.mask) if is_file else self.mask)
 
     def inpaint(self, options: GenerationOptions) -> Inpaint | None:
-        """What is inpainted or outpainted, if anything, once the images are opened.
+        """The inpainting or outpainting that the inputs ask for, if any; images must be opened.
 
         Raises:
             InputError: for options without what they belong to.

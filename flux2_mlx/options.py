@@ -213,7 +213,7 @@ class BatchOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions(Options):
-    """Which model is opened and how: Flux2Pipeline.from_pretrained takes all, open_checkpoint those marked a source."""
+    """The model and how it is opened: from_pretrained takes all of them, open_checkpoint those marked ``source``."""
 
     model: str = option(
         "klein-4b", "released model, nano, folder, file, Hub id or owner/name/file", group=MODEL, also=("-m",),
@@ -265,7 +265,7 @@ class CheckpointOptions(Options):
         return find_release(self.model)
 
     def quantization(self) -> dict[str, Quantization]:
-        """How each part is quantized."""
+        """The quantization of each part that is quantized."""
         return parse_options(self.quantize, self.quantize_text_encoder, self.group_size)
 
 
@@ -286,7 +286,7 @@ class ModelOptions(CheckpointOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeOptions(Options):
-    """How a pipeline computes; no image depends on it."""
+    """The options of computing, on which no image depends."""
 
     memory: str = option(
         "auto", "offloading: keep everything loaded (resident), one stage at a time (staged), one block at a time "

@@ -206,7 +206,7 @@ class Flux2Pipeline:
         step_cache: float | None = None,
         reuse: str | None = None,
     ) -> Plan:
-        """What one image needs, and what becomes of the mode "auto"; nothing is loaded.
+        """The memory plan of one image, with the mode that "auto" chooses; nothing is loaded.
 
         Args:
             height, width, max_sequence_length, step_cache, reuse: as stream takes them.

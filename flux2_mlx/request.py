@@ -36,7 +36,7 @@ TENS_OF_STEPS = 10  # with fewer steps, each differs too much from the one befor
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(ModelOptions, GenerationOptions):
-    """What decided one image, every default filled in; written into its file and read back by ``--from-image``.
+    """All that one image depends on, defaults filled in; written into its file and read back by ``--from-image``.
 
     ``inputs`` names what the call was given besides (of INPUTS), which no file carries.
     """
@@ -218,7 +218,7 @@ def image_sigmas(options: GenerationOptions, distilled: bool, size: Size) -> lis
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an image is sampled, every default filled in.
+    """The sampling of an image, every default filled in.
 
     Attributes:
         guidance: CFG's scale; 1 is no CFG.

@@ -1,4 +1,4 @@
-"""What comes back: a step of an image, and the finished images."""
+"""The results of a call: steps of images, and the finished images."""
 
 from __future__ import annotations
 

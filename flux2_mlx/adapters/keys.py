@@ -123,7 +123,7 @@ def _kronecker_parts(arrays: Mapping[str, mx.array]) -> tuple[mx.array, mx.array
 
 
 def rank_of(arrays: Mapping[str, mx.array]) -> int | None:
-    """What alpha is divided by; None for a LoKr of two whole matrices, which knows no alpha."""
+    """The rank, by which alpha is divided; None for a LoKr of two whole matrices, which has no alpha."""
     for name in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
         if name in arrays:
             return int(arrays[name].shape[0])

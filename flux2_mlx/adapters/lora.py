@@ -64,7 +64,7 @@ class Lora:
         return self.source if self.scale == 1 else f"{self.source}:{self.scale:g}"
 
     def deltas(self) -> dict[str, list[Delta]]:
-        """What this changes in each layer, by its path, lazily."""
+        """The deltas of each layer, by its path; their arrays are lazy."""
         layers, _ = read_layers(self.file, self.shapes)
         deltas: dict[str, list[Delta]] = {}
         for layer in layers:
@@ -76,7 +76,7 @@ class Lora:
 
     @property
     def name(self) -> str:
-        """What the settings of an image and the model card call it."""
+        """The name in images' settings and in model cards."""
         return str(self)
 
     def apply(self, weights: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ TOKENIZER = "tokenizer/tokenizer.json"
 
 
 class WeightChange(Protocol):
-    """What changes a part's weights between the file and the modules, as a fused LoRA does.
+    """A change of a part's weights between the file and the modules, as a fused LoRA makes.
 
     Attributes:
         name: what the model card calls it.
@@ -120,7 +120,7 @@ class Source:
         return isinstance(quantization, Mapping) and quantization.get("quant_method") == "modelopt"
 
     def _as_header_says(self, shape: Qwen3Config) -> Qwen3Config:
-        """The config with the numbers of a GGUF header that no shape determines: a Qwen3 for longer texts has another base of its RoPE."""
+        """The config with a GGUF header's numbers, which no shape has: a long-context Qwen3 has another RoPE base."""
         values = gguf_values(self.files[0]) if starts_with(self.files[0], MAGIC) else {}
         written = {
             "rope_theta": values.get("qwen3.rope.freq_base"),

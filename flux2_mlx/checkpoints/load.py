@@ -48,7 +48,7 @@ class PendingWeights:
 
     @staticmethod
     def of(module: nn.Module) -> PendingWeights:
-        """Those of a module; none of one that was not filled from files."""
+        """The pending weights of a module; empty for a module that was not filled from files."""
         pending = getattr(module, "pending", None)
         return pending if isinstance(pending, PendingWeights) else PendingWeights()
 

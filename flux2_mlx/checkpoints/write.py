@@ -119,7 +119,7 @@ def entries_of(
 
 
 def packing_config(module: nn.Module, dense: Mapping[str, Quantization | None]) -> dict[str, Any]:
-    """How a component's layers are packed, for its config: the commonest way, and the layers with another or none."""
+    """The quantization entry of a component's config: the commonest spec, and the layers with another one or none."""
     layers: dict[str, Any] = {path: way and asdict(way) for path, way in dense.items()}
     for path, layer in module.named_modules():
         if isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):

@@ -1,4 +1,4 @@
-"""What the commands share: a parser that reports an error in one line, flags made from options, how a command ends."""
+"""Shared by the commands: a parser that reports an error in one line, flags made from options, how a command ends."""
 
 from __future__ import annotations
 

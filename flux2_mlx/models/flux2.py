@@ -411,7 +411,7 @@ class FluxKlein(nn.Module):
         return self.proj_out(self.norm_out(x, temb))
 
     def _block_kv(self, reference_kv: Sequence[KV] | None, recorded: slice | None) -> Sequence[BlockKV | None]:
-        """What each block, double blocks first, does with its keys and values."""
+        """The BlockKV of each block, double blocks first: it records KV, reads it, or is None."""
         blocks = self.params.depth + self.params.depth_single
         if recorded is not None:
             return [KVRecorder(recorded) for _ in range(blocks)]

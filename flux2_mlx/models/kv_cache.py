@@ -15,7 +15,7 @@ KV = tuple[mx.array, mx.array]
 
 
 class BlockKV(Protocol):
-    """What a block does with its keys and values besides attending to them."""
+    """A block's access to KV: it takes the block's own keys and values and decides what the block attends to."""
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KV:
         """Take the block's own rotated keys and values, (B, heads, N, head_dim), and give those to attend to."""

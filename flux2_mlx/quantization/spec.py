@@ -58,7 +58,7 @@ class Quantization:
 
     @classmethod
     def parse(cls, value: int | str | None, group_size: int | None = None) -> Quantization | None:
-        """From an option's value: bits (4 or "4"), a mode ("mxfp4"), or None or "none".
+        """The quantization of an option's value: bits (4 or "4"), a mode ("mxfp4"), or None or "none".
 
         Args:
             group_size: inputs that share a scale, 64 unless given; a floating point mode has its own.
@@ -81,7 +81,7 @@ class Quantization:
 def parse_options(
     quantize: int | str | None, quantize_text_encoder: int | str | None, group_size: int | None
 ) -> dict[str, Quantization]:
-    """How each part is packed, by its key, from the options of these names.
+    """The quantization of each part, by its key, from the options of these names.
 
     Raises:
         InputError: for what cannot be, a group size of nothing among it.

@@ -48,7 +48,7 @@ class Pass:
 
     @property
     def after_first(self) -> Pass:
-        """A pass after the first: of frozen tokens there are keys and values alone."""
+        """A pass after the first, which has frozen tokens as keys and values alone."""
         gone = {self.frozen: 0} if self.frozen else {}
         return replace(self, frozen=None, kv=self.kv + self.frozen_tokens, **gone)
 

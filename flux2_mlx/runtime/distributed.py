@@ -1,4 +1,4 @@
-"""Processes that were started together."""
+"""Processes that mlx.launch started together: their group, seed and agreement."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_agreement(identity: str, group: mx.distributed.Group | None) -> None:
 
 
 def any_process(flag: bool, group: mx.distributed.Group | None) -> bool:
-    """Whether it is so in any process."""
+    """Whether ``flag`` is set in any process."""
     if group is None:
         return flag
     return bool(mx.distributed.all_sum(mx.array(int(flag)), group=group).item())

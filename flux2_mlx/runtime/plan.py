@@ -37,7 +37,7 @@ MODES = ("auto", "resident", "staged", "streamed")
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage needs, in bytes.
+    """The memory and time of a stage.
 
     Attributes:
         weights: bytes of all of its weights.
@@ -63,7 +63,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an image needs.
+    """The memory plan of an image.
 
     Attributes:
         stages: the stages, in the order in which they run.
@@ -145,7 +145,7 @@ def format_range(least: float, most: float) -> str:
 
 
 class TrainingPlan(Plan):
-    """What training needs. Prompts and images are encoded before, and the encoders are unloaded then."""
+    """The memory plan of training. Prompts and images are encoded before, and the encoders are unloaded then."""
 
     def __str__(self) -> str:
         return "\n".join([*self.table(), self.summary()])
@@ -162,7 +162,7 @@ class TrainingPlan(Plan):
 
 
 def stage_of(name: str, module: nn.Module, dtype: mx.Dtype, activations: int, attention: int = 0) -> Stage:
-    """What a module needs that computes in ``dtype``; its weights are not read.
+    """The stage of a module that computes in ``dtype``; its weights are not read.
 
     Args:
         activations: bytes of activations beside the largest unpacked matrix.

@@ -41,7 +41,7 @@ STAGES = ("text_encoder", "transformer", "autoencoder")
 
 @dataclass(frozen=True)
 class Need:
-    """What a use of a stage takes beside its weights, in bytes.
+    """The bytes that a use of a stage takes beside its weights.
 
     Attributes:
         activations, attention: stage_of's, activations of the use and those during attention.
@@ -230,7 +230,7 @@ class Stages:
     # ------------------------------------------------------------------------------------------------ room
 
     def transformer_stage(self, one: Pass) -> Stage:
-        """What the transformer needs for a pass."""
+        """The transformer as the stage of a pass."""
         return stage_of("transformer", self.transformer, self.dtype, *self.transformer_need(one))
 
     def transformer_need(self, one: Pass) -> tuple[int, int]:
@@ -326,7 +326,7 @@ class Stages:
         return getattr(self._modules[name], part) if part else self._modules[name]
 
     def _open(self, name: str) -> None:
-        """Build a stage with lazy weights; those of an earlier build are given back."""
+        """Build a stage with lazy weights; the weights of an earlier build are freed."""
         self._modules[name] = self._built(name)
         self._loaded[name] = set()
 

@@ -1,4 +1,4 @@
-"""What a stage computes and moves, and how long a machine takes for it whose speed was measured.
+"""The roofline: what a stage computes and moves, and how long that takes on a machine whose speed was measured.
 
 modules, workload -> image_work -> Work of each stage -> seconds at Speeds
 
@@ -43,7 +43,7 @@ WIDTH, HEADS, CHANNELS = 3072, 24, 256
 
 @dataclass(frozen=True)
 class Speeds:
-    """What a machine does in a second: FLOP of three kinds, and bytes that are read or written."""
+    """A machine's speeds: FLOP a second of three kinds, and bytes a second that are read or written."""
 
     matmul: float
     attention: float
@@ -53,7 +53,7 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Work:
-    """What is done once in a stage.
+    """The work of running a stage once.
 
     Attributes:
         matmul, attention, convolution: FLOP; those of attention are its two products.
@@ -204,7 +204,7 @@ def image_work(
     workload: Workload,
     dtype: mx.Dtype,
 ) -> dict[str, Work]:
-    """What each stage of an image does, by the plan's names: for one prompt, all references, one pass of the
+    """The work of each stage of an image, by the plan's names: for one prompt, all references, one pass of the
     transformer (the first), one image. Weights of modules are not read.
     """
     text_dtype, image_dtype = stage_dtype("text_encoder", dtype), stage_dtype("autoencoder", dtype)
@@ -243,7 +243,7 @@ def _reading(module: nn.Module, dtype: mx.Dtype, but: int = 0) -> Work:
 
 
 def known_speeds(dtype: mx.Dtype) -> Speeds | None:
-    """What was measured of this machine in a dtype, if it was."""
+    """The measured speeds of this machine in a dtype; None where it was not measured."""
     entry = read_table(TABLE).get(_key(dtype))
     names = [field.name for field in fields(Speeds)]
     if not isinstance(entry, dict) or not all(isinstance(entry.get(name), float) and entry[name] > 0 for name in names):

@@ -21,7 +21,7 @@ VALIDATION, RUN = "validation", "memory and speed"
 
 @dataclass(frozen=True)
 class TrainingOptions(CheckpointOptions):
-    """What decides a training run; the command's options have these names."""
+    """The options of a training run; the command's flags have these names."""
 
     data: str = option(
         help="folder of images and captions", group=DATA, metavar="FOLDER", is_path=True,

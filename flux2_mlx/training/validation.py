@@ -40,7 +40,7 @@ class Validation:
 
     @classmethod
     def of(cls, options: TrainingOptions, pipe: Flux2Pipeline) -> Validation | None:
-        """As the options say, with the model's own guidance.
+        """The validation that the options ask for, with the model's default CFG scale; None without a prompt.
 
         Raises:
             InputError: for an image that cannot be read.
