@@ -91,7 +91,7 @@ class Flux2Pipeline:
     ):
         RuntimeOptions(memory=memory, memory_limit=memory_limit)
         if group is not None and group.size() != 2:
-            raise InputError(f"guidance has two passes to share, and the group has {group.size()} processes")
+            raise InputError(f"CFG has two passes to share, and the group has {group.size()} processes")
         self.stages = Stages(
             checkpoint,
             dtype=dtype_of(dtype),

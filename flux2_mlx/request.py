@@ -254,7 +254,7 @@ def warn_of_sampling(options: GenerationOptions, sampling: Sampling, name: str) 
     steps = sampling.steps
     if options.guidance is not None and options.guidance > max(sampling.guidance, 1):
         warn(
-            f"{name} is distilled and generates without guidance; guidance {options.guidance:g} is ignored "
+            f"{name} is distilled and generates without CFG; guidance {options.guidance:g} is ignored "
             "(force_guidance, --force-guidance apply it)"
         )
     if sampling.guidance > 1 and not any(step.is_guided for step in steps):
@@ -283,14 +283,14 @@ def check_reuse(reuse: str, guidance: float, checkpoint: Checkpoint, *, has_refe
             "step_cache (--step-cache)"
         )
     if guidance > 1:
-        raise InputError(f"reuse is for distilled models without guidance, and guidance is {guidance:g}")
+        raise InputError(f"reuse is for distilled models without CFG, and guidance is {guidance:g}")
     if reuse == "references" and not has_references:
         raise InputError("reuse of references belongs to image (--image), and none is given")
     if checkpoint.has_kv_cache and has_references:
         more = (
             "" if reuse == "references" else ", and reuse of the text beside them costs too much of the image's quality"
         )
-        raise InputError(f"{name} keeps its references already, as klein-9b-kv does{more}")
+        raise InputError(f"{name} caches its references already (KV cache), as klein-9b-kv does{more}")
 
 
 def check_room(
@@ -325,10 +325,10 @@ def check_group(is_seeded: bool, guidance: float) -> None:
         InputError: with the way out.
     """
     if not is_seeded:
-        raise InputError("two processes that share the passes of guidance need the same seed, and none is given")
+        raise InputError("two processes that share the passes of CFG need the same seed, and none is given")
     if guidance <= 1:
         raise InputError(
-            "two processes share the passes of guidance, and there is none; they can share images: --jobs FILE"
+            "two processes share the passes of CFG, and there is no CFG; they can share images: --jobs FILE"
         )
 
 

@@ -24,7 +24,7 @@ SMALL = {"width": 80, "height": 64, "steps": 1, "max_sequence_length": 16}
 
 @pytest.fixture
 def run(checkpoint, tmp_path, monkeypatch, capsys):
-    """Draw lines, objects or text, with small pictures; options that are given stand on the command line."""
+    """Generate lines, objects or text, with small images; options that are given stand on the command line."""
     monkeypatch.chdir(tmp_path)
 
     def call(*lines, options=(), model=checkpoint):
@@ -141,10 +141,10 @@ def test_what_is_missing(tmp_path):
     assert missing_runs(paths[:1]) == []
 
 
-# ------------------------------------------------------------------------------------------------ drawing
+# ------------------------------------------------------------------------------------------------ generating
 
 
-def test_jobs_are_drawn_and_a_failed_line_costs_no_other(run, pipe):
+def test_jobs_are_generated_and_a_failed_line_costs_no_other(run, pipe):
     code, out, err = run(
         {"prompt": "a fox", "seed": 1, "output": "one.png"},
         {"prompt": "a fox", "width": 100},
@@ -170,7 +170,7 @@ def test_jobs_are_drawn_and_a_failed_line_costs_no_other(run, pipe):
     assert read_metadata("cat-1.webp")["seed"] == 6
 
 
-def test_a_line_without_a_seed_draws_the_same_again(run):
+def test_a_line_without_a_seed_gives_the_same_again(run):
     codes = [run({"prompt": "a fox"}, {"prompt": "a fox"}, options=["--output", "{index}.png"])[0] for _ in range(2)]
     assert codes == [0, 0]
     first, second, again = (pixels(f"0{suffix}.png") for suffix in ("", "-2", "-3"))
@@ -190,7 +190,7 @@ def test_a_line_repeats_a_picture(run):
     assert "line 1: no prompt: give one" in run({"seed": 1})[2]
 
 
-def test_what_is_missing_is_drawn_on_resuming(run):
+def test_what_is_missing_is_generated_on_resuming(run):
     lines = [
         {"prompt": "a fox", "seed": 1, "output": "fox.png"},
         {"prompt": "a cat", "seed": 1, "num_images": 4, "output": "cat-{index}.png"},
@@ -219,7 +219,7 @@ def test_resuming_needs_files_of_their_own(run):
     )
 
 
-def test_what_was_drawn_before_a_fault_is_counted(run, monkeypatch):
+def test_what_was_generated_before_a_fault_is_counted(run, monkeypatch):
     stream = Flux2Pipeline.stream
 
     def failing(*given, **options):
@@ -320,7 +320,7 @@ class Group:
 
 
 def test_guidance_is_shared_by_two(checkpoint):
-    with pytest.raises(InputError, match="guidance has two passes to share, and the group has 3 processes"):
+    with pytest.raises(InputError, match="CFG has two passes to share, and the group has 3 processes"):
         Flux2Pipeline.from_pretrained(checkpoint, group=Group(3))
 
 
@@ -328,7 +328,7 @@ def test_processes_that_share_guidance_need_a_seed(base_reference):
     pipe = Flux2Pipeline.from_pretrained(base_reference[1], group=Group(2))
     with pytest.raises(InputError, match="need the same seed, and none is given"):
         pipe.stream("a", guidance=3)
-    with pytest.raises(InputError, match="share the passes of guidance, and there is none"):
+    with pytest.raises(InputError, match="share the passes of CFG, and there is no CFG"):
         pipe.stream("a", guidance=1, seed=1)
 
 

@@ -187,7 +187,9 @@ def test_guidance_keeps_to_its_interval(base_reference, passes):
     assert passes == [1, 2, 2, 1]
     assert not same(part, everywhere)
     assert same(pipe("a", guidance_interval=(0, 1), **options).images[0], everywhere)
-    with pytest.warns(UserWarning, match=r"no noise level is in guidance_interval: 1, 0\.9.*; there is no guidance"):
+    with pytest.warns(
+        UserWarning, match=r"no step's noise level \(sigma\) is in guidance_interval: 1, 0\.9.*; CFG is not applied"
+    ):
         pipe("a", guidance_interval=(0, 0.1), **options)
     assert not same(pipe("a", guidance_rescale=0.7, **options).images[0], everywhere)
 
@@ -216,7 +218,7 @@ def test_a_checkpoint_says_how_large_and_how_long(damaged):
 
 def test_guidance_of_a_distilled_model_is_ignored_with_a_warning(pipe):
     expected = pipe("a", seed=1, **SMALL)
-    with pytest.warns(UserWarning, match=r"distilled and generates without guidance; guidance 3\.5 is ignored"):
+    with pytest.warns(UserWarning, match=r"distilled and generates without CFG; guidance 3\.5 is ignored"):
         ours = pipe("a", seed=1, guidance_scale=3.5, **SMALL)
     assert same(ours.images[0], expected.images[0])
     assert ours.settings[0].guidance == 1.0
@@ -745,7 +747,7 @@ def test_a_checkpoint_that_keeps_its_references_is_planned(damaged, checkpoint):
 
 def test_keeping_references_is_refused_where_it_was_not_trained(checkpoint, damaged):
     for model in (checkpoint, "klein-9b", "black-forest-labs/FLUX.2-klein-4B"):
-        with pytest.raises(CheckpointError, match=r"was not trained to keep its references.*klein-9b-kv was"):
+        with pytest.raises(CheckpointError, match=r"was not trained to cache its references.*klein-9b-kv was"):
             Flux2Pipeline.from_pretrained(model, kv_cache=True)
     file = checkpoint / "transformer" / "diffusion_pytorch_model.safetensors"
     said = Flux2Pipeline.from_pretrained(checkpoint, transformer=file, distilled=True, kv_cache=True)

@@ -15,14 +15,14 @@ from tests.test_images import SETTINGS
 
 @pytest.fixture
 def session():
-    """One whose drawing notes what it is asked for; pictures are of the number of the call."""
+    """One whose generate notes what it is asked for; the red of an image is the number of its call."""
     asked = []
 
-    def draw(prompt, references, options, add):
+    def generate(prompt, references, options, add):
         asked.append((prompt, references, dict(options)))
         add(SessionImage(Image.new("RGB", (64, 64), (len(asked), 0, 0)), SETTINGS))
 
-    session = Session(draw)
+    session = Session(generate)
     session.asked = asked
     return session
 
@@ -30,7 +30,7 @@ def session():
 NOTHING: dict = {}
 
 
-def test_a_line_is_drawn(session):
+def test_a_line_is_generated(session):
     assert session.handle("a red fox") == "image 1"
     assert session.handle("  a blue fox ") == "image 2"
     assert session.handle("   ") == ""
@@ -78,7 +78,7 @@ def test_again_takes_another_seed(session):
     assert session.asked[-1] == ("a", [], NOTHING)
 
 
-def test_pictures_are_referred_to_by_their_numbers(session):
+def test_images_are_referred_to_by_their_numbers(session):
     for prompt in "abc":
         session.handle(prompt)
     session.handle("the hat of $3 on the fox of $1, as in $3, for $$5")
@@ -95,7 +95,7 @@ def test_pictures_are_referred_to_by_their_numbers(session):
         Session(session.generate).handle("$1")
 
 
-def test_pictures_are_saved_and_loaded(session, tmp_path, monkeypatch):
+def test_images_are_saved_and_loaded(session, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for line, message in (("save a.png", "no image yet"), ("save 2 a.png", "no image 2")):
         with pytest.raises(InputError, match=message):
@@ -123,7 +123,7 @@ def test_help_and_quit(session):
 
 
 def test_faults_and_interrupts_cost_one_line(session, monkeypatch, capsys):
-    """The first line's too; pictures that were saved before an interrupt are there."""
+    """The first line's too; images that were saved before an interrupt are there."""
     undecodable = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "")
     lines = iter([KeyboardInterrupt, "a", undecodable, "interrupted", "b", EOFError, "never"])
 
@@ -133,10 +133,10 @@ def test_faults_and_interrupts_cost_one_line(session, monkeypatch, capsys):
             raise line
         return line
 
-    draw = session.generate
+    generate = session.generate
 
     def interrupted(prompt, *rest):
-        draw(prompt, *rest)
+        generate(prompt, *rest)
         if prompt == "interrupted":
             raise KeyboardInterrupt
 
@@ -151,9 +151,9 @@ def test_faults_and_interrupts_cost_one_line(session, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_again_goes_past_the_seeds_of_several_pictures(session):
-    draw = session.generate
-    session.generate = lambda *given: [draw(*given) for _ in range(4)]
+def test_again_goes_past_the_seeds_of_several_images(session):
+    generate = session.generate
+    session.generate = lambda *given: [generate(*given) for _ in range(4)]
     session.handle("seed 7")
     assert session.handle("a") == "images 1 to 4"
     session.handle("again")
@@ -178,7 +178,7 @@ def test_completion(tmp_path, monkeypatch):
 
 
 def test_a_session(checkpoint, pipe, tmp_path, monkeypatch, capsys, opened):
-    """The model is opened once; a picture of it, and one of --image, are references of the next."""
+    """The model is opened once; an image of it, and one of --image, are references of the next."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FLUX2_MLX_CACHE", str(tmp_path / "cache"))
     given = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8))
@@ -201,8 +201,8 @@ def test_a_session(checkpoint, pipe, tmp_path, monkeypatch, capsys, opened):
     hat = pipe("a hat", seed=2, **options).images[0]
     fox = pipe("a fox like image 1 and image 2", image=[given, hat], seed=3, **options).images[0]
     for name, expected in (("flux2-2.png", hat), ("flux2-3.png", fox)):
-        with Image.open(name) as drawn:
-            assert np.array_equal(np.asarray(drawn), np.asarray(expected))
+        with Image.open(name) as saved:
+            assert np.array_equal(np.asarray(saved), np.asarray(expected))
     assert (tmp_path / "cache" / "history").exists()
 
 

@@ -154,15 +154,15 @@ def check_kv_support(name: str) -> None:
 def no_kv_support(name: str) -> CheckpointError:
     trained = ", ".join(release.name for release in RELEASES if release.has_kv_cache)
     return CheckpointError(
-        f"{name} was not trained to keep its references, which then see neither the prompt nor the image: its edits "
-        f"would come out wrong; {trained} was (or leave out kv_cache, --kv-cache)"
+        f"{name} was not trained to cache its references (KV cache), which then see neither the prompt nor the image: "
+        f"its edits would come out wrong; {trained} was (or leave out kv_cache, --kv-cache)"
     )
 
 
 def missing_variant(name: str | None) -> CheckpointError:
     return CheckpointError(
-        f"{name} does not say whether its transformer is distilled (4 steps, no guidance) or a base model (50 steps, "
-        "guidance 4); say distilled=True or False (--distilled, --no-distilled)"
+        f"{name} does not say whether its transformer is distilled (4 steps, no CFG) or a base model (50 steps, "
+        "CFG scale 4); say distilled=True or False (--distilled, --no-distilled)"
     )
 
 

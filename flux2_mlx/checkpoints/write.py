@@ -203,7 +203,7 @@ def convert(
     if layout not in LAYOUTS:
         raise InputError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     if target.exists():
-        raise InputError(f"{target} exists; give another name, or take it away")
+        raise InputError(f"{target} exists; give another name, or delete it")
     parent = target.absolute().parent
     if not parent.is_dir():
         raise InputError(f"{parent} is no folder")

@@ -298,7 +298,7 @@ def output_path(template: str, seed: int, index: int, prompt: str = "") -> Path:
     if template.endswith("/") or os.path.isdir(template):
         template = os.path.join(template, DEFAULT_OUTPUT)
     if not OUTPUT_TEMPLATE.fullmatch(template):
-        raise InputError(f"--output takes {{seed}}, {{index}} and {{prompt}} alone, got {template!r}")
+        raise InputError(f"--output takes {{seed}}, {{index}} and {{prompt}} only, got {template!r}")
     slug = re.sub(r"\W+", "-", prompt)[:MAX_SLUG].strip("-") or "image"
     return Path(template.format(seed=seed, index=index, prompt=slug))
 

@@ -95,7 +95,7 @@ class Inpaint:
         wide, tall = self.image.size
         if min(abs(width * tall / wide - height), abs(height * wide / tall - width)) >= PIXELS_PER_TOKEN:
             raise InputError(
-                f"{width} x {height} has not the aspect of the image to inpaint, {wide} x {tall}; give one of width "
+                f"{width} x {height} has another aspect than the image to inpaint, {wide} x {tall}; give one of width "
                 "and height, and the other follows"
             )
 
