@@ -5,7 +5,7 @@ its memory.
     python -m benchmarks.plan --model klein-9b --chip "M4 Max"                             # published peaks
     python -m benchmarks.plan FOLDER --model klein-4b --size 1024 --memory streamed        # an image is drawn
 
-Without --chip this machine is measured, and that kept for --plan, as flux2-generate --measure does. Seconds are a
+Without --chip this machine is measured, and that is kept for --plan, as flux2-generate --measure does. Seconds are a
 range: all reading and writing done beside the arithmetic, or none of it; nothing is loaded. Published peaks are not
 measured here, and no machine reaches them, so what they give is the least that a stage can take.
 
@@ -40,7 +40,7 @@ from flux2_mlx.quantization.packing import quantize_rtn
 from flux2_mlx.quantization.recipes import mixed_precision
 from flux2_mlx.quantization.spec import parse_options
 from flux2_mlx.runtime.activations import Workload
-from flux2_mlx.runtime.plan import MODES, between
+from flux2_mlx.runtime.plan import MODES, format_range
 from flux2_mlx.runtime.released import released_modules
 from flux2_mlx.runtime.roofline import Speeds, Work, image_work, measure
 
@@ -109,7 +109,7 @@ def foresee(arguments: argparse.Namespace) -> dict[str, Any]:
         label = f"all {passes} passes" if name == "transformer" else name
         rows[label] = stage_row(label, own, at[name], seconds[name], least + most)
     tflop = sum(own.flops for own in whole.values()) / 1e12
-    print_row("an image", [tflop, *[""] * 4, between(least, most)], first=16)
+    print_row("an image", [tflop, *[""] * 4, format_range(least, most)], first=16)
     return {
         "dtype": name_of(dtype),
         "steps": steps,
@@ -151,7 +151,7 @@ def stage_row(name: str, work: Work, speeds: Speeds, seconds: tuple[float, float
         "share": sum(seconds) / all_ends,
     }
     sizes = (f"{figures[key]:.2f}" for key in ("weights_gb", "intermediates_gb"))
-    ends = f"{figures['flop_per_byte']:.0f}", figures["bound"], between(*seconds), f"{figures['share']:.1%}"
+    ends = f"{figures['flop_per_byte']:.0f}", figures["bound"], format_range(*seconds), f"{figures['share']:.1%}"
     print_row(name, [figures["tflop"], *sizes, *ends], first=16)
     return figures
 
@@ -247,7 +247,7 @@ def hold_against_plan(arguments: argparse.Namespace) -> dict[str, Any]:
     for part, name in PARTS.items():
         stage = stages[name]
         if arguments.memory == "resident":
-            planned = sum(other.weights for other in plan.stages) + stage.working
+            planned = sum(other.weights for other in plan.stages) + stage.activation_bytes
         else:
             planned = plan.needed(stage)
         figures = {
@@ -259,9 +259,9 @@ def hold_against_plan(arguments: argparse.Namespace) -> dict[str, Any]:
             "seconds": seconds[part],
         }
         rows[name] = figures
-        foreseen = between(*stage.seconds) if stage.seconds else None
+        foreseen = format_range(*stage.seconds) if stage.seconds else None
         print_row(name, (figures | {"foreseen_s": foreseen}).values(), width=15, first=16)
-    loading = peaks["load"] / plan.needed(replace(stages["transformer"], working=0))
+    loading = peaks["load"] / plan.needed(replace(stages["transformer"], activation_bytes=0))
     print(f"loading the transformer took {loading:.3f} of what stays of it in memory")
     return {"stages": rows, "loading": loading}
 

@@ -120,7 +120,7 @@ def memory(params: FluxKleinParams, options: TrainingOptions, length: int) -> tu
     model = packed(cast(FluxKlein, randomized(FluxKlein(params), dtype)), options)
     plan = planned(model, options, length)
     trainer = trainer_of(model, options, Drawn(params, length, dtype))
-    with memory_limit(before + plan.weights + plan.working, plan.working):
+    with memory_limit(before + plan.weights + plan.activation_bytes, plan.activation_bytes):
         mx.reset_peak_memory()
         start = time.perf_counter()
         trainer.take_step()
@@ -130,7 +130,7 @@ def memory(params: FluxKleinParams, options: TrainingOptions, length: int) -> tu
 
 
 def figures_of(plan: Stage, measured: float, scores: int) -> dict[str, float]:
-    needed = plan.weights + plan.working
+    needed = plan.weights + plan.activation_bytes
     return {
         "planned_gb": needed / 1e9,
         "measured_gb": measured / 1e9,
@@ -164,7 +164,7 @@ def against(name: str, params: FluxKleinParams, options: TrainingOptions, length
     trainer = trainer_of(model, options, encoded)
 
     def step() -> None:
-        with memory_limit(machine_memory(), plan.working):  # as flux2-lora does
+        with memory_limit(machine_memory(), plan.activation_bytes):  # as flux2-lora does
             trainer.take_step()
 
     clean = encoded.latents(Path(), (options.resolution, options.resolution)).astype(dtype)

@@ -1,4 +1,4 @@
-"""python -m flux2_mlx.convert: any checkpoint to a folder in the diffusers layout, packed or not, or to BFL's files."""
+"""python -m flux2_mlx.convert: a checkpoint to the diffusers layout, quantized or not, or to BFL's files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from .errors import InputError
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="flux2-convert", description="Convert a FLUX.2 [klein] checkpoint, or check a folder.")
+    parser = Parser(
+        prog="flux2-convert", description="Convert or quantize a FLUX.2 [klein] checkpoint, or check a folder."
+    )
     parser.add_argument("model", nargs="?", help=MODEL_HELP)
-    parser.add_argument("target", nargs="?", type=path, help="the folder to write, which must not exist")
+    parser.add_argument("target", nargs="?", type=path, help="folder to write, which must not exist")
     add_writing_options(parser)
-    parser.add_argument("--check", type=path, metavar="FOLDER", help="verify a folder instead")
+    parser.add_argument("--check", type=path, metavar="FOLDER", help="verify a folder of weights instead of converting")
     parser.add_argument(
-        "--upload", metavar="ID", help="push the result to the Hub, into a new private repository or one that is there"
+        "--upload",
+        metavar="ID",
+        help="push the written folder to the Hub, into a new private repository or an existing one",
     )
     return parser
 

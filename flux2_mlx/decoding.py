@@ -40,7 +40,7 @@ class LatentDecoder:
         self._preview_map: np.ndarray | None = None
 
     def unpack(self, latents: mx.array, settings: Settings) -> mx.array:
-        """What the decoder takes, (1, H/8, W/8, 32), of sampled tokens."""
+        """The decoder's input (1, H/8, W/8, 32) from sampled tokens: denormalized and unpacked."""
         denormalized = self.stages.autoencoder.bn.denormalize(latents)
         return unpack_latents(denormalized, settings.height, settings.width)
 

@@ -1,4 +1,4 @@
-"""What goes wrong: exceptions whose message names the fault, the value and the way out."""
+"""Errors: exceptions whose message names the fault, the value and the way out."""
 
 from __future__ import annotations
 
@@ -35,4 +35,4 @@ class CheckpointError(InputError):
 
 
 class OtherModelError(CheckpointError):
-    """Another model than FLUX.2 [klein]; what opens checkpoints adds which there are."""
+    """Another model than FLUX.2 [klein]; config_faults adds the released models' names to the message."""

@@ -13,7 +13,7 @@ from .models.names import autoencoder, flux2, qwen3
 from .models.names.common import Names
 from .models.qwen3 import Qwen3TextEncoder
 
-# The tokens that a prompt is padded or cut to, unless the tokenizer takes fewer or the caller says otherwise.
+# Tokens that a prompt is padded or truncated to, unless the tokenizer takes fewer or the caller sets another number.
 MAX_SEQUENCE_LENGTH = 512
 
 NANO = "nano"  # a trained miniature, which is part of the package
@@ -26,8 +26,8 @@ class Part:
     Attributes:
         key: the option, the folder in the diffusers layout, and the key of Checkpoint.sources.
         label: what messages call it.
-        stem: of its weight files in the diffusers layout.
-        bfl_stem: of its single file beside BFL's.
+        stem: the stem of its weight files in the diffusers layout.
+        bfl_stem: the stem of its single file in BFL's layout.
         config: its configuration, with from_config and to_config.
         module: the class that the configuration makes one of.
         names: what files call its weights.
@@ -81,7 +81,7 @@ PARTS = {part.key: part for part in (TRANSFORMER, TEXT_ENCODER, AUTOENCODER)}
 
 @dataclass(frozen=True)
 class Variant:
-    """How a kind of transformer is sampled unless the caller says otherwise."""
+    """The default steps and CFG scale of a kind of transformer."""
 
     num_steps: int
     guidance: float
@@ -92,7 +92,7 @@ DISTILLED, BASE = Variant(4, 1.0), Variant(50, 4.0)
 
 @dataclass(frozen=True)
 class Licence:
-    """Of a model card: the Hub's identifier, and a sentence."""
+    """A licence as a model card states it: the Hub's identifier, and a sentence."""
 
     identifier: str
     sentence: str
@@ -109,11 +109,12 @@ class Release:
     """A released model: what is known of it before anything is downloaded.
 
     Attributes:
-        name: that from_pretrained and --model take.
+        name: the name that from_pretrained and --model take.
         repo: its id on the Hub.
-        text_encoder_parameters: of the whole Qwen3 in the repository, with the layers that klein does not use.
+        text_encoder_parameters: parameters of the whole Qwen3 in the repository, with the layers that klein does not
+            use.
         licence: which, for the 9B models, has to be accepted on the Hub.
-        is_distilled: whether it generates in few steps without guidance.
+        is_distilled: whether it generates in few steps without CFG.
         has_kv_cache: whether it was trained to cache its references.
     """
 
@@ -144,7 +145,7 @@ RELEASES = (
     _release_9b("klein-9b-kv", "black-forest-labs/FLUX.2-klein-9b-kv", has_kv_cache=True),
 )
 RELEASED: dict[str, str] = {release.name: release.repo for release in RELEASES}
-RELEASED_NAMES = ", ".join(RELEASED)  # for messages
+RELEASED_NAMES = ", ".join(RELEASED)  # the list in messages
 
 
 def find_release(model: str) -> Release | None:

@@ -35,15 +35,15 @@ def option(
 
     Args:
         default: None where it depends on the model or the machine.
-        help: one line; the default is added.
+        help: one line, to which --help adds the default.
         group: title under which ``--help`` lists it.
         ge, gt, le: bounds of a number.
         choices: the strings that are possible.
         check: refuses other values by an InputError of its own, before type and bounds are looked at.
         hash: False for values that have none.
-        more: flag (its name on the command line, None for no flag), also (flags from habit that mean the same),
+        more: flag (its name on the command line, None for no flag), also (aliases of the flag, as other tools call it),
             metavar, parse (text of the command line to a value), nargs, alias (diffusers' name of the argument), hint
-            (the way out that a refusal adds), shown (the default as ``--help`` tells it), is_path (a leading ~ is
+            (the way out that a refusal adds), shown (the default as ``--help`` shows it), is_path (a leading ~ is
             expanded).
     """
     metadata = {"help": help, "group": group, "ge": ge, "gt": gt, "le": le, "choices": choices, "check": check, **more}
@@ -64,7 +64,7 @@ def sides(text: str) -> dict[str, int]:
 
 
 def switch(text: str) -> bool:
-    """On or off, as a session is told."""
+    """A boolean from the text of a session: on or off."""
     return {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}[text.lower()]
 
 
@@ -137,7 +137,7 @@ KINDS: dict[Any, Kind] = {
 
 @lru_cache
 def _hints(cls: type) -> dict[str, tuple[Any, bool]]:
-    """Of each field its type without None, and whether it may be None."""
+    """Each field's type without None, and whether it may be None."""
     hints = {}
     for name, hint in get_type_hints(cls).items():
         parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
@@ -152,7 +152,7 @@ def type_of(cls: type, name: str) -> Any:
 
 
 def parser_of(cls: type, f: Field[Any]) -> Callable[[str], Any]:
-    """From the text of a command line to the option's value."""
+    """The function that makes an option's value of the text of a command line."""
     parse: Callable[[str], Any] = f.metadata.get("parse") or KINDS[type_of(cls, f.name)].parse
     return parse
 
@@ -162,7 +162,7 @@ def flag_of(f: Field[Any]) -> str:
 
 
 def default_of(f: Field[Any]) -> str:
-    """The default in words, "" where the help tells it, or nothing is to be told."""
+    """The default as --help shows it; "" where there is nothing to show."""
     shown = f.metadata.get("shown", f.default)
     return (
         ""
@@ -246,7 +246,7 @@ class Options:
 
     @classmethod
     def collect(cls: type[O], given: Mapping[str, Any]) -> O:
-        """From a call's arguments, some of them under diffusers' names; arguments of other things are left aside.
+        """The options among a call's arguments, some of them under diffusers' names; other arguments are ignored.
 
         Raises:
             InputError: for a value that cannot be, or that has two names and two values.
@@ -262,7 +262,7 @@ class Options:
 
 
 def changed(cls: type[Options], name: str, default: Any = MISSING, **more: Any) -> Any:
-    """The field of that name with another default, or none, and what else is to be told otherwise."""
+    """The field of that name in another class, with another default, or none, and other metadata."""
     return field(default=default, kw_only=True, metadata={**cls.field(name).metadata, **more})
 
 
@@ -274,7 +274,7 @@ def one_of_two(name: str, value: Any, other_name: str, other: Any) -> Any:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """What to add to a message about an unknown name: the known one that was meant, if one is near."""
+    """The end of a message about an unknown name: the nearest known one, if one is near."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
 

@@ -1,4 +1,4 @@
-"""python -m flux2_mlx.fuse: a checkpoint with LoRAs merged into its transformer, packed or not, as a new folder."""
+"""python -m flux2_mlx.fuse: a checkpoint with LoRAs merged into its transformer, as a new folder, quantized or not."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .options import ModelOptions
 def build_parser() -> Parser:
     parser = Parser(
         prog="flux2-fuse",
-        description="Merge LoRAs into a FLUX.2 [klein] checkpoint, in float32, and write it; with --quantize packed "
-        "afterwards.",
+        description="Merge LoRAs into a FLUX.2 [klein] checkpoint, in float32, and write it; --quantize quantizes the "
+        "merged weights.",
     )
     parser.add_argument("model", help=MODEL_HELP)
-    parser.add_argument("target", type=path, help="the folder to write, which must not exist")
+    parser.add_argument("target", type=path, help="folder to write, which must not exist")
     parser.add_option(ModelOptions, ModelOptions.field("lora"), required=True)
     parser.add_option(ModelOptions, ModelOptions.field("lora_partial"))
     add_writing_options(parser)

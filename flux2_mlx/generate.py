@@ -1,4 +1,4 @@
-"""python -m flux2_mlx.generate: a prompt, or a file of jobs, to picture files."""
+"""python -m flux2_mlx.generate: a prompt, or a file of jobs, to image files."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from functools import partial
 
 from .cli.arguments import build_parser, check, complete
 from .cli.common import INTERRUPTED, show_warning, silence_downloads
-from .cli.jobs import draw_jobs
+from .cli.jobs import generate_jobs
 from .cli.plan import print_plan
-from .cli.runner import draw, open_pipeline, start
+from .cli.runner import generate, open_pipeline, start
 from .cli.session import interact
 from .errors import InputError, one_line
 from .runtime.distributed import launched, random_seed, shared_seed
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.stdin is None:  # closed: keep its number, since MLX takes a file with the number 0 for one that did not open
         os.open(os.devnull, os.O_RDONLY)
     started = time.perf_counter()
-    seed = ""  # told at the end of a drawing that does not finish
+    seed = ""  # added to the message where generating does not finish
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = show_warning  # type: ignore[assignment]  # takes whatever comes after the message
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 interact(arguments)
                 return 0
             if arguments.jobs is not None:
-                return draw_jobs(arguments)
+                return generate_jobs(arguments)
             if arguments.resume:
                 raise InputError("--resume belongs to --jobs, and none is given")
             group = launched()
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             check(task)
             steps = start(task, open_pipeline(task, group))
             seed = f" (seed {task.seed})"
-            draw(steps, task, started, saves=group is None or group.rank() == 0)
+            generate(steps, task, started, saves=group is None or group.rank() == 0)
         except (InputError, FloatingPointError, OSError) as error:
             print(f"error: {one_line(error)}{seed}", file=sys.stderr)
             return 2

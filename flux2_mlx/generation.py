@@ -1,6 +1,6 @@
 """Generation: a resolved request to the steps of its images.
 
-request -> Conditioning (prompt embeddings, references, rope) -> for each batch: noise, velocity, Euler's steps -> Step
+request -> Conditioning (prompt embeddings, references, rope) -> for each batch: noise, velocity, Euler steps -> Step
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from .sampling.samplers import MaskBlend, add_noise, sample_euler
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the transformer is given beside the noisy tokens, for all images of a request.
+    """The transformer's inputs beside the noisy tokens, for all images of a request.
 
     Attributes:
-        embeddings: (1, L, D) of each image's prompt.
-        negative: (1, L, D) of the negative prompt, where there is CFG.
+        embeddings: embeddings (1, L, D) of each image's prompt.
+        negative: embeddings (1, L, D) of the negative prompt, where there is CFG.
         init: clean tokens (1, S, C) of the init image, if any.
-        references: clean tokens (1, R, C) of references that go through every pass.
-        reference_kv: keys and values of references, in place of those.
-        rope: tables of text, image and references.
-        one: a pass for one image without CFG.
+        references: clean tokens (1, R, C) of the references that go through every pass.
+        reference_kv: keys and values of the references, in place of their tokens (klein-9b-kv).
+        rope: rotation tables of text, image and references.
+        one: the size of a pass for one image without CFG.
     """
 
     embeddings: list[mx.array]
@@ -59,7 +59,7 @@ class Generator:
     """Generates the images of requests.
 
     Attributes:
-        group: two processes that take a pass of CFG each, if any.
+        group: two processes that compute one pass of CFG each, if there are two.
     """
 
     stages: Stages
@@ -83,31 +83,33 @@ class Generator:
 
     def _generate(self, request: Request) -> Iterator[Step]:
         stats = Stats()
-        shared = self._condition(request, stats)
+        conditioning = self._condition(request, stats)
         two_passes = request.uses_cfg and self.group is None
-        is_batched = two_passes and self.stages.fits(replace(shared.one, rows=2))
-        caches = shared.one.caches * (2 if two_passes and not is_batched else 1)
-        one = replace(shared.one, rows=2 if is_batched else 1, caches=caches)
+        is_batched = two_passes and self.stages.fits(replace(conditioning.one, rows=2))
+        caches = conditioning.one.caches * (2 if two_passes and not is_batched else 1)
+        one = replace(conditioning.one, rows=2 if is_batched else 1, caches=caches)
         count = self._images_per_pass(request, one)
         one = replace(one, rows=count * one.rows)
-        self.stages.prepare("transformer", self._need(one), stats)  # before the bar of the steps, for its own bar
+        self.stages.prepare(
+            "transformer", self._need(one), stats
+        )  # now, so that its progress bar comes before that of the steps
         total = len(request.settings) * len(request.steps)
         with self.stages.bar("generating", total, unit="step") as bar:
             for start in range(0, len(request.settings), count):
                 images = range(start, min(start + count, len(request.settings)))
-                yield from self._generate_batch(request, shared, one, images, is_batched, stats, bar)
+                yield from self._generate_batch(request, conditioning, one, images, is_batched, stats, bar)
 
     def _generate_batch(
         self,
         request: Request,
-        shared: Conditioning,
+        conditioning: Conditioning,
         one: Pass,
         images: range,
         is_batched: bool,
         stats: Stats,
         bar: tqdm,
     ) -> Iterator[Step]:
-        """The images that share a pass."""
+        """The steps of the images that share a pass."""
         first, channels = request.settings[0], self.stages.checkpoint.transformer.in_channels
         frozen = None if first.reuse is None else FrozenKV(first.reuse, one.image)
 
@@ -115,15 +117,15 @@ class Generator:
             is_frozen = frozen is not None and bool(frozen.kv)
             return self.stages.use("transformer", self._need(one, is_frozen), stats, what="denoise")
 
-        denoiser = Denoiser(use, shared.rope, one.image, shared.references, shared.reference_kv)
-        velocity = self._velocity(request, shared, denoiser, frozen, images, is_batched)
+        denoiser = Denoiser(use, conditioning.rope, one.image, conditioning.references, conditioning.reference_kv)
+        velocity = self._velocity(request, conditioning, denoiser, frozen, images, is_batched)
         x = noise = mx.concatenate(
             [request.latents[k] if request.latents else request_noise(request.settings[k], channels) for k in images]
         )
         blend = None
-        if shared.init is not None:
-            x = add_noise(shared.init, noise, request.steps[0].sigma)
-            blend = None if request.mask_tokens is None else MaskBlend(shared.init, noise, request.mask_tokens)
+        if conditioning.init is not None:
+            x = add_noise(conditioning.init, noise, request.steps[0].sigma)
+            blend = None if request.mask_tokens is None else MaskBlend(conditioning.init, noise, request.mask_tokens)
         for step, latents, denoised in sample_euler(velocity, x, request.steps, blend):
             if not mx.isfinite(latents).all().item():
                 raise FloatingPointError(not_finite(f"step {step.index} of {first.num_steps}", first.dtype))
@@ -148,13 +150,13 @@ class Generator:
     def _velocity(
         self,
         request: Request,
-        shared: Conditioning,
+        conditioning: Conditioning,
         denoiser: Denoiser,
         frozen: FrozenKV | None,
         images: range,
         is_batched: bool,
     ) -> Guidance:
-        """The denoiser with what the request asks for around it: caches, then CFG."""
+        """The velocity of a step: the denoiser, wrapped in the caches that the request asks for, then in CFG."""
         first, tokens = request.settings[0], denoiser.num_tokens
         threshold = first.step_cache
         cond: Velocity = denoiser
@@ -169,8 +171,8 @@ class Generator:
             passes = distributed(cond, self.group)
         else:
             passes = batched(cond) if is_batched else sequential(cond, uncond)
-        txt = mx.concatenate([shared.embeddings[k] for k in images])
-        negative = txt if shared.negative is None else mx.broadcast_to(shared.negative, txt.shape)
+        txt = mx.concatenate([conditioning.embeddings[k] for k in images])
+        negative = txt if conditioning.negative is None else mx.broadcast_to(conditioning.negative, txt.shape)
         return Guidance(cond, passes, txt, negative, first.guidance, first.guidance_rescale)
 
     def _condition(self, request: Request, stats: Stats) -> Conditioning:
@@ -186,7 +188,7 @@ class Generator:
         init = references.pop().astype(mx.float32) if init_images else None
         if init is not None and request.inpaint is not None:
             references, sizes = [init, *references], [size, *sizes]
-        position_ids = [image_ids(*own, reference=k) for k, own in enumerate(sizes)]
+        position_ids = [image_ids(*reference_size, reference=k) for k, reference_size in enumerate(sizes)]
         workload = Workload(
             *size,
             length,
@@ -210,7 +212,11 @@ class Generator:
         )
 
     def _need(self, one: Pass, is_frozen: bool = False) -> Need:
-        """What a pass needs beside the weights; ``is_frozen``: frozen keys and values are in memory already."""
+        """The bytes of a pass beside the weights.
+
+        Args:
+            is_frozen: whether frozen keys and values are in memory already.
+        """
         frozen_bytes = one.rows * self.stages.kv_bytes(one.frozen_tokens) if is_frozen else 0
         activations, attention = (part - frozen_bytes for part in self.stages.transformer_need(one))
         return Need(activations, attention, pinned=self.stages.kv_bytes(one.kv) + frozen_bytes)
@@ -224,5 +230,5 @@ class Generator:
         fitting = next((count for count in counts if self.stages.fits(replace(one, rows=count * one.rows))), 1)
         if self.group is None:
             return fitting
-        both = mx.distributed.all_gather(mx.array([fitting]), group=self.group)  # processes have to take the same
-        return int(np.array(both).min())
+        # The processes must take the same number, though one of them may have room for more.
+        return int(np.array(mx.distributed.all_gather(mx.array([fitting]), group=self.group)).min())

@@ -14,7 +14,7 @@ from .imaging.inpaint import ALPHA, Inpaint, inpaint_from
 from .imaging.preprocess import reference_size
 from .options import GenerationOptions
 
-# What a call may be given that no file carries, and the command's option for it.
+# Inputs of a call that an image's settings cannot carry, and their flags; "" for those of Python alone.
 INPUTS = {"image": "--image", "init_image": "--init-image", "mask": "--mask", "prompt_embeds": "", "latents": ""}
 
 
@@ -31,7 +31,7 @@ class Inputs:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Those that are given, of INPUTS."""
+        """Which of INPUTS are given."""
         return tuple(name for name in INPUTS if getattr(self, name) is not None)
 
     @property
@@ -46,7 +46,7 @@ class Inputs:
         return list(self.image) if isinstance(self.image, (list, tuple)) else [self.image]
 
     def opened(self) -> Inputs:
-        """With images in the place of their files.
+        """The same inputs, with image files opened.
 
         Raises:
             InputError: for a file that cannot be read, or an image that the transformer cannot see.
@@ -57,15 +57,14 @@ class Inputs:
         return replace(self, image=images, init_image=init_image, mask=open_file(self.mask) if is_file else self.mask)
 
     def inpaint(self, options: GenerationOptions) -> Inpaint | None:
-        """What is inpainted or outpainted, if anything, once the images are opened.
+        """The inpainting or outpainting that the inputs ask for, if any; images must be opened.
 
         Raises:
             InputError: for options without what they belong to.
         """
         if options.strength is not None and self.init_image is None:
             raise InputError("strength belongs to init_image (--init-image), and none is given")
-        how = options.mask_blur, options.mask_padding, options.expand
-        return inpaint_from(self.init_image, self.mask, *how)
+        return inpaint_from(self.init_image, self.mask, options.mask_blur, options.mask_padding, options.expand)
 
 
 def open_file(path: str | os.PathLike[str]) -> Image.Image:

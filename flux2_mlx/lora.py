@@ -1,4 +1,4 @@
-"""python -m flux2_mlx.lora: a folder of pictures and captions to a LoRA.
+"""python -m flux2_mlx.lora: a folder of images and captions to a LoRA.
 
     python -m flux2_mlx.lora --data photos --output fox --trigger "sks fox"
     python -m flux2_mlx.lora --config fox.json --steps 2000
@@ -32,33 +32,36 @@ from .training.dataset import DataError, Size, read_dataset
 from .training.options import ADAPTER, DATA, OPTIMIZATION, RUN, VALIDATION, TrainingOptions, training_dtype
 from .training.run import CONFIG, STATE, open_pipeline, plan_training, train
 
-MAX_FAULTS = 20  # of a data set that are printed
+MAX_FAULTS = 20  # most faults of a data set that are printed
 
 
-HINTS = {"--epochs": "give --steps; an epoch is as many as there are pictures, divided by --batch-size * --accumulate"}
+HINTS = {"--epochs": "give --steps; an epoch is the number of images divided by --batch-size * --accumulate"}
 
 
 def build_parser() -> Parser:
-    """The command line; what is not given is not among its results."""
+    """The command line; an option that is not given is absent from the result."""
     parser = Parser(
         prog="flux2-lora",
         usage="%(prog)s --data FOLDER --output FOLDER [options]",
         argument_default=argparse.SUPPRESS,
         titles=(DATA, MODEL, ADAPTER, OPTIMIZATION, VALIDATION, RUN),
         hints={**HINTS, "--num-epochs": HINTS["--epochs"], "--num-train-epochs": HINTS["--epochs"]},
-        description="Train a LoRA of FLUX.2 [klein] on a folder of pictures.",
-        epilog="A folder has pictures, each with its caption in a .txt file of the same name, or metadata.jsonl: "
-        '{"file_name": "1.png", "text": "...", "reference": "before.png"} a line, the reference for edits.',
+        description="Train a LoRA of FLUX.2 [klein] on a folder of images.",
+        epilog="The folder has images, each with its caption in a .txt file of the same name; or a metadata.jsonl with "
+        'a line {"file_name": "1.png", "text": "...", "reference": "before.png"} for each image; for edits, reference '
+        "is the image before the edit.",
     )
-    parser.add_argument("-c", "--config", type=path, metavar="FILE", help="options, as JSON or TOML; those here win")
-    parser.add_argument("--resume", type=path, metavar="FOLDER", help="go on with the run in this folder")
+    parser.add_argument(
+        "-c", "--config", type=path, metavar="FILE", help="options from a JSON or TOML file; flags replace them"
+    )
+    parser.add_argument("--resume", type=path, metavar="FOLDER", help="continue the run in this folder")
     parser.add_options(TrainingOptions)
     parser.titles[MODEL].add_argument(
-        "--allow-distilled", action="store_true", help="train a distilled model all the same"
+        "--allow-distilled", action="store_true", help="train a distilled model, too, which undoes its distillation"
     )
     parser.add_option(RuntimeOptions, RuntimeOptions.field("memory_limit"))
-    parser.add_argument("--plan", action="store_true", help="print what training needs, and train nothing")
-    parser.add_argument("--quiet", action="store_true", help="no bars, no summary")
+    parser.add_argument("--plan", action="store_true", help="print the memory plan of training, and train nothing")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars and no summary")
     parser.add_argument("--version", action="version", version=f"flux2_mlx {__version__}")
     return parser
 
@@ -94,7 +97,7 @@ def read_config(file: Path) -> dict[str, Any]:
     """Options from a JSON or TOML file.
 
     Raises:
-        InputError: for a file that is none, or an option that there is not.
+        InputError: for an unreadable file, or an unknown option.
     """
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -140,7 +143,7 @@ def check(options: TrainingOptions, resumes: bool) -> None:
 
 def print_plan(options: TrainingOptions, run: argparse.Namespace) -> None:
     """Print what training needs: of a released model from its known shapes, else from the files; without a data set, on
-    pictures of the full resolution and no references.
+    images of the full resolution and no references.
     """
     side = options.resolution // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN
     shapes: list[tuple[Size, ...]] = [((side, side),)]

@@ -1,4 +1,4 @@
-"""Every option of generating, once: its field is the flag, the key of a job, the line of an image's file, the check."""
+"""The options of generating, each defined once: a field is the flag, the key in jobs and image files, and the check."""
 
 from __future__ import annotations
 
@@ -24,22 +24,21 @@ OUTPUT_TYPES = ("pil", "np", "latent")
 MIN_SIDE = 64
 MAX_PIXELS = 4 * 1024 * 1024
 MAX_STEPS = 1000  # noise levels that the models were trained on
-MAX_POSITIONS = 40960  # of Qwen3
+MAX_POSITIONS = 40960  # positions that Qwen3 was trained on
 MAX_IMAGES = 10_000
 MAX_GUIDANCE = 100
 MIN_MEMORY = 10**6  # bytes; less is a number of GB
-STRENGTH = 0.75  # of an init image without a mask, unless given, or less where the steps are fewer than four
-REUSED = ("text", "references")
+STRENGTH = 0.75  # img2img's default; less where the steps are fewer than four
+FROZEN = ("text", "references")
 
-_SIZE = "in pixels, a multiple of 16"
-_LORA = "a LoRA and its strength: a safetensors file, a folder, a Hub id or owner/name/file; given again for each"
+_LORA = "LoRA and its strength: a safetensors file, a folder, a Hub id or owner/name/file; repeat it for several"
 _PART = "from a file, a folder or the Hub, in place of the model's own"
 PROMPT, MODEL, ADAPTERS, SAMPLING = "prompt and images", "model", "adapters", "sampling"
 OUTPUT, MEMORY, BATCH = "output", "memory and speed", "batch and session"
 
 
 def check_size(height: int | None, width: int | None) -> None:
-    """Refuse a picture's size that cannot be drawn; None is a side that is not known yet.
+    """Refuse an image's size that cannot be generated; None is a side that is not known yet.
 
     Raises:
         InputError: unless both are multiples of 16, at least 64, and together at most 4 megapixels.
@@ -58,7 +57,7 @@ def check_size(height: int | None, width: int | None) -> None:
     if height is not None and width is not None and height * width > MAX_PIXELS:
         raise InputError(
             f"{width} x {height} is {height * width / 2**20:.2f} megapixels; at most {MAX_PIXELS // 2**20} "
-            "(2048 x 2048) can be drawn"
+            "(2048 x 2048) can be generated"
         )
 
 
@@ -100,7 +99,7 @@ def gigabytes(text: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions(Options):
-    """What decides an image, beside the prompt, the model and images that are given; see Flux2Pipeline.stream."""
+    """The options of sampling, which an image depends on beside prompt, model and inputs; see Flux2Pipeline.stream."""
 
     negative_prompt: str = option(
         "", "what CFG steers away from (base models)", group=PROMPT, check=check_prompt, metavar="TEXT",
@@ -114,31 +113,21 @@ class GenerationOptions(Options):
         0.0, "feather the mask's edge: radius of a Gaussian blur", group=PROMPT, ge=0, le=MAX_MARGIN, metavar="PIXELS"
     )
     mask_padding: int | None = option(
-        None, "inpaint a crop: what the mask shows and so much around it, at the full size", group=PROMPT, ge=0,
-        le=MAX_MARGIN, metavar="PIXELS",
+        None, "inpaint a crop around the mask with this margin, at full resolution, and paste it back", group=PROMPT,
+        ge=0, le=MAX_MARGIN, metavar="PIXELS",
     )  # fmt: skip
     expand: Mapping[str, int] | None = option(
         None, f"outpainting: extend --init-image beyond its edges ({', '.join(SIDES)})", group=PROMPT,
         check=check_expand, hash=False, metavar="SIDE=PIXELS,...", also=("--outpaint",),
     )  # fmt: skip
     width: int | None = option(
-        None,
-        _SIZE,
-        group=SAMPLING,
-        ge=MIN_SIDE,
-        shown="a given image's, else 1024; nano 128",
-        also=("-W",),
-        planned=True,
-    )
+        None, "width in pixels, a multiple of 16", group=SAMPLING, ge=MIN_SIDE, also=("-W",), planned=True,
+        shown="the init or reference image's, else 1024; nano 128",
+    )  # fmt: skip
     height: int | None = option(
-        None,
-        _SIZE,
-        group=SAMPLING,
-        ge=MIN_SIDE,
-        shown="a given image's, else 1024; nano 128",
-        also=("-H",),
-        planned=True,
-    )
+        None, "height in pixels, a multiple of 16", group=SAMPLING, ge=MIN_SIDE, also=("-H",), planned=True,
+        shown="the init or reference image's, else 1024; nano 128",
+    )  # fmt: skip
     num_steps: int | None = option(
         None, "denoising steps", group=SAMPLING, ge=1, le=MAX_STEPS, flag="steps", metavar="N",
         shown="distilled models 4, base models 50", also=("--num-steps", "--num-inference-steps", "-s"),
@@ -150,44 +139,49 @@ class GenerationOptions(Options):
         alias="guidance_scale",
     )  # fmt: skip
     guidance_interval: tuple[float, ...] | None = option(
-        None, "apply CFG between these noise levels (sigmas) alone", group=SAMPLING, check=_check_interval,
-        metavar="LOW,HIGH", shown="0,1",
+        None, "apply CFG only in steps whose noise level (sigma) is in this range", group=SAMPLING,
+        check=_check_interval, metavar="LOW,HIGH", shown="0,1",
     )  # fmt: skip
     guidance_rescale: float = option(
-        0.0, "CFG rescale against oversaturation: 0 is none, 1 full", group=SAMPLING, ge=0, le=1, metavar="SHARE"
+        0.0,
+        "CFG rescale against oversaturation, from 0 (none) to 1 (full)",
+        group=SAMPLING,
+        ge=0,
+        le=1,
+        metavar="SHARE",
     )
-    force_guidance: bool = option(False, "apply CFG to a distilled model all the same", group=SAMPLING)
+    force_guidance: bool = option(False, "apply CFG to a distilled model, too", group=SAMPLING)
     seed: int | None = option(
-        None, "of the first image; the next have seed + 1, ...", group=SAMPLING, ge=0, shown="random", metavar="N",
-        hint="; leave it out for a random one", alias="generator",
+        None, "seed of the first image; the next ones have seed + 1, ...", group=SAMPLING, ge=0, shown="random",
+        metavar="N", hint="; leave it out for a random one", alias="generator",
     )  # fmt: skip
     schedule: str = option(
         "flux2",
-        "noise schedule (scheduler): how sigmas fall",
+        "noise schedule (scheduler): flux2 (official), linear (not shifted), comfy (ComfyUI's)",
         group=SAMPLING,
         choices=SCHEDULES,
         also=("--scheduler",),
         either="sigmas",
     )
     sigmas: tuple[float, ...] | None = option(
-        None, "a noise schedule of your own, from 1 without the last 0", group=SAMPLING, check=check_sigmas,
-        metavar="S,S,...", either="sigmas",
+        None, "custom sigmas, falling, without the final 0; they are shifted as in diffusers", group=SAMPLING,
+        check=check_sigmas, metavar="S,S,...", either="sigmas",
     )  # fmt: skip
     noise: str = option(
-        "torch", "noise source of a seed: torch's CPU generator or mx.random", group=SAMPLING, choices=NOISES
+        "torch", "noise source: torch's CPU generator, as in diffusers, or mx.random", group=SAMPLING, choices=NOISES
     )
     max_sequence_length: int | None = option(
-        None, "tokens that a prompt is padded or cut to", group=SAMPLING, ge=1, le=MAX_POSITIONS, metavar="N",
+        None, "tokens that a prompt is padded or truncated to", group=SAMPLING, ge=1, le=MAX_POSITIONS, metavar="N",
         shown="512; nano 48", planned=True,
     )  # fmt: skip
     step_cache: float | None = option(
-        None, "First Block Cache for tens of steps: skip the other blocks where the first one's output changes by less "
-        "than this, as 0.1", group=MEMORY, ge=0, metavar="THRESHOLD", shown="off", planned=True,
+        None, "First Block Cache, for tens of steps: skip the other blocks in steps where the first one's residual "
+        "changes by less than this, as 0.1", group=MEMORY, ge=0, metavar="THRESHOLD", shown="off", planned=True,
     )  # fmt: skip
     reuse: str | None = option(
         None, "freeze the keys and values of the prompt, or of the reference images, after the first step (distilled "
         "models)",
-        group=MEMORY, choices=REUSED, shown="off", planned=True,
+        group=MEMORY, choices=FROZEN, shown="off", planned=True,
     )  # fmt: skip
 
     @property
@@ -205,24 +199,24 @@ class GenerationOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchOptions(Options):
-    """How many images a call makes, and how many of them together."""
+    """How many images a call generates, and how many of them in one pass."""
 
     num_images: int = option(
-        1, "how many images of each prompt", group=SAMPLING, ge=1, le=MAX_IMAGES, metavar="N",
+        1, "images per prompt", group=SAMPLING, ge=1, le=MAX_IMAGES, metavar="N",
         also=("-n", "--num-images-per-prompt"), alias="num_images_per_prompt",
     )  # fmt: skip
     batch_size: int | None = option(
-        None, "images that share a pass of the transformer, where memory allows", group=MEMORY, ge=1, le=MAX_IMAGES,
+        None, "images per pass through the transformer, as far as memory allows", group=MEMORY, ge=1, le=MAX_IMAGES,
         metavar="N", shown="1; streamed: what fits",
     )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions(Options):
-    """Which model is opened and how: Flux2Pipeline.from_pretrained takes all, open_checkpoint those marked a source."""
+    """The model and how it is opened: from_pretrained takes all of them, open_checkpoint those marked ``source``."""
 
     model: str = option(
-        "klein-4b", "a released model, nano, a folder, a file, a Hub id or owner/name/file", group=MODEL, also=("-m",),
+        "klein-4b", "released model, nano, folder, file, Hub id or owner/name/file", group=MODEL, also=("-m",),
         source=True,
     )  # fmt: skip
     revision: str | None = option(None, "branch, tag or commit on the Hub", group=MODEL, source=True)
@@ -239,15 +233,19 @@ class CheckpointOptions(Options):
         "file does not say", group=MODEL, source=True,
     )  # fmt: skip
     dtype: str | None = option(
-        None, "of the transformer", group=MODEL, choices=tuple(DTYPES),
+        None, "dtype of the transformer", group=MODEL, choices=tuple(DTYPES),
         shown="bfloat16; float16 on M1 and M2; float32 on a CPU", alias="torch_dtype",
     )  # fmt: skip
     quantize: int | str | None = option(
-        None, f"quantize weights: {', '.join(map(str, AFFINE_BITS))} bits, {', '.join(FLOAT_MODES)}; below 8 bits the "
-        "most sensitive layers get more", group=MODEL, metavar="BITS", also=("-q",),
+        None, f"quantize weights: {', '.join(map(str, AFFINE_BITS))} bits, {', '.join(FLOAT_MODES)}; below 8 bits "
+        "the most sensitive layers get more bits", group=MODEL, metavar="BITS", also=("-q",),
     )  # fmt: skip
     quantize_text_encoder: int | str | None = option(
-        None, "the same for the text encoder, where it is to differ", group=MODEL, metavar="BITS"
+        None,
+        "bits or format of the text encoder alone; none leaves it",
+        group=MODEL,
+        metavar="BITS",
+        shown="as --quantize",
     )
     group_size: int | None = option(
         None, f"weights that share a quantization scale: {', '.join(map(str, AFFINE_GROUPS))}", group=MODEL, shown="64"
@@ -267,7 +265,7 @@ class CheckpointOptions(Options):
         return find_release(self.model)
 
     def quantization(self) -> dict[str, Quantization]:
-        """How each part is quantized."""
+        """The quantization of each part that is quantized."""
         return parse_options(self.quantize, self.quantize_text_encoder, self.group_size)
 
 
@@ -277,29 +275,31 @@ class ModelOptions(CheckpointOptions):
 
     lora: tuple[str, ...] = option((), _LORA, group=ADAPTERS, metavar="FILE[:STRENGTH]")
     lora_merge: bool = option(
-        False, "merge LoRAs into weights that are not quantized: steps take a little less, loading more", group=ADAPTERS
+        False,
+        "fuse LoRAs into weights that are not quantized: steps are a little faster, loading is slower",
+        group=ADAPTERS,
     )
     lora_partial: bool = option(
-        False, "skip the layers of a LoRA that fit nothing, instead of refusing it", group=ADAPTERS
+        False, "load a LoRA that fits the model only in part, without its other layers", group=ADAPTERS
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeOptions(Options):
-    """How a pipeline computes; no image depends on it."""
+    """The options of computing, on which no image depends."""
 
     memory: str = option(
         "auto", "offloading: keep everything loaded (resident), one stage at a time (staged), one block at a time "
         "(streamed), or what fits (auto)", group=MEMORY, choices=MODES,
     )  # fmt: skip
     memory_limit: float | None = option(
-        None, "memory to keep to", group=MEMORY, check=_check_limit, parse=gigabytes, metavar="GB",
-        shown="what the machine has now",
+        None, "memory limit of weights and activations together", group=MEMORY, check=_check_limit, parse=gigabytes,
+        metavar="GB", shown="what the machine has now",
     )  # fmt: skip
-    cache: bool = option(True, "keep prompt embeddings on disk, and use them again", group=MEMORY, shown="on")
+    cache: bool = option(True, "cache prompt embeddings on disk", group=MEMORY, shown="on")
     preview_decoder: str | None = option(
         None,
-        "decode --preview with TAEF2, from a file or owner/name/file, instead of coarsely",
+        "TAEF2's weights for finer previews: a file, or owner/name/file on the Hub",
         group=OUTPUT,
         metavar="FILE",
     )

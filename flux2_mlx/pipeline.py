@@ -54,7 +54,7 @@ from .runtime.activations import Workload
 from .runtime.plan import Plan, make_plan
 from .runtime.residency import STAGES, Stages
 
-OWN = ("output_type", "callback_on_step_end", "return_dict")  # options of pipe(...) that stream has not
+CALL_OPTIONS = ("output_type", "callback_on_step_end", "return_dict")  # options of pipe(...) beside stream's
 ImageLike = Image.Image | str | os.PathLike  # an image, or its file
 
 
@@ -63,16 +63,16 @@ class Flux2Pipeline:
 
     Attributes:
         stages: owns the modules and what of them is in memory; see runtime.residency.Stages.
-        checkpoint: whose weights they are.
+        checkpoint: the checkpoint of the weights.
         text_encoder, transformer, autoencoder: the modules, which an unloading replaces; do not keep them.
-        dtype: of the transformer. In float16 the other two stay in bfloat16, whose range their activations need.
+        dtype: the transformer's dtype. In float16 the other two stay in bfloat16, whose range their activations need.
         quantize: how each stage's matrices are packed that the checkpoint holds dense.
         memory: what stays loaded: "resident" (everything), "staged" (the stage at work), "streamed" (of text encoder
             and transformer the block at work), or "auto" (what fits).
         memory_limit: bytes that loaded stages and their activations may take together.
         group: the two processes that share the two passes of CFG, if any.
         loras: those that are loaded, by name; see load_lora.
-        tokenizer: of the prompts.
+        tokenizer: Qwen3's tokenizer with the chat template.
         preview_decoder: TAEF2 for Step.preview, if its weights were given.
     """
 
@@ -91,7 +91,7 @@ class Flux2Pipeline:
     ):
         RuntimeOptions(memory=memory, memory_limit=memory_limit)
         if group is not None and group.size() != 2:
-            raise InputError(f"guidance has two passes to share, and the group has {group.size()} processes")
+            raise InputError(f"CFG has two passes to share, and the group has {group.size()} processes")
         self.stages = Stages(
             checkpoint,
             dtype=dtype_of(dtype),
@@ -108,7 +108,7 @@ class Flux2Pipeline:
         references = ReferenceEncoder(self.stages)
         self._generator = Generator(self.stages, self._prompts, references, self._decoder, group)
 
-    # What the stages own, under the pipeline's names.
+    # Attributes of the stages, which the pipeline has too.
     dtype = property(attrgetter("stages.dtype"))
     quantize = property(attrgetter("stages.quantize"))
     memory = property(attrgetter("stages.memory"))
@@ -173,7 +173,7 @@ class Flux2Pipeline:
             distilled: whether the transformer is for few steps without CFG, where the model does not say it.
             kv_cache: whether it was trained to cache its references, as klein-9b-kv, where the model does not say it.
             dtype: "bfloat16", "float16" or "float32"; None takes what suits the machine.
-            quantize: pack the matrices that are dense into so many bits (2, 3, 4, 5, 6, 8) or a format ("mxfp4",
+            quantize: quantize the dense matrices to this many bits (2, 3, 4, 5, 6, 8) or a format ("mxfp4",
                 "mxfp8", "nvfp4"); below 8 bits the most sensitive layers get a third of a bit a weight more at most.
             quantize_text_encoder: the same for the text encoder, where it is to differ; "none" leaves it.
             group_size: weights that share a scale, of bits: 32, 64 or 128; None takes 64.
@@ -193,9 +193,9 @@ class Flux2Pipeline:
         for name in ("dtype", "torch_dtype"):
             given[name] = None if given[name] is None else dtype_name(dtype_of(given[name]))
         options, runtime = CheckpointOptions.collect(given), RuntimeOptions.collect(given)
-        packed = options.quantization()  # refused before anything is downloaded
+        quantization = options.quantization()  # refuses bad values before anything is downloaded
         checkpoint = open_checkpoint(**options.source)
-        return cls(checkpoint, dtype=options.dtype, quantize=packed, group=group, **vars(runtime))
+        return cls(checkpoint, dtype=options.dtype, quantize=quantization, group=group, **vars(runtime))
 
     def plan(
         self,
@@ -206,7 +206,7 @@ class Flux2Pipeline:
         step_cache: float | None = None,
         reuse: str | None = None,
     ) -> Plan:
-        """What one image needs, and what becomes of the mode "auto"; nothing is loaded.
+        """The memory plan of one image, with the mode that "auto" chooses; nothing is loaded.
 
         Args:
             height, width, max_sequence_length, step_cache, reuse: as stream takes them.
@@ -254,11 +254,11 @@ class Flux2Pipeline:
 
         Args:
             where: a safetensors file, a folder with one, a Hub id, or "owner/name/file".
-            name: to speak of it later; None takes ``where``.
-            scale: its strength, how much of its change is made.
+            name: its name for set_lora and unload_lora; None takes ``where``.
+            scale: its strength.
             merge: fuse it into the transformer's weights, which then are read again, instead of a product of its own
                 in every layer: steps take no longer, but a change of scale does. Packed weights are left alone.
-            partial: pass over what fits no layer, instead of refusing the file.
+            partial: load a file that fits only in part, without its other keys, instead of refusing it.
 
         Raises:
             CheckpointError: for a file that does not fit, with all of its keys that fit nothing; or for fusing into
@@ -269,7 +269,7 @@ class Flux2Pipeline:
         return self.stages.load_lora(where, where if name is None else name, scale, merge=merge, partial=partial)
 
     def set_lora(self, name: str, scale: float) -> None:
-        """Change how much of a LoRA's change is made.
+        """Change the scale (strength) of a LoRA.
 
         Raises:
             InputError: for a name that is not loaded, or a scale that is none.
@@ -288,7 +288,7 @@ class Flux2Pipeline:
 
     @property
     def options(self) -> ModelOptions:
-        """What is opened, as images' files tell it."""
+        """The model's options, as they go into images' settings."""
         return ModelOptions(
             model=self.checkpoint.name,
             revision=self.checkpoint.revision,
@@ -301,7 +301,7 @@ class Flux2Pipeline:
         )
 
     def to(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuse diffusers' way to a device and a dtype, with this library's."""
+        """Raise an InputError that names this library's way to a device and a dtype."""
         raise InputError(
             "MLX computes on the GPU where there is one, so leave .to(...) out; mx.set_default_device chooses another "
             "device, and from_pretrained(..., dtype=) the dtype"
@@ -332,18 +332,18 @@ class Flux2Pipeline:
 
         Raises:
             InputError: for a value that cannot be used.
-            TypeError: for an option that there is not.
+            TypeError: for an unknown option.
             FloatingPointError: where the latents stop being finite.
         """
         check_choice("output_type", output_type, OUTPUT_TYPES)
         known = list(signature(type(self).stream).parameters)[2:]
         for name in options.keys() - known:
-            raise TypeError(f"pipe(...) has no option {name!r}{nearest(name, [*known, *OWN])}")
+            raise TypeError(f"pipe(...) has no option {name!r}{nearest(name, [*known, *CALL_OPTIONS])}")
         steps = self.stream(prompt, **options)
         if callback_on_step_end is not None:
             steps = watch(steps, partial(callback_on_step_end, self))
         result = Result.collect(steps, output_type)
-        return result if return_dict else (result.images,)  # type: ignore[return-value]  # as who asks for it knows
+        return result if return_dict else (result.images,)  # type: ignore[return-value]  # the caller asked for the tuple
 
     def stream(
         self,
@@ -395,13 +395,13 @@ class Flux2Pipeline:
             guidance: CFG's scale, None takes 4.0 for base models; distilled models ignore it. The two passes are one
                 where memory allows.
             guidance_interval: noise levels (low, high) between which CFG applies; None for all.
-            guidance_rescale: how far CFG is brought back to the spread of the velocity without it, 0 to 1.
-            force_guidance: apply CFG to a distilled model all the same.
+            guidance_rescale: CFG rescale against oversaturation, from 0 (none) to 1 (full); see apply_cfg.
+            force_guidance: apply CFG to a distilled model, too.
             step_cache: First Block Cache: leave out all blocks but the first in steps that differ by less than this
                 from one before, as 0.1; see models.first_block_cache. For tens of steps; None and 0 compute every one.
             reuse: "text" or "references", whose keys and values later steps take from the first; see
                 models.kv_cache.FrozenKV. For distilled models without CFG.
-            seed: of the first image, the k-th has seed + k; random unless given.
+            seed: the first image's seed, the k-th has seed + k; random unless given.
             num_images: images of each prompt.
             batch_size: the most images in one pass through the transformer, where memory allows; None takes one, and
                 as many as fit where the transformer is streamed, which is then read once for them.
@@ -409,22 +409,22 @@ class Flux2Pipeline:
             sigmas: a noise schedule of your own instead, shifted as diffusers does.
             noise: "torch" equals torch's CPU generator; "mlx" takes mx.random.
             max_sequence_length: tokens that a prompt is padded or cut to; None takes 512, or the tokenizer's most.
-            init_image: img2img: an image to begin from, noised. Its size comes before the first reference's; to
-                another size it is scaled and cropped, never stretched.
-            strength: img2img's denoising strength, up to 1 for all anew (None takes 0.75, less with fewer than 4
-                steps; with a mask 1): of n steps the first n - n * strength are left out, rounded down as in diffusers.
+            init_image: img2img: the image to start from, noised. Its size is the default before the first reference's;
+                to another size it is scaled and cropped, never stretched.
+            strength: denoising strength; 1 keeps nothing of the init_image. None takes 0.75 (with a mask 1, with fewer
+                than 4 steps less). Of n steps the first n - n * strength are left out, rounded down as in diffusers.
             mask: inpainting: white is generated anew, black comes back as it was, grey is blended; "alpha" for what is
                 transparent in the init_image, which the transformer sees as the first reference, as in diffusers. The
                 result has the init_image's own size, whatever height and width it is generated at.
             mask_blur: radius, in the init_image's pixels, of a Gaussian blur of the mask.
-            mask_padding: generate only what the mask shows and so many pixels around it, at the full size.
+            mask_padding: inpaint a crop around the mask with this margin, at full resolution, and paste it back.
             expand: outpainting: pixels to add to the init_image at "left", "top", "right" and "bottom".
             prompt_embeds: (B, L, D) in place of prompts.
             latents: (B, 128, H/16, W/16) in diffusers' order, or (B, S, 128), in place of noise.
             num_inference_steps, guidance_scale, num_images_per_prompt, generator: diffusers' names.
 
         Yields:
-            Step, num_steps a picture, with an init_image those that are done.
+            Step: num_steps of them for each image, fewer with an init_image and a strength below 1.
 
         Raises:
             InputError: for a value that cannot be used.

@@ -1,4 +1,4 @@
-"""A call, checked and resolved before anything is computed.
+"""The request: a call, checked and resolved before anything is computed.
 
 GenerationOptions, BatchOptions, Inputs -> resolve -> Request: Settings of each image, StepPlan of each step, arrays
 """
@@ -31,12 +31,12 @@ from .sampling.schedules import StepPlan, custom_sigmas, plan_steps, schedule_si
 
 Size = tuple[int, int]  # (height, width)
 
-TENS_OF_STEPS = 10  # from which on a step may be near enough to the one before
+TENS_OF_STEPS = 10  # with fewer steps, each differs too much from the one before to reuse it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(ModelOptions, GenerationOptions):
-    """What decided one image, every default filled in; written into its file and read back by ``--from-image``.
+    """All that one image depends on, defaults filled in; written into its file and read back by ``--from-image``.
 
     ``inputs`` names what the call was given besides (of INPUTS), which no file carries.
     """
@@ -60,7 +60,7 @@ class Settings(ModelOptions, GenerationOptions):
         """The settings that ``metadata`` gave, as read from an image's file.
 
         Args:
-            given: which of the inputs the caller has again.
+            given: the inputs that the caller gives again.
 
         Raises:
             InputError: for a setting that is missing or of the wrong kind, and for an image that needs more than its
@@ -70,12 +70,12 @@ class Settings(ModelOptions, GenerationOptions):
         values: dict[str, Any] = {name: metadata.get(name, default) for name, default in defaults.items()}
         wrong = [f.name for f in fields(cls) if not is_of_type(cls, f, values[f.name])]
         if wrong:
-            raise InputError(f"the picture's settings cannot be read: {', '.join(wrong)}")
+            raise InputError(f"the image's settings cannot be read: {', '.join(wrong)}")
         absent = [str(name) for name in values["inputs"] if name not in given]
         if absent:
             flags = [INPUTS.get(name, "") for name in absent]
             way_out = f"; give it again ({', '.join(flags)})" if all(flags) else ", and cannot be repeated"
-            raise InputError(f"the picture was drawn from more than its file carries ({', '.join(absent)}){way_out}")
+            raise InputError(f"the image was generated from more than its file carries ({', '.join(absent)}){way_out}")
         return cls(**values)
 
     def parameters(self) -> str:
@@ -97,16 +97,16 @@ class Request:
     """A resolved call: one Settings an image, and what the images share.
 
     Attributes:
-        settings: of each image.
-        steps: the same for all images.
-        prompt_embeds: (1, L, D) of each image, or None.
-        latents: (1, S, C) of each image, or None.
-        references: (1, H, W, 3) each.
-        init_image: (1, H, W, 3).
-        inpaint: what to composite the image with.
-        mask_tokens: (1, S, 1), how much of each token is inpainted.
-        uses_cfg: whether there is CFG in any step.
-        batch_size: the most images in a pass; None for what suits the memory.
+        settings: one for each image.
+        steps: the steps, the same for all images.
+        prompt_embeds: (1, L, D) for each image; None where prompts are to be encoded.
+        latents: (1, S, C) for each image; None where seeds give the noise.
+        references: the reference images, (1, H, W, 3) each in -1..1.
+        init_image: (1, H, W, 3) in -1..1, for img2img and inpainting.
+        inpaint: composites the result into the init image.
+        mask_tokens: (1, S, 1) in 0..1, how much of each token is inpainted.
+        uses_cfg: whether the CFG scale is above 1.
+        batch_size: the most images in a pass; None for as many as suit the memory.
     """
 
     settings: list[Settings]
@@ -145,7 +145,7 @@ def default_strength(steps: int, *, inpaints: bool) -> float:
 
 
 def max_partial_strength(steps: int) -> float:
-    """The greatest strength, in hundredths, that leaves out one of so many steps; 1 where there is one alone."""
+    """The greatest strength, in hundredths, that still leaves out a step; 1 for a single step."""
     return math.floor(100 * (steps - 1) / steps) / 100 if steps > 1 else 1.0
 
 
@@ -218,13 +218,13 @@ def image_sigmas(options: GenerationOptions, distilled: bool, size: Size) -> lis
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an image is sampled, every default filled in.
+    """The sampling of an image, every default filled in.
 
     Attributes:
-        guidance: CFG's scale, 1 where there is none.
-        strength: of img2img and inpainting; None without an init image.
-        num_steps: with those that the strength leaves out.
-        steps: those that are done.
+        guidance: CFG's scale; 1 is no CFG.
+        strength: denoising strength of img2img and inpainting; None without an init image.
+        num_steps: the schedule's steps, those that the strength leaves out among them.
+        steps: the steps that are done.
     """
 
     guidance: float
@@ -250,20 +250,20 @@ def resolve_sampling(
 
 
 def warn_of_sampling(options: GenerationOptions, sampling: Sampling, name: str) -> None:
-    """Say what is asked for and has no effect, or another than is hoped for."""
+    """Warn of options that have no effect, or hardly the one that is hoped for."""
     steps = sampling.steps
     if options.guidance is not None and options.guidance > max(sampling.guidance, 1):
         warn(
-            f"{name} is distilled and draws without guidance; guidance {options.guidance:g} is ignored "
+            f"{name} is distilled and generates without CFG; guidance {options.guidance:g} is ignored "
             "(force_guidance, --force-guidance apply it)"
         )
     if sampling.guidance > 1 and not any(step.is_guided for step in steps):
         sigmas = ", ".join(f"{step.sigma:.3g}" for step in steps[:8])
-        warn(f"no noise level is in guidance_interval: {sigmas}; there is no guidance")
+        warn(f"no step's noise level (sigma) is in guidance_interval: {sigmas}; CFG is not applied")
     if options.step_cache and len(steps) < TENS_OF_STEPS:
         warn(
             f"step_cache is for tens of steps: of {len(steps)}, each differs much from the one before, so that few are "
-            "reused, or the picture becomes another"
+            "reused, or the image becomes another"
         )
 
 
@@ -283,12 +283,14 @@ def check_reuse(reuse: str, guidance: float, checkpoint: Checkpoint, *, has_refe
             "step_cache (--step-cache)"
         )
     if guidance > 1:
-        raise InputError(f"reuse is for distilled models without guidance, and guidance is {guidance:g}")
+        raise InputError(f"reuse is for distilled models without CFG, and guidance is {guidance:g}")
     if reuse == "references" and not has_references:
         raise InputError("reuse of references belongs to image (--image), and none is given")
     if checkpoint.has_kv_cache and has_references:
-        more = "" if reuse == "references" else ", and reuse of the text beside them costs too much of the picture"
-        raise InputError(f"{name} keeps its references already, as klein-9b-kv does{more}")
+        more = (
+            "" if reuse == "references" else ", and reuse of the text beside them costs too much of the image's quality"
+        )
+        raise InputError(f"{name} caches its references already (KV cache), as klein-9b-kv does{more}")
 
 
 def check_room(
@@ -299,7 +301,7 @@ def check_room(
 
     Args:
         peak: bytes with these references.
-        needed: how many references cannot be left out.
+        needed: how many of the first references cannot be left out.
 
     Raises:
         InputError: with the number that fits.
@@ -311,7 +313,7 @@ def check_room(
     if fitting:
         height, width = size
         raise InputError(
-            f"{len(references) - needed} references and a picture of {width} x {height} need about "
+            f"{len(references) - needed} references and an image of {width} x {height} need about "
             f"{wanted / 1e9:.2f} GB of memory, and there are {limit / 1e9:.2f}; the first {fitting[-1] - needed} fit"
         )
 
@@ -323,10 +325,10 @@ def check_group(is_seeded: bool, guidance: float) -> None:
         InputError: with the way out.
     """
     if not is_seeded:
-        raise InputError("two processes that share the passes of guidance need the same seed, and none is given")
+        raise InputError("two processes that share the passes of CFG need the same seed, and none is given")
     if guidance <= 1:
         raise InputError(
-            "two processes share the passes of guidance, and there is none; they can share pictures: --jobs FILE"
+            "two processes share the passes of CFG, and there is no CFG; they can share images: --jobs FILE"
         )
 
 
@@ -348,9 +350,9 @@ def resolve(
     """Check a call and fill in the defaults; nothing is computed yet.
 
     Args:
-        model: what is opened, as its images' files will tell.
-        default_length: tokens of a prompt where none is said.
-        limit: bytes of memory.
+        model: the model's options, which go into the images' settings.
+        default_length: tokens of a prompt unless the options say it.
+        limit: the bytes of memory that there are.
         peak: bytes that an image needs, its size and length resolved, with references of these sizes.
         shares_cfg: whether two processes share the passes of CFG.
 
@@ -370,7 +372,7 @@ def resolve(
     length = (options.max_sequence_length or default_length) if embeds is None else embeds.shape[1]
     resolved = replace(options, height=size[0], width=size[1], max_sequence_length=length)
     if references:
-        check_room(lambda seen: peak(resolved, seen), size, sizes, int(inpaint is not None), limit)
+        check_room(lambda some: peak(resolved, some), size, sizes, int(inpaint is not None), limit)
     has_init, inpaints = inputs.init_image is not None, inpaint is not None
     sampling = resolve_sampling(resolved, checkpoint.is_distilled, size, has_init=has_init, inpaints=inpaints)
     if options.reuse is not None:
@@ -379,8 +381,8 @@ def resolve(
         check_group(options.seed is not None, sampling.guidance)
     warn_of_sampling(options, sampling, checkpoint.name)
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
-    own = vars(resolved) | {name: getattr(sampling, name) for name in ("guidance", "strength", "num_steps")}
-    first = Settings(**vars(model) | own | {"prompt": prompts[0], "seed": seed, "inputs": inputs.names})
+    resolved_values = vars(resolved) | {name: getattr(sampling, name) for name in ("guidance", "strength", "num_steps")}
+    first = Settings(**vars(model) | resolved_values | {"prompt": prompts[0], "seed": seed, "inputs": inputs.names})
     count = len(prompts) * batch.num_images
     image_of = [k // batch.num_images for k in range(count)]
     channels = checkpoint.transformer.in_channels

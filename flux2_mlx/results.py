@@ -1,4 +1,4 @@
-"""What comes back: a step of an image, and the finished images."""
+"""The results of a call: steps of images, and the finished images."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Step:
     """One finished step of one image.
 
     Attributes:
-        image: which image of the call, from 0.
-        index: steps done, 1 to settings.num_steps.
+        image: the image's index in the call, from 0.
+        index: the steps done, 1 to settings.num_steps.
         timestep: 1000 times the noise level that the step began at, as diffusers counts.
-        sigma: the noise level that is left, 0 after the last step.
+        sigma: the noise level after the step, 0 after the last one.
         latents: (1, S, 128) tokens at that level, float32.
-        denoised: (1, S, 128) the image as this step foresees it; equals latents after the last step.
-        settings: of this image.
-        stats: of the call so far.
+        denoised: (1, S, 128) the image as this step predicts it; equals latents after the last step.
+        settings: this image's settings.
+        stats: seconds and peak bytes of the call so far.
     """
 
     image: int
@@ -49,7 +49,7 @@ class Step:
         return self.index == self.settings.num_steps
 
     def array(self) -> np.ndarray:
-        """The foreseen image, decoded: (H, W, 3) float32 in 0..1; what a mask was given with is of its own size.
+        """The predicted image, decoded: (H, W, 3) float32 in 0..1; with a mask at the init image's own size.
 
         Decoding may unload the transformer, see ``Flux2Pipeline.memory``; the next step loads it again.
 
@@ -65,11 +65,11 @@ class Step:
         return self._decoder.unpack(self.latents, self.settings)
 
     def picture(self) -> Image.Image:
-        """The foreseen image, decoded to 8-bit RGB; see ``array``."""
+        """The predicted image, decoded to 8-bit RGB; see ``array``."""
         return self._composite(to_pil(np.array(self._decoder.decode(self.denoised, self.settings, self.stats)[0])))
 
     def preview(self) -> Image.Image:
-        """The foreseen image without the decoder: an eighth of the resolution, enlarged, or by preview_decoder."""
+        """The predicted image without the decoder: an eighth of the resolution, enlarged, or by preview_decoder."""
         return self._composite(self._decoder.preview(self.denoised, self.settings, self.stats))
 
     def _composite(self, image: Image.Image) -> Image.Image:
@@ -82,10 +82,10 @@ class Result:
     """Finished images.
 
     Attributes:
-        images: PIL pictures; (B, H, W, 3) float32 in 0..1 for output_type "np"; (B, H/8, W/8, 32) decoder input for
+        images: PIL images; (B, H, W, 3) float32 in 0..1 for output_type "np"; (B, H/8, W/8, 32) decoder input for
             "latent".
-        settings: one an image, prompt by prompt.
-        seconds, peak_bytes: of each part; see Stats.
+        settings: one for each image, prompt by prompt.
+        seconds, peak_bytes: figures of each part of the run; see Stats.
         steps: how many were "computed", and how many "reused" earlier ones; see Stats.
     """
 
@@ -107,12 +107,12 @@ class Result:
             stats = step.stats
             settings.append(step.settings)
             images.append({"pil": step.picture, "np": step.array, "latent": step.unpacked}[output_type]())
-        joined: Any = images
+        batch: Any = images
         if output_type == "np":
-            joined = np.stack(images)
+            batch = np.stack(images)
         elif output_type == "latent":
-            joined = mx.concatenate(images)
-        return cls(joined, settings, stats.seconds, stats.peak_bytes, stats.steps)
+            batch = mx.concatenate(images)
+        return cls(batch, settings, stats.seconds, stats.peak_bytes, stats.steps)
 
     @property
     def seeds(self) -> list[int]:
@@ -120,7 +120,7 @@ class Result:
 
 
 def watch(steps: Iterable[Step], callback: Callable[[int, float, dict[str, mx.array]], Any]) -> Iterator[Step]:
-    """The same steps, each told to diffusers' callback_on_step_end: its number from 0, its timestep, its latents.
+    """The same steps, each passed to diffusers' callback_on_step_end: its number from 0, its timestep, its latents.
 
     Raises:
         InputError: where the callback wants to change the latents.

@@ -261,4 +261,4 @@ def test_a_transformer_that_keeps_its_references_stays_one(checkpoint, tmp_path,
     assert main([*words, "--kv-cache"]) == 0
     assert open_checkpoint(target).has_kv_cache
     assert main([str(checkpoint), str(tmp_path / "other"), "--kv-cache", "--quiet"]) == 2
-    assert "was not trained to keep its references" in capsys.readouterr().err
+    assert "was not trained to cache its references" in capsys.readouterr().err

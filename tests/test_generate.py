@@ -52,7 +52,7 @@ def refused(result, *expected, folder=None):
     code, out, err = result
     assert code == 2, err
     assert out == ""
-    lines = [line for line in re.split(r"[\r\n]+", err) if line.strip() and not re.match(r"(loading|drawing)", line)]
+    lines = [line for line in re.split(r"[\r\n]+", err) if line.strip() and not re.match(r"(loading|generating)", line)]
     assert len(lines) == 1, err
     assert lines[0].startswith("error: ")
     for text in expected:
@@ -61,7 +61,7 @@ def refused(result, *expected, folder=None):
         assert list(folder.iterdir()) == []
 
 
-# ------------------------------------------------------------------------------------------------ drawing
+# ------------------------------------------------------------------------------------------------ generating
 
 
 def test_a_prompt_becomes_a_picture(run, pipe, tmp_path):
@@ -226,11 +226,11 @@ def test_masks_that_cannot_be_used_are_refused_before_the_model_is_opened(run, f
 
 
 def test_kept_references_are_planned(run, fox):
-    """As drawing keeps them, before the model is downloaded."""
+    """As generating keeps them, before the model is downloaded."""
     options = ["--plan", "--image", "fox.png", "--memory-limit", 100]
     plans = [run(*options, *more, model="klein-9b-kv")[1] for more in ([], ["--no-kv-cache"])]
     assert plans[0] != plans[1] == run(*options, model="klein-9b")[1]
-    refused(run(*options, "--kv-cache", model="klein-4b"), "klein-4b was not trained to keep its references")
+    refused(run(*options, "--kv-cache", model="klein-4b"), "klein-4b was not trained to cache its references")
 
 
 def test_one_side_beside_a_picture_goes_before_both_of_its_own(run, fox):
@@ -280,7 +280,7 @@ def test_what_a_reference_asks_for_is_refused_before_the_model_is_opened(run, fo
     base = ["a", "--model", "no/such/model", "--image", "wide.png", "--height", "1024"]
     with pytest.raises(InputError, match="megapixels"):
         check(task_of(*base))
-    refused(run("a", "--image", "fox.png", "--kv-cache", model="klein-9b"), "klein-9b was not trained to keep its")
+    refused(run("a", "--image", "fox.png", "--kv-cache", model="klein-9b"), "klein-9b was not trained to cache its")
 
 
 def test_references_are_planned(run, fox):
@@ -466,7 +466,7 @@ def test_output_names():
             ["a", "--output", "gone/fox.png"],
             ["cannot write gone/fox.png: there is no folder gone; mkdir -p gone makes it"],
         ),
-        (["a", "--output", "{model}.png"], ["--output takes {seed}, {index} and {prompt} alone, got '{model}.png'"]),
+        (["a", "--output", "{model}.png"], ["--output takes {seed}, {index} and {prompt} only, got '{model}.png'"]),
         (["a", "--output", "{.png"], ["--output takes {seed}, {index} and {prompt} alone"]),
         (["a", "--output", "{seed:{prompt}}.png"], ["--output takes {seed}, {index} and {prompt} alone"]),
         (["a", "--output", "{seed:c}.png"], ["--output takes {seed}, {index} and {prompt} alone"]),

@@ -146,7 +146,7 @@ def test_metadata_of_another_programs_picture(image, tmp_path, text):
     if text is not None:
         info.add_text("flux2_mlx", text)
     image.save(tmp_path / "x.png", pnginfo=info)
-    with pytest.raises(InputError, match="does not say how it was made"):
+    with pytest.raises(InputError, match="has no settings of flux2_mlx"):
         read_metadata(tmp_path / "x.png")
 
 

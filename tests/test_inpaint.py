@@ -174,7 +174,7 @@ PICTURE, MASK = random_picture(96, 64), mask_of(96, 64, (10, 10, 60, 50))
         ({"init_image": PICTURE, "expand": {"left": 0}}, "expand must give pixels"),
         ({"init_image": PICTURE, "expand": 16}, "expand must give pixels"),
         ({"init_image": PICTURE, "expand": {"left": 1000}}, "an image of 1096 x 64 is too elongated"),
-        ({"init_image": PICTURE, "mask": MASK, "height": 96, "width": 96}, "96 x 96 has not the aspect of .* 96 x 64"),
+        ({"init_image": PICTURE, "mask": MASK, "height": 96, "width": 96}, "has another aspect than .* 96 x 64"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_repainted_is_refused(pipe, options, message):
@@ -191,5 +191,5 @@ def test_the_picture_that_is_repainted_counts_as_a_reference(checkpoint):
     assert peaks[0] < peaks[11] < peaks[12]
     pipe.memory_limit = peaks[11]
     pipe.stream("a", init_image=picture, mask=mask, image=[other] * 10, **SMALL)
-    with pytest.raises(InputError, match=r"13 references and a picture of 96 x 64 need .*; the first 10 fit"):
+    with pytest.raises(InputError, match=r"13 references and an image of 96 x 64 need .*; the first 10 fit"):
         pipe.stream("a", init_image=picture, mask=mask, image=[other] * 13, **SMALL)

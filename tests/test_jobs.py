@@ -24,7 +24,7 @@ SMALL = {"width": 80, "height": 64, "steps": 1, "max_sequence_length": 16}
 
 @pytest.fixture
 def run(checkpoint, tmp_path, monkeypatch, capsys):
-    """Draw lines, objects or text, with small pictures; options that are given stand on the command line."""
+    """Generate lines, objects or text, with small images; options that are given stand on the command line."""
     monkeypatch.chdir(tmp_path)
 
     def call(*lines, options=(), model=checkpoint):
@@ -141,10 +141,10 @@ def test_what_is_missing(tmp_path):
     assert missing_runs(paths[:1]) == []
 
 
-# ------------------------------------------------------------------------------------------------ drawing
+# ------------------------------------------------------------------------------------------------ generating
 
 
-def test_jobs_are_drawn_and_a_failed_line_costs_no_other(run, pipe):
+def test_jobs_are_generated_and_a_failed_line_costs_no_other(run, pipe):
     code, out, err = run(
         {"prompt": "a fox", "seed": 1, "output": "one.png"},
         {"prompt": "a fox", "width": 100},
@@ -162,7 +162,7 @@ def test_jobs_are_drawn_and_a_failed_line_costs_no_other(run, pipe):
     lines = err.splitlines()
     assert [re.match(r"error: line (\d+)", line)[1] for line in lines[:-1]] == ["2", "5", "7", "8", "9", "10"]
     assert "width must be a multiple of 16, got 100" in lines[0]
-    assert lines[-1] == "jobs: 4 pictures drawn, 6 lines failed: 2, 5, 7, 8, 9, 10"
+    assert lines[-1] == "jobs: 4 images generated, 6 lines failed: 2, 5, 7, 8, 9, 10"
     options = {"width": 80, "height": 64, "num_steps": 1, "max_sequence_length": 16}
     assert np.array_equal(pixels("one.png"), np.asarray(pipe("a fox", seed=1, **options).images[0]))
     edited = pipe("a fox", image=Image.open("one.png"), seed=2, **options).images[0]
@@ -170,7 +170,7 @@ def test_jobs_are_drawn_and_a_failed_line_costs_no_other(run, pipe):
     assert read_metadata("cat-1.webp")["seed"] == 6
 
 
-def test_a_line_without_a_seed_draws_the_same_again(run):
+def test_a_line_without_a_seed_gives_the_same_again(run):
     codes = [run({"prompt": "a fox"}, {"prompt": "a fox"}, options=["--output", "{index}.png"])[0] for _ in range(2)]
     assert codes == [0, 0]
     first, second, again = (pixels(f"0{suffix}.png") for suffix in ("", "-2", "-3"))
@@ -184,13 +184,13 @@ def test_a_line_repeats_a_picture(run):
     ) == (
         0,
         "seed 1  fox.png\nseed 1  again.png\n",
-        "jobs: 2 pictures drawn\n",
+        "jobs: 2 images generated\n",
     )
     assert Path("fox.png").read_bytes() == Path("again.png").read_bytes()
     assert "line 1: no prompt: give one" in run({"seed": 1})[2]
 
 
-def test_what_is_missing_is_drawn_on_resuming(run):
+def test_what_is_missing_is_generated_on_resuming(run):
     lines = [
         {"prompt": "a fox", "seed": 1, "output": "fox.png"},
         {"prompt": "a cat", "seed": 1, "num_images": 4, "output": "cat-{index}.png"},
@@ -201,10 +201,10 @@ def test_what_is_missing_is_drawn_on_resuming(run):
         os.remove(name)
     code, out, err = run(*lines, options=["--resume"])
     assert (code, out) == (0, "seed 2  cat-1.png\nseed 3  cat-2.png\n")
-    assert err == "jobs: 2 pictures drawn, 3 skipped, which exist\n"
+    assert err == "jobs: 2 images generated, 3 skipped because they exist\n"
     after = {path.name: path.read_bytes() for path in Path().glob("*.png")}
     assert after == before
-    assert run(*lines, options=["--resume"])[1:] == ("", "jobs: 0 pictures drawn, 5 skipped, which exist\n")
+    assert run(*lines, options=["--resume"])[1:] == ("", "jobs: 0 images generated, 5 skipped because they exist\n")
 
 
 def test_resuming_needs_files_of_their_own(run):
@@ -214,10 +214,12 @@ def test_resuming_needs_files_of_their_own(run):
     assert "error: line 2: line 1 writes same.png too; with --resume each job needs files of its own" in err
     assert run(*lines)[0] == 0
     several = {"prompt": "a", "num_images": 2, "output": "fox.png"}
-    assert "2 pictures of one name; with --resume give {seed} or {index} in it" in run(several, options=["--resume"])[2]
+    assert (
+        "2 images of one name; with --resume, --output needs {seed} or {index}" in run(several, options=["--resume"])[2]
+    )
 
 
-def test_what_was_drawn_before_a_fault_is_counted(run, monkeypatch):
+def test_what_was_generated_before_a_fault_is_counted(run, monkeypatch):
     stream = Flux2Pipeline.stream
 
     def failing(*given, **options):
@@ -228,7 +230,7 @@ def test_what_was_drawn_before_a_fault_is_counted(run, monkeypatch):
     code, _, err = run({"prompt": "a", "num_images": 3}, {"prompt": "b"})
     assert code == 1
     assert "error: line 1: out of memory" in err
-    assert "jobs: 3 pictures drawn, 2 lines failed: 1, 2" in err
+    assert "jobs: 3 images generated, 2 lines failed: 1, 2" in err
 
 
 def test_prompts_are_encoded_once_and_models_opened_when_they_change(
@@ -262,7 +264,7 @@ def test_an_interrupt_says_how_to_go_on(run, monkeypatch):
     monkeypatch.setattr(Flux2Pipeline, "stream", interrupted)
     code, _, err = run({"prompt": "a"}, {"prompt": "b"})
     assert code == 130
-    assert err == "interrupted; --resume draws what is missing\njobs: 0 pictures drawn\n"
+    assert err == "interrupted; --resume generates what is missing\njobs: 0 images generated\n"
 
 
 # ------------------------------------------------------------------------------------------------ processes
@@ -282,8 +284,8 @@ def test_processes_share_a_file_of_jobs(tmp_path, checkpoint, pipe):
     small = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", value)]
     done = launch("--jobs", "jobs.jsonl", "--model", checkpoint, *small, "--quiet", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "jobs: 2 pictures drawn" in done.stdout + done.stderr
-    assert "jobs: 1 pictures drawn" in done.stdout + done.stderr
+    assert "jobs: 2 images generated" in done.stdout + done.stderr
+    assert "jobs: 1 images generated" in done.stdout + done.stderr
     options = {"width": 80, "height": 64, "num_steps": 1, "max_sequence_length": 16}
     for k in range(3):
         assert np.array_equal(pixels(tmp_path / f"{k}.png"), np.asarray(pipe(f"fox {k}", seed=k, **options).images[0]))
@@ -318,7 +320,7 @@ class Group:
 
 
 def test_guidance_is_shared_by_two(checkpoint):
-    with pytest.raises(InputError, match="guidance has two passes to share, and the group has 3 processes"):
+    with pytest.raises(InputError, match="CFG has two passes to share, and the group has 3 processes"):
         Flux2Pipeline.from_pretrained(checkpoint, group=Group(3))
 
 
@@ -326,7 +328,7 @@ def test_processes_that_share_guidance_need_a_seed(base_reference):
     pipe = Flux2Pipeline.from_pretrained(base_reference[1], group=Group(2))
     with pytest.raises(InputError, match="need the same seed, and none is given"):
         pipe.stream("a", guidance=3)
-    with pytest.raises(InputError, match="share the passes of guidance, and there is none"):
+    with pytest.raises(InputError, match="share the passes of CFG, and there is no CFG"):
         pipe.stream("a", guidance=1, seed=1)
 
 

@@ -74,7 +74,7 @@ WAYS = {
     "frozen-text": Way(
         {"reuse": "text"},
         ({"num_steps": 1}, {"num_steps": 1, "reuse": None}),
-        (CFG, "models without guidance, and guidance is 3"),
+        (CFG, "models without CFG, and guidance is 3"),
     ),
     "frozen-references": Way(
         {"reuse": "references", "image": REFERENCE},
@@ -85,7 +85,7 @@ WAYS = {
     "kv": Way(
         {"image": REFERENCE},
         ({"image": None}, {"image": None}),
-        ({"reuse": "references"}, "keeps its references already, as klein-9b-kv does$"),
+        ({"reuse": "references"}, r"caches its references already \(KV cache\), as klein-9b-kv does$"),
         checkpoint=KV,
         references=(REFERENCE.size[::-1],),
     ),

@@ -325,7 +325,7 @@ def test_a_session_sets_any_option():
     expected = {"guidance": 3.0, "guidance_interval": (0.2, 0.8), "force_guidance": True, "num_steps": 7}
     assert session.options == expected | {"lora": ("a.safetensors",)}
     assert "num_steps 7" in session.handle("set")
-    assert session.handle("set guidance") == "guidance as usual"
+    assert session.handle("set guidance") == "guidance default"
     assert "guidance" not in session.options
     for line, message in (
         ("set strength 2", "strength must be a number above 0, up to 1, got 2"),

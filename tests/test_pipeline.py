@@ -187,7 +187,9 @@ def test_guidance_keeps_to_its_interval(base_reference, passes):
     assert passes == [1, 2, 2, 1]
     assert not same(part, everywhere)
     assert same(pipe("a", guidance_interval=(0, 1), **options).images[0], everywhere)
-    with pytest.warns(UserWarning, match=r"no noise level is in guidance_interval: 1, 0\.9.*; there is no guidance"):
+    with pytest.warns(
+        UserWarning, match=r"no step's noise level \(sigma\) is in guidance_interval: 1, 0\.9.*; CFG is not applied"
+    ):
         pipe("a", guidance_interval=(0, 0.1), **options)
     assert not same(pipe("a", guidance_rescale=0.7, **options).images[0], everywhere)
 
@@ -216,7 +218,7 @@ def test_a_checkpoint_says_how_large_and_how_long(damaged):
 
 def test_guidance_of_a_distilled_model_is_ignored_with_a_warning(pipe):
     expected = pipe("a", seed=1, **SMALL)
-    with pytest.warns(UserWarning, match=r"distilled and draws without guidance; guidance 3\.5 is ignored"):
+    with pytest.warns(UserWarning, match=r"distilled and generates without CFG; guidance 3\.5 is ignored"):
         ours = pipe("a", seed=1, guidance_scale=3.5, **SMALL)
     assert same(ours.images[0], expected.images[0])
     assert ours.settings[0].guidance == 1.0
@@ -292,7 +294,7 @@ def test_pictures_share_a_pass_where_memory_allows(checkpoint, passes):
     assert passes == [4, 4]
     stage = pipe.stages.transformer_stage(Pass(16, 20, rows=3))
     passes.clear()
-    pipe.memory_limit = stage.streamed + stage.working
+    pipe.memory_limit = stage.streamed + stage.activation_bytes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other stages' needs
         pipe("a", **options)
@@ -458,7 +460,7 @@ def test_more_references_than_memory_are_refused_with_the_number_that_fits(check
     assert peaks[0] < peaks[11] < peaks[12]
     pipe.memory_limit = peaks[11]
     pipe.stream("a", image=pictures[:11], **SMALL)
-    with pytest.raises(InputError, match=r"14 references and a picture of 80 x 64 need .* the first 11 fit"):
+    with pytest.raises(InputError, match=r"14 references and an image of 80 x 64 need .* the first 11 fit"):
         pipe.stream("a", image=pictures, **SMALL)
 
 
@@ -733,7 +735,8 @@ def test_a_checkpoint_that_keeps_its_references_is_planned(damaged, checkpoint):
     own, plain = kept_by(damaged), Flux2Pipeline.from_pretrained(checkpoint)
     params = own.checkpoint.transformer
     kept, in_place = (
-        {stage.name: stage.working for stage in pipe.plan(64, 64, 16, [(512, 512)]).stages} for pipe in (own, plain)
+        {stage.name: stage.activation_bytes for stage in pipe.plan(64, 64, 16, [(512, 512)]).stages}
+        for pipe in (own, plain)
     )
     held = kv_bytes(params, 1024, own.dtype)
     assert held == 2 * (params.depth + params.depth_single) * 1024 * params.hidden_size * own.dtype.size
@@ -744,7 +747,7 @@ def test_a_checkpoint_that_keeps_its_references_is_planned(damaged, checkpoint):
 
 def test_keeping_references_is_refused_where_it_was_not_trained(checkpoint, damaged):
     for model in (checkpoint, "klein-9b", "black-forest-labs/FLUX.2-klein-4B"):
-        with pytest.raises(CheckpointError, match=r"was not trained to keep its references.*klein-9b-kv was"):
+        with pytest.raises(CheckpointError, match=r"was not trained to cache its references.*klein-9b-kv was"):
             Flux2Pipeline.from_pretrained(model, kv_cache=True)
     file = checkpoint / "transformer" / "diffusion_pytorch_model.safetensors"
     said = Flux2Pipeline.from_pretrained(checkpoint, transformer=file, distilled=True, kv_cache=True)

@@ -114,7 +114,7 @@ def test_streaming_holds_two_blocks(tmp_path, checkpoint, memory):
     before = memory()
     options = {name: value for name, value in SMALL.items() if name != "max_sequence_length"}
     step = list(pipe.stream(prompt_embeds=embeds, **options))[-1]
-    work = pipe.plan(64, 80, 16).stages[1].working
+    work = pipe.plan(64, 80, 16).stages[1].activation_bytes
     assert step.stats.peak_bytes["denoise"] - before < part + 2 * work < whole
 
 
@@ -163,7 +163,7 @@ def test_auto_decides_for_each_picture_anew(checkpoint, packed):
     pipe = Flux2Pipeline.from_pretrained(packed, cache=False)
     small, large = pipe.plan(64, 64, 16), pipe.plan(128, 128, 16)
     transformer = small.stages[1]
-    limit = transformer.weights + (transformer.working + large.stages[1].working) // 2
+    limit = transformer.weights + (transformer.activation_bytes + large.stages[1].activation_bytes) // 2
     pipe.memory_limit = limit
     streamed = []
     for side in (64, 128, 64):
@@ -265,7 +265,7 @@ def test_a_stage_needs_what_the_plan_says(side, length, packed, dtype, memory):
         "decoder": (autoencoder.decoder, lambda: autoencoder.decoder(latents)),
     }
     for stage in plan.stages:
-        share = peak_of(*work[stage.name], stage.working) / (stage.weights + stage.working)
+        share = peak_of(*work[stage.name], stage.activation_bytes) / (stage.weights + stage.activation_bytes)
         assert 0.85 <= share <= 1.1, stage.name  # how early MLX frees depends on how fast its products are
 
 
@@ -280,7 +280,7 @@ def test_references_are_planned(checkpoint):
     pipe = Flux2Pipeline.from_pretrained(checkpoint)
     alone, edit = pipe.plan(64, 64), pipe.plan(64, 64, references=[(128, 128), (64, 64)])
     assert [stage.name for stage in edit.stages] == ["text encoder", "references", "transformer", "decoder"]
-    assert edit.stages[2].working > alone.stages[1].working
+    assert edit.stages[2].activation_bytes > alone.stages[1].activation_bytes
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def nano():
 def small_pictures(request, monkeypatch):
     """Fit maps on little, but where a test looks at what a map shows: a random model's shows nothing."""
     if "nano" not in request.fixturenames:
-        monkeypatch.setattr(preview, "PICTURES", 2)
+        monkeypatch.setattr(preview, "IMAGES", 2)
         monkeypatch.setattr(preview, "SIDE", 64)
 
 

@@ -24,7 +24,7 @@ from flux2_mlx.models.kv_cache import FrozenKV
 from flux2_mlx.models.layers import Linear
 from flux2_mlx.runtime import roofline
 from flux2_mlx.runtime.activations import Workload
-from flux2_mlx.runtime.plan import Plan, Stage, between, make_plan
+from flux2_mlx.runtime.plan import Plan, Stage, format_range, make_plan
 from flux2_mlx.runtime.released import released_modules
 from flux2_mlx.runtime.roofline import (
     Speeds,
@@ -33,11 +33,11 @@ from flux2_mlx.runtime.roofline import (
     encoder_work,
     image_work,
     known_speeds,
-    later_work,
     measure,
     reference_kv_work,
     text_encoder_work,
     transformer_work,
+    work_after_first,
 )
 from tests import tiny
 
@@ -231,11 +231,11 @@ def test_frozen_tokens_are_work_of_the_first_pass_alone():
     plain, text, references = (Workload(256, 256, 512, sizes, frozen=what) for what in (None, "text", "references"))
     works = [image_work(*modules, workload, mx.bfloat16)["transformer"] for workload in (plain, text, references)]
     assert works[0] == works[1] == works[2]
-    assert later_work(modules[1], plain, mx.bfloat16) is None
+    assert work_after_first(modules[1], plain, mx.bfloat16) is None
     expected = transformer_work(params, 0, 256 + 1024, mx.bfloat16, kv=512).flops
-    assert later_work(modules[1], text, mx.bfloat16).flops == expected
+    assert work_after_first(modules[1], text, mx.bfloat16).flops == expected
     expected = transformer_work(params, 512, 256, mx.bfloat16, kv=1024).flops
-    assert later_work(modules[1], references, mx.bfloat16).flops == expected
+    assert work_after_first(modules[1], references, mx.bfloat16).flops == expected
 
 
 def test_seconds_lie_between_all_at_once_and_all_in_turn():
@@ -246,7 +246,7 @@ def test_seconds_lie_between_all_at_once_and_all_in_turn():
 
 
 def test_what_two_durations_look_like():
-    assert [between(*ends) for ends in ((0.123, 0.456), (2.61, 2.94), (9.94, 123.4), (12.31, 12.34))] == [
+    assert [format_range(*ends) for ends in ((0.123, 0.456), (2.61, 2.94), (9.94, 123.4), (12.31, 12.34))] == [
         "0.12-0.46",
         "2.6-2.9",
         "9.9-123",
@@ -257,7 +257,7 @@ def test_what_two_durations_look_like():
 def test_a_picture_takes_its_passes():
     stages = [Stage(name, 1, 1, 1, (1.0, 2.0)) for name in ("text encoder", "references", "transformer", "decoder")]
     assert Plan(tuple(stages), 1).seconds(2, 8) == (12.0, 24.0)
-    faster = replace(stages[2], later_seconds=(0.5, 1.25))
+    faster = replace(stages[2], seconds_after_first=(0.5, 1.25))
     assert Plan((*stages[:2], faster, stages[3]), 1).seconds(2, 8) == (8.5, 18.75)
     assert "seconds" in str(Plan(tuple(stages), 1))
     stages[1] = replace(stages[1], seconds=None)
@@ -304,7 +304,7 @@ def test_what_is_measured_is_what_is_counted(monkeypatch, done):
         return 1.0
 
     monkeypatch.setattr(roofline, "_speed", speed)
-    roofline.measured(mx.bfloat16)
+    roofline.measure_speeds(mx.bfloat16)
     assert len(amounts) == 4
     assert (amounts["attention"], amounts["convolution"]) == (done["attention"], done["convolution"])
 
@@ -354,7 +354,7 @@ def test_a_plan_tells_seconds_once_the_machine_is_measured(measured, checkpoint,
     assert "time: not known; --measure measures this machine" in before
     after = told("--measure")
     assert "seconds" in after.splitlines()[0]
-    assert "s a picture, 4 passes of the transformer, without loading it" in after
+    assert "s an image, 4 passes of the transformer, without loading it" in after
     assert told("--plan") == after
     plan = Flux2Pipeline.from_pretrained(checkpoint).plan(64, 64)
     work = transformer_work(FluxKleinParams.from_config(tiny.transformer().config), 512, 16, mx.float32)
@@ -370,7 +370,7 @@ def test_seconds_of_a_released_model(measured, capsys):
     by_hand = (4.917e12 - 0.181e12) / SPEEDS.matmul + 0.181e12 / SPEEDS.attention
     assert plan.stages[1].seconds[0] == pytest.approx(by_hand, rel=1e-3)
     assert main(["--plan", "--dtype", "bfloat16", "--width", "256", "--height", "256"]) == 0
-    assert f"time: about {between(*plan.seconds(1, 4))} s a picture, 4 passes" in capsys.readouterr().out
+    assert f"time: about {format_range(*plan.seconds(1, 4))} s an image, 4 passes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -8,21 +8,21 @@ import pytest
 from PIL import Image
 
 from flux2_mlx import InputError, read_metadata
-from flux2_mlx.cli.session import HELP, Picture, Session, completed, converse
+from flux2_mlx.cli.session import HELP, Session, SessionImage, complete_word, converse
 from flux2_mlx.generate import main
 from tests.test_images import SETTINGS
 
 
 @pytest.fixture
 def session():
-    """One whose drawing notes what it is asked for; pictures are of the number of the call."""
+    """One whose generate notes what it is asked for; the red of an image is the number of its call."""
     asked = []
 
-    def draw(prompt, references, options, add):
+    def generate(prompt, references, options, add):
         asked.append((prompt, references, dict(options)))
-        add(Picture(Image.new("RGB", (64, 64), (len(asked), 0, 0)), SETTINGS))
+        add(SessionImage(Image.new("RGB", (64, 64), (len(asked), 0, 0)), SETTINGS))
 
-    session = Session(draw)
+    session = Session(generate)
     session.asked = asked
     return session
 
@@ -30,9 +30,9 @@ def session():
 NOTHING: dict = {}
 
 
-def test_a_line_is_drawn(session):
-    assert session.handle("a red fox") == "picture 1"
-    assert session.handle("  a blue fox ") == "picture 2"
+def test_a_line_is_generated(session):
+    assert session.handle("a red fox") == "image 1"
+    assert session.handle("  a blue fox ") == "image 2"
     assert session.handle("   ") == ""
     assert session.asked == [("a red fox", [], NOTHING), ("a blue fox", [], NOTHING)]
 
@@ -59,47 +59,45 @@ def test_settings_stay_until_they_are_taken_back(session):
     assert [options for _, _, options in session.asked] == [expected] * 2
     assert [session.handle(line) for line in ("seed", "size", "steps")] == [
         "seed random",
-        "the usual size",
-        "the usual steps",
+        "default size",
+        "default steps",
     ]
     session.handle("c")
     assert session.asked[-1] == ("c", [], NOTHING)
 
 
 def test_again_takes_another_seed(session):
-    with pytest.raises(InputError, match="there is no prompt to draw again"):
+    with pytest.raises(InputError, match="there is no prompt to generate again"):
         session.handle("again")
     session.handle("seed 7")
     session.handle("a")
-    assert session.handle("again") == "picture 2"
+    assert session.handle("again") == "image 2"
     assert [options["seed"] for _, _, options in session.asked] == [7, 8]
     session.handle("seed")
     session.handle("again")
     assert session.asked[-1] == ("a", [], NOTHING)
 
 
-def test_pictures_are_referred_to_by_their_numbers(session):
+def test_images_are_referred_to_by_their_numbers(session):
     for prompt in "abc":
         session.handle(prompt)
     session.handle("the hat of $3 on the fox of $1, as in $3, for $$5")
     prompt, references, _ = session.asked[-1]
     assert prompt == "the hat of image 1 on the fox of image 2, as in image 1, for $5"
-    assert references == [session.pictures[2].image, session.pictures[0].image]
+    assert references == [session.images[2].image, session.images[0].image]
     session.handle("again")
     assert session.asked[-1][:2] == (prompt, references)
     for text in ("$6", "$0"):
-        with pytest.raises(
-            InputError, match=r"there is no picture \d \(the last is 5\); a dollar sign is written \$\$"
-        ):
+        with pytest.raises(InputError, match=r"there is no image \d \(the last is 5\); a dollar sign is written \$\$"):
             session.handle(text)
     assert len(session.asked) == 5
-    with pytest.raises(InputError, match=r"there is no picture 1 \(there is none yet\)"):
-        Session(session.draw).handle("$1")
+    with pytest.raises(InputError, match=r"there is no image 1 \(there is none yet\)"):
+        Session(session.generate).handle("$1")
 
 
-def test_pictures_are_saved_and_loaded(session, tmp_path, monkeypatch):
+def test_images_are_saved_and_loaded(session, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for line, message in (("save a.png", "no picture yet"), ("save 2 a.png", "no picture 2")):
+    for line, message in (("save a.png", "no image yet"), ("save 2 a.png", "no image 2")):
         with pytest.raises(InputError, match=message):
             session.handle(line)
     session.handle("a")
@@ -110,9 +108,9 @@ def test_pictures_are_saved_and_loaded(session, tmp_path, monkeypatch):
     assert read_metadata("a.png")["prompt"] == SETTINGS.prompt
     with Image.open("a.png") as first, Image.open("my fox.png") as last:
         assert (first.getpixel((0, 0)), last.getpixel((0, 0))) == ((1, 0, 0), (2, 0, 0))
-    assert session.handle("load a.png") == "picture 3"
-    assert session.pictures[2].image.getpixel((0, 0)) == (1, 0, 0)
-    with pytest.raises(InputError, match="that picture was loaded"):
+    assert session.handle("load a.png") == "image 3"
+    assert session.images[2].image.getpixel((0, 0)) == (1, 0, 0)
+    with pytest.raises(InputError, match="that image was loaded"):
         session.handle("save 3 b.png")
     with pytest.raises(InputError, match=r"nowhere\.png: cannot be read"):
         session.handle("load nowhere.png")
@@ -125,7 +123,7 @@ def test_help_and_quit(session):
 
 
 def test_faults_and_interrupts_cost_one_line(session, monkeypatch, capsys):
-    """The first line's too; pictures that were saved before an interrupt are there."""
+    """The first line's too; images that were saved before an interrupt are there."""
     undecodable = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "")
     lines = iter([KeyboardInterrupt, "a", undecodable, "interrupted", "b", EOFError, "never"])
 
@@ -135,29 +133,29 @@ def test_faults_and_interrupts_cost_one_line(session, monkeypatch, capsys):
             raise line
         return line
 
-    draw = session.draw
+    generate = session.generate
 
     def interrupted(prompt, *rest):
-        draw(prompt, *rest)
+        generate(prompt, *rest)
         if prompt == "interrupted":
             raise KeyboardInterrupt
 
-    session.draw = interrupted
+    session.generate = interrupted
     monkeypatch.setattr("builtins.input", answer)
     converse(session, "$9")
     captured = capsys.readouterr()
-    assert captured.out == "picture 1\npicture 3\n\n"
-    fault = "error: there is no picture 9 (there is none yet); a dollar sign is written $$"
+    assert captured.out == "image 1\nimage 3\n\n"
+    fault = "error: there is no image 9 (there is none yet); a dollar sign is written $$"
     assert captured.err.splitlines() == [fault, "interrupted", "error: that is not utf-8 text", "interrupted"]
-    converse(Session(session.draw), "quit")
+    converse(Session(session.generate), "quit")
     assert capsys.readouterr().out == ""
 
 
-def test_again_goes_past_the_seeds_of_several_pictures(session):
-    draw = session.draw
-    session.draw = lambda *given: [draw(*given) for _ in range(4)]
+def test_again_goes_past_the_seeds_of_several_images(session):
+    generate = session.generate
+    session.generate = lambda *given: [generate(*given) for _ in range(4)]
     session.handle("seed 7")
-    assert session.handle("a") == "pictures 1 to 4"
+    assert session.handle("a") == "images 1 to 4"
     session.handle("again")
     assert [options["seed"] for _, _, options in session.asked[::4]] == [7, 11]
 
@@ -170,7 +168,7 @@ def test_completion(tmp_path, monkeypatch):
     (tmp_path / "folder" / "a.png").touch()
 
     def every(text):
-        return [found for k in range(9) if (found := completed(text, k)) is not None]
+        return [found for k in range(9) if (found := complete_word(text, k)) is not None]
 
     assert every("s") == ["seed ", "size ", "steps ", "set ", "save "]
     assert every("fo") == ["folder/", "forest.webp", "fox.png"]
@@ -180,7 +178,7 @@ def test_completion(tmp_path, monkeypatch):
 
 
 def test_a_session(checkpoint, pipe, tmp_path, monkeypatch, capsys, opened):
-    """The model is opened once; a picture of it, and one of --image, are references of the next."""
+    """The model is opened once; an image of it, and one of --image, are references of the next."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FLUX2_MLX_CACHE", str(tmp_path / "cache"))
     given = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8))
@@ -194,8 +192,8 @@ def test_a_session(checkpoint, pipe, tmp_path, monkeypatch, capsys, opened):
     assert main([*command, *small, "--quiet"]) == 0
     captured = capsys.readouterr()
     assert [line for line in captured.out.replace("> ", "").splitlines() if line] == [
-        "seed 2  flux2-2.png", "picture 2", "seed 3", "seed 3  flux2-3.png", "picture 3", "size 100 x 64",
-        "the usual size", "seed random", "seed 11  flux2-11.png", "picture 4",
+        "seed 2  flux2-2.png", "image 2", "seed 3", "seed 3  flux2-3.png", "image 3", "size 100 x 64",
+        "default size", "seed random", "seed 11  flux2-11.png", "image 4",
     ]  # fmt: skip
     assert captured.err == "error: width must be a multiple of 16, got 100; the nearest are 96 and 112\n"
     assert opened == [str(checkpoint)]
@@ -203,8 +201,8 @@ def test_a_session(checkpoint, pipe, tmp_path, monkeypatch, capsys, opened):
     hat = pipe("a hat", seed=2, **options).images[0]
     fox = pipe("a fox like image 1 and image 2", image=[given, hat], seed=3, **options).images[0]
     for name, expected in (("flux2-2.png", hat), ("flux2-3.png", fox)):
-        with Image.open(name) as drawn:
-            assert np.array_equal(np.asarray(drawn), np.asarray(expected))
+        with Image.open(name) as saved:
+            assert np.array_equal(np.asarray(saved), np.asarray(expected))
     assert (tmp_path / "cache" / "history").exists()
 
 

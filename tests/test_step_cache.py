@@ -255,7 +255,10 @@ def test_what_is_cached_is_planned(base):
     """Three changes of the picture's tokens, for both passes of guidance."""
     params = base.checkpoint.transformer
     plain, cached = (
-        {stage.name: stage.working for stage in base.plan(256, 256, 16, [(128, 128)], step_cache=threshold).stages}
+        {
+            stage.name: stage.activation_bytes
+            for stage in base.plan(256, 256, 16, [(128, 128)], step_cache=threshold).stages
+        }
         for threshold in (None, 0.1)
     )
     more = 2 * 3 * 256 * params.hidden_size * base.dtype.size

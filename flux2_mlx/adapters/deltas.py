@@ -1,4 +1,4 @@
-"""What an adapter changes in a layer: LoRA, LoKr, DoRA as modules.
+"""The deltas that adapters add to a layer: LoRA, LoKr, DoRA as modules.
 
 References: Hu et al. 2021 (LoRA), Yeh et al. 2023 (LyCORIS: LoHa, LoKr), Liu et al. 2024 (DoRA).
 """
@@ -14,7 +14,7 @@ from ..models.layers import Linear
 from ..models.names.flux2 import Rows
 from ..quantization.layers import QuantizedLinear
 
-ROWS_AT_ONCE = 4096  # of a weight whose rows' lengths are measured
+ROWS_AT_ONCE = 4096  # rows of a weight whose lengths are computed at one time
 
 
 class LoRADelta(nn.Module):
@@ -25,12 +25,12 @@ class LoRADelta(nn.Module):
         self.down, self.up, self.scales = down, up, scales
 
     def __call__(self, x: mx.array, base: mx.array, out: mx.array, start: int, stop: int | None) -> mx.array:
-        """``out`` and what this adds to a layer's outputs from start to stop, which without LoRAs are ``base``."""
+        """``out`` with this delta's output added, for the layer's outputs start to stop; see models.layers."""
         thin = (x @ self.down.T) * self.scales
         return mx.addmm(out, thin, self.up[start:stop].T)
 
     def weight_delta(self, weight: mx.array, start: int, stop: int) -> mx.array:
-        """What this adds to rows start to stop of a layer's weight (stop - start, inputs), given in float32."""
+        """The delta of rows start to stop of a layer's weight; ``weight`` has these rows, in float32."""
         return (self.up[start:stop].astype(mx.float32) * self.scales) @ self.down.astype(mx.float32)
 
 

@@ -64,7 +64,7 @@ class LoraLayer:
     """A layer of a file: its arrays by kind, all of its outputs' places, and alpha over rank.
 
     Attributes:
-        name: as the file has it.
+        name: the layer's name in the file.
     """
 
     name: str
@@ -123,7 +123,7 @@ def _kronecker_parts(arrays: Mapping[str, mx.array]) -> tuple[mx.array, mx.array
 
 
 def rank_of(arrays: Mapping[str, mx.array]) -> int | None:
-    """What alpha is divided by; None for a LoKr of two whole matrices, which knows no alpha."""
+    """The rank, by which alpha is divided; None for a LoKr of two whole matrices, which has no alpha."""
     for name in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
         if name in arrays:
             return int(arrays[name].shape[0])
@@ -224,7 +224,7 @@ def _look(key: str) -> str:
 
 
 def _settings(file: Path) -> Mapping[str, Any]:
-    """What the file's header says of ranks and alphas, as diffusers writes it, or an adapter_config.json beside it, as
+    """The ranks and alphas of the file's header, as diffusers writes it, or an adapter_config.json beside it, as
     PEFT does.
     """
     with safe_open(file, framework="numpy") as opened:
@@ -239,13 +239,13 @@ def _settings(file: Path) -> Mapping[str, Any]:
         if not all(alpha is None or isinstance(alpha, (int, float)) for alpha in alphas):
             raise ValueError("an alpha that is no number")
     except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
-        where = f"{file}: its header's lora_adapter_metadata" if text is not None else str(beside)
-        raise CheckpointError(f"{where} cannot be read ({error})") from None
+        source = f"{file}: its header's lora_adapter_metadata" if text is not None else str(beside)
+        raise CheckpointError(f"{source} cannot be read ({error})") from None
     return values
 
 
 def _factor(name: str, arrays: Mapping[str, mx.array], settings: Mapping[str, Any]) -> float:
-    """Alpha over rank, or of rsLoRA over its root: of an array, else of the header; 1 where nothing is said."""
+    """Alpha over rank, or of rsLoRA over its root: from the file's array, else its header; 1 without either."""
     rank = rank_of(arrays)
     if rank is None:
         return 1.0
@@ -266,12 +266,12 @@ def lora_arrays(
 ) -> tuple[dict[str, mx.array], dict[str, str]]:
     """A LoRA as a file has it: its arrays, and its header's metadata.
 
-    With diffusers' names the header says alpha, as diffusers reads it. ComfyUI reads no header, and diffusers no alpha
+    With diffusers' names the header holds alpha, as diffusers reads it. ComfyUI reads no header, and diffusers no alpha
     under BFL's names: there up is multiplied by alpha over rank, which every reader understands.
 
     Args:
-        layers: of each layer, by its path, down (R, inputs) and up (outputs, R).
-        names: of NAMES.
+        layers: down (R, inputs) and up (outputs, R) of each layer, by its path.
+        names: whose names the layers get, one of NAMES.
     """
     if names == "comfyui":
         scaled = {path: (down, up * (alpha / down.shape[0])) for path, (down, up) in layers.items()}

@@ -41,14 +41,14 @@ class Lora:
     with the transformer when that is unloaded.
 
     Attributes:
-        source: as the caller named it.
+        source: the file as the caller named it.
         file: where it is.
         scale: the strength: 1 makes all of the change.
         merge: whether it is fused into the weights instead of standing beside them.
         partial: whether keys that fit nothing are passed over.
         summary: one line: layers, rank, alpha, form.
         shapes: (outputs, inputs) of the transformer's linear layers.
-        dora_ratios: of a DoRA that is not fused, DoRADelta.dora_ratio by the file's name of a layer and its path.
+        dora_ratios: DoRADelta.dora_ratio of a DoRA that is not fused, by the file's name of a layer and its path.
     """
 
     source: str
@@ -64,7 +64,7 @@ class Lora:
         return self.source if self.scale == 1 else f"{self.source}:{self.scale:g}"
 
     def deltas(self) -> dict[str, list[Delta]]:
-        """What this changes in each layer, by its path, lazily."""
+        """The deltas of each layer, by its path; their arrays are lazy."""
         layers, _ = read_layers(self.file, self.shapes)
         deltas: dict[str, list[Delta]] = {}
         for layer in layers:
@@ -76,7 +76,7 @@ class Lora:
 
     @property
     def name(self) -> str:
-        """What the settings of an image and the model card call it."""
+        """The name in images' settings and in model cards."""
         return str(self)
 
     def apply(self, weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def open_lora(
     Args:
         source: a safetensors file, a folder with one, a Hub id, or "owner/name/file".
         model: the transformer, whose weights are not read.
-        weights: gives them, lazily, under the modules' names, for a DoRA.
+        weights: gives the transformer's weights, lazily, under the modules' names; called for a DoRA.
         partial: pass over what fits no layer.
 
     Raises:

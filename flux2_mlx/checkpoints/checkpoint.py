@@ -28,11 +28,11 @@ class Checkpoint:
 
     Attributes:
         name: what the caller asked for: a released name, a Hub id, or a path.
-        revision: of the Hub repository, where the caller asked for one.
+        revision: the revision on the Hub, where the caller asked for one.
         folder: where the files are, of a single file the folder of the rest.
         is_distilled: whether it generates in few steps without CFG.
         has_kv_cache: whether it was trained to cache its references (klein-9b-kv).
-        sources: of each part's weights, by its key; see families.PARTS.
+        sources: where each part's weights come from, by its key; see families.PARTS.
         tokenizer: folder of tokenizer.json.
         options: what the caller asked for besides, as open_checkpoint takes it; None where nothing.
     """
@@ -68,7 +68,7 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Find a checkpoint and check it: configs, pairing of the parts, presence of the files.
 
-    What a file is, is told from its content, never from its name.
+    A file's content decides what it is, never its name.
 
     Args:
         model: a folder in the diffusers layout, or as mflux saves one; a safetensors or GGUF file with a transformer,
@@ -127,7 +127,7 @@ def _tokenizer_folder(folder: Path) -> Path:
 
 
 def _variant_of(name: str, found: Found, distilled: bool | None, kv_cache: bool | None) -> tuple[bool, bool]:
-    """(is_distilled, has_kv_cache) of a model, as the caller says, else as it says itself.
+    """(is_distilled, has_kv_cache) of a model: the caller's, else the model's own.
 
     Raises:
         CheckpointError: where nobody says whether it is distilled, or the model says that it has no KV cache.
@@ -154,15 +154,15 @@ def check_kv_support(name: str) -> None:
 def no_kv_support(name: str) -> CheckpointError:
     trained = ", ".join(release.name for release in RELEASES if release.has_kv_cache)
     return CheckpointError(
-        f"{name} was not trained to keep its references, which then see neither the prompt nor the image: its edits "
-        f"would come out wrong; {trained} was (or leave out kv_cache, --kv-cache)"
+        f"{name} was not trained to cache its references (KV cache), which then see neither the prompt nor the image: "
+        f"its edits would come out wrong; {trained} was (or leave out kv_cache, --kv-cache)"
     )
 
 
 def missing_variant(name: str | None) -> CheckpointError:
     return CheckpointError(
-        f"{name} does not say whether its transformer is distilled (4 steps, no guidance) or a base model (50 steps, "
-        "guidance 4); say distilled=True or False (--distilled, --no-distilled)"
+        f"{name} does not say whether its transformer is distilled (4 steps, no CFG) or a base model (50 steps, "
+        "CFG scale 4); say distilled=True or False (--distilled, --no-distilled)"
     )
 
 

@@ -44,7 +44,7 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         CheckpointError: for a file that is missing, cut short, corrupt, or no safetensors file at all.
     """
     try:
-        with path.open("rb") as raw:  # tells a file that may not be read from one that is not there
+        with path.open("rb") as raw:  # a file without permission raises another error than a missing one
             start, size = raw.read(4), raw.seek(0, os.SEEK_END)
         if path.suffix in PICKLES or start.startswith(_PICKLE_STARTS):
             raise CheckpointError(
@@ -103,14 +103,14 @@ _DTYPES = {
     "U8": mx.uint8,  # packed layers and marks
     "U32": mx.uint32,
 }
-_COUNTS = ("num_batches_tracked", ".alpha")  # which are integers in some files
+_COUNTS = ("num_batches_tracked", ".alpha")  # names of weights that are integers in some files
 
 
 def load_safetensors(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> dict[str, mx.array]:
     """Lazy arrays of a safetensors file, of a list of shards, or of the shards that an index names.
 
     Every file's header, length, dtypes and offsets are checked first; no tensor data is read. FP8 becomes bfloat16,
-    which holds all its values; scales are not applied, as the functions that sanitize do that. Where the header says
+    which holds all its values; scales are not applied: the sanitize functions do that. Where the header says
     how layers are stored, each gets its mark (``comfy_quant``).
 
     Raises:
@@ -136,7 +136,7 @@ def load_safetensors(path: str | os.PathLike[str] | Iterable[str | os.PathLike[s
 
 
 def load_files(files: Sequence[Path]) -> dict[str, Any]:
-    """The weights of some files together, told apart by their first bytes: safetensors or GGUF."""
+    """The weights of some files together; a file's first bytes decide between safetensors and GGUF."""
     if not files:
         raise CheckpointError("no files to load weights from")
     weights: dict[str, Any] = {}
@@ -154,7 +154,7 @@ def starts_with(file: Path, magic: bytes) -> bool:
         with file.open("rb") as raw:
             return raw.read(len(magic)) == magic
     except OSError:
-        return False  # which reading its header tells in full
+        return False  # read_header raises the error that explains it
 
 
 def _load_file(file: Path) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def _load_file(file: Path) -> dict[str, Any]:
 
 
 def _decoded(array: mx.array, dtype: str) -> mx.array:
-    """FP8, which is there as bytes, in a dtype that has all its values; anything else as it is."""
+    """FP8, which MLX loads as bytes, in a dtype that has all its values; anything else as it is."""
     if dtype == "F8_E4M3":
         return mx.from_fp8(array, mx.bfloat16)
     if dtype == "F8_E5M2":  # the upper half of a float16
@@ -198,8 +198,8 @@ def _load_mapped(file: Path, header: Mapping[str, tuple[str, tuple[int, ...]]]) 
     for name, (dtype, shape) in header.items():
         if dtype in _DTYPES:
             first, last = entries[name]["data_offsets"]
-            make = _lazy_tensor if name.endswith(".weight") else _array
-            weights[name] = make(content[start + first : start + last], dtype, shape)
+            to_tensor = _lazy_tensor if name.endswith(".weight") else _array
+            weights[name] = to_tensor(content[start + first : start + last], dtype, shape)
     return weights
 
 
@@ -208,7 +208,7 @@ def _array(raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> mx.array:
 
 
 def _lazy_tensor(raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> LazyTensor:
-    size = math.prod(shape[1:]) * _DTYPES[dtype].size  # of a row
+    size = math.prod(shape[1:]) * _DTYPES[dtype].size  # bytes of a row
 
     def read(start: int, stop: int) -> mx.array:
         return _array(raw[start * size : stop * size], dtype, (stop - start, *shape[1:]))
@@ -230,7 +230,7 @@ def _layer_formats(file: Path) -> dict[str, str]:
 
 
 def read_through(files: Sequence[Path], room: int, stop: Event) -> int:
-    """Read files to their end, or until told to stop, so that the system has them at hand when weights are wanted.
+    """Read files to their end, or until ``stop`` is set, so that the system has them cached when weights are read.
     Files of more bytes than there is room for are left alone: reading on would drive out what was read.
 
     Returns:

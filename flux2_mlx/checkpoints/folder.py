@@ -24,7 +24,7 @@ TOKENIZER = "tokenizer/tokenizer.json"
 
 
 class WeightChange(Protocol):
-    """What changes a part's weights between the file and the modules, as a fused LoRA does.
+    """A change of a part's weights between the file and the modules, as a fused LoRA makes.
 
     Attributes:
         name: what the model card calls it.
@@ -44,7 +44,7 @@ class WeightChange(Protocol):
 
 @contextmanager
 def config_faults(source: str | Path) -> Iterator[None]:
-    """What a config cannot be, as a fault of its source; where it is another model's, with those that there are.
+    """Raise a config's errors as errors of its source; for another model's config with the released models' names.
 
     Raises:
         CheckpointError: in the place of any error of a config.
@@ -67,8 +67,8 @@ class Source:
         name: what messages call it: a path.
         files: one, or the shards.
         config: its config.json, where there is one.
-        decoder: of the autoencoder, a file with another decoder for it.
-        changes: of its weights, made one after another.
+        decoder: a file with another decoder, for an autoencoder.
+        changes: what changes its weights, one after another, as fused LoRAs.
     """
 
     part: Part
@@ -102,7 +102,7 @@ class Source:
         return weights
 
     def shape(self) -> Any:
-        """The part's config, from its config.json or told from its weights.
+        """The part's config, from its config.json, else inferred from its weights.
 
         Raises:
             CheckpointError: for another architecture.
@@ -120,7 +120,7 @@ class Source:
         return isinstance(quantization, Mapping) and quantization.get("quant_method") == "modelopt"
 
     def _as_header_says(self, shape: Qwen3Config) -> Qwen3Config:
-        """Of a GGUF file, the numbers that no shape tells: a Qwen3 for longer texts has another base of its RoPE."""
+        """The config with a GGUF header's numbers, which no shape has: a long-context Qwen3 has another RoPE base."""
         values = gguf_values(self.files[0]) if starts_with(self.files[0], MAGIC) else {}
         written = {
             "rope_theta": values.get("qwen3.rope.freq_base"),
@@ -183,9 +183,7 @@ def _no_weights(folder: Path, part: Part) -> CheckpointError:
 
 @dataclass(frozen=True)
 class Found:
-    """A model's parts, and what it says of itself; ``is_distilled`` and ``has_kv_cache`` are None where it says
-    nothing.
-    """
+    """A model's parts, and its variant; ``is_distilled`` and ``has_kv_cache`` are None where the files do not say."""
 
     folder: Path
     is_distilled: bool | None

@@ -46,8 +46,8 @@ def _download_lora(repo: str) -> Path:
 
 
 def _only_lora(source: str, files: Sequence[str]) -> str:
-    usual = [file for file in files if file in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")]
-    for found in (usual, files):
+    standard = [file for file in files if file in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")]
+    for found in (standard, files):
         if len(found) == 1:
             return found[0]
     if not files:
@@ -83,7 +83,7 @@ def download(name: str, repo: str, revision: str | None, parts: Sequence[Part], 
         configs += [f"{part.key}/*.safetensors.index.json" for part in parts]
         configs += [TOKENIZER, "tokenizer/tokenizer_config.json"] if with_tokenizer else []
         folder = _snapshot(repo, revision, configs)
-        if name not in RELEASED and not (folder / "model_index.json").is_file():  # as mflux saves it
+        if name not in RELEASED and not (folder / "model_index.json").is_file():  # mflux saves no index
             if not any((folder / part.key).is_dir() for part in parts):
                 raise CheckpointError(
                     f"{repo} has neither model_index.json nor a folder transformer{_files_hint(repo)}"
@@ -136,7 +136,7 @@ def download_file(name: str, revision: str | None) -> Path:
 
 
 def fetching(name: str, repo: str, revision: str | None, fetch: Callable[[], Path]) -> Path:
-    """What ``fetch`` gets of a Hub repository, each of its faults told in one line with the way out."""
+    """The result of ``fetch``; each of the Hub's errors becomes a CheckpointError of one line with the way out."""
     try:
         return fetch()
     except CheckpointError:

@@ -41,14 +41,14 @@ class PendingWeights:
     module holds placeholders of the same shape and dtype.
 
     Attributes:
-        loaders: by a weight's name; each gives the arrays of its layer by their names, and is called once.
+        loaders: functions by a weight's name; each gives the arrays of its layer by their names, and is called once.
     """
 
     loaders: dict[str, Callable[[], dict[str, mx.array]]] = field(default_factory=dict)
 
     @staticmethod
     def of(module: nn.Module) -> PendingWeights:
-        """Those of a module; none of one that was not filled from files."""
+        """The pending weights of a module; empty for a module that was not filled from files."""
         pending = getattr(module, "pending", None)
         return pending if isinstance(pending, PendingWeights) else PendingWeights()
 
@@ -97,15 +97,15 @@ def _check_fit(expected: Mapping[str, mx.array], weights: Mapping[str, Any], sou
     Raises:
         CheckpointError: naming every fault.
     """
-    both = sorted(expected.keys() & weights.keys())
+    common = sorted(expected.keys() & weights.keys())
     misshaped = [
         f"{name} is {weights[name].shape}, not {expected[name].shape}"
-        for name in both
+        for name in common
         if weights[name].shape != expected[name].shape
     ]
     unreadable = [
         f"{name} is {weights[name].dtype}"
-        for name in both
+        for name in common
         if (weights[name].dtype in INTEGERS) != (expected[name].dtype in INTEGERS)
     ]
     faults = [
@@ -217,7 +217,7 @@ def load_quantized_flux_klein(weights: Mapping[str, mx.array], params: FluxKlein
 
     Args:
         weights: under any names that sanitize_flux2_klein_weights knows, with ``scales`` (and ``biases``) of the packed
-            layers. Their bits are told from the shapes.
+            layers. Their bits follow from the shapes.
 
     Raises:
         CheckpointError: naming every missing, unknown and mis-shaped weight.

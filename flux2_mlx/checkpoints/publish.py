@@ -22,7 +22,7 @@ CHECKSUMS = "SHA256SUMS"
 
 
 def model_card(checkpoint: Checkpoint, layout: str, recipes: Mapping[str, Mapping[str, Any]]) -> str:
-    """What the folder is, where it comes from, and under which licence."""
+    """The model card: what the folder holds, what it was made from, and under which licence."""
     source = RELEASED.get(checkpoint.name, checkpoint.name)
     ways = {part: recipe["quantization"] for part, recipe in recipes.items() if recipe}
     packed = "; ".join(
@@ -105,7 +105,7 @@ def sha256(file: Path) -> str:
 
 
 def upload(folder: Path, repo: str) -> str:
-    """Push a folder to the Hub as a private repository, or into one that is there; its address.
+    """Push a folder to the Hub, into a new private repository or an existing one; returns its address.
 
     Raises:
         InputError: where the Hub refuses, with the way out.

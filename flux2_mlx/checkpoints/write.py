@@ -50,11 +50,11 @@ NUMBER_TYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of the result, made when it is written; ``make`` is called once and holds nothing afterwards."""
+    """A tensor of the result, loaded when it is written; ``load`` is called once and keeps nothing afterwards."""
 
     shape: tuple[int, ...]
     dtype: mx.Dtype
-    make: Callable[[], mx.array]
+    load: Callable[[], mx.array]
 
     @property
     def nbytes(self) -> int:
@@ -65,29 +65,29 @@ def dense_entry(name: str, weight: Any) -> Entry:
     """A weight in bfloat16; integers, latent statistics and what is packed stay as they are."""
     scale = name.endswith((".scales", ".biases"))
     value = weight if name.startswith("bn.") or scale else cast(weight, mx.bfloat16)
-    held = [value]
+    pending = [value]
 
-    def make() -> mx.array:
-        taken = held.pop()
-        return taken.load() if isinstance(taken, LazyTensor) else taken
+    def load() -> mx.array:
+        weight = pending.pop()
+        return weight.load() if isinstance(weight, LazyTensor) else weight
 
-    return Entry(tuple(value.shape), value.dtype, make)
+    return Entry(tuple(value.shape), value.dtype, load)
 
 
 def packed_entries(layer: str, weight: Any, spec: Quantization) -> dict[str, Entry]:
     """A dense weight as the packed layer's arrays; it is packed when the first of them is written."""
-    held, parts = [weight], dict[str, mx.array]()
+    pending, parts = [weight], dict[str, mx.array]()
 
-    def make(kind: str) -> mx.array:
-        if held:
-            dense = held.pop()
+    def load(kind: str) -> mx.array:
+        if pending:
+            dense = pending.pop()
             dense = dense.load() if isinstance(dense, LazyTensor) else dense
             parts.update(zip(PACKED, quantize_weight(dense, spec, mx.bfloat16, now=True), strict=False))
         return parts.pop(kind)
 
     shapes = quantize_rtn(mx.zeros(weight.shape, mx.bfloat16), spec)
     return {
-        f"{layer}.{kind}": Entry(tuple(array.shape), array.dtype, partial(make, kind))
+        f"{layer}.{kind}": Entry(tuple(array.shape), array.dtype, partial(load, kind))
         for kind, array in zip(PACKED, shapes, strict=False)
     }
 
@@ -119,7 +119,7 @@ def entries_of(
 
 
 def packing_config(module: nn.Module, dense: Mapping[str, Quantization | None]) -> dict[str, Any]:
-    """How a component's layers are packed, for its config: the commonest way, and the layers with another or none."""
+    """The quantization entry of a component's config: the commonest spec, and the layers with another one or none."""
     layers: dict[str, Any] = {path: way and asdict(way) for path, way in dense.items()}
     for path, layer in module.named_modules():
         if isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
@@ -169,7 +169,7 @@ def write_safetensors(path: Path, entries: Mapping[str, Entry], written: Callabl
             file.write(part)
             digest.update(part)
         for name, entry in entries.items():
-            array = entry.make()
+            array = entry.load()
             if array.dtype in (mx.float32, mx.float16, mx.bfloat16) and not mx.isfinite(array).all().item():
                 raise CheckpointError(f"{name} has values that are not finite; fetch the file again")
             raw = np.array(array.reshape(-1).view(mx.uint8))
@@ -193,7 +193,8 @@ def convert(
     Args:
         target: the folder, which must not exist; it appears when it is whole.
         layout: "diffusers", or "bfl" for BFL's single files.
-        quantization: of "transformer" and "text_encoder", of what they hold dense; without it all is bfloat16.
+        quantization: for "transformer" and "text_encoder", how their dense weights are quantized; without it they are
+            written in bfloat16.
 
     Raises:
         InputError: for a target that exists, too small a disk, or packed weights in BFL's layout.
@@ -202,7 +203,7 @@ def convert(
     if layout not in LAYOUTS:
         raise InputError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     if target.exists():
-        raise InputError(f"{target} exists; give another name, or take it away")
+        raise InputError(f"{target} exists; give another name, or delete it")
     parent = target.absolute().parent
     if not parent.is_dir():
         raise InputError(f"{parent} is no folder")
@@ -278,8 +279,8 @@ def _write_folder(
 
     Args:
         files: taken out one by one.
-        texts: of the weight files that were written, and the folder, the files of text by name.
-        written: is told the bytes of each tensor.
+        texts: gives the text files by name, from the names of the weight files and the folder.
+        written: called with the bytes of each tensor that was written.
     """
     unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
     try:

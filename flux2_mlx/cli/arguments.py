@@ -44,7 +44,7 @@ MAX_SLUG = 40  # letters of a prompt in a file's name
 
 @dataclass(frozen=True)
 class Task:
-    """What a command line asks for, or a line of jobs or of a session: every value checked, every image opened."""
+    """What a command line, a job or a line of a session asks for: every value checked, every image opened."""
 
     options: GenerationOptions
     batch: BatchOptions
@@ -79,10 +79,10 @@ class Dimensions(argparse.Action):
     """512x768 to width and height."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        found = re.fullmatch(r"(\d+)[x×](\d+)", values)
-        if found is None:
+        match = re.fullmatch(r"(\d+)[x×](\d+)", values)
+        if match is None:
             raise argparse.ArgumentError(self, f"invalid size {values!r}, as in 1024x768")
-        namespace.width, namespace.height = map(int, found.groups())
+        namespace.width, namespace.height = map(int, match.groups())
 
 
 class LoraStrengths(argparse.Action):
@@ -104,8 +104,8 @@ def build_parser() -> Parser:
         titles=(PROMPT, MODEL, ADAPTERS, SAMPLING, OUTPUT, MEMORY, BATCH),
         description="Generate images from a prompt with FLUX.2 [klein]: text to image, editing with reference images, "
         "img2img, inpainting and outpainting.",
-        epilog=f"Released models: {', '.join(RELEASED)}. {NANO} comes with this package: it draws flat scenes, such as "
-        '"a large red circle on the left, white background".',
+        epilog=f"Released models: {', '.join(RELEASED)}. {NANO} comes with this package: it generates flat scenes, "
+        'such as "a large red circle on the left, white background".',
     )
     add_prompt_options(parser)
     for cls in (ModelOptions, GenerationOptions, BatchOptions, RuntimeOptions):
@@ -131,27 +131,25 @@ def add_prompt_options(parser: Parser) -> None:
         "--image",
         action="append",
         metavar="FILE",
-        help="a reference image: to edit, or to take a subject or a style from; given again for each further one",
+        help="reference image: to edit, or to take a subject or a style from; repeat it for several",
     )
     group.add_argument("--init-image", metavar="FILE", help="img2img: start from this image instead of pure noise")
     group.add_argument("--init", "--image-path", dest="init_image", **hidden)
     group.add_argument(
         "--mask",
         metavar="FILE",
-        help=f'inpainting: white in this image is painted anew, black kept; "{ALPHA}" takes what is transparent in '
-        "--init-image",
+        help=f'inpainting mask: white is generated anew, black is kept; "{ALPHA}" inpaints where --init-image is '
+        "transparent",
     )
     group.add_argument("--mask-image", dest="mask", **hidden)
 
 
 def add_run_options(parser: Parser) -> None:
-    """What becomes of the images, and what the command does besides."""
+    """Options of the output, and what the command does besides generating."""
     group = parser.titles[OUTPUT]
     for names, more in ((("--output",), True), (("-o",), False)):
-        shown = (
-            f"{{seed}}, {{index}} and {{prompt}} are filled in; {', '.join(FORMATS)}, or a folder ({DEFAULT_OUTPUT}); "
-        )
-        shown += "an existing file is kept, and the new one numbered"
+        shown = f"image file ({', '.join(FORMATS)}) or folder; {{seed}}, {{index}} and {{prompt}} are filled in; "
+        shown += f"an existing file is never replaced, the new one is numbered ({DEFAULT_OUTPUT})"
         group.add_argument(*names, dest="output", metavar="FILE", help=shown if more else argparse.SUPPRESS)
     group.add_argument(
         "--preview", type=path, metavar="FILE", help="rewrite this PNG file after each step with a preview of the image"
@@ -161,36 +159,45 @@ def add_run_options(parser: Parser) -> None:
         nargs="?",
         const="auto",
         choices=("auto", *PROTOCOLS),
-        help="show finished images in the terminal, by its own protocol unless one is named",
+        help="show finished images in the terminal, by the protocol that it understands unless one is given",
     )
     group.add_argument("--stats", action="store_true", help="print seconds and peak bytes of each stage as JSON")
-    group.add_argument("--quiet", action="store_true", help="no bars, no summary; the seed and the file are printed")
+    group.add_argument(
+        "--quiet", action="store_true", help="no progress bars and no summary, only the seed and the file name"
+    )
     group = parser.titles[MEMORY]
     group.add_argument(
         "--plan",
         action="store_true",
-        help="print the memory that generating needs, and generate nothing; a released model is not downloaded for it",
+        help="print the memory plan and generate nothing; a released model is not downloaded for it",
     )
     group.add_argument(
         "--measure",
         action="store_const",
         const="measure",
         dest="plan",
-        help="the same, after measuring this machine's speed, in a few seconds: from then on --plan tells how long an "
-        "image takes",
+        help="measure this machine's speed, in a few seconds, then do as --plan, which from then on estimates the "
+        "seconds of an image, too",
     )
     group = parser.titles[BATCH]
     group.add_argument(
-        "--from-image", type=path, metavar="FILE", help="generate an image again with the settings in its file"
+        "--from-image",
+        type=path,
+        metavar="FILE",
+        help="generate with the settings in an image's file; options given here replace them",
     )
     group.add_argument(
         "--jobs",
         type=path,
         metavar="FILE",
-        help="a file of jobs: one JSON object a line, with any of these options; what is given here is for all",
+        help="batch: a file of one JSON object a line, whose keys are these options; those given here hold for all",
     )
-    group.add_argument("--resume", action="store_true", help="generate only those images of --jobs that do not exist")
-    group.add_argument("--interactive", action="store_true", help="a session: prompts and commands line by line")
+    group.add_argument("--resume", action="store_true", help="with --jobs: skip the images that exist")
+    group.add_argument(
+        "--interactive",
+        action="store_true",
+        help="session: read prompts and commands line by line, with the model kept loaded",
+    )
     parser.add_argument("--version", action="version", version=f"flux2_mlx {__version__}")
 
 
@@ -204,8 +211,8 @@ def complete(
     that can be done without the model.
 
     Args:
-        seed: gives one where none is said.
-        inputs: which images besides are given otherwise, of INPUTS.
+        seed: gives a seed where no option does.
+        inputs: those of INPUTS that the caller provides otherwise.
 
     Raises:
         InputError: for what cannot be used.
@@ -236,8 +243,8 @@ def complete(
 
 
 def replayed(given: Mapping[str, Any], inputs: Sequence[str]) -> dict[str, Any]:
-    """The settings of --from-image. What is given wins over them: its LoRAs, parts and quantization go with its model,
-    its sigmas with its steps, one of its sides with the other.
+    """The settings of --from-image, without those that the given options replace: with a model also its LoRAs, parts
+    and quantization, with steps the sigmas, with one side of the size the other.
 
     Raises:
         InputError: for an image that cannot be generated again.
@@ -282,7 +289,7 @@ def read_prompt(arguments: argparse.Namespace, stdin: TextIO | None) -> str:
 
 def output_path(template: str, seed: int, index: int, prompt: str = "") -> Path:
     """The file of one image; {seed}, {index} or {index:03} with leading zeros, and the first letters of {prompt} are
-    filled in. In a folder it has the usual name.
+    filled in. In a folder the file has the default name.
 
     Raises:
         InputError: for another placeholder.
@@ -291,7 +298,7 @@ def output_path(template: str, seed: int, index: int, prompt: str = "") -> Path:
     if template.endswith("/") or os.path.isdir(template):
         template = os.path.join(template, DEFAULT_OUTPUT)
     if not OUTPUT_TEMPLATE.fullmatch(template):
-        raise InputError(f"--output takes {{seed}}, {{index}} and {{prompt}} alone, got {template!r}")
+        raise InputError(f"--output takes {{seed}}, {{index}} and {{prompt}} only, got {template!r}")
     slug = re.sub(r"\W+", "-", prompt)[:MAX_SLUG].strip("-") or "image"
     return Path(template.format(seed=seed, index=index, prompt=slug))
 

@@ -1,4 +1,4 @@
-"""What the commands share: a parser that tells faults in one line, flags made from options, how a command ends."""
+"""Shared by the commands: a parser that reports an error in one line, flags made from options, how a command ends."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that lists its options under titles and tells a fault in one line, with the option that was meant.
+    """A parser that lists its options under titles and reports an error in one line, with the option that was meant.
 
     Args:
-        titles: in the order of ``--help``.
-        hints: of flags that there are not, what to do instead.
+        titles: the titles, in the order of ``--help``.
+        hints: for flags that do not exist, what to do instead.
     """
 
     def __init__(self, *, titles: Sequence[str] = (), hints: Mapping[str, str] | None = None, **options: Any):
@@ -53,36 +53,36 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def _parse_optional(self, arg_string: str) -> Any:
-        """What argparse asks of every word: a text that begins with a dash is no short flag with its value."""
+        """A text with spaces that begins with one dash is a value, not a short flag; argparse asks for every word."""
         is_text = " " in arg_string and not arg_string.startswith("--")
         return None if is_text else super()._parse_optional(arg_string)
 
     def add_options(self, cls: type, skip: Sequence[str] = ()) -> None:
-        """A flag for each option of a class; what is not given is None, or absent, as the parser is made."""
+        """A flag for each option of a class; one that is not given is None, or absent if argument_default says so."""
         for f in fields(cls):
             if f.name not in skip and f.metadata.get("flag", "") is not None:
                 self.add_option(cls, f)
 
     def add_option(self, cls: type, f: Field[Any], **more: Any) -> None:
-        """An option's flag, and hidden ones for its names from habit."""
+        """An option's flag, and its aliases, which --help does not list."""
         meta, shown, kind = f.metadata, default_of(f), type_of(cls, f.name)
         group: Any = self.titles.get(meta["group"], self)
         if meta.get("either"):
             if meta["either"] not in self.exclusive:
                 self.exclusive[meta["either"]] = group.add_mutually_exclusive_group()
             group = self.exclusive[meta["either"]]
-        how: dict[str, Any] = {"dest": f.name, **more}
+        argument: dict[str, Any] = {"dest": f.name, **more}
         if kind is bool:
-            how["action"] = argparse.BooleanOptionalAction
+            argument["action"] = argparse.BooleanOptionalAction
         else:
-            how["metavar"] = "N" if kind in (int, float) else None
-            how |= {name: meta[name] for name in ("metavar", "choices", "nargs") if meta.get(name) is not None}
-            how["type"] = parser_of(cls, f)
-            if kind == tuple[str, ...] and "nargs" not in how:
-                how["action"] = "append"
-        group.add_argument(f"--{flag_of(f)}", help=meta["help"] + (f" ({shown})" if shown else ""), **how)
+            argument["metavar"] = "N" if kind in (int, float) else None
+            argument |= {name: meta[name] for name in ("metavar", "choices", "nargs") if meta.get(name) is not None}
+            argument["type"] = parser_of(cls, f)
+            if kind == tuple[str, ...] and "nargs" not in argument:
+                argument["action"] = "append"
+        group.add_argument(f"--{flag_of(f)}", help=meta["help"] + (f" ({shown})" if shown else ""), **argument)
         if meta.get("also"):
-            group.add_argument(*meta["also"], help=argparse.SUPPRESS, **how)
+            group.add_argument(*meta["also"], help=argparse.SUPPRESS, **argument)
 
 
 def path(text: str) -> Path:
@@ -91,28 +91,29 @@ def path(text: str) -> Path:
 
 
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a command line says."""
+    """The options that a command line gives."""
     return {name: value for name, value in vars(arguments).items() if value is not None}
 
 
 def add_writing_options(parser: Parser) -> None:
     """Options of every command that writes a model."""
     parser.add_options(CheckpointOptions, skip=("model", "dtype"))
-    parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="of the result (%(default)s)")
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, default=LAYOUTS[0], help="layout of the written files (%(default)s)"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def write_model(arguments: argparse.Namespace, loras: Sequence[str] = (), partial: bool = False) -> None:
-    """Write the model that the options name, with these LoRAs merged, as they say, to ``target``.
+    """Write the model of the command line to ``target``, with these LoRAs merged.
 
     Raises:
         InputError: for what cannot be used.
     """
     options = CheckpointOptions.collect(given_options(arguments))
-    packed = options.quantization()
-    given = [parse_lora(text) for text in loras]
-    checkpoint = fuse(open_checkpoint(**options.source), given, partial)
-    convert(checkpoint, arguments.target, layout=arguments.layout, quantization=packed, progress=not arguments.quiet)
+    layout, quantization = arguments.layout, options.quantization()
+    checkpoint = fuse(open_checkpoint(**options.source), [parse_lora(text) for text in loras], partial)
+    convert(checkpoint, arguments.target, layout=layout, quantization=quantization, progress=not arguments.quiet)
     print(arguments.target)
 
 

@@ -1,10 +1,10 @@
-"""Job files: one JSON object a line, which is a command line of its own.
+"""Job files: one JSON object a line, each the options of one command line.
 
     {"prompt": "a red fox", "seed": 1, "width": 512, "output": "fox.png"}
     {"prompt": "make it blue", "image": ["fox.png"], "steps": 8}
 
-Keys are the command's options without their dashes, values what would stand behind them: lists for several, an object
-for pairs, true or false for switches.
+Keys are the command's options without their dashes, values what would follow them: lists for several, an object for
+pairs, true or false for switches.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from ..pipeline import Flux2Pipeline
 from ..runtime.distributed import launched
 from .arguments import Task, build_parser, check, complete
 from .common import INTERRUPTED, Parser
-from .runner import JOB_FAULTS, draw, identity, open_pipeline, start
+from .runner import JOB_FAULTS, generate, identity, open_pipeline, start
 
-# Options that are given once for each file, and those that concern the whole run.
+# Options whose flag is repeated for each file, and options that concern the whole run.
 SEVERAL = ("image", *(f.name for f in fields(ModelOptions) if type_of(ModelOptions, f.name) == tuple[str, ...]))
 COMMAND_ALONE = ("help", "version", "prompt-file", "jobs", "resume", "interactive", "plan", "measure", "stats", "quiet")
 
@@ -41,8 +41,8 @@ class Job:
     """One line of a job file.
 
     Attributes:
-        number: of the line, from 1.
-        text: of the line.
+        number: the line's number, from 1.
+        text: the line's text, a JSON object.
     """
 
     number: int
@@ -54,7 +54,7 @@ class Job:
         return int.from_bytes(hashlib.sha256(f"{self.number} {self.text}".encode()).digest()[:4], "big")
 
     def arguments(self, parser: Parser, given: argparse.Namespace) -> argparse.Namespace:
-        """The command line that this is, on top of the one that was given for all lines.
+        """This line's options on top of those that the command line gives for all lines.
 
         Raises:
             InputError: for what is no JSON object, or no option.
@@ -75,17 +75,17 @@ class Job:
             if option in COMMAND_ALONE:
                 raise InputError(f"--{option} is for the command line, not for a job")
             if value is not None and option in ("steps", "num-steps", "schedule"):
-                arguments.sigmas = None  # as they would go before these
+                arguments.sigmas = None  # the command line's: the job's steps or schedule replace them
             if value is not None and option in SEVERAL:
-                setattr(arguments, option, None)  # else those of the command line would stay
-            words += _words(option, value)
+                setattr(arguments, option, None)  # the job's list replaces the command line's
+            words += command_words(option, value)
         arguments = parser.parse_args(words, arguments)
         arguments.prompt = prompt
         return arguments
 
 
-def _words(option: str, value: Any) -> list[str]:
-    """An option and its value as a command line has them; null says nothing."""
+def command_words(option: str, value: Any) -> list[str]:
+    """An option and its value as the words of a command line; none for null."""
     if value is None:
         return []
     if isinstance(value, bool):
@@ -118,7 +118,7 @@ def read_jobs(path: Path) -> list[Job]:
 
 
 def missing_runs(outputs: Sequence[Path]) -> list[range]:
-    """Indices of the files that do not exist, as runs."""
+    """Indices of the files that do not exist, as ranges of consecutive ones."""
     runs: list[range] = []
     for index, output in enumerate(outputs):
         if os.path.lexists(output):
@@ -134,61 +134,61 @@ ENCODED_AHEAD = 16  # jobs whose prompts are encoded together
 
 
 class Jobs:
-    """A file of jobs, drawn line by line.
+    """A file of jobs, generated line by line.
 
     Attributes:
-        failed: numbers of the lines that could not be drawn.
-        drawn, skipped: numbers of pictures.
+        failed: numbers of the lines that could not be generated.
+        generated, skipped: how many images were generated, and how many existed.
     """
 
     def __init__(self, given: argparse.Namespace):
         self.given = given
         self.parser = build_parser()
         self.failed: list[int] = []
-        self.drawn = self.skipped = 0
-        self.claimed: dict[Path, int] = {}  # outputs, and the lines that write them
+        self.generated = self.skipped = 0
+        self.claimed: dict[Path, int] = {}  # number of the line that writes each output
         self.pipe: Flux2Pipeline | None = None
-        self.opened: dict[str, Any] = {}  # see identity, of the pipeline that is open
+        self.opened: dict[str, Any] = {}  # the identity of the open pipeline
 
     def run(self, jobs: Sequence[Job]) -> None:
         for k in range(0, len(jobs), ENCODED_AHEAD):
             self._encode(jobs[k : k + ENCODED_AHEAD])
             for job in jobs[k : k + ENCODED_AHEAD]:
                 try:
-                    self._draw(job)
+                    self._generate(job)
                 except JOB_FAULTS as error:
                     self.failed.append(job.number)
                     print(f"error: line {job.number}: {one_line(error)}", file=sys.stderr)
 
     def _encode(self, jobs: Sequence[Job]) -> None:
-        """Encode the prompts of the jobs that use the same model as the first, in one go. A fault is told when the job
-        itself is drawn.
+        """Encode the prompts of the jobs that use the same model as the first, in one go. A faulty
+        job is passed over here and reported when it is generated.
         """
         prompts: dict[str, None] = {}
-        wanted = None
+        first_needed = None
         for job in jobs:
             with contextlib.suppress(*JOB_FAULTS):
                 task = self._task(job)
                 check(task)
                 if self.given.resume and not missing_runs(task.outputs):
                     continue
-                own = (identity(task), task.options.max_sequence_length)
-                wanted = wanted or own
-                if own == wanted:
+                needed = (identity(task), task.options.max_sequence_length)
+                first_needed = first_needed or needed
+                if needed == first_needed:
                     pipe = self._open(task)
                     prompts[task.inputs.prompt] = None
                     if task.options.force_guidance or not pipe.checkpoint.is_distilled:
                         prompts[task.options.negative_prompt] = None
         with contextlib.suppress(*JOB_FAULTS):
-            if wanted is not None and self.pipe is not None:
-                self.pipe.encode(list(prompts), wanted[1])
+            if first_needed is not None and self.pipe is not None:
+                self.pipe.encode(list(prompts), first_needed[1])
 
-    def _draw(self, job: Job) -> None:
+    def _generate(self, job: Job) -> None:
         task = self._task(job)
         check(task)
         outputs, count = task.outputs, task.batch.num_images
         if self.given.resume and len(set(outputs)) < len(outputs):
-            raise InputError(f"{count} pictures of one name; with --resume give {{seed}} or {{index}} in it")
+            raise InputError(f"{count} images of one name; with --resume, --output needs {{seed}} or {{index}}")
         for output in outputs if self.given.resume else ():
             writer = self.claimed.setdefault(output.resolve(), job.number)
             if writer != job.number:
@@ -199,10 +199,11 @@ class Jobs:
             options = replace(task.options, seed=task.seed + run.start)
             part = replace(task, options=options, batch=replace(task.batch, num_images=len(run)))
             started = time.perf_counter()
-            draw(start(part, self._open(part)), part, started, first=run.start, saved=self._count)
+            steps = start(part, self._open(part))
+            generate(steps, part, started, first_index=run.start, on_saved=self._count)
 
     def _count(self, *_: object) -> None:
-        self.drawn += 1
+        self.generated += 1
 
     def _task(self, job: Job) -> Task:
         return complete(job.arguments(self.parser, self.given), None, lambda: job.seed)
@@ -214,16 +215,16 @@ class Jobs:
         return self.pipe
 
     def report(self) -> str:
-        parts = [f"{self.drawn} pictures drawn"]
+        parts = [f"{self.generated} images generated"]
         if self.skipped:
-            parts.append(f"{self.skipped} skipped, which exist")
+            parts.append(f"{self.skipped} skipped because they exist")
         if self.failed:
             parts.append(f"{len(self.failed)} lines failed: {', '.join(map(str, self.failed))}")
         return f"jobs: {', '.join(parts)}"
 
 
-def draw_jobs(given: argparse.Namespace) -> int:
-    """Draw the lines of --jobs, of several processes each its share, and report.
+def generate_jobs(given: argparse.Namespace) -> int:
+    """Generate the images of --jobs and report; several processes share the lines.
 
     Returns:
         The exit code: 0, 1 where a line failed, 130 after Ctrl-C.
@@ -235,7 +236,7 @@ def draw_jobs(given: argparse.Namespace) -> int:
     try:
         jobs.run(lines if group is None else lines[group.rank() :: group.size()])
     except KeyboardInterrupt:
-        print("interrupted; --resume draws what is missing", file=sys.stderr)
+        print("interrupted; --resume generates what is missing", file=sys.stderr)
         return INTERRUPTED
     finally:
         print(jobs.report(), file=sys.stderr)

@@ -9,7 +9,7 @@ from ..models.config import AutoEncoderConfig
 from ..options import dtype_of
 from ..request import resolve_sampling
 from ..runtime.activations import Workload
-from ..runtime.plan import Plan, between, make_plan
+from ..runtime.plan import Plan, format_range, make_plan
 from ..runtime.released import download_bytes, released_modules
 from ..runtime.roofline import measure
 from .arguments import Task
@@ -62,4 +62,4 @@ def duration(plan: Plan, task: Task, side: int, distilled: bool) -> str:
     seconds = plan.seconds(2 if sampling.guidance > 1 else 1, passes)
     if seconds is None:
         return "time: not known; --measure measures this machine, once and in a few seconds"
-    return f"time: about {between(*seconds)} s a picture, {passes} passes of the transformer, without loading it"
+    return f"time: about {format_range(*seconds)} s an image, {passes} passes of the transformer, without loading it"

@@ -25,7 +25,7 @@ from ..results import Step
 from ..runtime.plan import Plan
 from .arguments import Task
 
-# What costs one job or one line of a session alone; RuntimeError is what MLX raises, as for want of memory.
+# Errors that end one job, or one line of a session, and not the run. MLX raises RuntimeError, as for want of memory.
 JOB_FAULTS = (InputError, FloatingPointError, OSError, RuntimeError)
 
 
@@ -46,7 +46,7 @@ def use_loras(pipe: Flux2Pipeline, task: Task) -> None:
 
 
 def start(task: Task, pipe: Flux2Pipeline) -> Iterator[Step]:
-    """The steps of the images."""
+    """Load the LoRAs, print the memory plan and begin to generate: the steps of the images."""
     use_loras(pipe, task)
     if not task.quiet:
         print(plan_of(pipe, task).summary(), file=sys.stderr)
@@ -59,7 +59,7 @@ def open_pipeline(task: Task, group: mx.distributed.Group | None = None) -> Flux
 
 
 def identity(task: Task) -> dict[str, Any]:
-    """What decides which pipeline is open; LoRAs come and go with it open."""
+    """The options that need another pipeline when they change; LoRAs do not, which an open pipeline loads."""
     return task.model.select(CheckpointOptions) | vars(task.runtime)
 
 
@@ -68,41 +68,41 @@ def plan_of(pipe: Flux2Pipeline, task: Task) -> Plan:
     return pipe.plan(references=references, **{**task.options.planned, "height": height, "width": width})
 
 
-def draw(
+def generate(
     steps: Iterator[Step],
     task: Task,
     started: float,
     *,
-    first: int = 0,
+    first_index: int = 0,
     saves: bool = True,
-    saved: Callable[[Image.Image, Settings], object] | None = None,
+    on_saved: Callable[[Image.Image, Settings], object] | None = None,
 ) -> None:
     """Generate, save each image when it is done, and report.
 
     Args:
         started: time.perf_counter() when the work began.
-        first: index of the first picture.
-        saves: whether it is this process that saves them.
-        saved: is told of each picture once it is.
+        first_index: index of the first image, for its file name.
+        saves: whether this process saves the images; of several processes one does.
+        on_saved: called with each image and its settings once the image is saved.
     """
     protocol = detect_protocol(os.environ) if task.show == "auto" else task.show
     if task.show and protocol is None:
         warnings.warn(
-            f"this terminal is not known to show pictures; --show {', --show '.join(PROTOCOLS)} try one way",
+            f"this terminal is not known to show images; try one of --show {', --show '.join(PROTOCOLS)}",
             stacklevel=2,
         )
     for step in steps:
         if task.preview is not None and saves:
             save_preview(step.preview(), task.preview)
         if step.is_last and saves:
-            picture, settings = step.picture(), step.settings
-            path = task.output_path(settings.seed, first + step.image)
-            written = save_image(picture, path, settings.metadata(), settings.parameters())
-            if saved is not None:
-                saved(picture, settings)
+            image, settings = step.picture(), step.settings
+            path = task.output_path(settings.seed, first_index + step.image)
+            written = save_image(image, path, settings.metadata(), settings.parameters())
+            if on_saved is not None:
+                on_saved(image, settings)
             tqdm.write(f"seed {settings.seed}  {written}")  # past the bars
             if protocol is not None:
-                tqdm.write(encode(picture, protocol), end="")
+                tqdm.write(encode(image, protocol), end="")
             sys.stdout.flush()
     stats = step.stats
     if not task.quiet:

@@ -1,6 +1,6 @@
-"""A session at a prompt line: what is typed is drawn, the model stays loaded, pictures can be referred to.
+"""A session: each line that is typed is a prompt, or a command; the model stays loaded, and images can be referred to.
 
-A line that reads exactly as a command is one; any other line is a prompt.
+A line is a command where it matches one exactly, else a prompt.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from ..options import BatchOptions, GenerationOptions, ModelOptions
 from ..request import Settings
 from ..runtime.distributed import random_seed
 from .arguments import Task, check, complete
-from .runner import JOB_FAULTS, draw, open_pipeline, start
+from .runner import JOB_FAULTS, generate, open_pipeline, start
 
 HELP = """\
-Type a prompt to generate it. $3 in a prompt is picture 3, as a reference; $$ is a dollar sign.
-  again             the last prompt once more, with another seed
-  seed N            the seed of the next pictures; seed alone: a random one for each
-  size W x H        their size; size alone: the model's, or the first reference's
-  steps N           their steps; steps alone: the model's
-  lora FILE[:SCALE] draw with a LoRA, beside the others; lora alone: with none
-  set NAME VALUE    any option of sampling, as set guidance 3; set NAME: the usual; set alone: what is set
-  load FILE         open a picture, to refer to it
-  save [N] FILE     write a picture, the last or that of this number, under another name
-  help, quit        Ctrl-C stops a picture, Ctrl-D quits"""
+Type a prompt to generate an image. $3 in a prompt is image 3, as a reference image; $$ is a dollar sign.
+  again             generate the last prompt again, with another seed
+  seed N            seed of the next images; seed alone: a random one for each
+  size W x H        size of the next images; size alone: the model's default, or the first reference image's size
+  steps N           denoising steps of the next images; steps alone: the model's default
+  lora FILE[:SCALE] add a LoRA to those in use; lora alone: use none
+  set NAME VALUE    set any option of sampling, as set guidance 3; set NAME: its default; set alone: list what is set
+  load FILE         load an image file, to refer to it
+  save [N] FILE     save the last image, or image N, under another name
+  help, quit        Ctrl-C stops generating, Ctrl-D quits"""
 _SUFFIXES = "|".join(suffix[1:] for suffix in FORMATS)
-# What a session can set, under the names of the flags and of Python.
+# Options that a session can set, by their names in Python; NAMES adds the flags' names.
 _CLASSES: list[type[Options]] = [GenerationOptions, BatchOptions]
 SETTABLE: dict[str, tuple[type[Options], Field[Any]]] = {
     **{f.name: (cls, f) for cls in _CLASSES for f in fields(cls)},  # type: ignore[arg-type]
@@ -63,38 +63,40 @@ COMMANDS = {
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture of the session, and how it was made, unless it was loaded."""
+class SessionImage:
+    """An image of the session, and the settings that it was generated with; None for one that was loaded."""
 
     image: Image.Image
     settings: Settings | None
 
 
-# (prompt, its references, options that are set, what is told of each picture once it is saved): generates.
-Draw = Callable[[str, Sequence[Image.Image], Mapping[str, Any], Callable[[Picture], None]], None]
+# Generates a prompt: (prompt, reference images, options that are set, callback for each image once it is saved).
+Generate = Callable[[str, Sequence[Image.Image], Mapping[str, Any], Callable[[SessionImage], None]], None]
 
 
 @dataclass
 class Session:
-    """What was drawn, and the settings of what comes next.
+    """The images so far, and the options of the next ones.
 
     Attributes:
-        draw: draws a prompt, and saves what it draws.
-        pictures: those that were drawn or loaded, in order; picture 1 is the first.
-        options: that are set, by their names in Python.
+        generate: generates a prompt and saves its images.
+        images: the images that were generated or loaded, in order; image 1 is the first.
+        options: the options that are set, by their names in Python.
+        last: the last prompt as it was typed.
+        count: how many images the last prompt gave.
     """
 
-    draw: Draw
-    pictures: list[Picture] = field(default_factory=list)
+    generate: Generate
+    images: list[SessionImage] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     last: str = ""
-    count: int = 1  # of pictures that the last prompt gave
+    count: int = 1
 
     def handle(self, line: str) -> str | None:
-        """Do what a line says.
+        """Run a command, or generate a prompt.
 
         Returns:
-            what there is to say, or None to quit.
+            the reply to print, or None to quit.
 
         Raises:
             InputError: for what cannot be done.
@@ -103,52 +105,54 @@ class Session:
         if not text:
             return ""
         for name, pattern in COMMANDS.items():
-            found = pattern.fullmatch(text)
-            if found is not None:
-                said: str | None = getattr(self, f"_{name}")(*found.groups())
-                return said
+            match = pattern.fullmatch(text)
+            if match is not None:
+                reply: str | None = getattr(self, f"_{name}")(*match.groups())
+                return reply
         return self._prompt(text)
 
     def _prompt(self, text: str) -> str:
-        prompt, references = self.referring(text)
+        prompt, references = self.resolve_references(text)
         self.last = text
-        first = len(self.pictures) + 1
-        self.draw(prompt, references, dict(self.options), self.pictures.append)
-        self.count = len(self.pictures) + 1 - first
-        return f"picture {first}" if self.count == 1 else f"pictures {first} to {len(self.pictures)}"
+        first = len(self.images) + 1
+        self.generate(prompt, references, dict(self.options), self.images.append)
+        self.count = len(self.images) + 1 - first
+        return f"image {first}" if self.count == 1 else f"images {first} to {len(self.images)}"
 
-    def referring(self, text: str) -> tuple[str, list[Image.Image]]:
-        """A prompt with $3 and the like as "image 1", "image 2", ... in the order in which they come, and the pictures
-        that these are.
+    def resolve_references(self, text: str) -> tuple[str, list[Image.Image]]:
+        """Replace $3 and the like in a prompt by "image 1", "image 2", ..., numbered in the order in which they come.
+
+        Returns:
+            (the prompt, the reference images in that order).
 
         Raises:
-            InputError: for a picture that does not exist.
+            InputError: for an image that does not exist.
         """
         numbers: list[int] = []
 
-        def name(found: re.Match[str]) -> str:
-            if found[0] == "$$":
+        def replace_reference(match: re.Match[str]) -> str:
+            if match[0] == "$$":
                 return "$"
-            number = int(found[1])
-            if not 1 <= number <= len(self.pictures):
-                there = f"the last is {len(self.pictures)}" if self.pictures else "there is none yet"
-                raise InputError(f"there is no picture {number} ({there}); a dollar sign is written $$")
+            number = int(match[1])
+            if not 1 <= number <= len(self.images):
+                which = f"the last is {len(self.images)}" if self.images else "there is none yet"
+                raise InputError(f"there is no image {number} ({which}); a dollar sign is written $$")
             if number not in numbers:
                 numbers.append(number)
             return f"image {numbers.index(number) + 1}"
 
-        prompt = re.sub(r"\$\$|\$(\d+)", name, text)
-        return prompt, [self.pictures[number - 1].image for number in numbers]
+        prompt = re.sub(r"\$\$|\$(\d+)", replace_reference, text)
+        return prompt, [self.images[number - 1].image for number in numbers]
 
     def _again(self) -> str:
         if not self.last:
-            raise InputError("there is no prompt to draw again")
+            raise InputError("there is no prompt to generate again")
         if "seed" in self.options:
             self.options["seed"] += self.count
         return self._prompt(self.last)
 
-    def _change(self, name: str, value: Any) -> None:
-        """Set an option, or take it back by None."""
+    def _set_option(self, name: str, value: Any) -> None:
+        """Set an option; None returns it to its default."""
         if value is None:
             self.options.pop(name, None)
             return
@@ -156,20 +160,20 @@ class Session:
         self.options[name] = convert_option(cls, option, value)
 
     def _seed(self, seed: str | None) -> str:
-        self._change("seed", None if seed is None else int(seed))
+        self._set_option("seed", None if seed is None else int(seed))
         return f"seed {'random' if seed is None else seed}"
 
     def _size(self, width: str | None, height: str | None) -> str:
-        self._change("width", None if width is None else int(width))
-        self._change("height", None if height is None else int(height))
-        return "the usual size" if width is None else f"size {width} x {height}"
+        self._set_option("width", None if width is None else int(width))
+        self._set_option("height", None if height is None else int(height))
+        return "default size" if width is None else f"size {width} x {height}"
 
     def _steps(self, steps: str | None) -> str:
-        self._change("num_steps", None if steps is None else int(steps))
-        return "the usual steps" if steps is None else f"{steps} steps"
+        self._set_option("num_steps", None if steps is None else int(steps))
+        return "default steps" if steps is None else f"{steps} steps"
 
     def _lora(self, lora: str | None) -> str:
-        self._change("lora", () if lora is None else (*self.options.get("lora", ()), lora))
+        self._set_option("lora", () if lora is None else (*self.options.get("lora", ()), lora))
         return f"LoRAs: {', '.join(self.options['lora']) or 'none'}"
 
     def _set(self, name: str | None, text: str | None) -> str:
@@ -183,21 +187,21 @@ class Session:
             value = None if text is None else parser_of(cls, option)(text)
         except (ValueError, KeyError):
             raise InputError(f"{name} cannot be {text!r}: {option.metadata['help']}") from None
-        self._change(name, value)
-        return f"{name} {'as usual' if text is None else text}"
+        self._set_option(name, value)
+        return f"{name} {'default' if text is None else text}"
 
     def _load(self, path: str) -> str:
-        self.pictures.append(Picture(open_image(Path(path).expanduser()), None))
-        return f"picture {len(self.pictures)}"
+        self.images.append(SessionImage(open_image(Path(path).expanduser()), None))
+        return f"image {len(self.images)}"
 
     def _save(self, number: str | None, path: str) -> str:
-        if not self.pictures or (number is not None and not 1 <= int(number) <= len(self.pictures)):
-            raise InputError(f"there is no picture {number or 'yet'}")
-        picture = self.pictures[-1 if number is None else int(number) - 1]
-        if picture.settings is None:
-            raise InputError("that picture was loaded, and is a file already")
-        settings = picture.settings
-        return str(save_image(picture.image, Path(path).expanduser(), settings.metadata(), settings.parameters()))
+        if not self.images or (number is not None and not 1 <= int(number) <= len(self.images)):
+            raise InputError(f"there is no image {number or 'yet'}")
+        saved = self.images[-1 if number is None else int(number) - 1]
+        if saved.settings is None:
+            raise InputError("that image was loaded, and is a file already")
+        metadata, parameters = saved.settings.metadata(), saved.settings.parameters()
+        return str(save_image(saved.image, Path(path).expanduser(), metadata, parameters))
 
     def _help(self) -> str:
         return HELP
@@ -206,64 +210,64 @@ class Session:
         return None
 
 
-def completed(text: str, state: int) -> str | None:
-    """The state-th way to complete a word: commands, then files of this folder or the one that is named."""
+def complete_word(text: str, state: int) -> str | None:
+    """The state-th completion of a word: commands, then image files of this folder or of the one that is named."""
     names = [f"{name} " for name in COMMANDS if name.startswith(text)] if text else []
-    where = Path(text).expanduser()
-    folder = where if text.endswith("/") else where.parent
-    stem = "" if text.endswith("/") else where.name
+    path = Path(text).expanduser()
+    folder = path if text.endswith("/") else path.parent
+    stem = "" if text.endswith("/") else path.name
     with contextlib.suppress(OSError):
-        found = sorted(path for path in folder.iterdir() if path.name.startswith(stem))
-        kept = [path for path in found if path.is_dir() or path.suffix.lower() in FORMATS]
-        before = text[: len(text) - len(stem)]
-        names += [f"{before}{path.name}{'/' if path.is_dir() else ''}" for path in kept if stem or text.endswith("/")]
+        files = sorted(file for file in folder.iterdir() if file.name.startswith(stem))
+        images = [file for file in files if file.is_dir() or file.suffix.lower() in FORMATS]
+        typed = text[: len(text) - len(stem)]
+        names += [f"{typed}{file.name}{'/' if file.is_dir() else ''}" for file in images if stem or text.endswith("/")]
     return names[state] if state < len(names) else None
 
 
-HISTORY = 1000  # lines that a session keeps
+HISTORY = 1000  # most lines in the history file
 
 
 def interact(given: argparse.Namespace) -> None:
-    """A session: a prompt that was given is drawn first, pictures of --image are its first ones."""
+    """Run a session: the command line's prompt is generated first, and the images of --image are image 1, 2, ..."""
     if given.plan or given.jobs is not None:
         raise InputError("--interactive goes neither with --plan nor with --jobs")
     references, given.image = given.image or [], None
     first = given.prompt if given.prompt_option is None else given.prompt_option
     given.prompt_option = None
 
-    def task_of(prompt: str, **own: Any) -> Task:
-        arguments = argparse.Namespace(**{**vars(given), **own, "prompt": prompt})
+    def task_of(prompt: str, **options: Any) -> Task:
+        arguments = argparse.Namespace(**{**vars(given), **options, "prompt": prompt})
         return complete(arguments, None, inputs=["image"] if references else [])
 
-    usual = task_of("")
-    check(usual)
-    pipe = open_pipeline(usual)
+    defaults = task_of("")
+    check(defaults)
+    pipe = open_pipeline(defaults)
 
-    def draw_prompt(
-        prompt: str, images: Sequence[Image.Image], options: Mapping[str, Any], add: Callable[[Picture], None]
+    def generate_prompt(
+        prompt: str, images: Sequence[Image.Image], options: Mapping[str, Any], add: Callable[[SessionImage], None]
     ) -> None:
-        own = {"seed": random_seed(), **options, "image": list(images) or None}
-        task = task_of(prompt, **own)
+        task = task_of(prompt, **{"seed": random_seed(), **options, "image": list(images) or None})
         check(task)
-        draw(start(task, pipe), task, time.perf_counter(), saved=lambda image, made: add(Picture(image, made)))
+        steps, started = start(task, pipe), time.perf_counter()
+        generate(steps, task, started, on_saved=lambda image, settings: add(SessionImage(image, settings)))
 
     is_seeded = given.seed is not None or given.from_image is not None
-    session = Session(draw_prompt, options={"seed": usual.seed} if is_seeded else {})
-    if usual.model.lora:
-        session.options["lora"] = usual.model.lora
-    session.pictures += [Picture(open_reference(path), None) for path in references]
+    session = Session(generate_prompt, options={"seed": defaults.seed} if is_seeded else {})
+    if defaults.model.lora:
+        session.options["lora"] = defaults.model.lora
+    session.images += [SessionImage(open_reference(path), None) for path in references]
     if not given.quiet:
         print(HELP)
     converse(session, first)
 
 
 def converse(session: Session, first: str | None = None) -> None:
-    """Do what lines say until the end, the first of which may be given; a fault is told, and costs one line."""
+    """Handle lines until the input ends, ``first`` before those that are typed; an error ends its line only."""
     line: str | None = first
     with _line_editing():
         while True:
             try:
-                said = session.handle(input("> ") if line is None else line)
+                reply = session.handle(input("> ") if line is None else line)
             except EOFError:
                 print()
                 return
@@ -274,16 +278,16 @@ def converse(session: Session, first: str | None = None) -> None:
             except JOB_FAULTS as error:
                 print(f"error: {one_line(error)}", file=sys.stderr)
             else:
-                if said is None:
+                if reply is None:
                     return
-                if said:
-                    print(said)
+                if reply:
+                    print(reply)
             line = None
 
 
 @contextlib.contextmanager
 def _line_editing() -> Iterator[None]:
-    """History, kept between sessions, and completion of commands and files, where Python has them."""
+    """A history that lasts between sessions, and completion of commands and files, where Python has readline."""
     try:
         import readline
     except ImportError:
@@ -292,7 +296,7 @@ def _line_editing() -> Iterator[None]:
     with contextlib.suppress(OSError, RuntimeError):  # no home folder
         readline.read_history_file(cache_folder() / "history")
     readline.set_history_length(HISTORY)
-    readline.set_completer(completed)
+    readline.set_completer(complete_word)
     readline.set_completer_delims(" ")
     is_libedit = "libedit" in (readline.__doc__ or "")
     readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")

@@ -67,8 +67,8 @@ class ReferenceEncoder:
         del kv
         self.evict()
         tokens = mx.concatenate(list(references), axis=1)
-        growing = stages.kv_bytes(tokens.shape[1])
-        need = Need(*(part + growing for part in stages.transformer_need(Pass(0, 0, tokens.shape[1]))))
+        recorded_bytes = stages.kv_bytes(tokens.shape[1])  # the KV that the pass records
+        need = Need(*(part + recorded_bytes for part in stages.transformer_need(Pass(0, 0, tokens.shape[1]))))
         with stages.use("transformer", need, stats, what="references") as transformer:
             kv = transformer.encode_reference_kv(tokens, *self.rope(0, position_ids))
             mx.eval(kv)
@@ -76,7 +76,7 @@ class ReferenceEncoder:
         return kv
 
     def rope(self, length: int, position_ids: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
-        """Tables for so many text tokens and for image tokens at these positions, each (1, S, 4)."""
+        """Rotation tables of ``length`` text tokens and of image tokens at these positions, each (1, S, 4)."""
         params, ids = self.stages.checkpoint.transformer, mx.concatenate(list(position_ids), axis=1)
         return FluxKlein.compute_rope(text_ids(length), ids, params.axes_dims_rope, params.rope_theta)
 

@@ -24,8 +24,8 @@ class PromptEncoder:
     """Encodes prompts, and owns the three caches of their embeddings (1, L, D).
 
     Caches:
-        _recent: of the last call, by prompt and length; each call replaces it.
-        _ahead: of the last encode_ahead, by prompt and length; the next one replaces it.
+        _recent: embeddings of the last call, by prompt and length; each call replaces them.
+        _ahead: embeddings of the last encode_ahead, by prompt and length; the next one replaces them.
         on disk, while ``uses_disk``: by all that the embeddings depend on, see _disk_key; disk_cache drops the oldest.
     """
 

@@ -79,7 +79,7 @@ def _to_eight_bits(image: Image.Image, name: str, kind: str | None, bits: int) -
     Args:
         name: the file's, for messages.
         kind: the file's format, as Pillow calls it.
-        bits: of a channel's values, for images of more than 8.
+        bits: the bits of a channel's values, for images of more than 8.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):  # convert() would clip at 255
         levels = np.asarray(image, np.float64)
@@ -203,7 +203,7 @@ def save_image(image: Image.Image, path: str | os.PathLike[str], metadata: Mappi
         comment = b"UNICODE\0" + parameters.encode("utf-16-be")
         exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
         if kind == "JPEG" and len(exif.tobytes()) > JPEG_EXIF_BYTES:
-            warnings.warn(f"{path} does not say how it was made: the prompt is too long for a JPEG", stacklevel=2)
+            warnings.warn(f"{path} is written without its settings: the prompt is too long for a JPEG", stacklevel=2)
             exif = Image.Exif()
         options = {**options, "exif": exif}
     with atomic_write(path) as temporary:
@@ -249,6 +249,6 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         metadata = None
     if not isinstance(metadata, dict):
         raise InputError(
-            "does not say how it was made; only images written by flux2_mlx can be repeated", source=os.fspath(path)
+            "has no settings of flux2_mlx; only images that it wrote can be generated again", source=os.fspath(path)
         )
     return metadata

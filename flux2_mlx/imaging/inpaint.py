@@ -22,7 +22,7 @@ from .preprocess import flatten, image_array, init_array, reference_size
 ALPHA = "alpha"  # given for a mask: inpaint where the image is transparent
 SIDES = ("left", "top", "right", "bottom")
 MAX_MARGIN = 10_000  # pixels added on one side
-MAX_PIXELS = 2**28  # of an expanded image
+MAX_PIXELS = 2**28  # most pixels of an image with outpainting's margins
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Inpaint:
         wide, tall = self.image.size
         if min(abs(width * tall / wide - height), abs(height * wide / tall - width)) >= PIXELS_PER_TOKEN:
             raise InputError(
-                f"{width} x {height} has not the aspect of the image to inpaint, {wide} x {tall}; give one of width "
+                f"{width} x {height} has another aspect than the image to inpaint, {wide} x {tall}; give one of width "
                 "and height, and the other follows"
             )
 

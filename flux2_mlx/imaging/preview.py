@@ -17,7 +17,7 @@ from ..models.autoencoder import AutoEncoder
 from ..sampling.latents import PIXELS_PER_TOKEN, pack_latents, unpack_latents
 from .preprocess import image_array, to_unit
 
-PICTURES, SIDE = 16, 96  # number and side in pixels of the images that the map is fitted on
+IMAGES, SIDE = 16, 96  # number and side in pixels of the images that the map is fitted on
 NOISE = 0.3  # added to their latents, of variance 1, so that the map ignores channels without information
 RIDGE = 1e-2
 CELL = 2  # preview pixels a token, in each direction
@@ -32,7 +32,7 @@ def preview_map(checkpoint: Checkpoint, dtype: mx.Dtype) -> np.ndarray:
     """
     source = checkpoint.sources["vae"]
     files = [*source.files, *([] if source.decoder is None else [source.decoder])]
-    name = f"preview-{digest_of(files, (PICTURES, SIDE, NOISE, RIDGE))}"
+    name = f"preview-{digest_of(files, (IMAGES, SIDE, NOISE, RIDGE))}"
     try:
         cached = np.array(read_table(name).get("map"), np.float32)
     except (TypeError, ValueError):
@@ -48,7 +48,7 @@ def fit_map(autoencoder: AutoEncoder) -> np.ndarray:
     """The map, by ridge regression of decoded pixels on the noisy latents of random images that gave them."""
     rows, pixels = [], []
     side = SIDE // PIXELS_PER_TOKEN
-    for k in range(PICTURES):
+    for k in range(IMAGES):
         rng = np.random.default_rng(k)
         tokens = autoencoder.bn.normalize(pack_latents(autoencoder.encoder(image_array(random_image(rng)))))
         tokens = tokens.astype(mx.float32) + mx.array(NOISE * rng.standard_normal(tokens.shape, np.float32))

@@ -45,7 +45,7 @@ def refuse_other_class(config: Mapping[str, Any], expected: str, what: str) -> N
 
 
 class _Config:
-    """What the configurations share: every field must have the kind of value that its default has."""
+    """The base of the configurations: every field must have the kind of value that its default has."""
 
     def __post_init__(self) -> None:
         for field in fields(self):  # type: ignore[arg-type]  # the subclasses are dataclasses
@@ -144,7 +144,7 @@ class FluxKleinParams(_Config):
         )
 
     def to_config(self) -> dict[str, Any]:
-        """As diffusers writes it: the inverse of from_config."""
+        """The dictionary that diffusers writes: the inverse of from_config."""
         return {
             "_class_name": "Flux2Transformer2DModel",
             "patch_size": 1,
@@ -248,7 +248,7 @@ class Qwen3Config(_Config):
         )
 
     def to_config(self) -> dict[str, Any]:
-        """As transformers writes it, of the layers that are built: the inverse of from_config."""
+        """The dictionary that transformers writes, for the layers that are built: the inverse of from_config."""
         return {
             "architectures": ["Qwen3ForCausalLM"],
             "model_type": "qwen3",
@@ -339,7 +339,7 @@ class AutoEncoderConfig(_Config):
         )
 
     def to_config(self) -> dict[str, Any]:
-        """As diffusers writes it: the inverse of from_config."""
+        """The dictionary that diffusers writes: the inverse of from_config."""
         decoder = self.decoder_block_out_channels
         return {
             "_class_name": "AutoencoderKLFlux2",

@@ -15,7 +15,9 @@ import mlx.core as mx
 
 
 class FirstBlockCache:
-    """What the passes of one image leave to those of later steps. The first step is computed in full.
+    """The residuals of a pass in its last full steps, from which later steps are predicted.
+
+    The first step is computed in full.
 
     A step calls start, predict and, where that gives None, update.
 
@@ -23,7 +25,7 @@ class FirstBlockCache:
         threshold: the tail is left out where the mean absolute difference between the first block's residual and that
             of the last full step is less than this share of the latter's mean absolute value, for each image of the
             pass. With 0 every step is computed in full.
-        tokens: of the image; those of references follow them, and are not compared.
+        tokens: the image's tokens; those of references follow them, and are not compared.
         group: processes that decide together, each with a pass of its own.
         leader: cache of a pass that comes before this one in every step, and decides for both.
 
@@ -44,7 +46,7 @@ class FirstBlockCache:
         self._timesteps: Any = None  # (B,), of this step
         self._inputs: Any = None  # image tokens before the first block, between start and predict
         self._outputs: Any = None  # image tokens after the first block, between predict and update
-        self._first_residual: Any = None  # of the last full step
+        self._first_residual: Any = None  # the first block's residual in the last full step
         self._tail_residuals: list[tuple[mx.array, mx.array]] = []  # (timesteps, residual) of the last two full steps
 
     def start(self, img: mx.array, timesteps: mx.array) -> None:

@@ -364,13 +364,13 @@ class FluxKlein(nn.Module):
         cache: FirstBlockCache | None = None,
         frozen: FrozenKV | None = None,
     ) -> mx.array:
-        """As calling the model, with rotation tables that were made once for the image.
+        """Velocity of the image tokens, with rotation tables that were made once for all steps.
 
         Args:
-            img, txt, timesteps: as above.
+            img, txt, timesteps: the model's inputs; see __call__.
             rope_cos, rope_sin: (B or 1, L + S, head_dim / 2) from compute_rope.
-            reference_kv: from encode_reference_kv, of references whose tokens are not in img.
-            cache: of this pass in earlier steps, which may leave out all blocks but the first. What comes back for
+            reference_kv: KV from encode_reference_kv, for references whose tokens are not in img.
+            cache: First Block Cache of this pass, which may leave out all blocks but the first. What comes back for
                 reference tokens in img is then not their velocity.
             frozen: records KV in the first step, and replaces the frozen tokens in later ones. These are given in every
                 step; where references are frozen, later steps give back the image's tokens alone.
@@ -379,9 +379,9 @@ class FluxKlein(nn.Module):
             (B, S, in_channels), in the weights' dtype.
         """
         text: mx.array | None = txt
-        recorded, live = (None, None) if frozen is None else frozen.split(txt.shape[1])
+        recorded, unfrozen = (None, None) if frozen is None else frozen.split(txt.shape[1])
         if frozen is not None and frozen.kv:
-            rope_cos, rope_sin = rope_cos[:, live], rope_sin[:, live]
+            rope_cos, rope_sin = rope_cos[:, unfrozen], rope_sin[:, unfrozen]
             recorded, reference_kv = None, frozen.kv
             text = None if frozen.tokens == "text" else txt
             img = img if text is None else img[:, : frozen.image_tokens]
@@ -411,7 +411,7 @@ class FluxKlein(nn.Module):
         return self.proj_out(self.norm_out(x, temb))
 
     def _block_kv(self, reference_kv: Sequence[KV] | None, recorded: slice | None) -> Sequence[BlockKV | None]:
-        """What each block, double blocks first, does with its keys and values."""
+        """The BlockKV of each block, double blocks first: it records KV, reads it, or is None."""
         blocks = self.params.depth + self.params.depth_single
         if recorded is not None:
             return [KVRecorder(recorded) for _ in range(blocks)]
@@ -426,7 +426,7 @@ class FluxKlein(nn.Module):
             rope_cos, rope_sin: (1, R, head_dim / 2) from compute_rope, with no text.
 
         Returns:
-            of every block (keys, values), each (1, heads, R, head_dim), keys rotated.
+            (keys, values) of every block, each (1, heads, R, head_dim), keys rotated.
         """
         temb = self.time_guidance_embed(mx.zeros((1,)), self.dtype)
         img_mod, single_mod = self.double_stream_modulation_img(temb), self.single_stream_modulation(temb)

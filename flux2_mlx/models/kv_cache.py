@@ -15,7 +15,7 @@ KV = tuple[mx.array, mx.array]
 
 
 class BlockKV(Protocol):
-    """What a block does with its keys and values besides attending to them."""
+    """A block's access to KV: it takes the block's own keys and values and decides what the block attends to."""
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KV:
         """Take the block's own rotated keys and values, (B, heads, N, head_dim), and give those to attend to."""
@@ -23,7 +23,7 @@ class BlockKV(Protocol):
 
 
 class KVReader:
-    """Lets a block's tokens attend to other tokens' KV too, behind their own."""
+    """Lets a block's tokens attend to other tokens' KV too, appended to their own."""
 
     def __init__(self, kv: KV):
         self.kv = kv
@@ -37,10 +37,10 @@ class KVRecorder:
     """Keeps the KV of some of a block's tokens, which attend as ever.
 
     Args:
-        tokens: which of the block's.
+        tokens: the slice of the block's tokens.
 
     Attributes:
-        kv: theirs, after the block was called.
+        kv: the KV of these tokens, once the block was called.
     """
 
     def __init__(self, tokens: slice):
@@ -60,11 +60,11 @@ class FrozenKV:
     leave these tokens out. diffusers' TextKVCacheConfig does the same for the text.
 
     Args:
-        tokens: which are frozen, "text" or "references".
+        tokens: the tokens that are frozen, "text" or "references".
         image_tokens: how many the image has; the sequence is text, image, references.
 
     Attributes:
-        kv: of every block; empty until the first step, which records it.
+        kv: the KV of every block; empty until the first step, which records it.
     """
 
     def __init__(self, tokens: str, image_tokens: int):
@@ -72,7 +72,7 @@ class FrozenKV:
         self.kv: list[KV] = []
 
     def split(self, text_tokens: int) -> tuple[slice, slice]:
-        """(frozen, live) parts of the sequence."""
+        """The sequence as (frozen tokens, the other tokens)."""
         if self.tokens == "text":
             return slice(text_tokens), slice(text_tokens, None)
         return slice(text_tokens + self.image_tokens, None), slice(text_tokens + self.image_tokens)

@@ -1,4 +1,4 @@
-"""What the models share: how they call their blocks, and their linear layers."""
+"""Shared by the models: how they call their blocks, and their linear layers."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Linear(nn.Linear):
 
 
 def apply_adapters(layer: nn.Module, x: mx.array, base: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
-    """What a layer's rows start to stop give for x, with its adapters; ``base`` is what they give without any."""
+    """The outputs start to stop of a layer for x, with its adapters; ``base`` are those without adapters."""
     out = base
     adapters: Sequence[LinearAdapter] = layer.get("deltas", ())
     for adapter in adapters:

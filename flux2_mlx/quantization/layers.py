@@ -24,7 +24,7 @@ from .packing import Packing, dequantize, quantize_weight
 from .spec import Quantization
 
 DENSE_ROWS = 128  # rows of an input from which a packed layer unpacks its weight, where nothing was measured
-MEASURED_ROWS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # that autotune tries
+MEASURED_ROWS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # rows of an input that autotune tries
 ALWAYS_FUSED = 1 << 62  # rows that no input has: the fused product was the faster one with all of MEASURED_ROWS
 _measured: dict[str, int] = {}  # what autotune found in this process, by machine, shape, packing and dtype
 
@@ -59,9 +59,11 @@ class QuantizedLinear(nn.Module):
         return apply_adapters(self, x, multiply(x, start, stop), start, stop)
 
     def dense(self, x: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
-        """The product with the unpacked weight, which is not unpacked before x is there."""
+        """The product with the unpacked weight, which is unpacked only once x is computed."""
         weight, scales, biases = self._rows(start, stop)
-        weight = mx.stop_gradient(mx.depends(weight, x))  # or the wait would pass gradients to codes, which have none
+        weight = mx.stop_gradient(
+            mx.depends(weight, x)
+        )  # mx.depends would pass gradients to the codes, which have none
         return x @ dequantize(weight, scales, biases, self.spec).astype(x.dtype).T
 
     def fused(self, x: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
@@ -134,7 +136,7 @@ def autotune(module: nn.Module, dtype: mx.Dtype, wanted: Callable[[str], bool] =
     the CPU backend uses, delete that file.
 
     Args:
-        dtype: of the inputs.
+        dtype: the dtype of the inputs.
         wanted: whether a layer is among them, by its path.
 
     Raises:

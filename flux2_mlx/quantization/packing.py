@@ -45,8 +45,8 @@ def quantize_weight(
     Formats, and more than FITTED_BITS, are mlx.core.quantize's; scales and biases of fewer bits are fitted.
 
     Args:
-        dtype: that the weight is cast to before, in parts; its own unless given.
-        now: compute each part before the next, or MLX, which computes ahead, holds what several are made of.
+        dtype: the dtype that the weight is cast to first, part by part; its own unless given.
+        now: compute each part before the next. Left lazy, the sources of several parts would be in memory together.
     """
     packing = _quantize_fitted if spec.mode == "affine" and spec.bits <= FITTED_BITS else quantize_rtn
     rows = max(1, PACKED_AT_ONCE // weight.shape[1])
@@ -105,7 +105,7 @@ def dequantize(weight: mx.array, scales: mx.array, biases: mx.array | None, spec
     """A packed weight (..., words) as (..., inputs), in the dtype of its scales."""
     if biases is None or on_gpu():
         return mx.dequantize(weight, scales, biases, group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
-    if 32 % spec.bits:  # eight codes in so many bytes, for which there is no word
+    if 32 % spec.bits:  # bits that do not divide a word: eight codes take ``bits`` bytes
         lead, octets = weight.shape[:-1], weight.view(mx.uint8)
         weight = byte_lanes(octets.reshape(*lead, -1, spec.bits))
     return _dequantize_lanes(weight, scales, biases, spec.bits, spec.group_size)

@@ -17,7 +17,7 @@ from .layers import QuantizedLinear, Recipe, dense_layers, quantize, set_packed
 from .packing import bits_and_group, quantize_weight
 from .spec import AFFINE_BITS, FLOAT_MODES, Quantization
 
-FINE_BITS = 8  # of the layers that read and write the latents
+FINE_BITS = 8  # bits of the layers that read and write the latents
 SPARE_BITS = 0.33  # bits a weight, on average over all, that the sensitive layers may cost together
 
 # The transformer's layers that a small error harms most, per weight: what reads and writes the latents, what attention
@@ -121,7 +121,7 @@ class QuantizedFluxKlein(FluxKlein):
     """The transformer with packed linear layers; called as FluxKlein is.
 
     Args:
-        recipe: which layers, and how; unless given, every one at 4 bits in groups of 64.
+        recipe: how each layer is packed; unless given, every one at 4 bits in groups of 64.
     """
 
     def __init__(self, params: FluxKleinParams, recipe: Recipe | None = None):

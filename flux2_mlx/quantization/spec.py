@@ -58,10 +58,10 @@ class Quantization:
 
     @classmethod
     def parse(cls, value: int | str | None, group_size: int | None = None) -> Quantization | None:
-        """From what an option says: bits (4 or "4"), a mode ("mxfp4"), or None or "none".
+        """The quantization of an option's value: bits (4 or "4"), a mode ("mxfp4"), or None or "none".
 
         Args:
-            group_size: of bits, 64 unless given; a mode has its own.
+            group_size: inputs that share a scale, 64 unless given; a floating point mode has its own.
 
         Raises:
             InputError: naming what is possible.
@@ -81,7 +81,7 @@ class Quantization:
 def parse_options(
     quantize: int | str | None, quantize_text_encoder: int | str | None, group_size: int | None
 ) -> dict[str, Quantization]:
-    """How each part is packed, by its key, from the options of these names.
+    """The quantization of each part, by its key, from the options of these names.
 
     Raises:
         InputError: for what cannot be, a group size of nothing among it.
@@ -91,19 +91,19 @@ def parse_options(
         "transformer": Quantization.parse(quantize, group_size),
         "text_encoder": Quantization.parse(text, group_size),
     }
-    packed = {part: quantization for part, quantization in specs.items() if quantization is not None}
-    if group_size is not None and not any(quantization.mode == "affine" for quantization in packed.values()):
+    given = {part: spec for part, spec in specs.items() if spec is not None}
+    if group_size is not None and not any(spec.mode == "affine" for spec in given.values()):
         raise InputError(f"group_size {group_size} belongs to quantize in bits, and none is given")
-    return packed
+    return given
 
 
-def options_of(packed: Mapping[str, Quantization]) -> dict[str, Any]:
-    """The options that parse_options makes this of."""
+def options_of(specs: Mapping[str, Quantization]) -> dict[str, Any]:
+    """The options from which parse_options gives these specs."""
     named: dict[str, int | str] = {
-        part: spec.bits if spec.mode == "affine" else spec.mode for part, spec in packed.items()
+        part: spec.bits if spec.mode == "affine" else spec.mode for part, spec in specs.items()
     }
     transformer, text = named.get("transformer"), named.get("text_encoder", "none")
-    groups = [spec.group_size for spec in packed.values() if spec.mode == "affine"]
+    groups = [spec.group_size for spec in specs.values() if spec.mode == "affine"]
     return {
         "quantize": transformer,
         "quantize_text_encoder": None if text == (transformer or "none") else text,

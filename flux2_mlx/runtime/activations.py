@@ -18,11 +18,11 @@ class Pass:
     """One pass through the transformer, in tokens.
 
     Attributes:
-        text, image, references: tokens that go through the blocks, of each row.
-        rows: of the batch.
-        kv: reference tokens whose keys and values are attended to in place of them (klein-9b-kv).
-        caches: First Block Caches of a row: 1, or 2 where CFG takes its passes in turn.
-        frozen: "text" or "references", whose keys and values later passes take from the first; see FrozenKV.
+        text, image, references: tokens of each row that go through the blocks.
+        rows: rows of the batch.
+        kv: reference tokens that are attended to by cached keys and values alone (klein-9b-kv).
+        caches: First Block Caches a row: 1, or 2 where CFG computes its passes in turn.
+        frozen: "text" or "references": later passes take their keys and values from the first; see FrozenKV.
     """
 
     text: int
@@ -47,23 +47,23 @@ class Pass:
         return replace(self, frozen=None)
 
     @property
-    def later(self) -> Pass:
-        """A pass after the first: of frozen tokens there are keys and values alone."""
+    def after_first(self) -> Pass:
+        """A pass after the first, which has frozen tokens as keys and values alone."""
         gone = {self.frozen: 0} if self.frozen else {}
         return replace(self, frozen=None, kv=self.kv + self.frozen_tokens, **gone)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What of an image decides the memory and the time that it takes.
+    """What the memory and the time of an image depend on.
 
     Attributes:
-        height, width: in pixels.
+        height, width: the image's size in pixels.
         text: tokens of the prompt.
         reference_sizes: (height, width) of each reference image, as it is encoded.
         has_kv_cache: whether the references' keys and values are kept in place of their tokens (klein-9b-kv).
         caches_steps: whether there is a First Block Cache, counted for both passes of CFG.
-        frozen: see Pass.
+        frozen: "text", "references" or None; see Pass.
     """
 
     height: int
@@ -118,7 +118,7 @@ def transformer_bytes(params: FluxKleinParams, one: Pass, dtype: mx.Dtype) -> tu
     """
     if one.frozen_tokens:
         frozen_bytes = one.rows * kv_bytes(params, one.frozen_tokens, dtype)
-        passes = [transformer_bytes(params, own, dtype) for own in (one.first, one.later)]
+        passes = [transformer_bytes(params, own, dtype) for own in (one.first, one.after_first)]
         activations, attention = (max(parts) + frozen_bytes for parts in zip(*passes, strict=True))
         return activations, attention
     tokens, units = one.tokens, 11 if dtype == mx.float16 else 10
@@ -139,12 +139,12 @@ def training_bytes(
     Args:
         recompute: whether blocks are computed again in the backward pass; then their inputs are kept, and the
             insides of one, else of all.
-        packed: whether matrices are; the backward pass takes them unpacked, of one block or of all.
+        packed: whether matrices are packed; the backward pass unpacks those of one block, or of all.
     """
     unit, blocks = batch * tokens * params.hidden_size * dtype.size, params.depth + params.depth_single
-    scores = tokens * params.num_heads / params.hidden_size  # in units
+    scores = tokens * params.num_heads / params.hidden_size  # of one block, in units
     single = (4 * params.hidden_size + 3 * params.mlp_hidden) * params.hidden_size * dtype.size if packed else 0
-    half = 8 if dtype.size < 4 else 0  # what is computed in float32 all the same
+    half = 8 if dtype.size < 4 else 0  # units that a half-precision run computes in float32 all the same
     if recompute:
         return int(unit * (blocks + max(40, 30 + 3 * scores) + half) + single)
     doubles = 2 * params.depth + params.depth_single  # a double block has two streams' matrices
@@ -165,19 +165,22 @@ def preview_bytes(height: int, width: int, dtype: mx.Dtype) -> int:
 
 def decoder_bytes(config: AutoEncoderConfig, height: int, width: int, dtype: mx.Dtype) -> int:
     """Activations of decoding an image, whose widest activation has its size and the second of the channels."""
-    return _strips(height * width * config.decoder_channels[1], dtype, 46)
+    return _tiled_bytes(height * width * config.decoder_channels[1], dtype, 46)
 
 
 def encoder_bytes(config: AutoEncoderConfig, height: int, width: int, dtype: mx.Dtype) -> int:
     """Activations of encoding an image, whose widest activation has its size and the first of the channels."""
-    return _strips(height * width * config.block_out_channels[0], dtype, 52)
+    return _tiled_bytes(height * width * config.block_out_channels[0], dtype, 52)
 
 
-def _strips(widest: int, dtype: mx.Dtype, on_cpu: int) -> int:
-    """An activation of so many elements, and what a strip of it needs besides: a norm's float32, on the CPU backend
-    also the unfolded input of a 3x3 convolution (bytes an element), and where there are several, the next one in and
-    out.
+def _tiled_bytes(widest: int, dtype: mx.Dtype, on_cpu: int) -> int:
+    """Bytes of a layer that is computed in tiles: its widest activation, and beside it, for one tile, a norm's float32,
+    on the CPU backend also the unfolded input of a 3x3 convolution, and of several tiles the next one in and out.
+
+    Args:
+        widest: elements of the activation.
+        on_cpu: bytes an element of a tile on the CPU backend.
     """
-    strip = min(widest, TILE_BYTES // dtype.size)
-    beside = 0 if strip == widest else 2 * dtype.size
-    return widest * dtype.size + strip * ((12 if on_gpu() else on_cpu) + beside)
+    tile = min(widest, TILE_BYTES // dtype.size)
+    beside = 0 if tile == widest else 2 * dtype.size
+    return widest * dtype.size + tile * ((12 if on_gpu() else on_cpu) + beside)

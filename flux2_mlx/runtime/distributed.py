@@ -1,4 +1,4 @@
-"""Processes that were started together."""
+"""Processes that mlx.launch started together: their group, seed and agreement."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def check_agreement(identity: str, group: mx.distributed.Group | None) -> None:
         return
     own = mx.array(list(bytes.fromhex(identity)), mx.uint32)[None]
     if np.ptp(np.array(mx.distributed.all_gather(own, group=group)), axis=0).any():
-        raise InputError("the processes have different pictures or captions; each needs the same folder")
+        raise InputError("the processes have different images or captions; each needs the same folder")
 
 
 def any_process(flag: bool, group: mx.distributed.Group | None) -> bool:
-    """Whether it is so in any process."""
+    """Whether ``flag`` is set in any process."""
     if group is None:
         return flag
     return bool(mx.distributed.all_sum(mx.array(int(flag)), group=group).item())

@@ -26,47 +26,48 @@ from .activations import (
     training_bytes,
     transformer_bytes,
 )
-from .roofline import image_work, known_speeds, later_work
+from .roofline import image_work, known_speeds, work_after_first
 from .streaming import streamed_bytes
 
-# Resident: all stages stay loaded. Staged: one at a time. Streamed: one at a time, of text encoder and transformer one
-# block at a time, read again in every pass. Auto: resident if that fits, else staged, and streamed what does not fit
-# alone.
+# Resident: all stages stay loaded. Staged: one stage is loaded at a time. Streamed: one stage at a time, text encoder
+# and transformer one block at a time, read again in every pass. Auto: resident if that fits, else staged, with the
+# stages streamed that do not fit alone.
 MODES = ("auto", "resident", "staged", "streamed")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage needs, in bytes.
+    """The memory and time of a stage.
 
     Attributes:
-        weights: of all of it.
-        streamed: weights in memory together when its blocks are streamed; equal where it has none.
-        working: activations, one packed matrix unpacked among them.
-        seconds: the least and the most that it takes once, its weights loaded, on a machine whose speed was measured.
-        later_seconds: per pass once keys and values are frozen; None if every pass costs the same.
+        weights: bytes of all of its weights.
+        streamed: bytes of the weights that are in memory together when its blocks are streamed; the same as ``weights``
+            for a stage without blocks.
+        activation_bytes: activations, the largest unpacked matrix among them.
+        seconds: (least, most) of running it once, its weights loaded; None on a machine whose speed was not measured.
+        seconds_after_first: seconds per pass once keys and values are frozen; None if every pass costs the same.
     """
 
     name: str
     weights: int
     streamed: int
-    working: int
+    activation_bytes: int
     seconds: tuple[float, float] | None = None
-    later_seconds: tuple[float, float] | None = None
+    seconds_after_first: tuple[float, float] | None = None
 
     def is_streamed(self, memory: str, limit: int) -> bool:
-        """Whether its blocks are read from disk in this mode (of MODES), where there are so many bytes."""
-        too_large = memory == "auto" and self.weights + self.working > limit
+        """Whether its blocks are read from disk in a mode of MODES and a memory limit in bytes."""
+        too_large = memory == "auto" and self.weights + self.activation_bytes > limit
         return self.streamed < self.weights and (memory == "streamed" or too_large)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an image needs.
+    """The memory plan of an image.
 
     Attributes:
-        stages: in the order in which they work.
-        limit: bytes that there are.
+        stages: the stages, in the order in which they run.
+        limit: the bytes of memory that they may take.
         memory: the mode asked for, one of MODES.
     """
 
@@ -75,18 +76,18 @@ class Plan:
     memory: str = "auto"
 
     def needed(self, stage: Stage) -> int:
-        """Bytes of a stage in memory alone."""
+        """Bytes that a stage takes while no other one is loaded."""
         streamed = stage.is_streamed(self.memory, self.limit)
-        return (stage.streamed if streamed else stage.weights) + stage.working
+        return (stage.streamed if streamed else stage.weights) + stage.activation_bytes
 
     @property
     def resident(self) -> int:
         """Bytes where all stages stay loaded."""
-        return sum(stage.weights for stage in self.stages) + max(stage.working for stage in self.stages)
+        return sum(stage.weights for stage in self.stages) + max(stage.activation_bytes for stage in self.stages)
 
     @property
     def mode(self) -> str:
-        """What "auto" comes to; else the mode asked for."""
+        """The mode: the one that "auto" chooses, else the one asked for."""
         if self.memory != "auto":
             return self.memory
         if self.resident <= self.limit:
@@ -95,21 +96,21 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Bytes in memory at the most."""
+        """The most bytes that are in memory at one time."""
         return self.resident if self.mode == "resident" else max(map(self.needed, self.stages))
 
     def seconds(self, prompts: int = 1, passes: int = 1) -> tuple[float, float] | None:
-        """The least and the most that a picture takes with so many prompts (the negative one is another) and passes
-        through the transformer, all weights loaded; None where the machine's speed is not known.
+        """(least, most) seconds of an image with so many prompts, the negative one among them, and passes through the
+        transformer, all weights loaded; None where the machine's speed is not known.
         """
         times = {"text encoder": prompts, "transformer": passes}
         least = most = 0.0
         for stage in self.stages:
             if stage.seconds is None:
                 return None
-            again, later = times.get(stage.name, 1) - 1, stage.later_seconds or stage.seconds
-            least += stage.seconds[0] + again * later[0]
-            most += stage.seconds[1] + again * later[1]
+            repeats, repeat_seconds = times.get(stage.name, 1) - 1, stage.seconds_after_first or stage.seconds
+            least += stage.seconds[0] + repeats * repeat_seconds[0]
+            most += stage.seconds[1] + repeats * repeat_seconds[1]
         return least, most
 
     def __str__(self) -> str:
@@ -118,14 +119,14 @@ class Plan:
 
     def table(self) -> list[str]:
         """Lines: a head, and one for each stage, with what it takes once where the machine's speed is known."""
-        rows = [["stage", "weights", "work", "alone", "streamed"]]
+        rows = [["stage", "weights", "activations", "alone", "streamed"]]
         if self.seconds() is not None:
             rows[0].append("seconds")
         for stage in self.stages:
-            alone, streamed = stage.weights + stage.working, stage.streamed + stage.working
-            sizes = [f"{size / 1e9:.2f}" for size in (stage.weights, stage.working, alone, streamed)]
-            rows.append([stage.name, *sizes, *([] if stage.seconds is None else [between(*stage.seconds)])])
-        return [f"{row[0]:16}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows]
+            alone, streamed = stage.weights + stage.activation_bytes, stage.streamed + stage.activation_bytes
+            sizes = [f"{size / 1e9:.2f}" for size in (stage.weights, stage.activation_bytes, alone, streamed)]
+            rows.append([stage.name, *sizes, *([] if stage.seconds is None else [format_range(*stage.seconds)])])
+        return [f"{row[0]:16}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows]
 
     def summary(self) -> str:
         """One line: the mode, what it needs, and what there is."""
@@ -134,17 +135,17 @@ class Plan:
         line = f"memory: {self.mode}{what}, about {self.peak / 1e9:.2f} of {self.limit / 1e9:.2f} GB"
         if self.peak <= self.limit:
             return line
-        return f"{line}, which is too much; a smaller picture, fewer bits (--quantize) or another --memory needs less"
+        return f"{line}, which is too much; a smaller image, fewer bits (--quantize) or another --memory needs less"
 
 
-def between(least: float, most: float) -> str:
-    """Two durations as one word: "2.6-2.9"."""
+def format_range(least: float, most: float) -> str:
+    """Two durations as a range: "2.6-2.9"."""
     ends = [f"{value:.{0 if value >= 100 else 1 if value >= 1 else 2}f}" for value in (least, most)]
     return "-".join(dict.fromkeys(ends))
 
 
 class TrainingPlan(Plan):
-    """What training takes: prompts and pictures are encoded first, and nothing of that stays."""
+    """The memory plan of training. Prompts and images are encoded before, and the encoders are unloaded then."""
 
     def __str__(self) -> str:
         return "\n".join([*self.table(), self.summary()])
@@ -161,14 +162,14 @@ class TrainingPlan(Plan):
 
 
 def stage_of(name: str, module: nn.Module, dtype: mx.Dtype, activations: int, attention: int = 0) -> Stage:
-    """What a module needs that computes in ``dtype``; its weights are not read.
+    """The stage of a module that computes in ``dtype``; its weights are not read.
 
     Args:
-        activations: bytes, beside the largest unpacked matrix.
-        attention: bytes during attention, when no matrix is unpacked, if those are more.
+        activations: bytes of activations beside the largest unpacked matrix.
+        attention: bytes of activations during attention, when no matrix is unpacked; the larger of both counts.
     """
-    working = max(activations + largest_dense_bytes(module, dtype), attention)
-    return Stage(name, weight_bytes(module), streamed_bytes(module), working)
+    activation_bytes = max(activations + largest_dense_bytes(module, dtype), attention)
+    return Stage(name, weight_bytes(module), streamed_bytes(module), activation_bytes)
 
 
 def make_plan(
@@ -184,9 +185,9 @@ def make_plan(
     """Plan one image; the modules' weights are not read.
 
     Args:
-        dtype: of the transformer's activations; see device.stage_dtype for the others'.
-        limit: bytes that there are.
-        memory: of MODES.
+        dtype: the dtype of the transformer's activations; see device.stage_dtype for the others'.
+        limit: the bytes of memory that the stages may take.
+        memory: one of MODES.
     """
     params, config = transformer.params, autoencoder.config
     text_dtype, image_dtype = stage_dtype("text_encoder", dtype), stage_dtype("autoencoder", dtype)
@@ -205,12 +206,12 @@ def make_plan(
     decoding = decoder_bytes(config, height, width, image_dtype) + pinned
     stages.append(stage_of("decoder", autoencoder.decoder, image_dtype, decoding))
     work = image_work(text_encoder, transformer, autoencoder, workload, dtype)
-    later = later_work(transformer, workload, dtype)
+    later = work_after_first(transformer, workload, dtype)
     for k, stage in enumerate(stages):
         speeds = known_speeds(dtype if stage.name == "transformer" else image_dtype)
         if speeds is not None:
             after = later.seconds(speeds) if later is not None and stage.name == "transformer" else None
-            stages[k] = replace(stage, seconds=work[stage.name].seconds(speeds), later_seconds=after)
+            stages[k] = replace(stage, seconds=work[stage.name].seconds(speeds), seconds_after_first=after)
     return Plan(tuple(stages), limit, memory)
 
 
@@ -226,36 +227,37 @@ def make_training_plan(
     adapters: int,
     averages: bool,
     recompute: bool,
-    draws: bool,
+    validates: bool,
     limit: int,
 ) -> TrainingPlan:
     """Plan the training of a LoRA; the modules' weights are not read.
 
     Args:
-        dtype: of the transformer's activations.
-        shapes: (height, width) of each picture and of its references, as they are trained on.
+        dtype: the dtype of the transformer's activations.
+        shapes: (height, width) of each image and of its references, as they are trained on.
         length: tokens of a caption.
-        batch: pictures in a pass.
-        adapters: numbers in the LoRA.
-        averages: whether it has a moving average.
-        recompute: see activations.training_bytes.
-        draws: whether pictures are drawn in between.
-        limit: bytes that there are.
+        batch: images in a pass.
+        adapters: parameters of the LoRA.
+        averages: whether the LoRA has a moving average (EMA).
+        recompute: whether blocks are computed again in the backward pass (gradient checkpointing).
+        validates: whether validation images are generated in between.
+        limit: the bytes of memory that training may take.
     """
-    pictures, config, params = stage_dtype("autoencoder", dtype), autoencoder.config, transformer.params
+    image_dtype, config, params = stage_dtype("autoencoder", dtype), autoencoder.config, transformer.params
     text_dtype = stage_dtype("text_encoder", dtype)
     stages = [
         stage_of("text encoder", text_encoder, text_dtype, text_encoder_bytes(text_encoder.config, length, text_dtype))
     ]
-    working = max(encoder_bytes(config, *size, pictures) for shape in shapes for size in shape)
-    stages.append(stage_of("pictures", autoencoder.encoder, pictures, working))
+    encoding = max(encoder_bytes(config, *size, image_dtype) for shape in shapes for size in shape)
+    stages.append(stage_of("images", autoencoder.encoder, image_dtype, encoding))
     tokens = length + max(sum(h * w for h, w in shape) for shape in shapes) // 256
     unpacked = largest_dense_bytes(transformer, dtype)
-    working = unpacked + training_bytes(params, tokens, dtype, batch, recompute=recompute, packed=unpacked > 0)
-    if draws:
+    activation_bytes = unpacked + training_bytes(params, tokens, dtype, batch, recompute=recompute, packed=unpacked > 0)
+    if validates:
         height, width = max((shape[0] for shape in shapes), key=lambda size: size[0] * size[1])
-        working = max(working, weight_bytes(autoencoder.decoder) + decoder_bytes(config, height, width, pictures))
+        decoding = weight_bytes(autoencoder.decoder) + decoder_bytes(config, height, width, image_dtype)
+        activation_bytes = max(activation_bytes, decoding)
     # In float32: the weights, their gradients twice (of a pass and of the step), the optimizer's two moments.
     weights = weight_bytes(transformer) + (6 if averages else 5) * adapters * mx.float32.size
-    stages.append(Stage("training", weights, weights, working))
+    stages.append(Stage("training", weights, weights, activation_bytes))
     return TrainingPlan(tuple(stages), limit)

@@ -26,9 +26,9 @@ def released_modules(
     worth reading.
 
     Args:
-        name: of a release.
-        dtype: of the transformer.
-        specs: how each stage is packed that is.
+        name: the release's name or Hub id.
+        dtype: the transformer's dtype.
+        specs: how the stages are packed; a stage that is not named stays dense.
 
     Raises:
         InputError: for a name of no release.

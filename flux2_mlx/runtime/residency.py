@@ -1,4 +1,4 @@
-"""Residency: which stages are in memory. The one owner of what is loaded, unloaded, streamed, read ahead and adapted.
+"""Residency: which stages are in memory. Stages alone loads, unloads, streams, reads ahead and adapts them.
 
 A stage is a model of a checkpoint. It is built with lazy weights, brought into memory when it is first used, and goes
 back to the checkpoint's files where another stage needs the room. Whoever needs a stage borrows it with ``use`` and
@@ -41,11 +41,11 @@ STAGES = ("text_encoder", "transformer", "autoencoder")
 
 @dataclass(frozen=True)
 class Need:
-    """What a use of a stage takes beside its weights, in bytes.
+    """The bytes that a use of a stage takes beside its weights.
 
     Attributes:
-        activations, attention: see plan.stage_of.
-        pinned: of what is in memory already and stays there, as keys and values of references.
+        activations, attention: stage_of's, activations of the use and those during attention.
+        pinned: what is in memory already and stays there, as keys and values of references.
     """
 
     activations: int
@@ -57,8 +57,8 @@ class Stages:
     """The stages of a checkpoint and their residency.
 
     Attributes:
-        checkpoint: whose weights they are; another one once LoRAs are fused.
-        dtype: of the transformer; see device.stage_dtype for the others'.
+        checkpoint: the checkpoint of the weights; replaced when LoRAs are fused into it.
+        dtype: the transformer's dtype; see device.stage_dtype for the others'.
         quantize: how each stage is packed that the checkpoint holds dense.
         memory: what stays loaded, one of plan.MODES.
         memory_limit: bytes that loaded stages and their activations may take together.
@@ -112,9 +112,9 @@ class Stages:
         """Lend a stage, loaded, and keep MLX to the memory limit meanwhile.
 
         Args:
-            name: of STAGES.
-            need: bytes beside its weights.
-            stats: where the time and the peak are counted, under ``what``; loading under "load".
+            name: one of STAGES.
+            need: the bytes of the use beside its weights.
+            stats: counts the time and the peak under ``what``, and loading under "load".
             part: "encoder" or "decoder" of the autoencoder.
 
         Yields:
@@ -127,7 +127,7 @@ class Stages:
     def prepare(self, name: str, need: Need, stats: Stats, *, part: str = "") -> int:
         """Bring a stage, or a part of one, into memory; other stages out of it as far as mode and limit say.
 
-        What is too large even alone is streamed, if it has blocks, or loaded all the same, with a UserWarning.
+        What is too large even alone is streamed, if it has blocks, or else loaded with a UserWarning.
 
         Returns:
             the bytes of its activations, the largest unpacked matrix among them.
@@ -135,16 +135,16 @@ class Stages:
         dtype, module = stage_dtype(name, self.dtype), self._module(name, part)
         stage = stage_of(name.replace("_", " "), module, dtype, need.activations, need.attention)
         streams = stage.is_streamed(self.memory, self.memory_limit - need.pinned)
-        if self._loaded[name] and streams != is_streamed(module):  # as for an image of another size
+        if self._loaded[name] and streams != is_streamed(module):  # an image of another size needs another mode
             self._open(name)
             module = self._module(name, part)
         weights, is_loaded = stage.streamed if streams else stage.weights, self.is_loaded(name, part)
-        self._make_room(name, stage.working + (weights if streams or not is_loaded else 0), need.pinned)
+        self._make_room(name, stage.activation_bytes + (weights if streams or not is_loaded else 0), need.pinned)
         if is_loaded:
-            return stage.working
+            return stage.activation_bytes
         self._warn(stage, weights, need.pinned, module if streams else None)
         self._load(name, module, stage, weights, stats, streams=streams)
-        return stage.working
+        return stage.activation_bytes
 
     def _load(self, name: str, module: nn.Module, stage: Stage, weights: int, stats: Stats, *, streams: bool) -> None:
         """Read a module's weights, or of a streamed one those outside of its blocks."""
@@ -161,14 +161,14 @@ class Stages:
                 if not streams:
                     autotune(module, dtype)
             except BaseException:
-                self._open(name)  # half of a packed layer would go unnoticed
+                self._open(name)  # so that no layer stays half converted
                 raise
-        mx.clear_cache()  # what was read to be converted
+        mx.clear_cache()  # frees the buffers that weights were converted from
         self._loaded[name].add(id(module))
 
     def _warn(self, stage: Stage, weights: int, pinned: int, streamed: nn.Module | None) -> None:
         """Warn of what will be slow: too little memory, or a streamed module that is converted in every pass."""
-        needed = weights + stage.working + (mx.get_active_memory() if self.memory == "resident" else pinned)
+        needed = weights + stage.activation_bytes + (mx.get_active_memory() if self.memory == "resident" else pinned)
         if needed > self.memory_limit:
             warnings.warn(
                 f"the {stage.name} needs about {needed / 1e9:.1f} GB and this machine gives "
@@ -183,7 +183,7 @@ class Stages:
             )
 
     def _make_room(self, name: str, wanted: int, pinned: int) -> None:
-        """Unload other stages (none, all, or as far as it takes to have so many bytes); then evict, unless pinned."""
+        """Unload other stages, as far as the mode and ``wanted`` bytes ask; then evict, if that is too little."""
         room = {"resident": math.inf, "auto": self.memory_limit}.get(self.memory, 0)
         for other in STAGES:
             if mx.get_active_memory() + wanted <= room:
@@ -209,9 +209,9 @@ class Stages:
 
     def unload(self, name: str | None = None) -> None:
         """Give a stage's memory back, or that of all; its weights are read again when it is next used."""
-        for own in STAGES if name is None else (name,):
-            self._open(own)
-            if own == "transformer":
+        for stage in STAGES if name is None else (name,):
+            self._open(stage)
+            if stage == "transformer":
                 self.evict()
         mx.clear_cache()
 
@@ -224,13 +224,13 @@ class Stages:
         return id(self._module(name, part)) in self._loaded[name]
 
     def bar(self, what: str, total: int, **options: Any) -> tqdm:
-        """A progress bar on standard error, where there is to be one."""
+        """A progress bar on standard error, unless ``progress`` is off."""
         return tqdm(desc=what, total=total, leave=False, disable=not self.progress, **options)
 
     # ------------------------------------------------------------------------------------------------ room
 
     def transformer_stage(self, one: Pass) -> Stage:
-        """What the transformer needs for a pass."""
+        """The transformer as the stage of a pass."""
         return stage_of("transformer", self.transformer, self.dtype, *self.transformer_need(one))
 
     def transformer_need(self, one: Pass) -> tuple[int, int]:
@@ -246,16 +246,16 @@ class Stages:
         return self.transformer_stage(one).is_streamed(self.memory, self.memory_limit)
 
     def fits(self, one: Pass) -> bool:
-        """Whether a pass of so many rows fits, with nothing unloaded or streamed for it that stays for one row."""
+        """Whether a pass of several rows fits without unloading or streaming what a pass of one row leaves loaded."""
         limit = self.memory_limit - self.kv_bytes(one.kv)
         stage = self.transformer_stage(replace(one, rows=1))
         weights = stage.streamed if stage.is_streamed(self.memory, limit) else stage.weights
         others = self.loaded() - {"transformer"}
         others_bytes = sum(weight_bytes(self._modules[name]) for name in others)
-        alone = others_bytes + weights + stage.working
-        if self.memory in ("staged", "streamed") or (self.memory == "auto" and alone > limit):
+        needed = others_bytes + weights + stage.activation_bytes
+        if self.memory in ("staged", "streamed") or (self.memory == "auto" and needed > limit):
             others_bytes = 0
-        return others_bytes + weights + self.transformer_stage(one).working <= limit
+        return others_bytes + weights + self.transformer_stage(one).activation_bytes <= limit
 
     # ------------------------------------------------------------------------------------------------ adapters
 
@@ -268,17 +268,17 @@ class Stages:
         fused = tuple(lora for lora in loras.values() if lora.merge)
         if fused != self.checkpoint.sources["transformer"].changes:
             checkpoint = with_fused(self.checkpoint, fused)
-            checkpoint.sources["transformer"].weights()  # or what is packed would be refused when it is too late
+            checkpoint.sources["transformer"].weights()  # refuses packed weights now, before anything is unloaded
             self.checkpoint, self.loras = checkpoint, dict(loras)
             self.unload("transformer")
             return
         self.loras = dict(loras)
         self.evict()
-        set_adapters(self.transformer, self._beside())
+        set_adapters(self.transformer, self._unfused())
         if self._loaded["transformer"] and not is_streamed(self.transformer):
             mx.eval(adapter_arrays(self.transformer))
 
-    def load_lora(self, where: str, name: str, scale: float, *, merge: bool, partial: bool) -> Lora:
+    def load_lora(self, source: str, name: str, scale: float, *, merge: bool, partial: bool) -> Lora:
         """Open a LoRA and generate with it too; see Flux2Pipeline.load_lora.
 
         Raises:
@@ -289,12 +289,12 @@ class Stages:
             raise InputError(f"a LoRA {name!r} is loaded; set_lora changes its scale, and name= names another")
         weights = self.checkpoint.sources["transformer"].weights
         model = FluxKlein(self.checkpoint.transformer)
-        lora = open_lora(where, model, weights, scale=scale, merge=merge, partial=partial)
+        lora = open_lora(source, model, weights, scale=scale, merge=merge, partial=partial)
         self.set_loras({**self.loras, name: lora})
         return lora
 
     def scale_lora(self, name: str, scale: float) -> None:
-        """Change how much of a LoRA's change is made.
+        """Change the scale (strength) of a LoRA.
 
         Raises:
             InputError: for a name that is not loaded, or a scale that is none.
@@ -310,14 +310,14 @@ class Stages:
         """
         if name is not None:
             self._lora(name)
-        self.set_loras({} if name is None else {own: lora for own, lora in self.loras.items() if own != name})
+        self.set_loras({} if name is None else {other: lora for other, lora in self.loras.items() if other != name})
 
     def _lora(self, name: str) -> Lora:
         if name not in self.loras:
             raise InputError(f"no LoRA {name!r} is loaded, only {', '.join(self.loras) or 'none'}")
         return self.loras[name]
 
-    def _beside(self) -> list[Lora]:
+    def _unfused(self) -> list[Lora]:
         return [lora for lora in self.loras.values() if not lora.merge]
 
     # ------------------------------------------------------------------------------------------------ modules
@@ -326,7 +326,7 @@ class Stages:
         return getattr(self._modules[name], part) if part else self._modules[name]
 
     def _open(self, name: str) -> None:
-        """Build a stage with lazy weights; those of an earlier build are given back."""
+        """Build a stage with lazy weights; the weights of an earlier build are freed."""
         self._modules[name] = self._built(name)
         self._loaded[name] = set()
 
@@ -338,5 +338,5 @@ class Stages:
         if name == "text_encoder":
             return load_text_encoder(self.checkpoint, dtype, spec)
         transformer = load_transformer(self.checkpoint, dtype, spec)
-        set_adapters(transformer, self._beside())
+        set_adapters(transformer, self._unfused())
         return transformer

@@ -1,4 +1,4 @@
-"""What a stage computes and moves, and how long a machine takes for it whose speed was measured.
+"""The roofline: what a stage computes and moves, and how long that takes on a machine whose speed was measured.
 
 modules, workload -> image_work -> Work of each stage -> seconds at Speeds
 
@@ -26,7 +26,7 @@ from ..quantization.layers import shortest_seconds
 from ..quantization.recipes import dense_bytes
 from .activations import Workload
 
-TABLE = "speeds"  # in the cache folder
+TABLE = "speeds"  # the table's name in the cache folder
 
 # Elements that a block of either kind reads and writes, in units of an activation as wide as the model, as
 # benchmarks/kernels.py counts them.
@@ -37,12 +37,13 @@ GROUP_NORM = 6
 # A measurement is made larger, by fours, until it takes so long, or as large as it may be.
 LONG_ENOUGH = 0.1  # seconds
 SCALES = (1, 4, 16, 64)
-WIDTH, HEADS, CHANNELS = 3072, 24, 256  # of what is measured: klein-4b's, and those of the decoder's last half
+# Shapes that are measured: width and heads of klein-4b, channels of the decoder's last half.
+WIDTH, HEADS, CHANNELS = 3072, 24, 256
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """What a machine does in a second: FLOP of three kinds, and bytes that are read or written."""
+    """A machine's speeds: FLOP a second of three kinds, and bytes a second that are read or written."""
 
     matmul: float
     attention: float
@@ -52,7 +53,7 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Work:
-    """What is done once in a stage.
+    """The work of running a stage once.
 
     Attributes:
         matmul, attention, convolution: FLOP; those of attention are its two products.
@@ -88,7 +89,7 @@ class Work:
         return self.bytes / speeds.copy
 
     def seconds(self, speeds: Speeds) -> tuple[float, float]:
-        """The least, where all of the one is done beside the other, and the most, where none is."""
+        """(least, most): arithmetic and memory traffic wholly overlapped, and not at all."""
         computing, moving = self.computing(speeds), self.moving(speeds)
         return max(computing, moving), computing + moving
 
@@ -128,12 +129,12 @@ def reference_kv_work(params: FluxKleinParams, tokens: int, dtype: mx.Dtype) -> 
     return _blocks(params, tokens, tokens, dtype) + Work(matmul=2 * (temb + params.in_channels * dims * tokens))
 
 
-def _blocks(params: FluxKleinParams, tokens: int, seen: int, dtype: mx.Dtype) -> Work:
-    """All blocks over so many tokens, which attend to ``seen``: either kind has 4 d^2 + 3 d m weights for a token."""
+def _blocks(params: FluxKleinParams, tokens: int, kv_tokens: int, dtype: mx.Dtype) -> Work:
+    """All blocks over tokens that attend to ``kv_tokens``: either kind has 4 d^2 + 3 d m weights for a token."""
     dims, blocks = params.hidden_size, params.depth + params.depth_single
     return Work(
         matmul=2 * blocks * tokens * (4 * dims**2 + 3 * dims * params.mlp_hidden),
-        attention=4 * blocks * tokens * seen * dims,
+        attention=4 * blocks * tokens * kv_tokens * dims,
         intermediates=BLOCK * blocks * tokens * dims * dtype.size,
     )
 
@@ -167,7 +168,7 @@ def encoder_work(config: AutoEncoderConfig, height: int, width: int, dtype: mx.D
 
 
 def _conv(pixels: int, inputs: int, outputs: int, dtype: mx.Dtype, kernel: int = 3) -> Work:
-    """A convolution with so many pixels of output: its input is put together with its neighbours, its bias added."""
+    """A convolution with so many pixels of output: reading its input with neighbours, adding its bias."""
     moved = (3 * inputs + 3 * outputs) * pixels * dtype.size
     return Work(convolution=2 * kernel**2 * inputs * outputs * pixels, intermediates=moved)
 
@@ -203,7 +204,7 @@ def image_work(
     workload: Workload,
     dtype: mx.Dtype,
 ) -> dict[str, Work]:
-    """What each stage of an image does, by the plan's names: for one prompt, all references, one pass of the
+    """The work of each stage of an image, by the plan's names: for one prompt, all references, one pass of the
     transformer (the first), one image. Weights of modules are not read.
     """
     text_dtype, image_dtype = stage_dtype("text_encoder", dtype), stage_dtype("autoencoder", dtype)
@@ -224,11 +225,11 @@ def image_work(
     return work
 
 
-def later_work(transformer: FluxKlein, workload: Workload, dtype: mx.Dtype) -> Work | None:
+def work_after_first(transformer: FluxKlein, workload: Workload, dtype: mx.Dtype) -> Work | None:
     """A pass of the transformer once keys and values are frozen; None where none are."""
     if not workload.denoising().frozen_tokens:
         return None
-    one = workload.denoising().later
+    one = workload.denoising().after_first
     work = transformer_work(transformer.params, one.text, one.image + one.references, dtype, one.kv)
     return work + _reading(transformer, dtype)
 
@@ -242,24 +243,24 @@ def _reading(module: nn.Module, dtype: mx.Dtype, but: int = 0) -> Work:
 
 
 def known_speeds(dtype: mx.Dtype) -> Speeds | None:
-    """What was measured of this machine in a dtype, if it was."""
-    kept = read_table(TABLE).get(_key(dtype))
+    """The measured speeds of this machine in a dtype; None where it was not measured."""
+    entry = read_table(TABLE).get(_key(dtype))
     names = [field.name for field in fields(Speeds)]
-    if not isinstance(kept, dict) or not all(isinstance(kept.get(name), float) and kept[name] > 0 for name in names):
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(name), float) and entry[name] > 0 for name in names):
         return None
-    return Speeds(**{name: kept[name] for name in names})
+    return Speeds(**{name: entry[name] for name in names})
 
 
 def measure(dtype: mx.Dtype) -> dict[mx.Dtype, Speeds]:
-    """Measure this machine in the dtypes of a picture's stages, in a few seconds, and keep that in the cache folder."""
+    """Measure this machine's speeds in the dtypes of an image's stages, and write them to the cache folder."""
     dtypes = {dtype, stage_dtype("autoencoder", dtype)}
-    speeds = {own: measured(own) for own in dtypes}
-    kept = {_key(own): dict(vars(found)) for own, found in speeds.items()}
-    write_table(TABLE, read_table(TABLE) | kept)
+    speeds = {own: measure_speeds(own) for own in dtypes}
+    entries = {_key(own): dict(vars(measured)) for own, measured in speeds.items()}
+    write_table(TABLE, read_table(TABLE) | entries)
     return speeds
 
 
-def measured(dtype: mx.Dtype) -> Speeds:
+def measure_speeds(dtype: mx.Dtype) -> Speeds:
     """This machine's speeds at shapes of the models."""
 
     def matmul(scale: int) -> tuple[int, Callable[..., mx.array], list[mx.array]]:
@@ -286,7 +287,7 @@ def measured(dtype: mx.Dtype) -> Speeds:
 
 
 def _speed(kind: Callable[[int], tuple[int, Callable[..., mx.array], list[mx.array]]]) -> float:
-    """How much is done in a second, of an amount that depends on the scale."""
+    """Amount of work per second; ``kind`` gives the amount, the function and its arrays at a scale."""
     for scale in SCALES:
         amount, function, arrays = kind(scale)
         mx.eval(arrays)

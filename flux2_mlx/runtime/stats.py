@@ -15,10 +15,10 @@ class Stats:
     """Seconds, and peak bytes of MLX arrays (weights included), of each part of a run.
 
     Parts: "load" (weights into memory), "text_encoder", "references", "denoise", "decode", and "preview", where a
-    preview decoder draws.
+    preview decoder decodes.
 
     Attributes:
-        steps: numbers of the pictures' steps that were "computed", and that "reused" earlier ones; see step_cache.
+        steps: how many of the images' steps were "computed", and how many "reused" earlier ones (First Block Cache).
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -36,7 +36,8 @@ class Stats:
             self.peak_bytes[part] = max(self.peak_bytes.get(part, 0), mx.get_peak_memory())
 
 
-def not_finite(where: str, dtype: str) -> str:
+def not_finite(place: str, dtype: str) -> str:
+    """The message for values that are not finite at a place of the computation, with a wider dtype as the way out."""
     wider = {"float16": "try bfloat16", "bfloat16": "try float32"}.get(dtype)
     way_out = f"{wider} (--dtype, dtype=), and if that fails too, check" if wider else "check"
-    return f"{where}: values are not finite in {dtype}; {way_out} the checkpoint's files"
+    return f"{place}: values are not finite in {dtype}; {way_out} the checkpoint's files"

@@ -50,7 +50,7 @@ def stream(model: nn.Module, load: Callable[[], nn.Module], dtype: mx.Dtype) -> 
         model: a FluxKlein or Qwen3TextEncoder with lazy weights.
         load: opens the same model anew, its weights lazy; called once a pass over the blocks, since an array that was
             read stays in memory as long as it exists.
-        dtype: of the model's activations.
+        dtype: the dtype of the model's activations.
 
     Yields:
         the bytes of each weight that is brought into memory.
@@ -86,30 +86,32 @@ class _Blocks:
         self.paths = block_paths(model)
         modules = dict(model.named_modules())
         self.numbers = {id(modules[path[:-1]]): k for k, path in enumerate(self.paths)}
-        self.fresh: nn.Module = nn.Module()  # whose blocks are read in this pass
+        self.unread: nn.Module = (
+            nn.Module()
+        )  # the model opened for this pass, with the blocks that are still to be read
 
     def __call__(self, block: nn.Module, *arguments: Any, may_end: bool = False) -> Any:
         number = self.numbers[id(block)]
         if number == 0:
-            self.fresh = self.load()
-        own = self._take(self.paths[number])
-        out = own(*arguments)
+            self.unread = self.load()
+        loaded = self._take(self.paths[number])
+        out = loaded(*arguments)
         mx.async_eval(out)
         for path in () if may_end else self.paths[number + 1 : number + 2]:
-            if not needs_conversion(self.fresh, path):
-                mx.async_eval([array for name, array in weights_of(self.fresh).items() if name.startswith(path)])
+            if not needs_conversion(self.unread, path):
+                mx.async_eval([array for name, array in weights_of(self.unread).items() if name.startswith(path)])
         mx.eval(out)
         return out
 
     def _take(self, path: str) -> nn.Module:
-        """A block in memory, which this pass holds no longer."""
-        for _ in load_weights(self.fresh, lambda name: name.startswith(path)):
+        """Load a block and take it out of ``unread``, so that it is freed once its caller is done with it."""
+        for _ in load_weights(self.unread, lambda name: name.startswith(path)):
             pass
         *parents, last = path[:-1].split(".")
-        blocks: Any = self.fresh
+        blocks: Any = self.unread
         for name in parents:
             blocks = blocks[name]
-        own: nn.Module = blocks[int(last)]
+        block: nn.Module = blocks[int(last)]
         blocks[int(last)] = nn.Module()
-        autotune(own, self.dtype)
-        return own
+        autotune(block, self.dtype)
+        return block

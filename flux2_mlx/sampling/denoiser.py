@@ -1,4 +1,4 @@
-"""The denoiser: a transformer and what no step of an image changes, as a velocity of noisy tokens.
+"""The denoiser: the transformer with everything that stays the same in all steps, as a velocity of noisy tokens.
 
 Denoisers are called as (x (B, S, C), txt (B, L, D), step) and give the velocity (B, S, C) in float32. Those that reuse
 something of earlier steps wrap the plain one.
@@ -30,10 +30,9 @@ class Denoiser:
     """The transformer's velocity, evaluated.
 
     Attributes:
-        use: lends the transformer while a pass is computed. It is asked anew for every pass and never kept, since
-            whoever owns it may unload it between two passes.
+        use: lends the transformer for one pass. Each pass asks anew, since its owner may unload it in between.
         rope: tables (cos, sin) of text, image and references; see FluxKlein.compute_rope.
-        num_tokens: S, of the image.
+        num_tokens: S, the image's tokens.
         references: clean tokens (1, R, C) of each reference image, which follow the image's.
         reference_kv: keys and values of the references in every block, in place of their tokens (klein-9b-kv).
     """
@@ -70,7 +69,8 @@ class CachedDenoiser:
 
     Attributes:
         new_cache: makes the cache of the steps to come, whenever a step restarts.
-        cache: of the steps so far; None before the first step, and in the last one, which is computed in full.
+        cache: the First Block Cache of the steps so far; None before the first step, and in the last one, which is
+            computed in full.
     """
 
     denoiser: Denoiser
@@ -87,7 +87,7 @@ class CachedDenoiser:
 
 @dataclass
 class FrozenDenoiser:
-    """Keys and values of text or references are those of the first step; they are given back after the last one."""
+    """The keys and values of text or references are frozen after the first step, and freed after the last one."""
 
     denoiser: Denoiser
     frozen: FrozenKV

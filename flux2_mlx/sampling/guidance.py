@@ -20,19 +20,19 @@ def apply_cfg(v: mx.array, v_uncond: mx.array, scale: float, rescale: float = 0.
         rescale: 0..1, the share of the result whose standard deviation is made that of v (Lin et al., arXiv
             2305.08891, which counters the loss of contrast of strong guidance).
     """
-    guided = v_uncond + scale * (v - v_uncond)
+    v_cfg = v_uncond + scale * (v - v_uncond)
     if rescale == 0:
-        return guided
-    spread = mx.std(v, axis=(1, 2), keepdims=True) / mx.std(guided, axis=(1, 2), keepdims=True)
-    return rescale * spread * guided + (1 - rescale) * guided
+        return v_cfg
+    ratio = mx.std(v, axis=(1, 2), keepdims=True) / mx.std(v_cfg, axis=(1, 2), keepdims=True)
+    return rescale * ratio * v_cfg + (1 - rescale) * v_cfg
 
 
-# (x (B, S, C), prompt and negative embeddings (B, L, D) each, step) to both velocities.
+# (x (B, S, C), prompt and negative embeddings (B, L, D) each, step) -> (v, v_uncond)
 Passes = Callable[[mx.array, mx.array, mx.array, StepPlan], tuple[mx.array, mx.array]]
 
 
 def batched(denoiser: Velocity) -> Passes:
-    """Both passes as one of twice the rows."""
+    """Both passes of CFG as one batch of twice the rows."""
 
     def passes(x: mx.array, txt: mx.array, negative: mx.array, step: StepPlan) -> tuple[mx.array, mx.array]:
         v, v_uncond = mx.split(denoiser(mx.concatenate([x, x]), mx.concatenate([txt, negative]), step), 2)
@@ -42,7 +42,7 @@ def batched(denoiser: Velocity) -> Passes:
 
 
 def sequential(cond: Velocity, uncond: Velocity) -> Passes:
-    """One pass after the other, where both at once do not fit; the cache of ``uncond`` may follow that of ``cond``."""
+    """One pass after the other, where both as one batch do not fit; ``uncond``'s cache may follow ``cond``'s."""
 
     def passes(x: mx.array, txt: mx.array, negative: mx.array, step: StepPlan) -> tuple[mx.array, mx.array]:
         return cond(x, txt, step), uncond(x, negative, step)
@@ -51,11 +51,11 @@ def sequential(cond: Velocity, uncond: Velocity) -> Passes:
 
 
 def distributed(denoiser: Velocity, group: mx.distributed.Group) -> Passes:
-    """A pass on each of two processes."""
+    """One of the two passes on each of two processes."""
 
     def passes(x: mx.array, txt: mx.array, negative: mx.array, step: StepPlan) -> tuple[mx.array, mx.array]:
-        own = denoiser(x, (txt, negative)[group.rank()], step)
-        v, v_uncond = mx.split(mx.distributed.all_gather(own, group=group), 2)
+        velocity = denoiser(x, (txt, negative)[group.rank()], step)
+        v, v_uncond = mx.split(mx.distributed.all_gather(velocity, group=group), 2)
         return v, v_uncond
 
     return passes
@@ -67,9 +67,9 @@ class Guidance:
 
     Attributes:
         cond: the denoiser of the prompt.
-        passes: gives the velocities with both prompts.
-        txt, negative: embeddings (B, L, D) of both; ``negative`` is not looked at without CFG.
-        scale, rescale: see apply_cfg.
+        passes: computes (v, v_uncond), the velocities with the prompt and with the negative prompt.
+        txt, negative: embeddings (B, L, D) of both prompts; ``negative`` is not used without CFG.
+        scale, rescale: apply_cfg's.
     """
 
     cond: Velocity

@@ -1,6 +1,6 @@
-"""Latents: packing between pictures and tokens, position ids, and the noise that a picture starts from.
+"""Latents: packing between images and tokens, position ids, and the noise that an image starts from.
 
-A picture of H x W pixels has a latent of (H/8, W/8, 32); its 2x2 patches are packed to (H/16, W/16, 128), and the
+An image of H x W pixels has a latent of (H/8, W/8, 32); its 2x2 patches are packed to (H/16, W/16, 128), and the
 rows of that grid are the S = H/16 * W/16 image tokens.
 """
 
@@ -40,7 +40,7 @@ def unpack_latents(latents: mx.array, height: int, width: int) -> mx.array:
 
     Args:
         latents: packed tokens, row by row.
-        height, width: of the picture, in pixels, multiples of 16.
+        height, width: the image's size in pixels, multiples of 16.
     """
     batch, _, channels = latents.shape
     return unpatchify(latents.reshape(batch, height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN, channels))
@@ -54,11 +54,11 @@ def text_ids(length: int) -> mx.array:
 
 
 def image_ids(height: int, width: int, reference: int | None = None) -> mx.array:
-    """Positions (T, H, W, L) of a picture's tokens: (1, S, 4), row by row.
+    """Positions (T, H, W, L) of an image's tokens: (1, S, 4), row by row.
 
     Args:
-        height, width: of the picture, in pixels.
-        reference: None for the picture being made (T = 0); k for the k-th reference picture (T = 10 + 10 k).
+        height, width: the image's size in pixels.
+        reference: None for the image that is generated (T = 0); k for the k-th reference image (T = 10 + 10 k).
     """
     rows, columns = height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN
     ids = np.zeros((rows, columns, 4), np.int32)
@@ -71,8 +71,8 @@ def image_ids(height: int, width: int, reference: int | None = None) -> mx.array
 def torch_randn(shape: Sequence[int], seed: int) -> np.ndarray:
     """Standard normal numbers, as torch.randn gives them on the CPU from a fresh generator with this seed.
 
-    MT19937 seeded with the low 32 bits; 24-bit uniforms; Box-Muller on blocks of 16, the last block drawn anew where
-    the count is no multiple of 16. Fewer than 16 numbers come from pairs of 53-bit uniforms in double precision.
+    MT19937 seeded with the low 32 bits; 24-bit uniforms; Box-Muller on blocks of 16, the last block from new numbers
+    where the count is no multiple of 16. Fewer than 16 numbers come from pairs of 53-bit uniforms in double precision.
     Source: PyTorch's normal_fill and CPUGeneratorImpl. Agrees to 1e-6 (torch has its own float32 log, sin and cos).
 
     Returns:
@@ -112,19 +112,18 @@ NOISES = ("torch", "mlx")
 
 
 def initial_noise(seed: int, height: int, width: int, channels: int = 128, noise: str = "torch") -> mx.array:
-    """The noise of one picture: (1, S, channels) tokens in float32. It depends on nothing but its arguments.
+    """The noise of one image: (1, S, channels) tokens in float32. It depends on nothing but its arguments.
 
     Args:
-        seed: the picture's own.
-        height, width: in pixels, multiples of 16.
-        noise: "torch" draws what diffusers draws from a CPU generator, as (1, channels, H/16, W/16), from the seed's
-            low 32 bits; "mlx" draws from mx.random, from its low 64 bits.
+        seed: the image's own seed.
+        height, width: the image's size in pixels, multiples of 16.
+        noise: "torch" gives the noise of diffusers with a CPU generator, generated as (1, channels, H/16, W/16) from
+            the seed's low 32 bits; "mlx" that of mx.random, from its low 64 bits.
     """
     rows, columns = height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN
     if noise == "mlx":
         return mx.random.normal((1, rows * columns, channels), key=mx.random.key(seed % 2**64))
-    drawn = torch_randn((1, channels, rows, columns), seed)
-    return pack_channels_first(mx.array(drawn))
+    return pack_channels_first(mx.array(torch_randn((1, channels, rows, columns), seed)))
 
 
 def pack_channels_first(x: mx.array) -> mx.array:

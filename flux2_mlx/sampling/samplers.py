@@ -1,4 +1,4 @@
-"""Sampling of a rectified flow by Euler's steps. The velocity is noise minus image.
+"""Sampling of a rectified flow by Euler steps. The velocity is noise minus image.
 
 Reference: Black Forest Labs' flux2 sampling and diffusers' FlowMatchEulerDiscreteScheduler.
 """
@@ -26,10 +26,10 @@ def euler_step(x: mx.array, velocity: mx.array, sigma: float, sigma_next: float)
 
 @dataclass(frozen=True)
 class MaskBlend:
-    """Inpainting: outside of the mask, tokens are those of the init image at the step's noise level.
+    """Inpainting: tokens outside of the mask are those of the init image, noised to the step's sigma.
 
     Attributes:
-        clean, noise: (1, S, C) and (B, S, C).
+        clean, noise: the init image's tokens (1, S, C), and each image's noise (B, S, C).
         mask: (1, S, 1) in 0..1, 1 where the image is generated anew.
     """
 
@@ -51,12 +51,12 @@ def sample_euler(
     """Euler's steps along a rectified flow.
 
     Args:
-        velocity: of tokens (B, S, C) in a step: noise minus image.
+        velocity: gives the velocity (noise minus image) of tokens (B, S, C) in a step.
         x: (B, S, C) tokens at the first step's noise level.
-        blend: of inpainting.
+        blend: inpainting's, which brings the tokens outside of the mask back after each step.
 
     Yields:
-        each step with the tokens at its lower noise level, and the image that it foresees, both (B, S, C).
+        each step with the tokens at its lower noise level, and the denoised image that it predicts, both (B, S, C).
     """
     for step in steps:
         v = velocity(x, step)
@@ -78,7 +78,7 @@ class FluxSamplerConfig:
 
     @classmethod
     def klein(cls) -> FluxSamplerConfig:
-        """Four linear steps. Flux2Pipeline draws with the official schedule instead: see flux2_sigmas."""
+        """Four linear steps. Flux2Pipeline samples with the official schedule instead: see flux2_sigmas."""
         return cls()
 
 
@@ -102,11 +102,11 @@ class FluxSampler:
         steps = self.config.num_steps if num_steps is None else num_steps
         if steps < 1:
             raise InputError(f"num_steps must be at least 1, got {steps}")
-        levels = linear_sigmas(steps)
+        sigmas = linear_sigmas(steps)
         if self.config.is_schnell:
-            return levels
+            return sigmas
         shift = self.config.shift
-        return [shift * s / (1 + (shift - 1) * s) for s in levels]
+        return [shift * s / (1 + (shift - 1) * s) for s in sigmas]
 
     def step(self, x_t: mx.array, v_pred: mx.array, t: float, t_prev: float) -> mx.array:
         """x_t + (t_prev - t) * v_pred: one Euler step from noise level t to the lower t_prev, both in 0..1.

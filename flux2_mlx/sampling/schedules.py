@@ -18,7 +18,7 @@ COMFY_MU = 2.02
 
 
 def empirical_mu(num_tokens: int, num_steps: int) -> float:
-    """Black Forest Labs' fitted time shift for a picture of num_tokens image tokens drawn in num_steps.
+    """Black Forest Labs' fitted time shift (mu) for an image of num_tokens tokens sampled in num_steps.
 
     Linear in the tokens at 10 and at 200 steps, and linear in the steps between and beyond; above 4300 tokens the
     200-step line alone. References never count as tokens.
@@ -53,29 +53,29 @@ def comfy_sigmas(num_steps: int) -> list[float]:
 
 
 def custom_sigmas(sigmas: Sequence[float], num_tokens: int) -> list[float]:
-    """A caller's noise levels, shifted by empirical_mu and closed with 0, as diffusers does with them."""
+    """A caller's sigmas, shifted by empirical_mu and closed with 0, as diffusers does with them."""
     return [*shift_sigmas(sigmas, empirical_mu(num_tokens, len(sigmas))), 0.0]
 
 
 def check_sigmas(sigmas: Sequence[float]) -> None:
-    """Refuse custom noise levels that are no way from noise to a picture.
+    """Refuse custom sigmas that do not lead from noise to an image.
 
     Raises:
         InputError: unless they fall strictly from at most 1 and stay above 0.
     """
     try:
-        levels = [float(s) for s in sigmas]
+        values = [float(s) for s in sigmas]
     except (TypeError, ValueError):
         raise InputError(f"sigmas must be a list of numbers, got {sigmas!r}") from None
-    if not levels or not 0 < levels[-1] <= levels[0] <= 1 or any(a <= b for a, b in pairwise(levels)):
-        raise InputError(f"sigmas must fall strictly within 1 to 0, both ends above 0 (0 is added), got {levels}")
+    if not values or not 0 < values[-1] <= values[0] <= 1 or any(a <= b for a, b in pairwise(values)):
+        raise InputError(f"sigmas must fall strictly within 1 to 0, both ends above 0 (0 is added), got {values}")
 
 
 SCHEDULES = ("flux2", "linear", "comfy")
 
 
 def schedule_sigmas(schedule: str, num_steps: int, num_tokens: int) -> list[float]:
-    """Noise levels of a schedule by its name, one of SCHEDULES, for a picture of num_tokens = H/16 * W/16 tokens.
+    """The sigmas of a schedule by its name, one of SCHEDULES, for an image of num_tokens = H/16 * W/16 tokens.
 
     Raises:
         InputError: for another name.
@@ -94,11 +94,12 @@ class StepPlan:
     """What one step does, decided before the first.
 
     Attributes:
-        index: of the step, from 1; those that a strength leaves out count.
-        sigma, sigma_next: from which noise level to which lower one.
+        index: the step's number from 1, counting the steps that a strength leaves out.
+        sigma, sigma_next: the noise level before the step and the lower one after it.
         is_guided: whether CFG applies, which takes two passes.
-        restarts: whether caches of earlier steps mean nothing here: the first step, and where CFG begins or ends.
-        is_last: the last step is always computed in full.
+        restarts: whether caches start anew: in the first step, and where CFG begins or ends, since what was cached
+            before belongs to another batch.
+        is_last: whether it is the last step, which is always computed in full.
     """
 
     index: int

@@ -21,16 +21,16 @@ def draw_timesteps(kind: str, rng: np.random.Generator, count: int, tokens: int)
     - "logit-normal": the logistic function of standard normal numbers (Esser et al. 2024).
     - "uniform".
     - "shifted": uniform, then shifted as the base models' schedule is for so many image tokens.
-    - "four": one of the four levels of the distilled models' schedule, which were trained on these.
+    - "four": one of the four noise levels of the distilled models' schedule, which were trained on these.
     """
     if kind == "logit-normal":
         return 1 / (1 + np.exp(-rng.standard_normal(count)))
     if kind == "four":
         return rng.choice(flux2_sigmas(FEW_STEPS, tokens)[:-1], count)
-    levels = rng.random(count)
+    sigmas = rng.random(count)
     if kind == "shifted":
-        return np.array(shift_sigmas(levels.tolist(), empirical_mu(tokens, SHIFT_STEPS)))
-    return levels
+        return np.array(shift_sigmas(sigmas.tolist(), empirical_mu(tokens, SHIFT_STEPS)))
+    return sigmas
 
 
 def learning_rate_at(step: int, options: TrainingOptions) -> float:
@@ -61,7 +61,7 @@ def flow_loss(
         timesteps: (B,) noise levels, 0..1.
         references: (B, R, 128) clean latent tokens of the reference images.
         txt: (B, L, D) prompt embeddings.
-        rope: of text, image and references; see FluxKlein.compute_rope.
+        rope: rotation tables of text, image and references; see FluxKlein.compute_rope.
         target: (B, S, 128), the velocity to learn; noise - clean by default.
     """
     velocity = predict_velocity(model, clean, noise, timesteps, references, txt, rope)

@@ -109,7 +109,7 @@ def train(
     if is_first:
         log.truncate(trainer.step)
         write_text(output / CONFIG, json.dumps(options.metadata(), indent=2) + "\n")
-    activation_bytes = plan.stages[-1].working
+    activation_bytes = plan.stages[-1].activation_bytes
     with (
         wired_limit(pipe.memory_limit),
         memory_limit(pipe.memory_limit, activation_bytes),
@@ -205,7 +205,7 @@ def plan_training(
         adapters=adapter_size(modules[1], options),
         averages=options.ema > 0,
         recompute=options.grad_checkpoint,
-        draws=options.validation_prompt is not None,
+        validates=options.validation_prompt is not None,
         limit=limit,
     )
 

@@ -50,7 +50,7 @@ class StepReport:
         step: the steps done, this one included.
         loss: the mean over the step's images.
         learning_rate: the one of this step.
-        norm: of all gradients, before clipping.
+        norm: the norm of all gradients, before clipping.
         images: the images of the step, in all processes.
         preservation_loss: the mean squared change of the velocities for preserved captions; 0 without any.
     """
@@ -68,7 +68,7 @@ class Trainer:
 
     Args:
         model: the transformer, its weights loaded; the LoRA is attached to it.
-        cache: has entries of all examples and preserved captions.
+        cache: latents and prompt embeddings of all examples and preserved captions.
         preserved: captions for which the model should stay as it was: with them, it learns to predict for the pass's
             noised images the velocity that it predicts without the LoRA.
         group: the processes that share a step's passes, if there are several.
@@ -291,6 +291,6 @@ class Trainer:
     def rope(self, shape: Sequence[Size]) -> tuple[mx.array, mx.array]:
         """Tables of text, image and references, by the (height, width) of each."""
         params = self.model.params
-        grids = [image_ids(*size, reference=k - 1 if k else None) for k, size in enumerate(shape)]
-        ids = mx.concatenate(grids, axis=1)
+        position_ids = [image_ids(*size, reference=k - 1 if k else None) for k, size in enumerate(shape)]
+        ids = mx.concatenate(position_ids, axis=1)
         return FluxKlein.compute_rope(text_ids(self.cache.length), ids, params.axes_dims_rope, params.rope_theta)

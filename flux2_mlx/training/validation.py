@@ -1,4 +1,4 @@
-"""Images that are generated during training to look at."""
+"""Validation: images that are generated during training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .log import write_image
 from .options import TrainingOptions
 from .trainer import Trainer
 
-MAX_STEPS = 25  # of an image to look at, unless the options say another number
+MAX_STEPS = 25  # denoising steps of a validation image, unless the options set another number
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Validation:
 
     @classmethod
     def of(cls, options: TrainingOptions, pipe: Flux2Pipeline) -> Validation | None:
-        """As the options say, with the model's own guidance.
+        """The validation that the options ask for, with the model's default CFG scale; None without a prompt.
 
         Raises:
             InputError: for an image that cannot be read.

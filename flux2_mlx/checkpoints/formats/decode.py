@@ -65,7 +65,7 @@ def _decode_layer(layer: StoredLayer) -> Any:
 
 def dequantize_square(weights: Mapping[str, Any]) -> dict[str, Any]:
     """The dense weights of a part whose modules are never packed. Packed layers are square matrices there, as the
-    attention's that mflux packs; their bits are told from that.
+    attention's that mflux packs; their bits follow from that.
 
     Raises:
         CheckpointError: for weights of another packing, and for those that are not read as arrays.

@@ -84,7 +84,7 @@ def read_gguf(path: Path) -> dict[str, Any]:
 
 
 def gguf_values(path: Path) -> dict[str, Any]:
-    """The numbers and strings of a GGUF file's header by name; read_gguf was there before.
+    """The numbers and strings of a GGUF file's header by name; read_gguf reports a missing file.
 
     Raises:
         CheckpointError: as read_gguf.
@@ -133,7 +133,7 @@ def _read(path: Path, _modified: int, _size: int) -> tuple[dict[str, Any], dict[
         length = math.prod(shape) // block * size
         if start + offset + length > len(content):
             raise CheckpointError(f"{path} is cut short or damaged: {name} ends beyond its {len(content):,} bytes")
-        raw = content[start + offset : start + offset + length].reshape(-1, shape[-1] // block * size)  # a row a row
+        raw = content[start + offset : start + offset + length].reshape(-1, shape[-1] // block * size)  # (rows, bytes)
         weights |= _decode_tensor(name, shape, kind, raw, package_type)
     return weights, values
 
@@ -171,7 +171,7 @@ def _package_block(path: Path, name: str, kind: int) -> tuple[int, int, Any]:
     try:
         package_type = gguf.GGMLQuantizationType(kind)
         block, size = gguf.GGML_QUANT_SIZES[package_type]
-        gguf.quants.dequantize(np.zeros((1, size), np.uint8), package_type)  # whether it can
+        gguf.quants.dequantize(np.zeros((1, size), np.uint8), package_type)  # raises for a type that it cannot read
     except (ValueError, KeyError, NotImplementedError):
         raise CheckpointError(f"{path}: {name} is of GGUF type {kind}, which the gguf package does not read") from None
     return block, size, package_type
@@ -197,7 +197,7 @@ def _decode_tensor(name: str, shape: tuple[int, ...], kind: int, raw: np.ndarray
             values = np.ascontiguousarray(blocks[..., 4 if has_offset else 2 :])
             if bits == 8:
                 return (values ^ 128).view(np.uint32)  # signed to offset
-            values = np.concatenate([values & 15, values >> 4], axis=-1)  # in the order of the weights
+            values = np.concatenate([values & 15, values >> 4], axis=-1)  # now in the order of the weights
             return np.ascontiguousarray(values[..., ::2] | values[..., 1::2] << 4).view(np.uint32)
 
         def part(function: Callable[[np.ndarray], np.ndarray], dtype: mx.Dtype, width: int) -> LazyTensor:
@@ -222,7 +222,7 @@ def _decode_tensor(name: str, shape: tuple[int, ...], kind: int, raw: np.ndarray
 def _lazy_tensor(
     shape: tuple[int, ...], dtype: mx.Dtype, raw: np.ndarray, function: Callable[[np.ndarray], mx.array]
 ) -> LazyTensor:
-    """A tensor of that shape, from its raw rows (those of its last axis), some of the first axis at a time."""
+    """A tensor of that shape from its raw rows along the last axis, read in parts of the first axis."""
     each = math.prod(shape[1:-1]) if len(shape) > 1 else 1
 
     def read(start: int, stop: int) -> mx.array:

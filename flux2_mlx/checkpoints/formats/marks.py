@@ -28,7 +28,7 @@ class StoredLayer:
     """A layer as a file has it.
 
     Attributes:
-        name: as in the file, without ".weight".
+        name: the layer's name in the file, without ".weight".
         weight: an mx.array or a LazyTensor; FP8 is a float already.
         scales: those of SCALES that stand beside the weight, by that name; finite.
         mark: the format that the file names for the layer; None where it names none.
@@ -73,15 +73,15 @@ class Format:
 
 
 def mark(format: str) -> mx.array:
-    """The mark of a layer's storage, for a file that says it elsewhere."""
+    """The mark of a layer's format, for files that name the format elsewhere."""
     return mx.array(np.frombuffer(json.dumps({"format": format}).encode(), np.uint8))
 
 
 def format_of(settings: Any) -> str:
-    """The format that is said of a layer, with "convrot" where its weight is rotated, which ComfyUI says beside it.
+    """The format in a layer's settings, with "convrot" where its weight is rotated, which ComfyUI writes beside it.
 
     Raises:
-        AttributeError, TypeError, KeyError: where none is said.
+        AttributeError, TypeError, KeyError: where there is none.
     """
     rotated = settings.get("convrot") or settings.get("params", {}).get("convrot")
     return f"{settings['format']} with convrot" if rotated else str(settings["format"])

@@ -1,7 +1,7 @@
 """MXFP8: FP8 with a power of two for every 32 values.
 
 One byte in E8M0 (OCP Microscaling Formats 1.0, 5.4.1) is the exponent as float32 has it. ComfyUI's files have these
-scales in tiles; other writers' are by rows, which no mark says, and so are not read.
+scales in tiles; other writers have them by rows, without a mark, and so are not read.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from ...errors import CheckpointError
 from .marks import MARK, Format, StoredLayer, by_rows, untile
 
 COMFYUI_MARK = "nvfp4"
-MODELOPT_MARK = "modelopt_nvfp4"  # ModelOpt says it in config.json; this is the mark that its layers are given
+MODELOPT_MARK = "modelopt_nvfp4"  # ModelOpt writes it into config.json; folder.Source marks its layers so
 
 # The 16 values of E2M1: sign, two bits of exponent, one of mantissa.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)

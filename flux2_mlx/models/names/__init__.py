@@ -1,1 +1,1 @@
-"""What files call the weights, one file a part."""
+"""The names that files give the weights, one file a part."""

@@ -54,7 +54,7 @@ _ATTENTION = re.compile(r"\.attentions\.0\.to_(?:q|k|v|out\.0)\.weight$")
 def rename_autoencoder(weights: Mapping[str, Any]) -> dict[str, Any]:
     """An autoencoder's dense weights under the modules' names: convolutions (out, in, h, w) as (out, h, w, in), the
     attention's matrices two-dimensional, each quantization convolution in the encoder or decoder that it belongs to.
-    The layout is the checkpoint's, told once for all its tensors by the decoder's first convolution.
+    The decoder's first convolution decides whether the file has channels first.
     """
     weights = dict(weights)
     weights.pop("bn.num_batches_tracked", None)
@@ -135,8 +135,8 @@ def bfl_vae(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
 
 
 def autoencoder_config(weights: Mapping[str, Any]) -> AutoEncoderConfig:
-    """The autoencoder's shape, told from its sanitized weights; what no shape tells is FLUX.2's, and of a decoder alone
-    so is the encoder.
+    """The autoencoder's shape, inferred from its sanitized weights; what no shape determines is FLUX.2's, and so is
+    the encoder of a decoder alone.
 
     Raises:
         CheckpointError: where they are not those of a FLUX.2 autoencoder.

@@ -1,4 +1,4 @@
-"""What the names of all parts share: the table of a part's names, block counts, widths."""
+"""Shared by the names of all parts: the table of a part's names, block counts, widths."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def is_always_read(_name: str) -> bool:
 
 @dataclass(frozen=True)
 class Names:
-    """What files call the weights of a part, both ways. None of these functions reads a weight.
+    """The names that files give the weights of a part, both ways. None of these functions reads a weight.
 
     Attributes:
         prefixes: what files that hold more than this part put before its names.
         marks: names, before and after renaming, of which every file with this part has one.
-        rename: from any file's names to the modules'; what has the modules' names stays as it is.
-        infer: the part's config, told from the shapes of renamed weights; raises CheckpointError for another model's.
+        rename: brings any file's names to the modules'; weights under the modules' names stay as they are.
+        infer: the part's config, from the shapes of renamed weights; raises CheckpointError for another model's.
         is_read: whether the modules have a weight of that name, without prefix; the rest of a file is passed over.
-        to_diffusers, to_bfl: from the modules' names to those of diffusers' and of BFL's files.
+        to_diffusers, to_bfl: bring the modules' names to those of diffusers' and of BFL's files.
     """
 
     prefixes: tuple[str, ...]

@@ -1,6 +1,6 @@
 """The transformer's weights under every name that files give them, and back.
 
-Names that are understood, told apart by the names themselves: diffusers (the modules' own), BFL's and ComfyUI's single
+Names that are understood, recognized by the names themselves: diffusers (the modules' own), BFL's and ComfyUI's single
 files, mflux's; and those of LoRAs.
 """
 
@@ -91,7 +91,7 @@ def rename_transformer(weights: Mapping[str, Any]) -> dict[str, Any]:
                 name = pattern.sub(replacement, name)
             sanitized[name] = weight
             continue
-        kind = "weight" if kind == "scale" else kind  # of a norm
+        kind = "weight" if kind == "scale" else kind  # BFL calls a norm's weight scale
         if module == "final_layer.adaLN_modulation.1":
             weight = _swap_halves(weight)
         third = weight.shape[0] // 3
@@ -196,7 +196,7 @@ def bfl_lora(layers: Mapping[str, tuple[mx.array, mx.array]]) -> dict[str, tuple
 
 
 def klein_params(weights: Mapping[str, Any]) -> FluxKleinParams:
-    """The transformer's shape, told from its sanitized weights; what no shape tells is klein's.
+    """The transformer's shape, inferred from its sanitized weights; what no shape determines is klein's.
 
     Raises:
         CheckpointError: where they are not those of a FLUX.2 [klein] transformer.

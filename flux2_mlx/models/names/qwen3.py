@@ -52,7 +52,7 @@ def _transformers_name(name: str) -> str:
 
 
 def qwen3_config(weights: Mapping[str, Any]) -> Qwen3Config:
-    """The text encoder's shape, told from its sanitized weights; what no shape tells is Qwen3's.
+    """The text encoder's shape, inferred from its sanitized weights; what no shape determines is Qwen3's.
 
     Raises:
         CheckpointError: where they are not those of a Qwen3 with all layers that are read.
