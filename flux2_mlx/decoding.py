@@ -37,6 +37,8 @@ class LatentDecoder:
         self.stages = stages
         self.dtype = stage_dtype("autoencoder", stages.dtype)
         self.preview_decoder = None if preview_decoder is None else load_preview_decoder(preview_decoder, self.dtype)
+        if self.preview_decoder is not None:
+            mx.eval(self.preview_decoder.parameters())  # in this thread, since any may look at a preview
         self._preview_map: np.ndarray | None = None
 
     def unpack(self, latents: mx.array, settings: Settings) -> mx.array:
@@ -65,7 +67,11 @@ class LatentDecoder:
         if self.preview_decoder is not None:
             z = unpack_latents(latents, settings.height, settings.width).astype(self.dtype)
             activation_bytes = preview_bytes(settings.height, settings.width, self.dtype)
-            with memory_limit(self.stages.memory_limit, activation_bytes), stats.measure("preview"):
+            with (
+                self.stages.lock,
+                memory_limit(self.stages.memory_limit, activation_bytes),
+                stats.measure("preview"),
+            ):
                 return to_pil(np.array(mx.clip(self.preview_decoder(z)[0].astype(mx.float32), 0, 1)))
         if self._preview_map is None:
             self._preview_map = preview_map(self.stages.checkpoint, self.stages.dtype)

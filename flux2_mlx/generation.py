@@ -5,6 +5,7 @@ request -> Conditioning (prompt embeddings, references, rope) -> for each batch:
 
 from __future__ import annotations
 
+import collections.abc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -74,14 +75,21 @@ class Generator:
         Raises:
             FloatingPointError: where the latents stop being finite.
         """
+        steps = self._generate(request)
         with wired_limit(self.stages.memory_limit):
             try:
-                yield from self._generate(request)
+                while True:
+                    with self.stages.lock:  # between two steps another thread may have its turn
+                        step = next(steps, None)
+                    if step is None:
+                        return
+                    yield step
             except GeneratorExit:  # the caller stops before the end: give back what the steps worked on
+                steps.close()
                 mx.clear_cache()
                 raise
 
-    def _generate(self, request: Request) -> Iterator[Step]:
+    def _generate(self, request: Request) -> collections.abc.Generator[Step, None, None]:
         stats = Stats()
         conditioning = self._condition(request, stats)
         two_passes = request.uses_cfg and self.group is None
@@ -131,15 +139,16 @@ class Generator:
             cache = velocity.cond.cache if isinstance(velocity.cond, CachedDenoiser) else None
             stats.steps["reused" if cache is not None and cache.is_used else "computed"] += len(images)
             for row, k in enumerate(images):
-                part = slice(row, row + 1)
+                own, foreseen = latents[row : row + 1], denoised[row : row + 1]
+                mx.eval(own, foreseen)  # a caller may look at them in another thread
                 bar.update()
                 yield Step(
                     k,
                     step.index,
                     1000 * step.sigma,
                     step.sigma_next,
-                    latents[part],
-                    denoised[part],
+                    own,
+                    foreseen,
                     request.settings[k],
                     stats,
                     self.decoder,
@@ -172,6 +181,7 @@ class Generator:
             passes = batched(cond) if is_batched else sequential(cond, uncond)
         txt = mx.concatenate([conditioning.embeddings[k] for k in images])
         negative = txt if conditioning.negative is None else mx.broadcast_to(conditioning.negative, txt.shape)
+        mx.eval(txt, negative)  # a later step may be asked for in another thread
         return Guidance(cond, passes, txt, negative, first.guidance, first.guidance_rescale)
 
     def _condition(self, request: Request, stats: Stats) -> Conditioning:

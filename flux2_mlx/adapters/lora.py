@@ -163,6 +163,7 @@ def open_lora(
     dora_ratios = {}
     if not merge and any("magnitude" in layer.arrays for layer in layers):
         dora_ratios = _dora_ratios(layers, shapes, weights())
+        mx.eval(dora_ratios)
     return replace(lora, summary=_summary(layers, shapes, faults), dora_ratios=dora_ratios)
 
 

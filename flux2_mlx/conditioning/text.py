@@ -51,7 +51,8 @@ class PromptEncoder:
 
     def encode_ahead(self, prompts: Sequence[str], length: int) -> list[mx.array]:
         """Embeddings (1, L, D) of prompts of calls to come, kept for these."""
-        found = self.encode(prompts, length, Stats())
+        with self.stages.lock:
+            found = self.encode(prompts, length, Stats())
         self._ahead = {(text, length): embeds for text, embeds in found.items()}
         return [found[text] for text in prompts]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from threading import Event, Thread
+from threading import Event, RLock, Thread, current_thread
 from typing import Any, cast
 
 import mlx.core as mx
@@ -63,11 +63,13 @@ class Stages:
         memory: what stays loaded, one of plan.MODES.
         memory_limit: bytes that loaded stages and their activations may take together.
         loras: adapters of the transformer by name.
+        lock: held while a stage is in use, so that threads take turns.
         evict: called where memory is short though all other stages are unloaded, and when the transformer's weights
             change: its owner gives back what the transformer computed for calls to come.
 
     State of its own: ``_modules``, the stages by name, their weights lazy or loaded; ``_loaded``, of each stage the ids
-    of the modules that are in memory (the whole stage, or encoder and decoder of the autoencoder).
+    of the modules that are in memory (the whole stage, or encoder and decoder of the autoencoder); ``_thread``, of each
+    stage the thread that opened it, since MLX evaluates lazy weights only in the thread that made them.
     """
 
     def __init__(
@@ -87,9 +89,11 @@ class Stages:
         self.memory_limit = memory_limit
         self.progress = progress
         self.loras: dict[str, Lora] = {}
+        self.lock = RLock()
         self.evict: Callable[[], None] = lambda: None
         self._modules: dict[str, nn.Module] = {}
         self._loaded: dict[str, set[int]] = {}
+        self._thread: dict[str, Thread] = {}
         for name in STAGES:
             self._open(name)
 
@@ -120,9 +124,10 @@ class Stages:
         Yields:
             the module.
         """
-        activation_bytes = self.prepare(name, need, stats, part=part)
-        with memory_limit(self.memory_limit, activation_bytes), stats.measure(what):
-            yield self._module(name, part)
+        with self.lock:
+            activation_bytes = self.prepare(name, need, stats, part=part)
+            with memory_limit(self.memory_limit, activation_bytes), stats.measure(what):
+                yield self._module(name, part)
 
     def prepare(self, name: str, need: Need, stats: Stats, *, part: str = "") -> int:
         """Bring a stage, or a part of one, into memory; other stages out of it as far as mode and limit say.
@@ -132,6 +137,8 @@ class Stages:
         Returns:
             the bytes of its activations, the largest unpacked matrix among them.
         """
+        if not self.is_loaded(name, part) and self._thread[name] is not current_thread():
+            self._open(name)
         dtype, module = stage_dtype(name, self.dtype), self._module(name, part)
         stage = stage_of(name.replace("_", " "), module, dtype, need.activations, need.attention)
         streams = stage.is_streamed(self.memory, self.memory_limit - need.pinned)
@@ -160,6 +167,8 @@ class Stages:
                     bar.update(count)
                 if not streams:
                     autotune(module, dtype)
+                if name == "autoencoder":  # the statistics of the latents, which encoder and decoder share
+                    mx.eval(self.autoencoder.bn.parameters())
             except BaseException:
                 self._open(name)  # so that no layer stays half converted
                 raise
@@ -209,11 +218,12 @@ class Stages:
 
     def unload(self, name: str | None = None) -> None:
         """Give a stage's memory back, or that of all; its weights are read again when it is next used."""
-        for stage in STAGES if name is None else (name,):
-            self._open(stage)
-            if stage == "transformer":
-                self.evict()
-        mx.clear_cache()
+        with self.lock:
+            for stage in STAGES if name is None else (name,):
+                self._open(stage)
+                if stage == "transformer":
+                    self.evict()
+            mx.clear_cache()
 
     def loaded(self) -> set[str]:
         """Which stages are in memory, whole or in part."""
@@ -265,18 +275,21 @@ class Stages:
         Raises:
             CheckpointError: for fusing into weights that the checkpoint holds packed; nothing changes then.
         """
-        fused = tuple(lora for lora in loras.values() if lora.merge)
-        if fused != self.checkpoint.sources["transformer"].changes:
-            checkpoint = with_fused(self.checkpoint, fused)
-            checkpoint.sources["transformer"].weights()  # refuses packed weights now, before anything is unloaded
-            self.checkpoint, self.loras = checkpoint, dict(loras)
-            self.unload("transformer")
-            return
-        self.loras = dict(loras)
-        self.evict()
-        set_adapters(self.transformer, self._unfused())
-        if self._loaded["transformer"] and not is_streamed(self.transformer):
-            mx.eval(adapter_arrays(self.transformer))
+        with self.lock:
+            fused = tuple(lora for lora in loras.values() if lora.merge)
+            if fused != self.checkpoint.sources["transformer"].changes:
+                checkpoint = with_fused(self.checkpoint, fused)
+                checkpoint.sources["transformer"].weights()  # refuses packed weights now, before anything is unloaded
+                self.checkpoint, self.loras = checkpoint, dict(loras)
+                self.unload("transformer")
+                return
+            self.loras = dict(loras)
+            self.evict()
+            if self._loaded["transformer"] and not is_streamed(self.transformer):
+                set_adapters(self.transformer, self._unfused())
+                mx.eval(adapter_arrays(self.transformer))
+            else:
+                self._open("transformer")
 
     def load_lora(self, source: str, name: str, scale: float, *, merge: bool, partial: bool) -> Lora:
         """Open a LoRA and generate with it too; see Flux2Pipeline.load_lora.
@@ -330,6 +343,7 @@ class Stages:
         """Build a stage with lazy weights; the weights of an earlier build are freed."""
         self._modules[name] = self._built(name)
         self._loaded[name] = set()
+        self._thread[name] = current_thread()
 
     def _built(self, name: str) -> Any:
         """A stage's module with lazy weights."""
