@@ -8,7 +8,6 @@ Of README and docs/*.md:
   by their command's parser, and every long option in running text is one of some command's.
 """
 
-import argparse
 import importlib
 import json
 import re
@@ -22,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flux2_mlx import RELEASED
+from flux2_mlx.cli.common import Parser
 from flux2_mlx.generate import main
 from tests import loras, tiny
 
@@ -148,13 +148,13 @@ class Taken(BaseException):
 
 @pytest.mark.parametrize("command", commands("bash", "sh"))
 def test_commands_are_taken_by_their_parsers(command, monkeypatch):
-    parse = argparse.ArgumentParser.parse_args
+    parse = Parser.parse_args
 
     def stop(parser, argv=None, namespace=None):
         parse(parser, argv, namespace)
         raise Taken
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(Parser, "parse_args", stop)
     module, arguments = split(command)
     with pytest.raises(Taken):
         importlib.import_module(module).main(arguments)
