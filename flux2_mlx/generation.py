@@ -90,9 +90,8 @@ class Generator:
         one = replace(conditioning.one, rows=2 if is_batched else 1, caches=caches)
         count = self._images_per_pass(request, one)
         one = replace(one, rows=count * one.rows)
-        self.stages.prepare(
-            "transformer", self._need(one), stats
-        )  # now, so that its progress bar comes before that of the steps
+        # The transformer is loaded now, so that its progress bar comes before that of the steps.
+        self.stages.prepare("transformer", self._need(one), stats)
         total = len(request.settings) * len(request.steps)
         with self.stages.bar("generating", total, unit="step") as bar:
             for start in range(0, len(request.settings), count):

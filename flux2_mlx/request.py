@@ -381,8 +381,9 @@ def resolve(
         check_group(options.seed is not None, sampling.guidance)
     warn_of_sampling(options, sampling, checkpoint.name)
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
-    resolved_values = vars(resolved) | {name: getattr(sampling, name) for name in ("guidance", "strength", "num_steps")}
-    first = Settings(**vars(model) | resolved_values | {"prompt": prompts[0], "seed": seed, "inputs": inputs.names})
+    sampled = {"guidance": sampling.guidance, "strength": sampling.strength, "num_steps": sampling.num_steps}
+    own = {"prompt": prompts[0], "seed": seed, "inputs": inputs.names}
+    first = Settings(**vars(model) | vars(resolved) | sampled | own)
     count = len(prompts) * batch.num_images
     image_of = [k // batch.num_images for k in range(count)]
     channels = checkpoint.transformer.in_channels

@@ -15,6 +15,7 @@ from flux2_mlx.checkpoints.load import load_weights
 from flux2_mlx.device import weights_of
 from flux2_mlx.fuse import main as fuse
 from flux2_mlx.generate import main as generate
+from flux2_mlx.runtime.residency import Stages
 from tests import loras
 
 SMALL = {"width": 80, "height": 64, "num_steps": 2, "max_sequence_length": 16, "seed": 3}
@@ -93,7 +94,7 @@ def test_unloading_leaves_every_byte(checkpoint, files):
 def test_a_loaded_transformer_stays_loaded(checkpoint, files, monkeypatch):
     pipe = Flux2Pipeline.from_pretrained(checkpoint, memory="resident")
     first = draw(pipe)
-    monkeypatch.setattr(Flux2Pipeline, "_open", lambda *_: pytest.fail("the transformer is read again"))
+    monkeypatch.setattr(Stages, "_open", lambda *_: pytest.fail("the transformer is read again"))
     pipe.load_lora(files / "style.safetensors", name="style")
     pipe.set_lora("style", 0.5)
     draw(pipe)

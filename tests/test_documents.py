@@ -4,10 +4,11 @@ Of README and docs/*.md:
 
 - ```python blocks run, those of a page in their order, with "klein-4b" replaced by a tiny checkpoint;
 - commands in ```bash blocks that generate run on that checkpoint, each once, in small;
-- all commands of this package, those in ```sh blocks too (which need the Hub, several machines or minutes), are taken
-  by their command's parser, and every long option in running text is one of some command's.
+- all commands of this package and its benchmarks, those in ```sh blocks too (which need the Hub, several machines or
+  minutes), are taken by their command's parser, and every long option in running text is one of some command's.
 """
 
+import argparse
 import importlib
 import json
 import re
@@ -24,6 +25,7 @@ from flux2_mlx import RELEASED
 from flux2_mlx.cli.common import Parser
 from flux2_mlx.generate import main
 from tests import loras, tiny
+from tests.test_structure import ORDER, PACKAGE
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -35,6 +37,8 @@ README = PAGES["README.md"]
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 SCRIPTS = dict(re.findall(r'^(flux2-\w+) = "(flux2_mlx\.\w+):main"$', PROJECT, re.MULTILINE))
+
+BENCHMARKS = ("compare", "step", "plan", "quality", "training", "kernels", "parity")
 
 # Sizes of the documents, cut down so that reference BLAS computes them in a moment.
 SMALLER = {
@@ -68,7 +72,8 @@ def commands(*languages: str) -> list[str]:
     """This package's command lines in the documents' blocks of these languages, each once."""
     text = "".join(block for page in PAGES.values() for language in languages for block in blocks(language, page))
     lines = re.split(r"\n| && ", text.replace("\\\n", " "))
-    found = [re.search(r"(?:^|(?<=\s))(?:python -m flux2_mlx\.\w+|flux2-\w+) .*", line) for line in lines]
+    one = re.compile(r"(?:^|(?<=\s))(?:python -m (?:flux2_mlx|benchmarks)\.\w+|flux2-\w+) .*")
+    found = [one.search(line) for line in lines]
     return list(dict.fromkeys(match[0] for match in found if match))
 
 
@@ -146,26 +151,32 @@ class Taken(BaseException):
     """A parser took a command line."""
 
 
+def taking_parser(module: str, arguments: list[str]) -> argparse.ArgumentParser:
+    """The parser of a command, once it has taken a command line; the command does nothing."""
+    taken: list[argparse.ArgumentParser] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for cls in (argparse.ArgumentParser, Parser):  # the second one has a parse_args of its own
+
+            def stop(parser, argv=None, namespace=None, parse=cls.parse_args):
+                parse(parser, argv, namespace)
+                taken.append(parser)
+                raise Taken
+
+            patch.setattr(cls, "parse_args", stop)
+        with pytest.raises(Taken):
+            importlib.import_module(module).main(arguments)
+    return taken[0]
+
+
 @pytest.mark.parametrize("command", commands("bash", "sh"))
-def test_commands_are_taken_by_their_parsers(command, monkeypatch):
-    parse = Parser.parse_args
-
-    def stop(parser, argv=None, namespace=None):
-        parse(parser, argv, namespace)
-        raise Taken
-
-    monkeypatch.setattr(Parser, "parse_args", stop)
-    module, arguments = split(command)
-    with pytest.raises(Taken):
-        importlib.import_module(module).main(arguments)
+def test_commands_are_taken_by_their_parsers(command):
+    taking_parser(*split(command))
 
 
-def test_options_in_the_text_exist(capsys):
-    known = {"--help", "--force-reinstall", "--no-deps"}  # the last two are pip's
-    for module in SCRIPTS.values():
-        with pytest.raises(SystemExit):
-            importlib.import_module(module).main(["--help"])
-        known |= set(re.findall(r"--[a-z][\w-]+", re.sub(r"-\n\s+", "-", capsys.readouterr().out)))
+def test_options_in_the_text_exist():
+    known = {"--force-reinstall", "--no-deps"}  # pip's
+    for module, arguments in dict(map(split, commands("bash", "sh"))).items():
+        known |= set(taking_parser(module, arguments)._option_string_actions)
     for page, text in PAGES.items():
         prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
         unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", prose)) - known
@@ -174,7 +185,41 @@ def test_options_in_the_text_exist(capsys):
 
 def test_the_documents_have_commands():
     assert len([command for command in commands("bash") if is_run(command)]) >= 15
-    assert {split(command)[0] for command in commands("bash", "sh")} == set(SCRIPTS.values())
+    modules = {split(command)[0] for command in commands("bash", "sh")}
+    assert set(SCRIPTS.values()) <= modules
+    assert {f"benchmarks.{name}" for name in BENCHMARKS} <= modules
+
+
+@pytest.mark.parametrize(("name", "page"), [("generate", "docs/options.md"), ("lora", "docs/training.md")])
+def test_every_alias_is_told(name, page):
+    """A flag that --help hides is on the page of the command's options."""
+    actions = taking_parser(f"flux2_mlx.{name}", [])._actions
+    hidden = {flag for action in actions if action.help == argparse.SUPPRESS for flag in action.option_strings}
+    told = set(re.findall(r"(?<![\w-])-{1,2}[A-Za-z][\w-]*", PAGES[page] + PAGES["docs/options.md"]))
+    assert {flag for flag in hidden if not flag.startswith("--no-")} <= told
+
+
+def rows_of(heading: str) -> list[str]:
+    """The names that begin the rows of the tables under a heading of CONTRIBUTING.md."""
+    section = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    return [name for cell in cells for name in re.findall(r"`([\w/]+)`", cell)]
+
+
+def test_every_part_of_the_package_has_a_row():
+    """In the order of the imports."""
+    rows = rows_of("Where things are")
+    places = {name: level for level, line in enumerate(ORDER) for name in line if name != "_version"}
+    folders = {path.parent.relative_to(PACKAGE).as_posix() for path in PACKAGE.glob("*/*/__init__.py")}
+    assert set(rows) == {*places, *folders}
+    levels = [places[name.split("/")[0]] for name in rows]
+    assert levels == sorted(levels)
+
+
+def test_every_benchmark_has_a_row():
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"__init__", "common", "cold"}
+    assert set(rows_of("Benchmarks")) == scripts
+    assert scripts - {"contenders"} == set(BENCHMARKS)
 
 
 def test_every_released_model_is_in_the_readme():

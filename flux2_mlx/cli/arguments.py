@@ -238,7 +238,10 @@ def complete(
         model=model,
         runtime=RuntimeOptions.collect(values | {"progress": not arguments.quiet}),
         output=arguments.output or DEFAULT_OUTPUT,
-        **{name: getattr(arguments, name) for name in ("preview", "show", "stats", "quiet")},
+        preview=arguments.preview,
+        show=arguments.show,
+        stats=arguments.stats,
+        quiet=arguments.quiet,
     )
 
 

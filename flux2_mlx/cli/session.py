@@ -104,11 +104,22 @@ class Session:
         text = line.strip()
         if not text:
             return ""
+        handlers: dict[str, Callable[..., str | None]] = {
+            "again": self._again,
+            "seed": self._seed,
+            "size": self._size,
+            "steps": self._steps,
+            "lora": self._lora,
+            "set": self._set,
+            "load": self._load,
+            "save": self._save,
+            "help": lambda: HELP,
+            "quit": lambda: None,
+        }
         for name, pattern in COMMANDS.items():
             match = pattern.fullmatch(text)
             if match is not None:
-                reply: str | None = getattr(self, f"_{name}")(*match.groups())
-                return reply
+                return handlers[name](*match.groups())
         return self._prompt(text)
 
     def _prompt(self, text: str) -> str:
@@ -202,12 +213,6 @@ class Session:
             raise InputError("that image was loaded, and is a file already")
         metadata, parameters = saved.settings.metadata(), saved.settings.parameters()
         return str(save_image(saved.image, Path(path).expanduser(), metadata, parameters))
-
-    def _help(self) -> str:
-        return HELP
-
-    def _quit(self) -> None:
-        return None
 
 
 def complete_word(text: str, state: int) -> str | None:

@@ -323,7 +323,8 @@ class Stages:
     # ------------------------------------------------------------------------------------------------ modules
 
     def _module(self, name: str, part: str) -> nn.Module:
-        return getattr(self._modules[name], part) if part else self._modules[name]
+        parts: dict[str, nn.Module] = {"encoder": self.autoencoder.encoder, "decoder": self.autoencoder.decoder}
+        return parts[part] if part else self._modules[name]
 
     def _open(self, name: str) -> None:
         """Build a stage with lazy weights; the weights of an earlier build are freed."""

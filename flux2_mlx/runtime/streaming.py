@@ -86,9 +86,8 @@ class _Blocks:
         self.paths = block_paths(model)
         modules = dict(model.named_modules())
         self.numbers = {id(modules[path[:-1]]): k for k, path in enumerate(self.paths)}
-        self.unread: nn.Module = (
-            nn.Module()
-        )  # the model opened for this pass, with the blocks that are still to be read
+        # The model as it was opened for this pass, with the blocks that are still to be read.
+        self.unread: nn.Module = nn.Module()
 
     def __call__(self, block: nn.Module, *arguments: Any, may_end: bool = False) -> Any:
         number = self.numbers[id(block)]
