@@ -60,8 +60,8 @@ def free_memory() -> int | None:
 
 def free_in_meminfo(text: str) -> int | None:
     """Available bytes by the text of Linux's /proc/meminfo; None without that line."""
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
+    return int(match[1]) * 1024 if match else None
 
 
 def free_in_vm_stat(text: str) -> int | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-# Rows of a deferred weight that are converted at one time.
+# Rows of a LazyTensor that are converted at one time.
 ROWS_AT_ONCE = 4096
 
 
@@ -18,7 +18,7 @@ class LazyTensor:
     """A weight in a format that MLX cannot read lazily: read and converted when its turn comes.
 
     Attributes:
-        read: rows from one up to another, converted.
+        read: gives rows start to stop, converted.
     """
 
     shape: tuple[int, ...]
@@ -30,7 +30,7 @@ class LazyTensor:
         return len(self.shape)
 
     def load(self) -> mx.array:
-        """All of it, some rows at a time."""
+        """The whole tensor, converted some rows at a time."""
         parts = []
         for start in range(0, self.shape[0], ROWS_AT_ONCE):
             parts.append(self.read(start, min(start + ROWS_AT_ONCE, self.shape[0])))
@@ -51,7 +51,7 @@ INTEGERS = (mx.uint8, mx.int8, mx.uint32, mx.int64)
 
 
 def read_rows(weight: Any, start: int, stop: int) -> mx.array:
-    """Rows of a weight from one up to another, of a deferred one converted."""
+    """Rows start to stop of a weight; those of a LazyTensor are converted."""
     return weight.read(start, stop) if isinstance(weight, LazyTensor) else weight[start:stop]
 
 
@@ -69,11 +69,11 @@ def concat_rows(parts: list[Any]) -> Any:
     ends = list(accumulate(part.shape[0] for part in parts))
 
     def read(start: int, stop: int) -> mx.array:
-        found = []
+        rows = []
         for part, end in zip(parts, ends, strict=True):
             first = end - part.shape[0]
             if start < end and stop > first:
-                found.append(read_rows(part, max(start - first, 0), min(stop, end) - first))
-        return mx.concatenate(found)
+                rows.append(read_rows(part, max(start - first, 0), min(stop, end) - first))
+        return mx.concatenate(rows)
 
     return LazyTensor((ends[-1], *parts[0].shape[1:]), parts[0].dtype, read)

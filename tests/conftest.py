@@ -25,10 +25,13 @@ hypothesis.settings.load_profile("project")
 
 @pytest.fixture
 def memory():
-    """A function that tells the bytes of MLX arrays, once nothing of earlier tests is left to be freed."""
+    """A function that tells the bytes of MLX arrays, once nothing of earlier tests is left to be freed, or to be used
+    again: an array takes all of a freed buffer that is somewhat too large for it.
+    """
 
     def settled() -> int:
         gc.collect()
+        mx.clear_cache()
         return mx.get_active_memory()
 
     return settled

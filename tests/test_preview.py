@@ -257,5 +257,5 @@ def test_pictures_are_shown(checkpoint, tmp_path, monkeypatch, capsys):
     captured = capsys.readouterr()
     assert captured.out.count("\n") == 1
     assert captured.err == (
-        "warning: this terminal is not known to show pictures; --show kitty, --show iterm2, --show sixel try one way\n"
+        "warning: this terminal is not known to show images; try one of --show kitty, --show iterm2, --show sixel\n"
     )

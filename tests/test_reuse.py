@@ -17,7 +17,7 @@ from flux2_mlx import Flux2Pipeline, FluxKlein, FluxKleinParams, InputError
 from flux2_mlx.device import memory_limit
 from flux2_mlx.generate import main
 from flux2_mlx.models.kv_cache import FrozenKV
-from flux2_mlx.options import REUSED
+from flux2_mlx.options import FROZEN
 from flux2_mlx.runtime.activations import Pass, kv_bytes, transformer_bytes
 from tests import tiny
 from tests.parity.compare import relative_error
@@ -67,7 +67,7 @@ def substituting(monkeypatch, start, stop):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("what", REUSED)
+@pytest.mark.parametrize("what", FROZEN)
 def test_later_steps_see_what_the_first_one_saw(model, what, batch, monkeypatch):
     """As diffusers does which computes all tokens, and replaces keys and values of these; the first step is as ever."""
     ours = ported(model)
@@ -88,7 +88,7 @@ def test_later_steps_see_what_the_first_one_saw(model, what, batch, monkeypatch)
     assert relative_error(plain[:, :TOKENS], expected[:, :TOKENS]) > 1e-4  # or nothing was reused
 
 
-@pytest.mark.parametrize("what", REUSED)
+@pytest.mark.parametrize("what", FROZEN)
 def test_the_same_step_again_gives_the_same(model, what):
     """Though its text, or its references, are not looked at."""
     ours = ported(model)
@@ -181,7 +181,7 @@ def test_models_that_keep_their_references_are_refused(damaged, picture):
 # ------------------------------------------------------------------------------------------------ memory
 
 
-@pytest.mark.parametrize("what", REUSED)
+@pytest.mark.parametrize("what", FROZEN)
 def test_a_picture_takes_the_memory_that_is_planned(what, memory):
     """The proportions of the released models; keys and values stay between the steps, and nothing that they are of."""
     params = FluxKleinParams(hidden_size=384, num_heads=3, txt_embed_dim=960, depth=1, depth_single=2)
@@ -210,7 +210,7 @@ def test_what_is_reused_is_planned(pipe):
     params = pipe.checkpoint.transformer
     stages = {
         what: {stage.name: stage.working for stage in pipe.plan(256, 256, 16, [(128, 128)], reuse=what).stages}
-        for what in (None, *REUSED)
+        for what in (None, *FROZEN)
     }
     plain = stages.pop(None)
     for what, tokens in (("text", 16), ("references", 64)):

@@ -311,9 +311,9 @@ def test_what_is_measured_is_what_is_counted(monkeypatch, done):
 
 def test_speeds_are_kept_for_each_dtype(folder, monkeypatch):
     assert known_speeds(mx.float16) is None
-    monkeypatch.setattr(roofline, "measured", lambda dtype: replace(SPEEDS, copy=float(dtype.size)))
+    monkeypatch.setattr(roofline, "measure_speeds", lambda dtype: replace(SPEEDS, copy=float(dtype.size)))
     assert measure(mx.float16).keys() == {mx.float16, mx.bfloat16}  # the autoencoder's
-    monkeypatch.setattr(roofline, "measured", lambda dtype: SPEEDS)
+    monkeypatch.setattr(roofline, "measure_speeds", lambda dtype: SPEEDS)
     measure(mx.float32)
     assert known_speeds(mx.float16).copy == 2.0
     assert known_speeds(mx.float32) == SPEEDS
@@ -323,7 +323,7 @@ def test_speeds_are_kept_for_each_dtype(folder, monkeypatch):
 
 @pytest.mark.parametrize("damage", [3, {}, {"copy": "fast"}, {"copy": 0.0}])
 def test_a_damaged_table_is_none(folder, monkeypatch, damage):
-    monkeypatch.setattr(roofline, "measured", lambda dtype: SPEEDS)
+    monkeypatch.setattr(roofline, "measure_speeds", lambda dtype: SPEEDS)
     measure(mx.float32)
     file = folder / "speeds.json"
     table = json.loads(file.read_text())
@@ -339,7 +339,7 @@ def test_a_damaged_table_is_none(folder, monkeypatch, damage):
 @pytest.fixture
 def measured(folder, monkeypatch):
     """A machine whose speed is known once it is measured."""
-    monkeypatch.setattr(roofline, "measured", lambda dtype: SPEEDS)
+    monkeypatch.setattr(roofline, "measure_speeds", lambda dtype: SPEEDS)
 
 
 def test_a_plan_tells_seconds_once_the_machine_is_measured(measured, checkpoint, capsys):
@@ -407,7 +407,7 @@ def test_the_passes_that_are_told_are_made(measured, base_reference, options, tm
 
 
 def test_a_plan_measures_nothing(measured, checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr(roofline, "measured", None)
+    monkeypatch.setattr(roofline, "measure_speeds", None)
     assert main(["--plan", "--model", str(checkpoint)]) == 0
 
 

@@ -151,12 +151,12 @@ def _fault(arrays: Mapping[str, mx.array], rows: Sequence[Rows], inputs: int) ->
     if "alpha" in arrays and arrays["alpha"].size != 1:
         return f"has {arrays['alpha'].size} alphas"
     outputs = sum(stop - start for _, start, stop in rows)
-    found = _changed_shape(arrays)
-    if found is None or rank_of(arrays) == 0:
+    shape = _changed_shape(arrays)
+    if shape is None or rank_of(arrays) == 0:
         return "has matrices that do not go together"
-    if found != (outputs, inputs):
-        wide = f", as {_WIDTHS[found[1]]}'s" if found[1] in _WIDTHS and inputs in _WIDTHS else ""
-        return f"changes {found[0]} x {found[1]}, not {outputs} x {inputs}{wide}"
+    if shape != (outputs, inputs):
+        wide = f", as {_WIDTHS[shape[1]]}'s" if shape[1] in _WIDTHS and inputs in _WIDTHS else ""
+        return f"changes {shape[0]} x {shape[1]}, not {outputs} x {inputs}{wide}"
     magnitude = arrays.get("magnitude")
     if magnitude is not None and not magnitude.shape[:1] == (magnitude.size,) == (outputs,):
         return f"has DoRA lengths {magnitude.shape}, not one of each of its {outputs} outputs, which is not read"

@@ -39,8 +39,8 @@ def lora_file(source: str) -> Path:
 
 
 def _download_lora(repo: str) -> Path:
-    found = [file for file in huggingface_hub.list_repo_files(repo) if file.endswith(".safetensors")]
-    name = _only_lora(repo, found)
+    files = [file for file in huggingface_hub.list_repo_files(repo) if file.endswith(".safetensors")]
+    name = _only_lora(repo, files)
     beside = str(Path(name).with_name("adapter_config.json"))
     return _snapshot(repo, None, [name, beside]) / name
 
@@ -124,8 +124,8 @@ def download_part(repo: str, part: Part) -> Path:
 
 def _files_hint(repo: str) -> str:
     """The files of a repository that can be named one by one."""
-    found = [file for file in huggingface_hub.list_repo_files(repo) if file.endswith((".safetensors", ".gguf"))]
-    return f"; to use a file of it, name the file: {summarize([f'{repo}/{file}' for file in found])}" if found else ""
+    files = [file for file in huggingface_hub.list_repo_files(repo) if file.endswith((".safetensors", ".gguf"))]
+    return f"; to use a file of it, name the file: {summarize([f'{repo}/{file}' for file in files])}" if files else ""
 
 
 def download_file(name: str, revision: str | None) -> Path:

@@ -41,20 +41,20 @@ class PromptEncoder:
             CheckpointError: where tokenizer and text encoder do not belong together.
         """
         known = self._recent | self._ahead
-        found = {text: known[text, length] for text in prompts if (text, length) in known}
-        new = [text for text in dict.fromkeys(prompts) if text not in found]
+        embeddings = {text: known[text, length] for text in prompts if (text, length) in known}
+        new = [text for text in dict.fromkeys(prompts) if text not in embeddings]
         if new:
-            found |= self._encode_new(new, length, stats)
+            embeddings |= self._encode_new(new, length, stats)
         if prompts:
-            self._recent = {(text, length): embeds for text, embeds in found.items()}
-        return found
+            self._recent = {(text, length): embeds for text, embeds in embeddings.items()}
+        return embeddings
 
     def encode_ahead(self, prompts: Sequence[str], length: int) -> list[mx.array]:
         """Embeddings (1, L, D) of prompts of calls to come, kept for these."""
         with self.stages.lock:
-            found = self.encode(prompts, length, Stats())
-        self._ahead = {(text, length): embeds for text, embeds in found.items()}
-        return [found[text] for text in prompts]
+            embeddings = self.encode(prompts, length, Stats())
+        self._ahead = {(text, length): embeds for text, embeds in embeddings.items()}
+        return [embeddings[text] for text in prompts]
 
     def _encode_new(self, prompts: Sequence[str], length: int, stats: Stats) -> dict[str, mx.array]:
         """Embeddings of prompts that no call has kept: from disk, else by the text encoder."""
@@ -68,25 +68,25 @@ class PromptEncoder:
             )
         rows = {text: (ids[row : row + 1], mask[row : row + 1]) for row, text in enumerate(prompts)}
         keys = {text: self._disk_key(*row) for text, row in rows.items()} if self.uses_disk else {}
-        found = {}
+        embeddings = {}
         for text, key in keys.items():
             embeds = read_prompt(*key)
             if embeds is not None:
-                found[text] = embeds
+                embeddings[text] = embeds
                 del rows[text]
         if not rows:
-            return found
+            return embeddings
         need = Need(text_encoder_bytes(config, length, stage_dtype("text_encoder", self.stages.dtype)))
         with (
             self.stages.use("text_encoder", need, stats, what="text_encoder") as text_encoder,
             self.stages.reading_ahead("transformer"),
         ):
             for text, row in rows.items():
-                found[text] = text_encoder(*row)
-                mx.eval(found[text])
+                embeddings[text] = text_encoder(*row)
+                mx.eval(embeddings[text])
                 if self.uses_disk:
-                    write_prompt(*keys[text], found[text])
-        return found
+                    write_prompt(*keys[text], embeddings[text])
+        return embeddings
 
     def _disk_key(self, ids: mx.array, mask: mx.array) -> tuple[Sequence[Path], object]:
         """All that the embeddings of these tokens depend on: files of weights, and the rest."""

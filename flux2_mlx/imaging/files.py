@@ -82,10 +82,10 @@ def _to_eight_bits(image: Image.Image, name: str, kind: str | None, bits: int) -
         bits: the bits of a channel's values, for images of more than 8.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):  # convert() would clip at 255
-        levels = np.asarray(image, np.float64)
-        rgb = Image.fromarray((levels / (2**bits - 1) * 255).round().astype(np.uint8)).convert("RGB")
-        if "transparency" in image.info:  # one level that stands for transparent
-            opaque = (levels != image.info["transparency"]).astype(np.uint8) * 255
+        values = np.asarray(image, np.float64)
+        rgb = Image.fromarray((values / (2**bits - 1) * 255).round().astype(np.uint8)).convert("RGB")
+        if "transparency" in image.info:  # the one value that means transparent
+            opaque = (values != image.info["transparency"]).astype(np.uint8) * 255
             rgb.putalpha(Image.fromarray(opaque))
         return rgb
     if image.mode in ("I", "F"):

@@ -64,11 +64,11 @@ class Inpaint:
         """
         reference_size(image)  # raises for other types, and for sizes that cannot be encoded
         if mask is None:
-            levels = Image.new("L", image.size)
+            grey = Image.new("L", image.size)
         elif isinstance(mask, str):
-            levels = _transparency(image, mask)
+            grey = _transparency(image, mask)
         else:
-            levels = _to_grey(mask, image.size)
+            grey = _to_grey(mask, image.size)
         image = flatten(image) if mask == ALPHA else image.convert("RGB")
         if expand is not None:
             edges = [int(expand.get(side, 0)) for side in SIDES]
@@ -77,14 +77,14 @@ class Inpaint:
             if width * height > MAX_PIXELS:
                 raise InputError(f"{width} x {height} is more than can be outpainted; expand by less")
             image = Image.fromarray(np.pad(np.asarray(image), (*borders, (0, 0)), mode="edge"))
-            levels = Image.fromarray(np.pad(np.asarray(levels), borders, constant_values=255))
+            grey = Image.fromarray(np.pad(np.asarray(grey), borders, constant_values=255))
         if blur:
-            levels = levels.filter(ImageFilter.GaussianBlur(blur))
-        white_box = levels.getbbox()
+            grey = grey.filter(ImageFilter.GaussianBlur(blur))
+        white_box = grey.getbbox()
         if white_box is None:
             raise InputError("the mask is black everywhere: nothing would be inpainted (white is)")
         box = (0, 0, *image.size) if padding is None else _pad_box(white_box, padding, image.size)
-        return cls(image, levels, box)
+        return cls(image, grey, box)
 
     def check_aspect(self, height: int, width: int) -> None:
         """Refuse a size that would stretch the image by more than rounding its sides to multiples of 16 does.
@@ -189,15 +189,15 @@ def _to_grey(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
     """A mask as 8-bit grey, scaled to a size (width, height); its own transparent pixels become black."""
     if not isinstance(mask, Image.Image):
         raise InputError(f'a mask must be a PIL.Image.Image or "{ALPHA}", got {type(mask).__name__}')
-    levels = flatten(mask, "black").convert("L")
-    if levels.size == size:
-        return levels
+    grey = flatten(mask, "black").convert("L")
+    if grey.size == size:
+        return grey
     if abs(mask.width * size[1] - mask.height * size[0]) > 0.01 * mask.width * size[1]:
         raise InputError(
             f"the mask is {mask.width} x {mask.height} and the image {size[0]} x {size[1]}; they must have the same "
             "aspect"
         )
-    return levels.resize(size, Image.Resampling.BILINEAR)
+    return grey.resize(size, Image.Resampling.BILINEAR)
 
 
 def _pad_box(box: tuple[int, int, int, int], padding: int, size: tuple[int, int]) -> tuple[int, int, int, int]:

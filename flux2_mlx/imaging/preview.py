@@ -67,15 +67,15 @@ def random_image(rng: np.random.Generator) -> Image.Image:
     """SIDE x SIDE pixels: a soft gradient or blocks of pure colours, with three rectangles of hard edges on it."""
     if rng.random() < 0.5:
         blocks = Image.fromarray(rng.integers(0, 2, (3, 3, 3), np.uint8) * 255)
-        levels = np.array(blocks.resize((SIDE, SIDE), Image.Resampling.NEAREST))
+        pixels = np.array(blocks.resize((SIDE, SIDE), Image.Resampling.NEAREST))
     else:
         soft = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8))
-        levels = np.array(soft.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+        pixels = np.array(soft.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
     for _ in range(3):
         top, left = rng.integers(0, SIDE - 16, 2)
         height, width = rng.integers(8, SIDE // 2, 2)
-        levels[top : top + height, left : left + width] = rng.integers(0, 256, 3)
-    return Image.fromarray(levels)
+        pixels[top : top + height, left : left + width] = rng.integers(0, 256, 3)
+    return Image.fromarray(pixels)
 
 
 def render_preview(tokens: mx.array, linear_map: np.ndarray, height: int, width: int) -> Image.Image:
@@ -83,8 +83,8 @@ def render_preview(tokens: mx.array, linear_map: np.ndarray, height: int, width:
     rows, columns = height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN
     cells = _append_one(np.array(tokens[0].astype(mx.float32))) @ linear_map
     cells = cells.reshape(rows, columns, CELL, CELL, 3).transpose(0, 2, 1, 3, 4)
-    levels = (np.clip(cells, 0, 1) * 255).round().astype(np.uint8).reshape(rows * CELL, columns * CELL, 3)
-    return Image.fromarray(levels).resize((width, height), Image.Resampling.BICUBIC)
+    pixels = (np.clip(cells, 0, 1) * 255).round().astype(np.uint8).reshape(rows * CELL, columns * CELL, 3)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _append_one(rows: np.ndarray) -> np.ndarray:

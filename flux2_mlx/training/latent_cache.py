@@ -26,7 +26,7 @@ class LatentCache:
     """Latents and prompt embeddings in files, so that neither encoder has to stay in memory during training.
 
     Args:
-        folder: has one file an entry, named by a hash of everything that the entry depends on.
+        folder: the folder of the entries, one file each, named by a hash of everything that the entry depends on.
     """
 
     def __init__(self, pipe: Flux2Pipeline, folder: Path):
