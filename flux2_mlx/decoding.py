@@ -68,7 +68,7 @@ class LatentDecoder:
             z = unpack_latents(latents, settings.height, settings.width).astype(self.dtype)
             activation_bytes = preview_bytes(settings.height, settings.width, self.dtype)
             with (
-                self.stages.lock,
+                self.stages.turn(),
                 memory_limit(self.stages.memory_limit, activation_bytes),
                 stats.measure("preview"),
             ):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from threading import current_thread, local, main_thread
 from typing import cast
 
 import mlx.core as mx
@@ -123,3 +124,24 @@ def weights_of(module: nn.Module) -> dict[str, mx.array]:
 def weight_bytes(module: nn.Module) -> int:
     """Bytes that a module's weights take when they are loaded."""
     return sum(array.nbytes for array in weights_of(module).values())
+
+
+class _Streams:
+    """MLX's streams of a thread, which end with it."""
+
+    def __del__(self) -> None:
+        mx.clear_streams()
+
+
+_thread = local()
+
+
+def clear_streams_at_end_of_thread() -> None:
+    """Have MLX's streams of this thread end with it, unless it is the main one. To be called before MLX computes in it.
+
+    A thread that ends with streams makes MLX abort the process at its exit (ml-explore/mlx 3281 and 3405). Python
+    deletes what is local to a thread in that thread, as it ends.
+    """
+    has_own_streams = hasattr(mx, "clear_streams")  # before MLX 0.31.2 all threads share them
+    if has_own_streams and current_thread() is not main_thread() and not hasattr(_thread, "streams"):
+        _thread.streams = _Streams()

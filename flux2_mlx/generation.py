@@ -79,13 +79,14 @@ class Generator:
         with wired_limit(self.stages.memory_limit):
             try:
                 while True:
-                    with self.stages.lock:  # between two steps another thread may have its turn
+                    with self.stages.turn():  # between two steps another thread may have its turn
                         step = next(steps, None)
                     if step is None:
                         return
                     yield step
             except GeneratorExit:  # the caller stops before the end: give back what the steps worked on
                 steps.close()
+                del step
                 mx.clear_cache()
                 raise
 

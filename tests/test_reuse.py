@@ -209,7 +209,7 @@ def test_what_is_reused_is_planned(pipe):
     """Keys and values of the prompt's or of the references' tokens in every block."""
     params = pipe.checkpoint.transformer
     stages = {
-        what: {stage.name: stage.working for stage in pipe.plan(256, 256, 16, [(128, 128)], reuse=what).stages}
+        what: {stage.name: stage.activation_bytes for stage in pipe.plan(256, 256, 16, [(128, 128)], reuse=what).stages}
         for what in (None, *FROZEN)
     }
     plain = stages.pop(None)

@@ -51,7 +51,7 @@ class PromptEncoder:
 
     def encode_ahead(self, prompts: Sequence[str], length: int) -> list[mx.array]:
         """Embeddings (1, L, D) of prompts of calls to come, kept for these."""
-        with self.stages.lock:
+        with self.stages.turn():
             embeddings = self.encode(prompts, length, Stats())
         self._ahead = {(text, length): embeds for text, embeds in embeddings.items()}
         return [embeddings[text] for text in prompts]

@@ -24,7 +24,7 @@ from ..adapters.lora import Lora, adapter_arrays, check_scale, open_lora, set_ad
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.files import read_through
 from ..checkpoints.load import load_autoencoder, load_text_encoder, load_transformer, load_weights, needs_conversion
-from ..device import memory_limit, stage_dtype, weight_bytes
+from ..device import clear_streams_at_end_of_thread, memory_limit, stage_dtype, weight_bytes
 from ..errors import InputError
 from ..models.autoencoder import AutoEncoder
 from ..models.flux2 import FluxKlein
@@ -63,13 +63,13 @@ class Stages:
         memory: what stays loaded, one of plan.MODES.
         memory_limit: bytes that loaded stages and their activations may take together.
         loras: adapters of the transformer by name.
-        lock: held while a stage is in use, so that threads take turns.
         evict: called where memory is short though all other stages are unloaded, and when the transformer's weights
             change: its owner gives back what the transformer computed for calls to come.
 
     State of its own: ``_modules``, the stages by name, their weights lazy or loaded; ``_loaded``, of each stage the ids
     of the modules that are in memory (the whole stage, or encoder and decoder of the autoencoder); ``_thread``, of each
-    stage the thread that opened it, since MLX evaluates lazy weights only in the thread that made them.
+    stage the thread that opened it, since MLX evaluates lazy weights only in the thread that made them; ``_lock``, held
+    by the thread whose turn it is.
     """
 
     def __init__(
@@ -89,13 +89,21 @@ class Stages:
         self.memory_limit = memory_limit
         self.progress = progress
         self.loras: dict[str, Lora] = {}
-        self.lock = RLock()
+        self._lock = RLock()
         self.evict: Callable[[], None] = lambda: None
         self._modules: dict[str, nn.Module] = {}
         self._loaded: dict[str, set[int]] = {}
         self._thread: dict[str, Thread] = {}
-        for name in STAGES:
-            self._open(name)
+        with self.turn():
+            for name in STAGES:
+                self._open(name)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """The turn of one thread, in which others wait; MLX's streams end with the thread."""
+        clear_streams_at_end_of_thread()
+        with self._lock:
+            yield
 
     @property
     def text_encoder(self) -> Qwen3TextEncoder:
@@ -124,7 +132,7 @@ class Stages:
         Yields:
             the module.
         """
-        with self.lock:
+        with self.turn():
             activation_bytes = self.prepare(name, need, stats, part=part)
             with memory_limit(self.memory_limit, activation_bytes), stats.measure(what):
                 yield self._module(name, part)
@@ -218,7 +226,7 @@ class Stages:
 
     def unload(self, name: str | None = None) -> None:
         """Give a stage's memory back, or that of all; its weights are read again when it is next used."""
-        with self.lock:
+        with self.turn():
             for stage in STAGES if name is None else (name,):
                 self._open(stage)
                 if stage == "transformer":
@@ -275,7 +283,7 @@ class Stages:
         Raises:
             CheckpointError: for fusing into weights that the checkpoint holds packed; nothing changes then.
         """
-        with self.lock:
+        with self.turn():
             fused = tuple(lora for lora in loras.values() if lora.merge)
             if fused != self.checkpoint.sources["transformer"].changes:
                 checkpoint = with_fused(self.checkpoint, fused)
