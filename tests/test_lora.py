@@ -675,8 +675,8 @@ def test_captions_to_preserve_that_are_refused(pictures, tmp_path, capsys):
     ("side", "length", "batch", "dtype", "packed", "recompute"),
     [
         (128, 192, 1, mx.float32, False, True),
-        (192, 368, 1, mx.bfloat16, True, True),
-        (128, 192, 2, mx.float32, True, True),
+        (128, 192, 1, mx.bfloat16, True, True),
+        (192, 368, 2, mx.float32, True, True),
         (128, 192, 1, mx.float32, False, False),
     ],
 )

@@ -205,6 +205,7 @@ def untrained(tmp_path_factory, in_float32):
     return folder
 
 
+@pytest.mark.nightly
 def test_training_ends_in_a_checkpoint_that_draws(untrained):
     assert {path.name.split("-")[0] for path in (untrained / "sheets").iterdir()} == {"autoencoder", "transformer"}
     files = [path for path in (untrained / "nano").rglob("*") if path.is_file()]
@@ -214,17 +215,17 @@ def test_training_ends_in_a_checkpoint_that_draws(untrained):
     assert result.settings[0].max_sequence_length == train_nano.TEXT_LENGTH
 
 
-def test_every_quantization_group_size_applies(untrained):
+def test_every_quantization_group_size_applies():
     """Groups lie along a matrix's rows, so rows of a multiple of 128 take groups of 32, 64 and 128."""
     for part in ("transformer", "text_encoder"):
-        (file,) = open_checkpoint(untrained / "nano").sources[part].files
+        (file,) = open_checkpoint(NANO_FOLDER).sources[part].files
         for name, (_, shape) in read_header(file).items():
             if len(shape) == 2:
                 assert shape[1] % 128 == 0, name
 
 
-def test_captions_fit_the_text_length(untrained):
-    tokenizer = Qwen3Tokenizer(untrained / "nano" / "tokenizer")
+def test_captions_fit_the_text_length():
+    tokenizer = Qwen3Tokenizer(NANO_FOLDER / "tokenizer")
     rng = random.Random(3)
     captions = [random_task(rng, kind).caption for kind in KINDS for _ in range(200)]
     ids, mask = tokenizer(captions)  # a prompt that is cut warns, and warnings are errors
@@ -232,8 +233,8 @@ def test_captions_fit_the_text_length(untrained):
     assert mask.sum(axis=1).max().item() < train_nano.TEXT_LENGTH
 
 
-def test_the_score_ends_with_a_json_line_and_a_sheet(untrained, tmp_path, capsys):
-    sheet, model = tmp_path / "sheet.png", str(untrained / "nano")
+def test_the_score_ends_with_a_json_line_and_a_sheet(tmp_path, capsys):
+    sheet, model = tmp_path / "sheet.png", str(NANO_FOLDER)
     variant = ["guidance=1.5", "num_steps=2", "step_cache=0", "--model", model, "--quantize", "8"]
     quality.main([*variant, "--captions", "2", "--edits", "2", "--sheet", str(sheet)])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -244,8 +245,8 @@ def test_the_score_ends_with_a_json_line_and_a_sheet(untrained, tmp_path, capsys
         assert picture.width > 4 * 128
 
 
-def test_quantization_reaches_the_drawing_model(untrained):
-    options = ["--model", str(untrained / "nano"), "--quantize", "4", "--group-size", "128"]
+def test_quantization_reaches_the_model_that_generates():
+    options = ["--model", str(NANO_FOLDER), "--quantize", "4", "--group-size", "128"]
     pipe = quality.open_variant(quality.build_parser().parse_args(options))
     assert pipe.transformer.transformer_blocks[0].attn.to_q.spec.bits == 4
     assert pipe.text_encoder.model.layers[0].mlp.up_proj.spec.group_size == 128

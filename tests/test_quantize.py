@@ -412,7 +412,7 @@ def test_a_gguf_file_is_packed_tensor_by_tensor(checkpoint, tmp_path):
 def test_loading_holds_the_packed_model_and_little_more(checkpoint, tmp_path, memory, kind, monkeypatch):
     """At most one more of its largest tensor, and the little that is fitted at once."""
     monkeypatch.setattr(packing, "PACKED_AT_ONCE", 2**9)  # a small part of a tensor, as it is of real ones
-    model = tiny.transformer(depth_single=24)
+    model = tiny.transformer(depth_single=12)
     tensors = {name: t.detach() for name, t in model.state_dict().items()}
     size = 4  # bytes of a dense weight
     if kind == "bfloat16":  # packed from what is stored, in float32 by parts

@@ -94,7 +94,7 @@ def test_loras_change_in_any_thread(checkpoint, tmp_path, memory, merge):
     assert np.array_equal(elsewhere(pixels, pipe), plain)
 
 
-@pytest.mark.parametrize("memory", MODES)
+@pytest.mark.parametrize("memory", ["resident", "staged"])
 def test_threads_advance_a_stream_in_turn(base_reference, memory):
     """As a web server's workers do; a third looks at what the steps foresee. CFG begins in the second step."""
     options = {**SMALL, "num_steps": 4, "num_images": 2, "batch_size": 2, "negative_prompt": "blue"}
@@ -158,8 +158,7 @@ if sys.argv[3] == "both":
 """
 
 
-@pytest.mark.parametrize("memory", MODES)
-@pytest.mark.parametrize("end", ["ends", "dies", "both"])
+@pytest.mark.parametrize(("memory", "end"), [("resident", "ends"), ("staged", "dies"), ("streamed", "both")])
 def test_the_process_ends_cleanly(checkpoint, memory, end):
     command = [sys.executable, "-c", SCRIPT, str(checkpoint), memory, end]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
