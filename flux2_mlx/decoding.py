@@ -43,6 +43,8 @@ class LatentDecoder:
 
     def unpack(self, latents: mx.array, settings: Settings) -> mx.array:
         """The decoder's input (1, H/8, W/8, 32) from sampled tokens: denormalized and unpacked."""
+        if "autoencoder" not in self.stages.loaded():
+            self.stages.claim("autoencoder")
         denormalized = self.stages.autoencoder.bn.denormalize(latents)
         return unpack_latents(denormalized, settings.height, settings.width)
 

@@ -62,7 +62,9 @@ class Step:
 
     def unpacked(self) -> mx.array:
         """The latents as the decoder takes them: (1, H/8, W/8, 32)."""
-        return self._decoder.unpack(self.latents, self.settings)
+        latents = self._decoder.unpack(self.latents, self.settings)
+        mx.eval(latents)  # a caller may look at them in another thread
+        return latents
 
     def picture(self) -> Image.Image:
         """The predicted image, decoded to 8-bit RGB; see ``array``."""
@@ -112,6 +114,7 @@ class Result:
             batch = np.stack(images)
         elif output_type == "latent":
             batch = mx.concatenate(images)
+            mx.eval(batch)
         return cls(batch, settings, stats.seconds, stats.peak_bytes, stats.steps)
 
     @property

@@ -110,6 +110,17 @@ def test_threads_advance_a_stream_in_turn(base_reference, memory):
     assert all(np.array_equal(*pair) for pair in zip(found, here, strict=True))
 
 
+@pytest.mark.parametrize("memory", ["resident", "staged"])
+def test_latents_are_given_to_any_thread(checkpoint, memory):
+    """Nothing is decoded then, so that nothing of the autoencoder is in memory."""
+
+    def latents(pipe):
+        return pipe("a red fox", output_type="latent", num_images=2, **SMALL).images
+
+    expected = np.array(latents(opened(checkpoint)))
+    assert np.array_equal(np.array(elsewhere(latents, opened(checkpoint, memory=memory))), expected)
+
+
 def test_prompts_are_encoded_ahead_in_another_thread(checkpoint, expected):
     pipe = opened(checkpoint)
     elsewhere(pipe.encode, ["a red fox"], 16)

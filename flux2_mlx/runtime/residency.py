@@ -145,8 +145,8 @@ class Stages:
         Returns:
             the bytes of its activations, the largest unpacked matrix among them.
         """
-        if not self.is_loaded(name, part) and self._thread[name] is not current_thread():
-            self._open(name)
+        if not self.is_loaded(name, part):
+            self.claim(name)
         dtype, module = stage_dtype(name, self.dtype), self._module(name, part)
         stage = stage_of(name.replace("_", " "), module, dtype, need.activations, need.attention)
         streams = stage.is_streamed(self.memory, self.memory_limit - need.pinned)
@@ -160,6 +160,11 @@ class Stages:
         self._warn(stage, weights, need.pinned, module if streams else None)
         self._load(name, module, stage, weights, stats, streams=streams)
         return stage.activation_bytes
+
+    def claim(self, name: str) -> None:
+        """Open a stage anew where another thread opened it, so that this one can evaluate its lazy weights."""
+        if self._thread[name] is not current_thread():
+            self._open(name)
 
     def _load(self, name: str, module: nn.Module, stage: Stage, weights: int, stats: Stats, *, streams: bool) -> None:
         """Read a module's weights, or of a streamed one those outside of its blocks."""
