@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -16,6 +17,9 @@ from typing import cast
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+
+# On M5 and CUDA MLX rounds the factors of float32 products to TF32 unless this is 0 when it first multiplies.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 
 def on_gpu() -> bool:
@@ -116,6 +120,21 @@ def stage_dtype(stage: str, dtype: mx.Dtype) -> mx.Dtype:
     return mx.bfloat16 if dtype == mx.float16 and stage != "transformer" else dtype
 
 
+def rounds_to_tf32() -> bool:
+    """Whether MLX rounds the factors of float32 products to TF32, whose numbers have ten bits after the point."""
+    return bool(mx.matmul(mx.full((128, 128), 1 + 2**-12), mx.eye(128)).max().item() == 1)
+
+
+def warn_of_tf32() -> None:
+    """Warn where float32 on a GPU is TF32 though nobody asked for it: MLX had multiplied before this was imported."""
+    if on_gpu() and os.environ["MLX_ENABLE_TF32"] == "0" and rounds_to_tf32():
+        warnings.warn(
+            "MLX rounds float32 products to TF32, since it had multiplied before flux2_mlx was imported; import "
+            "flux2_mlx first, or set MLX_ENABLE_TF32=0",
+            stacklevel=2,
+        )
+
+
 def weights_of(module: nn.Module) -> dict[str, mx.array]:
     """A module's weights by name, without evaluating them."""
     return cast("dict[str, mx.array]", tree_flatten(module.parameters(), destination={}))
@@ -142,6 +161,5 @@ def clear_streams_at_end_of_thread() -> None:
     A thread that ends with streams makes MLX abort the process at its exit (ml-explore/mlx 3281 and 3405). Python
     deletes what is local to a thread in that thread, as it ends.
     """
-    has_own_streams = hasattr(mx, "clear_streams")  # before MLX 0.31.2 all threads share them
-    if has_own_streams and current_thread() is not main_thread() and not hasattr(_thread, "streams"):
+    if current_thread() is not main_thread() and not hasattr(_thread, "streams"):
         _thread.streams = _Streams()

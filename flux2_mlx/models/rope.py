@@ -72,15 +72,17 @@ def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
         cos, sin: (B or 1, N, head_dim / 2) from rope_table.
     """
     pairs = x.reshape(*x.shape[:-1], -1, 2)
-    rotated = _rotate_pairs(pairs, pairs[..., ::-1], cos[:, None, :, :, None], sin[:, None, :, :, None], SIGNS)
-    return rotated.reshape(x.shape)
+    cos, sin = cos[:, None, :, :, None], sin[:, None, :, :, None]
+    return _rotate_pairs(pairs[..., :1], pairs[..., 1:], cos, sin, IS_EVEN).reshape(x.shape)
 
 
-SIGNS = mx.array([-1.0, 1.0])
+IS_EVEN = mx.array([True, False])
 
 
-# Compiled it is one kernel; uncompiled, every product would be written out in float32.
+# Compiled it is one kernel; uncompiled, every product would be written out in float32. The other number of a pair comes
+# by broadcasting: reversed pairs have a negative stride, which compiled kernels before MLX 0.32 read out of bounds.
 @partial(mx.compile, shapeless=True)
-def _rotate_pairs(pairs: mx.array, swapped: mx.array, cos: mx.array, sin: mx.array, signs: mx.array) -> mx.array:
-    rotated = pairs.astype(mx.float32) * cos + swapped.astype(mx.float32) * (sin * signs)
-    return rotated.astype(pairs.dtype)
+def _rotate_pairs(even: mx.array, odd: mx.array, cos: mx.array, sin: mx.array, is_even: mx.array) -> mx.array:
+    """even and odd (..., 1) times the columns (cos, sin) and (-sin, cos) of the rotation: (..., 2)."""
+    of_even, of_odd = mx.where(is_even, cos, sin), mx.where(is_even, -sin, cos)
+    return (even.astype(mx.float32) * of_even + odd.astype(mx.float32) * of_odd).astype(even.dtype)

@@ -24,7 +24,7 @@ from ..adapters.lora import Lora, adapter_arrays, check_scale, open_lora, set_ad
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.files import read_through
 from ..checkpoints.load import load_autoencoder, load_text_encoder, load_transformer, load_weights, needs_conversion
-from ..device import clear_streams_at_end_of_thread, memory_limit, stage_dtype, weight_bytes
+from ..device import clear_streams_at_end_of_thread, memory_limit, stage_dtype, warn_of_tf32, weight_bytes
 from ..errors import InputError
 from ..models.autoencoder import AutoEncoder
 from ..models.flux2 import FluxKlein
@@ -95,6 +95,7 @@ class Stages:
         self._loaded: dict[str, set[int]] = {}
         self._thread: dict[str, Thread] = {}
         with self.turn():
+            warn_of_tf32()
             for name in STAGES:
                 self._open(name)
 
