@@ -11,7 +11,7 @@ import pytest
 from flux2_mlx import Flux2Pipeline
 from tests import tiny
 
-# The bounds of the parity tests are those of float32 on the CPU; float32 on a GPU is no TF32, as flux2_mlx.device sees to.
+# The bounds of the parity tests are those of float32 on the CPU. On a GPU it is no TF32 either: see flux2_mlx.device.
 mx.set_default_device(mx.gpu if os.environ.get("FLUX2_MLX_TEST_DEVICE") == "gpu" else mx.cpu)
 
 # No test finds what another has kept, and no result depends on what was measured, but in tests of just that.
