@@ -102,13 +102,16 @@ def process_peak_gb() -> float:
 
 @dataclass(frozen=True)
 class Case:
-    """What is computed: an image's size in pixels, its text's in tokens, the transformer's shape and dtype."""
+    """What is computed: an image's size in pixels, its text's in tokens, the transformer's shape and dtype, and the
+    bits that text encoder and transformer are packed in (0: not packed).
+    """
 
     width: int
     height: int
     text_length: int
     params: FluxKleinParams
     dtype: mx.Dtype
+    bits: int = 0
 
     @property
     def tokens(self) -> int:

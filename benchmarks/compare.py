@@ -3,6 +3,7 @@
     python -m benchmarks.compare --model klein-4b --against mflux --against floor --output benchmarks/results
     python -m benchmarks.compare --random 4b --size 512 --depth 1 --depth-single 4 --stages step --against floor
     python -m benchmarks.compare --model klein-4b --size 512 --stages start --against cold --against known-prompt
+    python -m benchmarks.compare --random 4b --quantize 4 --against mflux --against mlx-vlm
     python -m benchmarks.compare --collect                    # the page that compares machines, from its files
 
 Against (as often as wanted): mflux; mlx-vlm; torch, which is diffusers on MPS, CUDA or the CPU; floor, the bare matrix
@@ -16,7 +17,7 @@ Stages: text_encoder (half of its tokens are padding), step (one pass of the tra
 them: the text, --steps steps with Euler updates, the image). They run on modules, without a tokenizer and without the
 limits on memory that pipelines set. start, for a --model in diffusers' layout: each library's own pipeline in processes
 of their own, "cold start" from the start of the process to its first image, and "next image". Random weights have no
-folder to start from, so there these two are left out.
+folder to start from, so there these two are left out, and with --quantize.
 
 Peak memory is what the library's arrays take, weights of all that is loaded included; unknown of torch but on CUDA.
 """
@@ -25,10 +26,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
@@ -90,7 +93,8 @@ class Comparison:
 
     Attributes:
         figures: of each stage and contender.
-        errors: of each stage the peers' outputs', relative to this library's.
+        errors: of each stage the peers' outputs', relative to this library's; of packed ones, and then this library's
+            among them, relative to its output with the dense weights.
     """
 
     def __init__(self, model: Model, case: Case, arguments: argparse.Namespace):
@@ -126,8 +130,9 @@ class Comparison:
                 ready = {
                     name: partial(own[stage], *self.inputs[name][stage]) for name, own in runs.items() if stage in own
                 }
-                self.take_turns(stage, ready)
-                del ready
+                dense = CONTENDERS[OURS][stage](module, replace(self.case, bits=0)) if self.case.bits else None
+                self.take_turns(stage, ready, [as_numpy(dense(*self.inputs[OURS][stage]))] if dense else [])
+                del ready, dense
             del module
             if "loop" not in wanted:
                 runs = {name: {} for name in self.contenders}
@@ -136,19 +141,19 @@ class Comparison:
             sigmas = flux2_sigmas(self.arguments.steps, self.case.tokens)
             whole = {name: own for name, own in runs.items() if len(own) == len(PART)}
             self.take_turns(
-                "loop", {name: partial(loop, own, self.inputs[name], sigmas) for name, own in whole.items()}
+                "loop", {name: partial(loop, own, self.inputs[name], sigmas) for name, own in whole.items()}, []
             )
 
-    def take_turns(self, stage: str, runs: Mapping[str, Callable[[], Any]]) -> None:
+    def take_turns(self, stage: str, runs: Mapping[str, Callable[[], Any]], exact: list[np.ndarray]) -> None:
+        """Measure a stage; errors are relative to ``exact``, or where that is empty to this library's output."""
         errors = self.errors[stage] = {}
-        tolerance = self.arguments.tolerance or TOLERANCE[self.arguments.dtype]
-        ours: list[np.ndarray] = []
+        tolerance = self.arguments.tolerance or (math.inf if self.case.bits else TOLERANCE[self.arguments.dtype])
 
         def compare(name: str, result: Any) -> None:
-            if name == OURS:
-                ours.append(as_numpy(result))
+            if name == OURS and not exact:
+                exact.append(as_numpy(result))
             elif name != "floor":
-                errors[name] = float(np.linalg.norm(as_numpy(result) - ours[0]) / np.linalg.norm(ours[0]))
+                errors[name] = float(np.linalg.norm(as_numpy(result) - exact[0]) / np.linalg.norm(exact[0]))
                 if stage != "loop" and errors[name] > tolerance:  # in a loop errors add up
                     raise SystemExit(f"{stage}: {name}'s relative error is {errors[name]:.1e}, allowed is {tolerance}")
 
@@ -206,7 +211,8 @@ def print_stage(stage: str, contenders: Figures) -> None:
 def file_name(report: dict[str, Any]) -> str:
     """By chip, model, size and dtype."""
     width, height = report["size"]
-    words = (report["chip"], report["model"], width if width == height else f"{width} {height}", report["dtype"])
+    size, bits = width if width == height else f"{width} {height}", report["quantize"]
+    words = (report["chip"], report["model"], size, report["dtype"], *([f"q{bits}"] if bits else []))
     return re.sub(r"[^a-z0-9.]+", "-", " ".join(map(str, words)).lower()).strip("-") + ".json"
 
 
@@ -217,7 +223,8 @@ def cells(*values: object) -> str:
 
 def kind_of(report: dict[str, Any]) -> str:
     size = " x ".join(map(str, report["size"]))
-    return f"{report['model']}, {size}, {report['text_length']} text tokens, {report['dtype']}"
+    packed = f", {report['quantize']} bits" if report.get("quantize") else ""
+    return f"{report['model']}, {size}, {report['text_length']} text tokens, {report['dtype']}{packed}"
 
 
 def machine_of(report: dict[str, Any]) -> str:
@@ -285,7 +292,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
     parser.add_argument("--against", action="append", choices=against, help="default: mflux")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--steps", type=int, default=4, help="of a loop or an image (%(default)s)")
-    parser.add_argument("--tolerance", type=float, help="relative error allowed; default 1e-5 in float32, else 0.05")
+    parser.add_argument("--quantize", type=int, choices=(2, 3, 4, 5, 6, 8), default=0, help="bits to pack all in")
+    parser.add_argument(
+        "--tolerance", type=float, help="relative error allowed; default 1e-5 in float32, else 0.05, packed any"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="timed, after one that warms up (%(default)s)")
     parser.add_argument("--output", type=Path, help="folder to write the report into, as JSON")
     arguments = parser.parse_args(argv)
@@ -307,11 +317,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_json("compare", None, {"collected": len(list(folder.glob("*.json")))})
         return
     model, case = model_of(parser, arguments)
+    case = replace(case, bits=arguments.quantize)
     print_row("", [*(name.replace("_", " ") for name in FIGURES), "ratio", "of min"])
     comparison = Comparison(model, case, arguments)
     comparison.measure()
     stages = comparison.figures
-    if arguments.model and "start" in arguments.stages:
+    if arguments.model and "start" in arguments.stages and not case.bits:
         options = {
             "model": arguments.model,
             "repo": RELEASED.get(arguments.model, arguments.model),
@@ -334,6 +345,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "text_length": case.text_length,
         "steps": arguments.steps,
         "dtype": arguments.dtype,
+        "quantize": case.bits,
         "repeats": arguments.repeats,
         "stages": stages,
         "ratios": {stage: ratios(figures) for stage, figures in stages.items()},

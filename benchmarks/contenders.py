@@ -11,6 +11,9 @@ What differs: both make the tables of rotations in every step, in float32, where
 image, in float64; of float16 mflux computes attention and feed-forward alone, as with its --compute-precision, and
 mlx-vlm nothing; and here their q and k norms are given the checkpoint's epsilon, 1e-6, where their own is 1e-5. torch
 computes one layer of the text encoder more, since transformers normalizes the output of the last one.
+
+Packed, this library is as --quantize packs it, and the MLX peers as their own options do, by mlx.nn.quantize of all
+linear layers; torch and the floor stay dense.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from benchmarks.common import Case, Run, loaded, mlx_meter, rope_of, velocity
+from benchmarks.common import Case, Run, loaded, mlx_meter, packed_copy, rope_of, velocity
 from flux2_mlx import (
     AutoEncoder,
     FluxKlein,
@@ -133,11 +136,18 @@ def meter_of(name: str) -> Callable[[], tuple[int | None, int | None]]:
 # ------------------------------------------------------------------------------------------------- this library
 
 
+def packed(module: Any, case: Case) -> Any:
+    """The module, or a packed copy."""
+    return packed_copy(module, str(case.bits))[0] if case.bits else module
+
+
 def ours_encode(module: Qwen3TextEncoder, case: Case) -> Run:
-    return module
+    run: Run = packed(module, case)
+    return run
 
 
 def ours_step(module: FluxKlein, case: Case) -> Run:
+    module = packed(module, case)
     rope = rope_of(case.params, case.text_length, image_ids(case.height, case.width))
     return lambda x, txt, sigma: velocity(module, x, txt, sigma, rope)
 
@@ -182,11 +192,16 @@ def peer_name(name: str) -> str:
     )
 
 
-def with_weights(name: str, peer: nn.Module, module: nn.Module, dtype: mx.Dtype) -> Any:
-    """A peer's module with the weights of this library's. What is not among these is never computed."""
+def with_weights(name: str, peer: nn.Module, module: nn.Module, dtype: mx.Dtype, bits: int = 0) -> Any:
+    """A peer's module with the weights of this library's, packed if bits say so. What is not among these is never
+    computed.
+    """
     peer_class(name, "config").precision = dtype
     renamed = {peer_name(path): array.astype(dtype) for path, array in weights_of(module).items()}
     peer.load_weights(list(renamed.items()), strict=False)
+    if bits:
+        nn.quantize(peer, bits=bits, class_predicate=lambda _, layer: hasattr(layer, "to_quantized"))
+        loaded(peer)
     return peer
 
 
@@ -211,9 +226,9 @@ def transformer_shape(params: FluxKleinParams) -> dict[str, Any]:
     }
 
 
-def peer_transformer(name: str, module: FluxKlein, dtype: mx.Dtype) -> Any:
+def peer_transformer(name: str, module: FluxKlein, dtype: mx.Dtype, bits: int = 0) -> Any:
     """An MLX peer's transformer that computes what this library's does."""
-    peer = with_weights(name, peer_class(name, "transformer")(**transformer_shape(module.params)), module, dtype)
+    peer = with_weights(name, peer_class(name, "transformer")(**transformer_shape(module.params)), module, dtype, bits)
     for path, layer in peer.named_modules():
         if re.search(r"norm_(added_)?[qk]$", path):
             layer.eps = module.params.eps
@@ -224,7 +239,7 @@ def peer_encode(name: str) -> Callable[[Qwen3TextEncoder, Case], Run]:
     def build(module: Qwen3TextEncoder, case: Case) -> Run:
         shape, taps = text_encoder_shape(module.config), [tap + 1 for tap in module.config.tapped_layers]
         peer = peer_class(name, "text_encoder")(num_hidden_layers=module.config.num_layers, **shape)
-        with_weights(name, peer, module, stage_dtype("text_encoder", case.dtype))
+        with_weights(name, peer, module, stage_dtype("text_encoder", case.dtype), case.bits)
         return lambda ids, mask: peer.get_prompt_embeds(ids, mask, tuple(taps))
 
     return build
@@ -235,7 +250,7 @@ def mflux_step(module: FluxKlein, case: Case) -> Run:
     from mflux.models.flux2.variants import Flux2Klein
 
     dtype = stage_dtype("text_encoder", case.dtype)
-    peer = peer_transformer("mflux", module, dtype)
+    peer = peer_transformer("mflux", module, dtype, case.bits)
     if case.dtype == mx.float16:
         peer.apply_compute_precision(ComputePrecision(mx.float16))
     predict = Flux2Klein._predict(peer)
@@ -252,7 +267,7 @@ def mflux_step(module: FluxKlein, case: Case) -> Run:
 
 def mlx_vlm_step(module: FluxKlein, case: Case) -> Run:
     dtype = stage_dtype("text_encoder", case.dtype)
-    peer = peer_transformer("mlx-vlm", module, dtype)
+    peer = peer_transformer("mlx-vlm", module, dtype, case.bits)
     positions = {"img_ids": image_ids(case.height, case.width), "txt_ids": text_ids(case.text_length)}
     return lambda x, txt, sigma: peer(x.astype(dtype), txt.astype(dtype), mx.array(1000 * sigma), **positions)
 

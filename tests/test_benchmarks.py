@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import compare, kernels, parity, plan, quality, step, training
+from benchmarks import compare, gpu, kernels, parity, plan, quality, step, training
 
 TINY = ["--random", "tiny", "--size", "64", "--text-length", "16", "--repeats", "1"]
 # Of a step of klein-4b, 1024 x 1024: a change that needs more says so here.
@@ -19,6 +19,7 @@ SMOKE = [
         "stages",
     ),
     (compare, [*TINY, "--against", "floor", "--against", "undivided"], "ratios"),
+    (compare, [*TINY, "--quantize", "4", "--against", "floor", "--stages", "text_encoder", "step"], "errors"),
     (plan, ["FOLDER", "--tiny", "--size", "64", "--text-length", "16", "--memory", "streamed"], "stages"),
     (plan, ["--model", "klein-9b-kv", "--references", "1", "--quantize", "4", "--chip", "M4 Max"], "stages"),
     (kernels, [], "steps"),
@@ -34,6 +35,7 @@ NIGHTLY = [
     (plan, ["--size", "64", "--steps", "1"], "stages"),
     (quality, ["--model", "CHECKPOINT", "--ways", "--captions", "1", "--ranks", "1", "--layers"], "ways"),
     (quality, IN_TURN, "figures"),
+    (gpu, ["FOLDER", "--tiny"], "sections"),
     (training, ["--tiny", "--size", "64", "--text-length", "16", "--depth-single", "1", "2"], "whole"),
 ]
 
@@ -117,6 +119,26 @@ def test_counting_kernels_leaves_the_package_as_it_was():
 
     kernels.own_step(kernels.Recorder(), kernels.MODELS["tiny"], kernels.DTYPES["float32"], 64, 16)
     assert sys.modules["flux2_mlx"].FluxKlein is FluxKlein
+
+
+def test_a_section_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
+    """A GPU that is there for ten minutes is not lost to one fault."""
+    (tmp_path / "made.json").write_text('{"seconds": 1}')
+    given = [
+        gpu.Section("fails", ("no_such_module",), 60),
+        gpu.Section("waits", ("http.server", "--bind", "127.0.0.1", "0"), 1),
+        gpu.Section("tells", ("json.tool", "--compact", str(tmp_path / "made.json")), 60),
+        gpu.Section("too late", ("json.tool",), 0),
+    ]
+    monkeypatch.setattr(gpu, "sections", lambda folder, *, tiny: given)
+    monkeypatch.setattr(gpu, "LEAST_SECONDS", 1)
+    report = run(gpu, [str(tmp_path / "told")], capsys)
+    became = {name: section["became"] for name, section in report["sections"].items()}
+    assert became == {"fails": "ended with 1", "waits": "cut off", "tells": "done", "too late": "not begun"}
+    assert report["sections"]["tells"]["report"] == {"seconds": 1}
+    assert "no_such_module" in (tmp_path / "told" / "fails.txt").read_text()
+    kept = json.loads((tmp_path / "told" / "report.json").read_text())
+    assert kept["sections"] == report["sections"]
 
 
 def test_results_are_what_their_json_files_say():
