@@ -23,6 +23,13 @@ def on_gpu() -> bool:
     return mx.default_device().type == mx.DeviceType.gpu
 
 
+def writes_scores(dtype: mx.Dtype) -> bool:
+    """Whether attention writes its scores (heads x queries x keys) to memory: MLX has fused kernels for Metal, and for
+    CUDA in 16 bits. Where it is differentiated it writes them everywhere.
+    """
+    return not on_gpu() or (dtype == mx.float32 and mx.cuda.is_available())
+
+
 def machine_name() -> str:
     """Chip, device and MLX's version, as a measurement names its machine."""
     return f"{mx.device_info()['device_name']}, {mx.default_device()}, MLX {version('mlx')}"

@@ -27,7 +27,7 @@ from flux2_mlx.models.qwen3 import Qwen3TextEncoder
 from flux2_mlx.pipeline import STAGES
 from flux2_mlx.quantization.layers import quantize
 from flux2_mlx.quantization.packing import quantize_rtn
-from flux2_mlx.runtime.activations import Pass, Workload, transformer_bytes
+from flux2_mlx.runtime.activations import Pass, Workload, text_encoder_bytes, transformer_bytes
 from flux2_mlx.runtime.plan import MODES, Plan, Stage, make_plan
 from flux2_mlx.runtime.released import download_bytes, released_modules
 from flux2_mlx.runtime.streaming import block_paths, is_streamed, streamed_bytes
@@ -267,6 +267,38 @@ def test_a_stage_needs_what_the_plan_says(side, length, packed, dtype, memory):
     for stage in plan.stages:
         share = peak_of(*work[stage.name], stage.activation_bytes) / (stage.weights + stage.activation_bytes)
         assert 0.85 <= share <= 1.1, stage.name  # how early MLX frees depends on how fast its products are
+
+
+def test_attention_in_parts_needs_what_the_plan_says(monkeypatch, memory):
+    """Parts of 192 queries: their scores for those of all, and their outputs beside the joined one."""
+    params = FluxKleinParams(hidden_size=384, num_heads=3, txt_embed_dim=960, depth=1, depth_single=2)
+    transformer, image = FluxKlein(params), 256
+    one = Pass(512, image)
+    whole = transformer_bytes(params, one, mx.float32)[1]
+    monkeypatch.setattr("flux2_mlx.models.attention.SCORES_AT_ONCE", 3 * 768 * 192)
+    need = max(transformer_bytes(params, one, mx.float32))
+    assert need < 0.8 * whole
+    img, txt = mx.zeros((1, image, 128)), mx.zeros((1, 512, 960))
+    rope = FluxKlein.compute_rope(mx.zeros((1, 512, 4)), mx.zeros((1, image, 4)))
+    mx.eval(img, txt, *rope)
+    memory()
+    taken = peak_of(transformer, lambda: transformer.forward_with_rope(img, txt, mx.array([0.5]), *rope), need)
+    assert 0.85 <= taken / (weight_bytes(transformer) + need) <= 1.1
+
+
+def test_on_cuda_the_scores_of_float32_are_planned(monkeypatch):
+    """Its fused kernels are those of cuDNN, in 16 bits."""
+    params, config, one = FluxKleinParams(), Qwen3Config(), Pass(512, 4096)
+    assert transformer_bytes(params, one, mx.float32)[1] > 0
+    monkeypatch.setattr("flux2_mlx.device.on_gpu", lambda: True)
+    monkeypatch.setattr("flux2_mlx.runtime.activations.on_gpu", lambda: True)
+    feed_forward = text_encoder_bytes(config, 512, mx.float32)
+    assert transformer_bytes(params, one, mx.float32)[1] == 0
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    scores = transformer_bytes(params, one, mx.float32)[1]
+    assert scores == (9 * 4608 * 3072 + 24 * 576 * 4608) * 4  # parts of 576 queries, within 256 MB
+    assert text_encoder_bytes(config, 2048, mx.float32) > 4 * feed_forward
+    assert transformer_bytes(params, one, mx.bfloat16)[1] == 0
 
 
 def test_float16_takes_an_input_more_than_bfloat16():

@@ -20,6 +20,7 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
+from .attention import attention
 from .config import FluxKleinParams
 from .first_block_cache import FirstBlockCache
 from .kv_cache import KV, BlockKV, FrozenKV, KVReader, KVRecorder
@@ -101,9 +102,7 @@ def attend(q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array, 
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     if kv is not None:
         k, v = kv.update_and_fetch(k, v)
-    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
-    batch, _, tokens, _ = out.shape
-    return out.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
+    return attention(q, k, v)
 
 
 class TimestepEmbedder(nn.Module):
