@@ -45,6 +45,13 @@ def timestep_embedding(timesteps: mx.array, channels: int) -> mx.array:
     return mx.concatenate([mx.cos(angle), mx.sin(angle)], axis=-1)
 
 
+def cast_input(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    """x in a dtype, within the range of float16, beyond which it would be infinite and end in NaN."""
+    if dtype == mx.float16:  # in float32, since the bound of float16 is rounded up in bfloat16
+        x = mx.clip(x.astype(mx.float32), -FLOAT16_MAX, FLOAT16_MAX)
+    return x.astype(dtype)
+
+
 # Each of the compiled functions is one kernel; uncompiled, its intermediates would be written to memory.
 
 
@@ -71,7 +78,9 @@ def add_gated(x: mx.array, gate: mx.array, change: mx.array) -> mx.array:
 
 @partial(mx.compile, shapeless=True)
 def silu_mul(gate: mx.array, up: mx.array) -> mx.array:
-    return gate * mx.sigmoid(gate) * up
+    """silu(gate) * up, in float16 within its range: the next product would make NaN of infinite values."""
+    out = gate * mx.sigmoid(gate) * up
+    return mx.clip(out, -FLOAT16_MAX, FLOAT16_MAX) if out.dtype == mx.float16 else out
 
 
 def swiglu(layer: nn.Module, x: mx.array, start: int, hidden: int) -> mx.array:
@@ -390,8 +399,8 @@ class FluxKlein(nn.Module):
         txt_mod = self.double_stream_modulation_txt(temb)
         single_mod = self.single_stream_modulation(temb)
 
-        x = self._residual(self.x_embedder(img.astype(self.dtype)))
-        c = None if text is None else self._residual(self.context_embedder(text.astype(self.dtype)))
+        x = self._residual(self.x_embedder(cast_input(img, self.dtype)))
+        c = None if text is None else self._residual(self.context_embedder(cast_input(text, self.dtype)))
         if cache is not None:
             cache.start(x, timesteps)
         for k, double in enumerate(self.transformer_blocks):
@@ -429,7 +438,7 @@ class FluxKlein(nn.Module):
         """
         temb = self.time_guidance_embed(mx.zeros((1,)), self.dtype)
         img_mod, single_mod = self.double_stream_modulation_img(temb), self.single_stream_modulation(temb)
-        x = self._residual(self.x_embedder(references.astype(self.dtype)))
+        x = self._residual(self.x_embedder(cast_input(references, self.dtype)))
         kv = self._block_kv(None, slice(None))
         for k, double in enumerate(self.transformer_blocks):
             x, _ = self.block_runner(double, x, None, img_mod, (), rope_cos, rope_sin, kv[k])
@@ -440,7 +449,7 @@ class FluxKlein(nn.Module):
     @staticmethod
     def _residual(x: mx.array) -> mx.array:
         """The stream that blocks add to, in float32 for activations in float16, whose range it leaves."""
-        return x.astype(mx.float32) if x.dtype == mx.float16 else x
+        return mx.clip(x, -FLOAT16_MAX, FLOAT16_MAX).astype(mx.float32) if x.dtype == mx.float16 else x
 
     @property
     def dtype(self) -> mx.Dtype:
