@@ -107,8 +107,8 @@ def test_float16_products_that_overflow_end_in_no_nan():
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_float16_clips_prompt_embeddings_of_1e5(model, dtype):
-    """Attention sinks of the text encoder come near; cast as they are they would be infinite, and the velocity NaN. 65504
-    itself is 65536 in bfloat16.
+    """Attention sinks of the text encoder come near; cast as they are they would be infinite, and the velocity NaN.
+    The bound 65504 is 65536 in bfloat16.
     """
     img, txt, *rest = inputs(model, 64, 64)
     sinks = txt.at[:, 0, :3].add(mx.array([1e5, -1e5, 65504.0])).astype(dtype)
