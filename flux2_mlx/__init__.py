@@ -6,7 +6,7 @@ from .checkpoints.files import load_safetensors
 from .checkpoints.load import load_quantized_flux_klein
 from .checkpoints.sanitize import sanitize_flux2_klein_weights, sanitize_qwen3_weights, sanitize_vae_weights
 from .conditioning.tokenizer import Qwen3Tokenizer
-from .errors import CheckpointError, InputError
+from .errors import CheckpointError, DeviceError, InputError
 from .families import RELEASED
 from .imaging.files import read_metadata, save_image
 from .models.autoencoder import AutoEncoder, Decoder, Encoder
@@ -29,6 +29,7 @@ __all__ = [
     "AutoEncoderConfig",
     "CheckpointError",
     "Decoder",
+    "DeviceError",
     "Encoder",
     "Flux2Pipeline",
     "FluxKlein",

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from threading import current_thread, local, main_thread
@@ -18,6 +18,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from .errors import DeviceError
+
 # On M5 and CUDA MLX rounds the factors of float32 products to TF32 unless this is 0 when it first multiplies.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
@@ -25,6 +27,13 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 def on_gpu() -> bool:
     """Whether MLX computes on a GPU (Metal or CUDA)."""
     return mx.default_device().type == mx.DeviceType.gpu
+
+
+def writes_scores(dtype: mx.Dtype) -> bool:
+    """Whether attention writes its scores (heads x queries x keys) to memory: MLX has fused kernels for Metal, and for
+    CUDA in 16 bits. Where it is differentiated it writes them everywhere.
+    """
+    return not on_gpu() or (dtype == mx.float32 and mx.cuda.is_available())
 
 
 def machine_name() -> str:
@@ -53,14 +62,23 @@ def free_memory() -> int | None:
     """Bytes of the memory shared by CPU and GPU that are free or reclaimable; None where the system does not tell, or
     the GPU has a memory of its own.
     """
-    try:
-        if sys.platform == "darwin":
-            return free_in_vm_stat(subprocess.run(["vm_stat"], capture_output=True, text=True, check=True).stdout)
-        if on_gpu():
-            return None
-        return free_in_meminfo(Path("/proc/meminfo").read_text())
-    except (OSError, subprocess.SubprocessError):
+    if sys.platform == "darwin":
+        free = free_in_sysctl(_output("sysctl", "-n", "kern.memorystatus_level", "hw.memsize"))
+        return free_in_vm_stat(_output("vm_stat")) if free is None else free
+    if on_gpu():
         return None
+    try:
+        return free_in_meminfo(Path("/proc/meminfo").read_text())
+    except OSError:
+        return None
+
+
+def _output(*words: str) -> str:
+    """What a command writes; nothing where it fails."""
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def free_in_meminfo(text: str) -> int | None:
@@ -69,8 +87,20 @@ def free_in_meminfo(text: str) -> int | None:
     return int(match[1]) * 1024 if match else None
 
 
+def free_in_sysctl(text: str) -> int | None:
+    """Available bytes by macOS's kern.memorystatus_level and hw.memsize, one a line: the percentage of the memory that
+    it gives before it is short of any, as its memory_pressure says. None for other text.
+    """
+    match = re.fullmatch(r"(\d+)\n(\d+)\n?", text)
+    if not match or int(match[1]) > 100 or not int(match[2]):
+        return None
+    return int(match[2]) * int(match[1]) // 100
+
+
 def free_in_vm_stat(text: str) -> int | None:
-    """Available bytes by the output of macOS's vm_stat: free, speculative and inactive pages, as psutil counts them."""
+    """Available bytes by the output of macOS's vm_stat: free, speculative and inactive pages, as psutil counts them.
+    That is too few, since active pages of files and what can be compressed are not counted.
+    """
     page = re.search(r"page size of (\d+) bytes", text)
     pages = re.findall(r"^Pages (?:free|inactive|speculative):\s+(\d+)\.", text, re.MULTILINE)
     return int(page[1]) * sum(map(int, pages)) if page and pages else None
@@ -93,7 +123,9 @@ def memory_limit(limit: int, activation_bytes: int) -> Iterator[None]:
 
 @contextmanager
 def wired_limit(limit: int) -> Iterator[None]:
-    """On a GPU, keep up to ``limit`` bytes of MLX's memory from being paged out while the body runs."""
+    """On a GPU, keep up to ``limit`` bytes of MLX's memory from being paged out while the body runs, and until the GPU
+    has done with it.
+    """
     if not on_gpu():
         yield
         return
@@ -101,7 +133,66 @@ def wired_limit(limit: int) -> Iterator[None]:
     try:
         yield
     finally:
-        mx.set_wired_limit(before)
+        clear_streams_at_end_of_thread()  # whatever thread ends a generator waits for the GPU in it
+        try:
+            synchronize()
+        finally:
+            mx.set_wired_limit(before)
+
+
+# Words of MLX's errors: of a Metal command buffer that macOS ended (IOGPU's names), and of too little memory on Metal,
+# on CUDA and on the CPU.
+STOPPED = ("Impacting Interactivity", "Caused GPU Timeout Error", "Caused GPU Hang Error", "prior/excessive GPU errors")
+TOO_LITTLE_MEMORY = (
+    "Insufficient Memory",
+    "Unable to allocate",
+    "maximum allowed buffer size",
+    "[metal::malloc] Resource limit",
+    "failed: out of memory",
+    "std::bad_alloc",
+)
+
+
+def explain(error: BaseException) -> str | None:
+    """What an error of MLX's means and the way out, on one line; None where it is another kind of error."""
+    for words in STOPPED:
+        if words in str(error):
+            return (
+                f"the GPU was stopped because its work took too long ({words}): generate a smaller image, close what "
+                "else uses the GPU, or set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment to have macOS wait"
+            )
+    for words in TOO_LITTLE_MEMORY:
+        if words in str(error):
+            return (
+                f"memory is too little ({words}): a smaller image, fewer bits (--quantize 4, quantize=4) or one block "
+                'at a time (--memory streamed, memory="streamed") needs less, and other programs can be closed'
+            )
+    return None
+
+
+@contextmanager
+def device_errors() -> Iterator[None]:
+    """Give the errors of a GPU that was stopped, or of too little memory, as DeviceErrors; also those that MLX keeps
+    to itself until the GPU is next used. Another computation can follow.
+    """
+    try:
+        yield
+        synchronize()
+    except (RuntimeError, MemoryError) as error:
+        message = None if isinstance(error, DeviceError) else explain(error)
+        if message is None:
+            raise
+        with suppress(RuntimeError):
+            synchronize()  # takes the errors of what was under way besides
+        raise DeviceError(message) from error
+
+
+def synchronize() -> None:
+    """Wait for the GPU, and raise the errors of its work. ``mx.eval`` leaves out those of commands that it handed over
+    on the way (ml-explore/mlx 3979): what they should have computed is then taken for computed.
+    """
+    if on_gpu():
+        mx.synchronize()
 
 
 def default_dtype() -> mx.Dtype:

@@ -34,5 +34,11 @@ class CheckpointError(InputError):
     """A checkpoint that cannot be used: the message names the file and the way out."""
 
 
+class DeviceError(RuntimeError):
+    """The GPU was stopped, or memory was too little: the message says which, and the way out. MLX's error is its
+    ``__cause__``.
+    """
+
+
 class OtherModelError(CheckpointError):
     """Another model than FLUX.2 [klein]; config_faults adds the released models' names to the message."""

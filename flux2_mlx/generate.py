@@ -16,7 +16,7 @@ from .cli.jobs import generate_jobs
 from .cli.plan import print_plan
 from .cli.runner import generate, open_pipeline, start
 from .cli.session import interact
-from .errors import InputError, one_line
+from .errors import DeviceError, InputError, one_line
 from .runtime.distributed import launched, random_seed, shared_seed
 
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             steps = start(task, open_pipeline(task, group))
             seed = f" (seed {task.seed})"
             generate(steps, task, started, saves=group is None or group.rank() == 0)
-        except (InputError, FloatingPointError, OSError) as error:
+        except (InputError, DeviceError, FloatingPointError, OSError) as error:
             print(f"error: {one_line(error)}{seed}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:

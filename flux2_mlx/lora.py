@@ -22,7 +22,7 @@ from typing import Any
 from ._version import __version__
 from .cli.common import INTERRUPTED, Parser, path
 from .device import machine_memory
-from .errors import InputError, one_line
+from .errors import DeviceError, InputError, one_line
 from .families import MAX_SEQUENCE_LENGTH
 from .fields import nearest
 from .options import MODEL, RuntimeOptions, check_prompt, dtype_of
@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if count > MAX_FAULTS:
                 print(f"  and {count - MAX_FAULTS} more", file=sys.stderr)
             return 2
-        except (InputError, FloatingPointError, OSError) as error:
+        except (InputError, DeviceError, FloatingPointError, OSError) as error:
             print(f"error: {one_line(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:

@@ -333,7 +333,7 @@ class Flux2Pipeline:
         Raises:
             InputError: for a value that cannot be used.
             TypeError: for an unknown option.
-            FloatingPointError: where the latents stop being finite.
+            FloatingPointError, DeviceError: where latents are not finite, or the GPU or memory gives out.
         """
         check_choice("output_type", output_type, OUTPUT_TYPES)
         known = list(signature(type(self).stream).parameters)[2:]
@@ -428,7 +428,7 @@ class Flux2Pipeline:
 
         Raises:
             InputError: for a value that cannot be used.
-            FloatingPointError: where the latents stop being finite.
+            FloatingPointError, DeviceError: where latents are not finite, or the GPU or memory gives out.
         """
         given = dict(locals()) | {"generator": seed_of(generator)}
         request = resolve(

@@ -17,8 +17,8 @@ ROOT = PACKAGE.parent
 ORDER = [
     {"_version", "errors"},
     {"lazy", "disk_cache", "fields"},
-    {"models"},
     {"device"},
+    {"models"},
     {"sampling", "quantization"},
     {"families"},
     {"checkpoints"},

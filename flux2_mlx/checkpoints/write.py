@@ -24,6 +24,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .._version import __version__
+from ..device import device_errors
 from ..errors import CheckpointError, InputError
 from ..families import PARTS
 from ..lazy import LazyTensor, cast
@@ -180,6 +181,7 @@ def write_safetensors(path: Path, entries: Mapping[str, Entry], written: Callabl
     return digest.hexdigest()
 
 
+@device_errors()
 def convert(
     checkpoint: Checkpoint,
     target: Path,
@@ -199,6 +201,7 @@ def convert(
     Raises:
         InputError: for a target that exists, too small a disk, or packed weights in BFL's layout.
         CheckpointError: for weights that do not fit or are not finite.
+        DeviceError: where the GPU was stopped, or memory was too little.
     """
     if layout not in LAYOUTS:
         raise InputError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")

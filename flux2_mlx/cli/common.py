@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from ..adapters.lora import fuse, parse_lora
 from ..checkpoints.checkpoint import open_checkpoint
 from ..checkpoints.write import LAYOUTS, convert
-from ..errors import InputError, one_line
+from ..errors import DeviceError, InputError, one_line
 from ..fields import default_of, flag_of, nearest, parser_of, type_of
 from ..options import CheckpointOptions
 
@@ -125,7 +125,7 @@ def run_command(run: Callable[[], None]) -> int:
     """
     try:
         run()
-    except (InputError, OSError) as error:
+    except (InputError, DeviceError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

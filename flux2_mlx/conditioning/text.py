@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from .._version import __version__
-from ..device import stage_dtype, weights_of
+from ..device import stage_dtype, synchronize, weights_of
 from ..disk_cache import read_prompt, write_prompt
 from ..errors import CheckpointError
 from ..runtime.activations import text_encoder_bytes
@@ -84,6 +84,7 @@ class PromptEncoder:
             for text, row in rows.items():
                 embeddings[text] = text_encoder(*row)
                 mx.eval(embeddings[text])
+                synchronize()  # nothing that a GPU failed to compute goes to disk
                 if self.uses_disk:
                     write_prompt(*keys[text], embeddings[text])
         return embeddings

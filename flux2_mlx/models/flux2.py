@@ -20,6 +20,7 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
+from .attention import attention
 from .config import FluxKleinParams
 from .first_block_cache import FirstBlockCache
 from .kv_cache import KV, BlockKV, FrozenKV, KVReader, KVRecorder
@@ -42,6 +43,13 @@ def timestep_embedding(timesteps: mx.array, channels: int) -> mx.array:
     frequencies = mx.exp(-math.log(10000.0) / half * mx.arange(half, dtype=mx.float32))
     angle = 1000.0 * timesteps.astype(mx.float32)[:, None] * frequencies
     return mx.concatenate([mx.cos(angle), mx.sin(angle)], axis=-1)
+
+
+def cast_input(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    """x in a dtype, within the range of float16, beyond which it would be infinite and end in NaN."""
+    if dtype == mx.float16:  # in float32, since the bound of float16 is rounded up in bfloat16
+        x = mx.clip(x.astype(mx.float32), -FLOAT16_MAX, FLOAT16_MAX)
+    return x.astype(dtype)
 
 
 # Each of the compiled functions is one kernel; uncompiled, its intermediates would be written to memory.
@@ -70,7 +78,9 @@ def add_gated(x: mx.array, gate: mx.array, change: mx.array) -> mx.array:
 
 @partial(mx.compile, shapeless=True)
 def silu_mul(gate: mx.array, up: mx.array) -> mx.array:
-    return gate * mx.sigmoid(gate) * up
+    """silu(gate) * up, in float16 within its range: the next product would make NaN of infinite values."""
+    out = gate * mx.sigmoid(gate) * up
+    return mx.clip(out, -FLOAT16_MAX, FLOAT16_MAX) if out.dtype == mx.float16 else out
 
 
 def swiglu(layer: nn.Module, x: mx.array, start: int, hidden: int) -> mx.array:
@@ -101,9 +111,7 @@ def attend(q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array, 
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     if kv is not None:
         k, v = kv.update_and_fetch(k, v)
-    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
-    batch, _, tokens, _ = out.shape
-    return out.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
+    return attention(q, k, v)
 
 
 class TimestepEmbedder(nn.Module):
@@ -391,8 +399,8 @@ class FluxKlein(nn.Module):
         txt_mod = self.double_stream_modulation_txt(temb)
         single_mod = self.single_stream_modulation(temb)
 
-        x = self._residual(self.x_embedder(img.astype(self.dtype)))
-        c = None if text is None else self._residual(self.context_embedder(text.astype(self.dtype)))
+        x = self._residual(self.x_embedder(cast_input(img, self.dtype)))
+        c = None if text is None else self._residual(self.context_embedder(cast_input(text, self.dtype)))
         if cache is not None:
             cache.start(x, timesteps)
         for k, double in enumerate(self.transformer_blocks):
@@ -430,7 +438,7 @@ class FluxKlein(nn.Module):
         """
         temb = self.time_guidance_embed(mx.zeros((1,)), self.dtype)
         img_mod, single_mod = self.double_stream_modulation_img(temb), self.single_stream_modulation(temb)
-        x = self._residual(self.x_embedder(references.astype(self.dtype)))
+        x = self._residual(self.x_embedder(cast_input(references, self.dtype)))
         kv = self._block_kv(None, slice(None))
         for k, double in enumerate(self.transformer_blocks):
             x, _ = self.block_runner(double, x, None, img_mod, (), rope_cos, rope_sin, kv[k])
@@ -441,7 +449,7 @@ class FluxKlein(nn.Module):
     @staticmethod
     def _residual(x: mx.array) -> mx.array:
         """The stream that blocks add to, in float32 for activations in float16, whose range it leaves."""
-        return x.astype(mx.float32) if x.dtype == mx.float16 else x
+        return mx.clip(x, -FLOAT16_MAX, FLOAT16_MAX).astype(mx.float32) if x.dtype == mx.float16 else x
 
     @property
     def dtype(self) -> mx.Dtype:

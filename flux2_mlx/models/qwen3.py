@@ -11,6 +11,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
+from .attention import attention
 from .config import Qwen3Config
 from .layers import BlockRunner, Linear, run_block
 
@@ -41,8 +42,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).reshape(batch, tokens, self.kv_heads, self.head_dim)
         q = self.rope(self.q_norm(q).transpose(0, 2, 1, 3))
         k = self.rope(self.k_norm(k).transpose(0, 2, 1, 3))
-        out = mx.fast.scaled_dot_product_attention(q, k, v.transpose(0, 2, 1, 3), scale=self.head_dim**-0.5, mask=mask)
-        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, tokens, -1))
+        return self.o_proj(attention(q, k, v.transpose(0, 2, 1, 3), mask))
 
 
 class MLP(nn.Module):

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from ..device import on_gpu
+from ..device import on_gpu, writes_scores
+from ..models.attention import queries_at_once
 from ..models.autoencoder import TILE_BYTES
 from ..models.config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
 from ..sampling.latents import PIXELS_PER_TOKEN
@@ -92,15 +93,16 @@ class Workload:
 
 
 def text_encoder_bytes(config: Qwen3Config, length: int, dtype: mx.Dtype) -> int:
-    """Activations of encoding one prompt of ``length`` tokens: those of a feed-forward layer, or on the CPU, where
-    they are more, attention's scores with what they are made of.
+    """Activations of encoding one prompt of ``length`` tokens: those of a feed-forward layer, or where attention writes
+    its scores and these are more, the scores of one call with what they are made of.
     """
     feed_forward = length * (3 * config.intermediate_size + config.hidden_size) * dtype.size
-    if on_gpu():
+    if not writes_scores(dtype):
         return feed_forward
     heads, rows = config.num_attention_heads, length * config.hidden_size
     rows += 2 * length * (heads + config.num_key_value_heads) * config.head_dim
-    return max(feed_forward, (heads * length**2 + rows) * dtype.size + length**2)
+    scores = heads * queries_at_once(heads, length, length, config.head_dim, dtype) * length
+    return max(feed_forward, (scores + rows) * dtype.size + length**2)
 
 
 def transformer_bytes(params: FluxKleinParams, one: Pass, dtype: mx.Dtype) -> tuple[int, int]:
@@ -112,9 +114,9 @@ def transformer_bytes(params: FluxKleinParams, one: Pass, dtype: mx.Dtype) -> tu
            residual stream is in float32);
         2 a token and a token of ``kv``, where there is any: keys and values of both, joined;
         3 an image token and cache: the changes that a First Block Cache holds.
-    Attention has two units less a token, and its scores where they are written out, as on the CPU: heads * tokens *
-    keys. Of frozen tokens later passes have the keys and values alone, which are counted beside the pass that needs
-    more.
+    Attention has two units less a token, one less where it is computed in parts, and the scores of one call where they
+    are written out, as on the CPU: heads * queries * keys. Of frozen tokens later passes have the keys and values
+    alone, which are counted beside the pass that needs more.
     """
     if one.frozen_tokens:
         frozen_bytes = one.rows * kv_bytes(params, one.frozen_tokens, dtype)
@@ -124,10 +126,13 @@ def transformer_bytes(params: FluxKleinParams, one: Pass, dtype: mx.Dtype) -> tu
     tokens, units = one.tokens, 11 if dtype == mx.float16 else 10
     beside = (2 * (tokens + one.kv if one.kv else 0) + 3 * one.caches * one.image) * params.hidden_size
     activations = one.rows * (units * tokens * params.hidden_size + beside) * dtype.size
-    if on_gpu():
+    if not writes_scores(dtype):
         return activations, 0
-    scores = params.num_heads * tokens * (tokens + one.kv)
-    return activations, one.rows * ((units - 2) * tokens * params.hidden_size + beside + scores) * dtype.size
+    heads, keys = one.rows * params.num_heads, tokens + one.kv
+    queries = queries_at_once(heads, tokens, keys, params.head_dim, dtype)
+    units -= 2 if queries == tokens else 1
+    rest = one.rows * (units * tokens * params.hidden_size + beside)
+    return activations, (rest + heads * queries * keys) * dtype.size
 
 
 def training_bytes(

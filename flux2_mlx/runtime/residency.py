@@ -24,8 +24,15 @@ from ..adapters.lora import Lora, adapter_arrays, check_scale, open_lora, set_ad
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.files import read_through
 from ..checkpoints.load import load_autoencoder, load_text_encoder, load_transformer, load_weights, needs_conversion
-from ..device import clear_streams_at_end_of_thread, memory_limit, stage_dtype, warn_of_tf32, weight_bytes
-from ..errors import InputError
+from ..device import (
+    clear_streams_at_end_of_thread,
+    device_errors,
+    memory_limit,
+    stage_dtype,
+    warn_of_tf32,
+    weight_bytes,
+)
+from ..errors import DeviceError, InputError
 from ..models.autoencoder import AutoEncoder
 from ..models.flux2 import FluxKlein
 from ..models.qwen3 import Qwen3TextEncoder
@@ -92,7 +99,7 @@ class Stages:
         self._lock = RLock()
         self.evict: Callable[[], None] = lambda: None
         self._modules: dict[str, nn.Module] = {}
-        self._loaded: dict[str, set[int]] = {}
+        self._loaded: dict[str, set[int]] = {name: set() for name in STAGES}
         self._thread: dict[str, Thread] = {}
         with self.turn():
             warn_of_tf32()
@@ -101,10 +108,21 @@ class Stages:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """The turn of one thread, in which others wait; MLX's streams end with the thread."""
+        """The turn of one thread, in which others wait; MLX's streams end with the thread.
+
+        Raises:
+            DeviceError: where the GPU was stopped, or memory was too little. No stage is loaded then: what the GPU
+                has left may be anything, and what comes next may need the room.
+        """
         clear_streams_at_end_of_thread()
         with self._lock:
-            yield
+            try:
+                with device_errors():
+                    yield
+            except DeviceError:
+                if self.loaded():
+                    self.unload()
+                raise
 
     @property
     def text_encoder(self) -> Qwen3TextEncoder:

@@ -16,7 +16,7 @@ import mlx.core as mx
 from tqdm.auto import tqdm
 
 from ..checkpoints.load import load_weights
-from ..device import memory_limit, weight_bytes, wired_limit
+from ..device import device_errors, memory_limit, weight_bytes, wired_limit
 from ..errors import InputError
 from ..models.autoencoder import AutoEncoder
 from ..models.flux2 import FluxKlein
@@ -54,6 +54,7 @@ class TrainingResult:
     lora: Path | None
 
 
+@device_errors()
 def train(
     options: TrainingOptions,
     *,
@@ -75,6 +76,7 @@ def train(
     Raises:
         InputError: for options or files that cannot be used, a DataError for the data set.
         FloatingPointError: for a loss or gradients that are not finite.
+        DeviceError: where the GPU was stopped, or memory was too little; what was saved before is kept.
     """
     group = launched()
     is_first = group is None or group.rank() == 0

@@ -29,6 +29,7 @@ from mlx.utils import tree_map, tree_map_with_path
 from safetensors import SafetensorError, safe_open
 
 from ..adapters.keys import lora_arrays
+from ..device import synchronize
 from ..errors import CheckpointError, InputError
 from ..models.flux2 import FluxKlein
 from ..sampling.latents import image_ids, text_ids
@@ -158,6 +159,7 @@ class Trainer:
                 name: decay * self.average[name] + (1 - decay) * array for name, array in self._parameters().items()
             }
         mx.eval(self.model.trainable_parameters(), self.optimizer.state, self.average)
+        synchronize()  # nothing that a GPU failed to compute is saved
         return StepReport(self.step, loss_value, rate, norm_value, images, float(np.array(preservation_loss)))
 
     def inputs(self, number: int) -> tuple[Any, ...]:

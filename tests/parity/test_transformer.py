@@ -105,6 +105,38 @@ def test_float16_products_that_overflow_end_in_no_nan():
     assert mx.isfinite(ported(model, mx.float16)(*inputs(model, 64, 64))).all().item()
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_float16_clips_prompt_embeddings_of_1e5(model, dtype):
+    """Attention sinks of the text encoder come near; cast as they are they would be infinite, and the velocity NaN.
+    The bound 65504 is 65536 in bfloat16.
+    """
+    img, txt, *rest = inputs(model, 64, 64)
+    sinks = txt.at[:, 0, :3].add(mx.array([1e5, -1e5, 65504.0])).astype(dtype)
+    velocity = ported(model, mx.float16)(img, sinks, *rest)
+    clipped = mx.clip(sinks.astype(mx.float32), -65504, 65504)
+    assert relative_error(velocity, theirs(model, img, clipped, *rest)) <= 3e-2
+
+
+def test_float16_clips_what_the_embedding_of_the_text_makes():
+    torch.manual_seed(3)
+    model = tiny.transformer()
+    with torch.no_grad():
+        model.context_embedder.weight.fill_(0.5)
+    img, txt, *rest = inputs(model, 64, 64)
+    assert mx.isfinite(ported(model, mx.float16)(img, 1e5 * mx.ones_like(txt), *rest)).all().item()
+
+
+@pytest.mark.parametrize("part", ["double", "single"])
+def test_float16_feed_forward_that_overflows_ends_in_no_nan(part):
+    """Of infinite values of both signs a product makes NaN, which no clip of its outputs takes back."""
+    torch.manual_seed(3)
+    model = tiny.transformer()
+    with torch.no_grad():
+        for block in model.transformer_blocks if part == "double" else model.single_transformer_blocks:
+            (block.ff.linear_in if part == "double" else block.attn.to_qkv_mlp_proj).weight.mul_(2e3)
+    assert mx.isfinite(ported(model, mx.float16)(*inputs(model, 64, 64))).all().item()
+
+
 def test_tables_made_once_give_the_same_velocity(model):
     ours, args = ported(model), inputs(model, 64, 96)
     cos, sin = FluxKlein.compute_rope(args[4], args[3], ours.params.axes_dims_rope, ours.params.rope_theta)
