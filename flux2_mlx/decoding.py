@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from .checkpoints.load import load_preview_decoder
-from .device import memory_limit, stage_dtype
+from .device import memory_limit
 from .imaging.preprocess import to_pil, to_unit
 from .imaging.preview import preview_map, render_preview
 from .options import dtype_name
@@ -35,7 +35,7 @@ class LatentDecoder:
 
     def __init__(self, stages: Stages, preview_decoder: str | os.PathLike[str] | None):
         self.stages = stages
-        self.dtype = stage_dtype("autoencoder", stages.dtype)
+        self.dtype = stages.vae_dtype
         self.preview_decoder = None if preview_decoder is None else load_preview_decoder(preview_decoder, self.dtype)
         if self.preview_decoder is not None:
             mx.eval(self.preview_decoder.parameters())  # in this thread, since any may look at a preview
@@ -76,5 +76,5 @@ class LatentDecoder:
             ):
                 return to_pil(np.array(mx.clip(self.preview_decoder(z)[0].astype(mx.float32), 0, 1)))
         if self._preview_map is None:
-            self._preview_map = preview_map(self.stages.checkpoint, self.stages.dtype)
+            self._preview_map = preview_map(self.stages.checkpoint, self.dtype)
         return render_preview(latents, self._preview_map, settings.height, settings.width)

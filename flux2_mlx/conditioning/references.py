@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from ..device import stage_dtype
 from ..models.flux2 import FluxKlein
 from ..models.kv_cache import KV
 from ..runtime.activations import Pass, encoder_bytes
@@ -47,8 +46,7 @@ class ReferenceEncoder:
             if key in tokens:
                 continue
             height, width = pixels.shape[1:3]
-            dtype = stage_dtype("autoencoder", stages.dtype)
-            need = Need(encoder_bytes(stages.checkpoint.autoencoder, height, width, dtype))
+            need = Need(encoder_bytes(stages.checkpoint.autoencoder, height, width, stages.vae_dtype))
             with stages.use("autoencoder", need, stats, what="references", part="encoder") as encoder:
                 tokens[key] = stages.autoencoder.bn.normalize(pack_latents(encoder(pixels)))
                 mx.eval(tokens[key])

@@ -356,3 +356,8 @@ class AutoEncoder(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.bn = LatentStatistics(config)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype that encoder and decoder compute in."""
+        return self.decoder.conv_in.weight.dtype

@@ -185,12 +185,13 @@ def make_plan(
     """Plan one image; the modules' weights are not read.
 
     Args:
-        dtype: the dtype of the transformer's activations; see device.stage_dtype for the others'.
+        dtype: the dtype of the transformer's activations; see device.stage_dtype for the text encoder's, and the
+            autoencoder's is that of its weights.
         limit: the bytes of memory that the stages may take.
         memory: one of MODES.
     """
     params, config = transformer.params, autoencoder.config
-    text_dtype, image_dtype = stage_dtype("text_encoder", dtype), stage_dtype("autoencoder", dtype)
+    text_dtype, image_dtype = stage_dtype("text_encoder", dtype), autoencoder.dtype
     height, width, sizes = workload.height, workload.width, workload.reference_sizes
     encoding = text_encoder_bytes(text_encoder.config, workload.text, text_dtype)
     stages = [stage_of("text encoder", text_encoder, text_dtype, encoding)]
@@ -207,8 +208,9 @@ def make_plan(
     stages.append(stage_of("decoder", autoencoder.decoder, image_dtype, decoding))
     work = image_work(text_encoder, transformer, autoencoder, workload, dtype)
     later = work_after_first(transformer, workload, dtype)
+    own_dtypes = {"text encoder": text_dtype, "transformer": dtype}
     for k, stage in enumerate(stages):
-        speeds = known_speeds(dtype if stage.name == "transformer" else image_dtype)
+        speeds = known_speeds(own_dtypes.get(stage.name, image_dtype))
         if speeds is not None:
             after = later.seconds(speeds) if later is not None and stage.name == "transformer" else None
             stages[k] = replace(stage, seconds=work[stage.name].seconds(speeds), seconds_after_first=after)
@@ -243,7 +245,7 @@ def make_training_plan(
         validates: whether validation images are generated in between.
         limit: the bytes of memory that training may take.
     """
-    image_dtype, config, params = stage_dtype("autoencoder", dtype), autoencoder.config, transformer.params
+    image_dtype, config, params = autoencoder.dtype, autoencoder.config, transformer.params
     text_dtype = stage_dtype("text_encoder", dtype)
     stages = [
         stage_of("text encoder", text_encoder, text_dtype, text_encoder_bytes(text_encoder.config, length, text_dtype))

@@ -58,7 +58,7 @@ class Stages:
 
     Attributes:
         checkpoint: the checkpoint of the weights; replaced when LoRAs are fused into it.
-        dtype: the transformer's dtype; see device.stage_dtype for the others'.
+        dtype, vae_dtype: the transformer's dtype and the autoencoder's; see device.stage_dtype.
         quantize: how each stage is packed that the checkpoint holds dense.
         memory: what stays loaded, one of plan.MODES.
         memory_limit: bytes that loaded stages and their activations may take together.
@@ -77,13 +77,14 @@ class Stages:
         checkpoint: Checkpoint,
         *,
         dtype: mx.Dtype,
+        vae_dtype: mx.Dtype | None,
         quantize: Mapping[str, Quantization],
         memory: str,
         memory_limit: int,
         progress: bool,
     ):
         self.checkpoint = checkpoint
-        self.dtype = dtype
+        self.dtype, self.vae_dtype = dtype, stage_dtype("autoencoder", dtype, vae_dtype)
         self.quantize = dict(quantize)
         self.memory = memory
         self.memory_limit = memory_limit
@@ -147,7 +148,7 @@ class Stages:
         """
         if not self.is_loaded(name, part):
             self.claim(name)
-        dtype, module = stage_dtype(name, self.dtype), self._module(name, part)
+        dtype, module = self._dtype(name), self._module(name, part)
         stage = stage_of(name.replace("_", " "), module, dtype, need.activations, need.attention)
         streams = stage.is_streamed(self.memory, self.memory_limit - need.pinned)
         if self._loaded[name] and streams != is_streamed(module):  # an image of another size needs another mode
@@ -168,7 +169,7 @@ class Stages:
 
     def _load(self, name: str, module: nn.Module, stage: Stage, weights: int, stats: Stats, *, streams: bool) -> None:
         """Read a module's weights, or of a streamed one those outside of its blocks."""
-        dtype = stage_dtype(name, self.dtype)
+        dtype = self._dtype(name)
         loading = stream(module, partial(self._built, name), dtype) if streams else load_weights(module)
         with (
             self.bar(f"loading {stage.name}", weights, unit="B", unit_scale=True) as bar,
@@ -352,6 +353,9 @@ class Stages:
         parts: dict[str, nn.Module] = {"encoder": self.autoencoder.encoder, "decoder": self.autoencoder.decoder}
         return parts[part] if part else self._modules[name]
 
+    def _dtype(self, name: str) -> mx.Dtype:
+        return stage_dtype(name, self.dtype, self.vae_dtype)
+
     def _open(self, name: str) -> None:
         """Build a stage with lazy weights; the weights of an earlier build are freed."""
         self._modules[name] = self._built(name)
@@ -360,7 +364,7 @@ class Stages:
 
     def _built(self, name: str) -> Any:
         """A stage's module with lazy weights."""
-        dtype, spec = stage_dtype(name, self.dtype), self.quantize.get(name)
+        dtype, spec = self._dtype(name), self.quantize.get(name)
         if name == "autoencoder":
             return load_autoencoder(self.checkpoint, dtype)
         if name == "text_encoder":
