@@ -25,7 +25,7 @@ from flux2_mlx.training.run import open_pipeline
 
 SMALL = {"height": 64, "width": 80, "num_steps": 2, "max_sequence_length": 16}
 
-# Winograd's F(6x6, 3x3) of Lavin and Gray (arXiv:1509.09308), with the matrices of MLX's backend/metal/kernels/conv.metal.
+# F(6x6, 3x3) of Lavin and Gray (arXiv:1509.09308), with the matrices of MLX's backend/metal/kernels/conv.metal.
 B = np.array(
     [
         [1, 0, 0, 0, 0, 0, 0, 0],
