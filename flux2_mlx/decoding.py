@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -55,9 +56,12 @@ class LatentDecoder:
             FloatingPointError: where the decoder's output is not finite.
         """
         config = self.stages.checkpoint.autoencoder
-        need = Need(decoder_bytes(config, settings.height, settings.width, self.dtype))
-        with self.stages.use("autoencoder", need, stats, what="decode", part="decoder") as decoder:
-            decoded = decoder(self.unpack(latents, settings))
+        needed = partial(decoder_bytes, config, settings.height, settings.width, self.dtype)
+        with (
+            self.stages.use("autoencoder", Need(needed()), stats, what="decode", part="decoder") as decoder,
+            self.stages.tiles(needed) as tile_bytes,
+        ):
+            decoded = decoder(self.unpack(latents, settings), tile_bytes)
             image, finite = to_unit(decoded), mx.isfinite(decoded).all()
             mx.eval(image, finite)
         if not finite.item():

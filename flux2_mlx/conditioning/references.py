@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -46,9 +47,12 @@ class ReferenceEncoder:
             if key in tokens:
                 continue
             height, width = pixels.shape[1:3]
-            need = Need(encoder_bytes(stages.checkpoint.autoencoder, height, width, stages.vae_dtype))
-            with stages.use("autoencoder", need, stats, what="references", part="encoder") as encoder:
-                tokens[key] = stages.autoencoder.bn.normalize(pack_latents(encoder(pixels)))
+            needed = partial(encoder_bytes, stages.checkpoint.autoencoder, height, width, stages.vae_dtype)
+            with (
+                stages.use("autoencoder", Need(needed()), stats, what="references", part="encoder") as encoder,
+                stages.tiles(needed) as tile_bytes,
+            ):
+                tokens[key] = stages.autoencoder.bn.normalize(pack_latents(encoder(pixels, tile_bytes)))
                 mx.eval(tokens[key])
         if images:
             self._tokens = tokens

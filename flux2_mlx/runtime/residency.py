@@ -31,7 +31,7 @@ from ..models.flux2 import FluxKlein
 from ..models.qwen3 import Qwen3TextEncoder
 from ..quantization.layers import autotune
 from ..quantization.spec import Quantization
-from .activations import Pass, kv_bytes, transformer_bytes
+from .activations import Pass, kv_bytes, largest_tile, transformer_bytes
 from .plan import Stage, stage_of
 from .stats import Stats
 from .streaming import is_streamed, stream
@@ -137,6 +137,18 @@ class Stages:
             activation_bytes = self.prepare(name, need, stats, part=part)
             with memory_limit(self.memory_limit, activation_bytes), stats.measure(what):
                 yield self._module(name, part)
+
+    @contextmanager
+    def tiles(self, needed: Callable[[int], int]) -> Iterator[int]:
+        """Within ``use`` of the autoencoder: the bytes of the largest tile that there is room for, and MLX kept to the
+        memory limit with it.
+
+        Args:
+            needed: the activations' bytes with tiles of so many.
+        """
+        tile_bytes = largest_tile(needed, self.memory_limit - mx.get_active_memory())
+        with memory_limit(self.memory_limit, needed(tile_bytes)):
+            yield tile_bytes
 
     def prepare(self, name: str, need: Need, stats: Stats, *, part: str = "") -> int:
         """Bring a stage, or a part of one, into memory; other stages out of it as far as mode and limit say.
