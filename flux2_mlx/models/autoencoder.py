@@ -27,8 +27,8 @@ from .config import AutoEncoderConfig
 SCORES_AT_ONCE = 2**26
 # Largest tile, in bytes, of the wider of a layer's input and output. A smaller image is one tile.
 TILE_BYTES = 2**25
-# The same where memory is plentiful, see runtime.activations.largest_tile.
-MOST_TILE_BYTES = 2**28
+# The same where a GPU has memory to spare: a convolution of it is 155 GFLOP, beside which handing it over is nothing.
+MOST_TILE_BYTES = 2**27
 TILE_ROWS = 16  # heights of tiles are multiples of it, so that they can be halved three times
 
 # (B, rows, W, C) each, from top to bottom. A function that is given tiles empties the list: held by the caller's frame,
