@@ -31,7 +31,8 @@ def with_flux2_mlx(options: dict[str, Any]) -> Drawing:
     if not options.get("read_ahead", True):  # of the next stage's files while one works
         patch.object(residency, "read_through", lambda *_: 0).start()
     cache = options.get("cache", False)
-    pipe = Flux2Pipeline.from_pretrained(options["model"], dtype=options["dtype"], cache=cache)
+    dtypes = {"dtype": options["dtype"], "vae_dtype": options.get("vae_dtype")}
+    pipe = Flux2Pipeline.from_pretrained(options["model"], **dtypes, cache=cache)
     size = {"height": options["height"], "width": options["width"], "max_sequence_length": options["text_length"]}
     return lambda prompt: pipe(prompt, **size, num_steps=options["steps"], guidance=1.0, seed=0), mx.get_peak_memory
 

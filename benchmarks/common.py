@@ -41,7 +41,7 @@ from flux2_mlx.adapters.deltas import LoRADelta
 from flux2_mlx.checkpoints.load import load_autoencoder, load_text_encoder, load_transformer
 from flux2_mlx.device import default_dtype, stage_dtype, weights_of
 from flux2_mlx.models.layers import Linear
-from flux2_mlx.options import DTYPES
+from flux2_mlx.options import DTYPES, VAE_DTYPES, vae_dtype_of
 from flux2_mlx.quantization.layers import QuantizedLinear, autotune, quantize
 from flux2_mlx.quantization.recipes import mixed_precision
 
@@ -102,8 +102,8 @@ def process_peak_gb() -> float:
 
 @dataclass(frozen=True)
 class Case:
-    """What is computed: an image's size in pixels, its text's in tokens, the transformer's shape and dtype, and the
-    bits that text encoder and transformer are packed in (0: not packed).
+    """What is computed: an image's size in pixels, its text's in tokens, the transformer's shape and dtype, the
+    autoencoder's dtype (None: the default), and the bits that text encoder and transformer are packed in (0: none).
     """
 
     width: int
@@ -111,6 +111,7 @@ class Case:
     text_length: int
     params: FluxKleinParams
     dtype: mx.Dtype
+    vae_dtype: mx.Dtype | None = None
     bits: int = 0
 
     @property
@@ -145,6 +146,7 @@ def add_case_options(parser: argparse.ArgumentParser, source: Any = None) -> Non
     parser.add_argument("--depth-single", type=int, help="single blocks, of random weights")
     parser.add_argument("--hidden-size", type=int, help="the transformer's width, of random weights, in heads of 128")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: what this library takes on this machine")
+    parser.add_argument("--vae-dtype", choices=VAE_DTYPES, help="default: what this library takes on this machine")
 
 
 def model_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> tuple[Model, Case]:
@@ -155,7 +157,8 @@ def model_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
     arguments.dtype = arguments.dtype or name_of(default_dtype())
     model = random_model(arguments) if arguments.random else opened(arguments.model)
     dtype = DTYPES[arguments.dtype]
-    return model, Case(arguments.width, arguments.height, arguments.text_length, model.params, dtype)
+    vae_dtype = vae_dtype_of(arguments.vae_dtype)
+    return model, Case(arguments.width, arguments.height, arguments.text_length, model.params, dtype, vae_dtype)
 
 
 def random_model(arguments: argparse.Namespace) -> Model:
@@ -188,8 +191,8 @@ def opened(name: str) -> Model:
     return Model(Path(name).name, checkpoint.transformer, checkpoint.text_encoder, build)
 
 
-def dtype_of_stage(stage: str, dtype: mx.Dtype) -> mx.Dtype:
-    return stage_dtype(PART[stage], dtype)
+def dtype_of_stage(stage: str, dtype: mx.Dtype, vae_dtype: mx.Dtype | None = None) -> mx.Dtype:
+    return stage_dtype(PART[stage], dtype, vae_dtype)
 
 
 def name_of(dtype: mx.Dtype) -> str:

@@ -122,7 +122,7 @@ class Comparison:
         for stage in PART:
             if stage not in wanted and "loop" not in wanted:
                 continue
-            module = self.model.build[stage](dtype_of_stage(stage, self.case.dtype))
+            module = self.model.build[stage](dtype_of_stage(stage, self.case.dtype, self.case.vae_dtype))
             for name in self.contenders:
                 if stage in CONTENDERS[name]:
                     runs[name][stage] = CONTENDERS[name][stage](module, self.case)
@@ -331,6 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "text_length": case.text_length,
             "steps": arguments.steps,
             "dtype": arguments.dtype,
+            "vae_dtype": arguments.vae_dtype,
             "transformer": transformer_shape(model.params),
             "text_encoder": text_encoder_shape(model.text_encoder),
         }

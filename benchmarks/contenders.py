@@ -274,7 +274,7 @@ def mlx_vlm_step(module: FluxKlein, case: Case) -> Run:
 
 def peer_decode(name: str) -> Callable[[AutoEncoder, Case], Run]:
     def build(module: AutoEncoder, case: Case) -> Run:
-        config, dtype = module.config, stage_dtype("autoencoder", case.dtype)
+        config, dtype = module.config, module.dtype
         peer = peer_class(name, "vae")()
         peer.decoder = peer_class(name, "decoder")(
             block_out_channels=config.decoder_channels,

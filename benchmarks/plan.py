@@ -44,6 +44,11 @@ from flux2_mlx.runtime.plan import MODES, format_range
 from flux2_mlx.runtime.released import released_modules
 from flux2_mlx.runtime.roofline import Speeds, Work, image_work, measure
 
+PARTS = {
+    "text encoder": "text_encoder",
+    "transformer": "transformer",
+}  # whose dtype a stage has, if not the autoencoder's
+
 # Published, not measured: TFLOP/s of the whole GPU in float32, which float16 does not exceed on these, and GB/s of the
 # memory. The first from huggingface.js (packages/tasks/src/hardware.ts, August 2026), the second from Apple's technical
 # specifications, each of the largest GPU that the chip comes with. M3 and M3 Pro are left out, of which sources differ
@@ -92,7 +97,7 @@ def foresee(arguments: argparse.Namespace) -> dict[str, Any]:
     modules = released_modules(arguments.model, dtype, parse_options(arguments.quantize, None, None))
     work = image_work(*modules, workload, dtype)
     speeds = speeds_of(arguments.chip, dtype)
-    at = {name: speeds[dtype if name == "transformer" else stage_dtype("autoencoder", dtype)] for name in work}
+    at = {name: speeds[stage_dtype(PARTS.get(name, "autoencoder"), dtype)] for name in work}
     times = {"text encoder": guided, "transformer": guided * steps}
     whole = {name: own * times.get(name, 1) for name, own in work.items()}
     seconds = {name: own.seconds(at[name]) for name, own in whole.items()}
@@ -127,7 +132,7 @@ def speeds_of(chip: str | None, dtype: mx.Dtype) -> Mapping[mx.Dtype, Speeds]:
     if chip:
         peak, bandwidth = CHIPS[chip]
         published = Speeds(peak * 1e12, peak * 1e12, peak * 1e12, bandwidth * 1e9)
-        speeds = dict.fromkeys((dtype, stage_dtype("autoencoder", dtype)), published)
+        speeds = {stage_dtype(part, dtype): published for part in (*PARTS.values(), "autoencoder")}
     else:
         speeds = measure(dtype)
     print(f"{chip} at published peaks, not measured" if chip else "this machine, measured")

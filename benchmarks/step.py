@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for stage in STAGES:
         if stage in arguments.stages:
             start = time.perf_counter()
-            module = model.build[stage](dtype_of_stage(stage, case.dtype))
+            module = model.build[stage](dtype_of_stage(stage, case.dtype, case.vae_dtype))
             report["made_s"][stage] = time.perf_counter() - start
             for name, found in measure_stage(stage, module, case, given, arguments).items():
                 report[name] |= found

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 from PIL import Image
 
 from .checkpoints.load import load_preview_decoder
-from .device import memory_limit, stage_dtype
+from .device import memory_limit
 from .imaging.preprocess import to_pil, to_unit
 from .imaging.preview import preview_map, render_preview
 from .options import dtype_name
@@ -35,7 +36,7 @@ class LatentDecoder:
 
     def __init__(self, stages: Stages, preview_decoder: str | os.PathLike[str] | None):
         self.stages = stages
-        self.dtype = stage_dtype("autoencoder", stages.dtype)
+        self.dtype = stages.vae_dtype
         self.preview_decoder = None if preview_decoder is None else load_preview_decoder(preview_decoder, self.dtype)
         if self.preview_decoder is not None:
             mx.eval(self.preview_decoder.parameters())  # in this thread, since any may look at a preview
@@ -55,9 +56,12 @@ class LatentDecoder:
             FloatingPointError: where the decoder's output is not finite.
         """
         config = self.stages.checkpoint.autoencoder
-        need = Need(decoder_bytes(config, settings.height, settings.width, self.dtype))
-        with self.stages.use("autoencoder", need, stats, what="decode", part="decoder") as decoder:
-            decoded = decoder(self.unpack(latents, settings))
+        needed = partial(decoder_bytes, config, settings.height, settings.width, self.dtype)
+        with (
+            self.stages.use("autoencoder", Need(needed()), stats, what="decode", part="decoder") as decoder,
+            self.stages.tiles(needed) as tile_bytes,
+        ):
+            decoded = decoder(self.unpack(latents, settings), tile_bytes)
             image, finite = to_unit(decoded), mx.isfinite(decoded).all()
             mx.eval(image, finite)
         if not finite.item():
@@ -76,5 +80,5 @@ class LatentDecoder:
             ):
                 return to_pil(np.array(mx.clip(self.preview_decoder(z)[0].astype(mx.float32), 0, 1)))
         if self._preview_map is None:
-            self._preview_map = preview_map(self.stages.checkpoint, self.stages.dtype)
+            self._preview_map = preview_map(self.stages.checkpoint, self.dtype)
         return render_preview(latents, self._preview_map, settings.height, settings.width)

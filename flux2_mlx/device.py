@@ -204,10 +204,16 @@ def default_dtype() -> mx.Dtype:
     return mx.float16 if apple and int(apple[1]) <= 14 else mx.bfloat16
 
 
-def stage_dtype(stage: str, dtype: mx.Dtype) -> mx.Dtype:
+def stage_dtype(stage: str, dtype: mx.Dtype, vae_dtype: mx.Dtype | None = None) -> mx.Dtype:
     """The dtype of a stage in a pipeline of ``dtype``. In float16 the text encoder and the autoencoder
     stay in bfloat16, since their activations leave float16's range.
+
+    Args:
+        vae_dtype: the autoencoder's, where one is asked for. By default it is float32 on a GPU: Metal computes nearly
+            all of its convolutions as Winograd F(6x6, 3x3), whose error in 16 bits is many times that of a direct one.
     """
+    if stage == "autoencoder" and (vae_dtype is not None or on_gpu()):
+        return vae_dtype or mx.float32
     return mx.bfloat16 if dtype == mx.float16 and stage != "transformer" else dtype
 
 

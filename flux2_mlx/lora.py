@@ -25,7 +25,7 @@ from .device import machine_memory
 from .errors import DeviceError, InputError, one_line
 from .families import MAX_SEQUENCE_LENGTH
 from .fields import nearest
-from .options import MODEL, RuntimeOptions, check_prompt, dtype_of
+from .options import MODEL, RuntimeOptions, check_prompt, dtype_of, vae_dtype_of
 from .runtime.released import released_modules
 from .sampling.latents import PIXELS_PER_TOKEN
 from .training.dataset import DataError, Size, read_dataset
@@ -159,7 +159,7 @@ def print_plan(options: TrainingOptions, run: argparse.Namespace) -> None:
         return
     dtype = dtype_of(training_dtype(options.dtype))
     limit = run.memory_limit or machine_memory()
-    modules = released_modules(release.name, dtype, options.quantization())
+    modules = released_modules(release.name, dtype, options.quantization(), vae_dtype_of(options.vae_dtype))
     print(plan_training(modules, options, dtype, MAX_SEQUENCE_LENGTH, shapes, limit))
 
 

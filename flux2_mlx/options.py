@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import mlx.core as mx
 from .device import default_dtype
 from .errors import InputError
 from .families import Release, find_release
-from .fields import Options, option
+from .fields import Options, check_choice, option
 from .imaging.inpaint import MAX_MARGIN, SIDES, check_expand
 from .quantization.spec import AFFINE_BITS, AFFINE_GROUPS, FLOAT_MODES, Quantization, parse_options
 from .runtime.plan import MODES
@@ -20,6 +20,7 @@ from .sampling.latents import NOISES, PIXELS_PER_TOKEN
 from .sampling.schedules import SCHEDULES, check_sigmas
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+VAE_DTYPES = ("float32", "bfloat16")  # activations of the autoencoder leave the range of float16
 OUTPUT_TYPES = ("pil", "np", "latent")
 MIN_SIDE = 64
 MAX_PIXELS = 4 * 1024 * 1024
@@ -236,6 +237,10 @@ class CheckpointOptions(Options):
         None, "dtype of the transformer", group=MODEL, choices=tuple(DTYPES),
         shown="bfloat16; float16 on M1 and M2; float32 on a CPU", alias="torch_dtype",
     )  # fmt: skip
+    vae_dtype: str | None = option(
+        None, "dtype of the autoencoder (VAE)", group=MODEL, choices=VAE_DTYPES,
+        shown="float32; on a CPU that of --dtype, bfloat16 for float16",
+    )  # fmt: skip
     quantize: int | str | None = option(
         None, f"quantize weights: {', '.join(map(str, AFFINE_BITS))} bits, {', '.join(FLOAT_MODES)}; below 8 bits "
         "the most sensitive layers get more bits", group=MODEL, metavar="BITS", also=("-q",),
@@ -318,6 +323,31 @@ def dtype_of(dtype: Any) -> mx.Dtype:
     if name not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     return DTYPES[name]
+
+
+def vae_dtype_of(dtype: Any) -> mx.Dtype | None:
+    """The autoencoder's dtype where one is asked for; None leaves it to device.stage_dtype.
+
+    Raises:
+        InputError: for float16 or another one.
+    """
+    if dtype is None:
+        return None
+    check_choice("vae_dtype", dtype if isinstance(dtype, str) else str(dtype).rpartition(".")[2], VAE_DTYPES)
+    return dtype_of(dtype)
+
+
+def with_dtype_names(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments, its dtypes by their names.
+
+    Raises:
+        InputError: for a dtype that cannot be.
+    """
+    readers: dict[str, Callable[[Any], Any]] = {"dtype": dtype_of, "torch_dtype": dtype_of, "vae_dtype": vae_dtype_of}
+    return {
+        name: dtype_name(readers[name](value)) if name in readers and value is not None else value
+        for name, value in given.items()
+    }
 
 
 def dtype_name(dtype: mx.Dtype) -> str:

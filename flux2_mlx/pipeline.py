@@ -46,6 +46,8 @@ from .options import (
     dtype_name,
     dtype_of,
     seed_of,
+    vae_dtype_of,
+    with_dtype_names,
 )
 from .quantization.spec import Quantization, options_of
 from .request import output_size, resolve
@@ -65,7 +67,7 @@ class Flux2Pipeline:
         stages: owns the modules and what of them is in memory; see runtime.residency.Stages.
         checkpoint: the checkpoint of the weights.
         text_encoder, transformer, autoencoder: the modules, which an unloading replaces; do not keep them.
-        dtype: the transformer's dtype. In float16 the other two stay in bfloat16, whose range their activations need.
+        dtype, vae_dtype: the transformer's dtype and the autoencoder's; see device.stage_dtype for the text encoder's.
         quantize: how each stage's matrices are packed that the checkpoint holds dense.
         memory: what stays loaded: "resident" (everything), "staged" (the stage at work), "streamed" (of text encoder
             and transformer the block at work), or "auto" (what fits).
@@ -81,6 +83,7 @@ class Flux2Pipeline:
         checkpoint: Checkpoint,
         *,
         dtype: str | mx.Dtype | None = None,
+        vae_dtype: str | mx.Dtype | None = None,
         quantize: Mapping[str, Quantization] | None = None,
         cache: bool = True,
         memory: str = "auto",
@@ -95,6 +98,7 @@ class Flux2Pipeline:
         self.stages = Stages(
             checkpoint,
             dtype=dtype_of(dtype),
+            vae_dtype=vae_dtype_of(vae_dtype),
             quantize=quantize or {},
             memory=memory,
             memory_limit=machine_memory() if memory_limit is None else int(memory_limit),
@@ -105,18 +109,15 @@ class Flux2Pipeline:
         self._prompts = PromptEncoder(self.stages, self.tokenizer, uses_disk=cache)
         self._decoder = LatentDecoder(self.stages, preview_decoder)
         self.preview_decoder = self._decoder.preview_decoder
-        references = ReferenceEncoder(self.stages)
-        self._generator = Generator(self.stages, self._prompts, references, self._decoder, group)
+        self._generator = Generator(self.stages, self._prompts, ReferenceEncoder(self.stages), self._decoder, group)
 
     # Attributes of the stages, which the pipeline has too.
+    checkpoint = property(attrgetter("stages.checkpoint"))
     dtype = property(attrgetter("stages.dtype"))
+    vae_dtype = property(attrgetter("stages.vae_dtype"))
     quantize = property(attrgetter("stages.quantize"))
     memory = property(attrgetter("stages.memory"))
     loras = property(attrgetter("stages.loras"))
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        return self.stages.checkpoint
 
     @property
     def text_encoder(self) -> Qwen3TextEncoder:
@@ -151,6 +152,7 @@ class Flux2Pipeline:
         distilled: bool | None = None,
         kv_cache: bool | None = None,
         dtype: str | mx.Dtype | None = None,
+        vae_dtype: str | mx.Dtype | None = None,
         quantize: int | str | None = None,
         quantize_text_encoder: int | str | None = None,
         group_size: int | None = None,
@@ -173,6 +175,7 @@ class Flux2Pipeline:
             distilled: whether the transformer is for few steps without CFG, where the model does not say it.
             kv_cache: whether it was trained to cache its references, as klein-9b-kv, where the model does not say it.
             dtype: "bfloat16", "float16" or "float32"; None takes what suits the machine.
+            vae_dtype: the autoencoder's, "float32" or "bfloat16"; None takes float32 on a GPU, see device.stage_dtype.
             quantize: quantize the dense matrices to this many bits (2, 3, 4, 5, 6, 8) or a format ("mxfp4",
                 "mxfp8", "nvfp4"); below 8 bits the most sensitive layers get a third of a bit a weight more at most.
             quantize_text_encoder: the same for the text encoder, where it is to differ; "none" leaves it.
@@ -189,13 +192,12 @@ class Flux2Pipeline:
             CheckpointError: for a checkpoint that cannot be used, with the way out.
             InputError: for an unknown dtype or memory, a limit that is none, or a group of other than two.
         """
-        given = dict(locals())
-        for name in ("dtype", "torch_dtype"):
-            given[name] = None if given[name] is None else dtype_name(dtype_of(given[name]))
+        given = with_dtype_names(locals())
         options, runtime = CheckpointOptions.collect(given), RuntimeOptions.collect(given)
         quantization = options.quantization()  # refuses bad values before anything is downloaded
         checkpoint = open_checkpoint(**options.source)
-        return cls(checkpoint, dtype=options.dtype, quantize=quantization, group=group, **vars(runtime))
+        dtypes: dict[str, Any] = {"dtype": options.dtype, "vae_dtype": options.vae_dtype}
+        return cls(checkpoint, quantize=quantization, group=group, **dtypes, **vars(runtime))
 
     def plan(
         self,
@@ -293,6 +295,7 @@ class Flux2Pipeline:
             model=self.checkpoint.name,
             revision=self.checkpoint.revision,
             dtype=dtype_name(self.dtype),
+            vae_dtype=dtype_name(self.vae_dtype),
             lora=tuple(map(str, self.loras.values())),
             lora_merge=any(lora.merge for lora in self.loras.values()),
             lora_partial=any(lora.partial for lora in self.loras.values()),
@@ -439,14 +442,10 @@ class Flux2Pipeline:
             model=self.options,
             default_length=self.tokenizer.default_length,
             limit=self.memory_limit,
-            peak=self._peak,
+            peak=lambda own, references: self.plan(references=references, **own.planned).peak,
             shares_cfg=self.group is not None,
         )
         return self._generator.generate(request)
-
-    def _peak(self, options: GenerationOptions, references: Sequence[tuple[int, int]]) -> int:
-        """Bytes that an image needs, its size and the length of its prompt resolved."""
-        return self.plan(references=references, **options.planned).peak
 
     def unload(self, stage: str | None = None) -> None:
         """Give a stage's memory back ("text_encoder", "transformer", "autoencoder"; all unless named). Its weights

@@ -44,12 +44,14 @@ FLAGS = """
 --quantize --quantize-text-encoder --group-size --lora --lora-merge --no-lora-merge --lora-partial --no-lora-partial
 --width --height --steps --num-steps --guidance --guidance-interval --guidance-rescale --force-guidance
 --no-force-guidance --step-cache --reuse --seed --num-images --batch-size --schedule --sigmas --noise --dtype
+--vae-dtype
 --max-sequence-length --output --from-image --jobs --interactive --resume --no-cache --memory --memory-limit --plan
 --measure --preview --preview-decoder --show --stats --quiet --version --help
 """
 TRAINING_FLAGS = """
 --config --resume --data --output --model --revision --transformer --text-encoder --vae --tokenizer --distilled
 --no-distilled --kv-cache --no-kv-cache --quantize --quantize-text-encoder --group-size --allow-distilled --dtype
+--vae-dtype
 --resolution --trigger --steps --batch-size --accumulate --rank --alpha --targets --dropout --learning-rate
 --weight-decay --warmup --decay --clip --timesteps --caption-dropout --preserve --preserve-weight --ema
 --grad-checkpoint --no-grad-checkpoint --seed --names --save-every --validation-prompt --validation-image

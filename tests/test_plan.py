@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from PIL import Image
 
 from flux2_mlx import AutoEncoderConfig, Flux2Pipeline, FluxKleinParams, InputError, Quantization, Qwen3Config
 from flux2_mlx.convert import main as convert
@@ -20,13 +21,14 @@ from flux2_mlx.device import (
     weight_bytes,
 )
 from flux2_mlx.generate import main
-from flux2_mlx.models.autoencoder import AutoEncoder
+from flux2_mlx.models.autoencoder import MOST_TILE_BYTES, TILE_BYTES, AutoEncoder, Decoder, Encoder
 from flux2_mlx.models.flux2 import FluxKlein
 from flux2_mlx.models.qwen3 import Qwen3TextEncoder
 from flux2_mlx.pipeline import STAGES
 from flux2_mlx.quantization.layers import quantize
 from flux2_mlx.quantization.packing import quantize_rtn
-from flux2_mlx.runtime.activations import Pass, Workload, text_encoder_bytes, transformer_bytes
+from flux2_mlx.runtime import activations
+from flux2_mlx.runtime.activations import Pass, Workload, decoder_bytes, text_encoder_bytes, transformer_bytes
 from flux2_mlx.runtime.plan import MODES, Plan, Stage, make_plan
 from flux2_mlx.runtime.released import download_bytes, released_modules
 from flux2_mlx.runtime.streaming import block_paths, is_streamed, streamed_bytes
@@ -288,6 +290,63 @@ def test_on_cuda_the_scores_of_float32_are_planned(monkeypatch):
     assert scores == (9 * 4608 * 3072 + 24 * 576 * 4608) * 4  # parts of 576 queries, within 256 MB
     assert text_encoder_bytes(config, 2048, mx.float32) > 4 * feed_forward
     assert transformer_bytes(params, one, mx.bfloat16)[1] == 0
+
+
+def test_tiles_need_what_the_plan_says(memory):
+    autoencoder = AutoEncoder(AutoEncoderConfig(block_out_channels=(16, 32, 64, 64), norm_num_groups=8))
+    latents = mx.random.normal((1, 16, 16, 32))
+    mx.eval(latents)
+    memory()
+    planned = decoder_bytes(autoencoder.config, 128, 128, mx.float32, 2**18)
+    peak = peak_of(autoencoder.decoder, lambda: autoencoder.decoder(latents, 2**18), planned)
+    assert 0.75 <= (peak - weight_bytes(autoencoder.decoder)) / planned <= 1.2
+
+
+@pytest.mark.parametrize("memory", ["auto", "resident", "staged"])
+def test_tiles_on_a_gpu_are_as_large_as_memory_allows(memory, monkeypatch):
+    """They change no mode and stay within the limit, if the smallest do."""
+    modules = released_modules("klein-4b", mx.bfloat16, {}, mx.float32)
+    monkeypatch.setattr(activations, "on_gpu", lambda: True)
+    workload, grown = Workload(1024, 1024, 512, [(1024, 1024)]), []
+
+    def plan(limit):
+        return make_plan(*modules, workload, dtype=mx.bfloat16, limit=limit, memory=memory)
+
+    for limit in range(10**9, 26 * 10**9, 4 * 10**9):
+        own = plan(limit)
+        with monkeypatch.context() as patch:
+            patch.setattr(activations, "MOST_TILE_BYTES", TILE_BYTES)
+            smallest = plan(limit)
+        assert (own.mode, own.stages[0], own.stages[2]) == (smallest.mode, smallest.stages[0], smallest.stages[2])
+        assert own.peak <= max(limit, smallest.peak)
+        grown.append([own.stages[k].activation_bytes / smallest.stages[k].activation_bytes for k in (1, 3)])
+    assert grown[0] == [1, 1]
+    assert min(grown[-1]) > 2
+
+
+def test_a_tile_is_chosen_by_what_is_free(checkpoint, monkeypatch):
+    """And MLX is kept to the limit with it. On the CPU it is always the same."""
+    stages = Flux2Pipeline.from_pretrained(checkpoint).stages
+    for gpu, room, expected in ((True, 10, 2**26), (True, 100, 2**27), (True, 1, 2**25), (False, 100, 2**25)):
+        monkeypatch.setattr(activations, "on_gpu", lambda gpu=gpu: gpu)
+        stages.memory_limit = mx.get_active_memory() + room * 2**25 + 10**6
+        with stages.tiles(lambda tile_bytes: 4 * tile_bytes) as tile_bytes:
+            assert (tile_bytes, current_limit()) == (expected, max(1, stages.memory_limit - 4 * expected))
+
+
+def test_a_picture_is_decoded_in_the_tiles_that_fit(checkpoint, monkeypatch):
+    pipe, given = Flux2Pipeline.from_pretrained(checkpoint, memory="resident"), []
+    expected = picture(pipe)
+
+    def watch(compute):
+        return lambda self, x, tile_bytes: given.append(tile_bytes) or compute(self, x, tile_bytes)
+
+    for part in (Encoder, Decoder):
+        monkeypatch.setattr(part, "__call__", watch(part.__call__))
+    monkeypatch.setattr(activations, "on_gpu", lambda: True)
+    assert np.array_equal(picture(pipe), expected)
+    pipe("a red fox", image=Image.new("RGB", (64, 64)), **SMALL)
+    assert given == [MOST_TILE_BYTES] * 3
 
 
 def test_float16_takes_an_input_more_than_bfloat16():

@@ -254,7 +254,8 @@ def replayed(given: Mapping[str, Any], inputs: Sequence[str]) -> dict[str, Any]:
     """
     settings = Settings.from_metadata(read_metadata(given["from_image"]), [*(INPUTS.keys() & given.keys()), *inputs])
     model = settings.select(ModelOptions)
-    values = (model if "model" not in given else {"dtype": settings.dtype}) | settings.select(GenerationOptions)
+    kept = {"dtype": settings.dtype, "vae_dtype": settings.vae_dtype}
+    values = (model if "model" not in given else kept) | settings.select(GenerationOptions)
     values["prompt"] = settings.prompt
     if given.keys() & {"num_steps", "schedule", "sigmas"}:
         values["sigmas"] = None

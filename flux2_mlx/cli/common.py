@@ -97,7 +97,7 @@ def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def add_writing_options(parser: Parser) -> None:
     """Options of every command that writes a model."""
-    parser.add_options(CheckpointOptions, skip=("model", "dtype"))
+    parser.add_options(CheckpointOptions, skip=("model", "dtype", "vae_dtype"))
     parser.add_argument(
         "--layout", choices=LAYOUTS, default=LAYOUTS[0], help="layout of the written files (%(default)s)"
     )

@@ -6,7 +6,7 @@ from ..checkpoints.checkpoint import check_kv_support
 from ..device import machine_memory
 from ..families import MAX_SEQUENCE_LENGTH
 from ..models.config import AutoEncoderConfig
-from ..options import dtype_of
+from ..options import dtype_of, vae_dtype_of
 from ..request import resolve_sampling
 from ..runtime.activations import Workload
 from ..runtime.plan import Plan, format_range, make_plan
@@ -19,9 +19,9 @@ from .runner import open_pipeline, plan_of, use_loras
 def print_plan(task: Task, measures: bool) -> None:
     """Print what generating needs: of a released model from its known shapes, else from the files."""
     model, options, release = task.model, task.options, task.model.release
-    dtype = dtype_of(model.dtype)
+    dtype, vae_dtype = dtype_of(model.dtype), vae_dtype_of(model.vae_dtype)
     if measures:
-        measure(dtype)
+        measure(dtype, vae_dtype)
     if release is None or model.lora:
         pipe = open_pipeline(task)
         use_loras(pipe, task)
@@ -42,7 +42,7 @@ def print_plan(task: Task, measures: bool) -> None:
         frozen=options.reuse,
     )
     plan = make_plan(
-        *released_modules(release.name, dtype, model.quantization()),
+        *released_modules(release.name, dtype, model.quantization(), vae_dtype),
         workload,
         dtype=dtype,
         limit=int(task.runtime.memory_limit or machine_memory()),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 
-from ..device import stage_dtype
 from ..models.flux2 import FluxKlein
 from ..models.kv_cache import KV
 from ..runtime.activations import Pass, encoder_bytes
@@ -47,10 +47,12 @@ class ReferenceEncoder:
             if key in tokens:
                 continue
             height, width = pixels.shape[1:3]
-            dtype = stage_dtype("autoencoder", stages.dtype)
-            need = Need(encoder_bytes(stages.checkpoint.autoencoder, height, width, dtype))
-            with stages.use("autoencoder", need, stats, what="references", part="encoder") as encoder:
-                tokens[key] = stages.autoencoder.bn.normalize(pack_latents(encoder(pixels)))
+            needed = partial(encoder_bytes, stages.checkpoint.autoencoder, height, width, stages.vae_dtype)
+            with (
+                stages.use("autoencoder", Need(needed()), stats, what="references", part="encoder") as encoder,
+                stages.tiles(needed) as tile_bytes,
+            ):
+                tokens[key] = stages.autoencoder.bn.normalize(pack_latents(encoder(pixels, tile_bytes)))
                 mx.eval(tokens[key])
         if images:
             self._tokens = tokens

@@ -27,6 +27,8 @@ from .config import AutoEncoderConfig
 SCORES_AT_ONCE = 2**26
 # Largest tile, in bytes, of the wider of a layer's input and output. A smaller image is one tile.
 TILE_BYTES = 2**25
+# The same where a GPU has memory to spare: a convolution of it is 155 GFLOP, beside which handing it over is nothing.
+MOST_TILE_BYTES = 2**27
 TILE_ROWS = 16  # heights of tiles are multiples of it, so that they can be halved three times
 
 # (B, rows, W, C) each, from top to bottom. A function that is given tiles empties the list: held by the caller's frame,
@@ -34,13 +36,13 @@ TILE_ROWS = 16  # heights of tiles are multiples of it, so that they can be halv
 Tiles = list[mx.array]
 
 
-def tile(tiles: Tiles, channels: int, scale: int = 1) -> Tiles:
-    """Divide tiles that are too large for a layer whose output has so many channels, and ``scale`` times the height and
-    width.
+def tile(tiles: Tiles, most: int, channels: int, scale: int = 1) -> Tiles:
+    """Divide tiles that with a layer's output, of so many channels and ``scale`` times the height and width, have more
+    than ``most`` bytes.
     """
     batch, _, width, channels_in = tiles[0].shape
     row = batch * width * max(channels_in, scale * scale * channels) * tiles[0].itemsize
-    rows = max(1, TILE_BYTES // row // TILE_ROWS) * TILE_ROWS
+    rows = max(1, most // row // TILE_ROWS) * TILE_ROWS
     divided = [part[:, top : top + rows] for part in tiles for top in range(0, part.shape[1], rows)]
     tiles.clear()
     return divided
@@ -52,11 +54,25 @@ def concat(tiles: Tiles) -> mx.array:
     return x
 
 
-def eval_if(condition: bool, x: mx.array) -> mx.array:
-    """x, evaluated where it is one tile of several, so that what it was computed from can be freed."""
-    if condition:
-        mx.eval(x)
-    return x
+class Turns:
+    """Has tiles computed one after another, so that what each was computed from can be freed. Each is begun before the
+    one before it is waited for: MLX always has work, and two tiles at most are at work.
+
+    Args:
+        many: whether there are several tiles; a single one is left lazy.
+    """
+
+    def __init__(self, many: bool):
+        self.many = many
+        self._before: mx.array | None = None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.many:
+            mx.async_eval(x)
+            if self._before is not None:
+                mx.eval(self._before)
+            self._before = x
+        return x
 
 
 def with_halo(
@@ -107,13 +123,15 @@ class GroupNorm(nn.Module):
     def over(self, tiles: Sequence[mx.array]) -> Callable[[mx.array], mx.array]:
         """The norm with the statistics of these tiles, a function that is applied to each, or to rows of one."""
         rows = sum(x.shape[1] for x in tiles)
-        shares, means, variances = [], [], []  # per tile; means and variances are (B, 1, 1, C)
+        shares: list[float] = []
+        means: list[mx.array] = []  # per tile, (B, 1, 1, C)
+        variances: list[mx.array] = []
         for x in tiles:
+            if variances:  # side by side, all tiles would be in float32 together
+                x = mx.depends(x, variances[-1])
             shares.append(x.shape[1] / rows)
             means.append(x.astype(mx.float32).mean((1, 2), keepdims=True))
             variances.append(squared_deviation(x, means[-1]).mean((1, 2), keepdims=True))
-            if len(tiles) > 1:  # left lazy, they would keep every tile in float32
-                mx.eval(means[-1], variances[-1])
 
         def pooled(values: Sequence[mx.array]) -> mx.array:
             """The mean over tiles and over the channels of a group, (B, 1, 1, C)."""
@@ -136,8 +154,8 @@ def conv3x3(conv: nn.Conv2d, rows: mx.array) -> mx.array:
 
 def conv3x3_tiles(tiles: Tiles, conv: nn.Conv2d, prepare: Callable[[mx.array], mx.array] = lambda x: x) -> Tiles:
     """prepare, then a 3x3 convolution with a padding of 1, of all tiles."""
-    many = len(tiles) > 1
-    return [eval_if(many, conv3x3(conv, rows)) for rows, _ in with_halo(tiles, prepare)]
+    turn = Turns(len(tiles) > 1)
+    return [turn(conv3x3(conv, rows)) for rows, _ in with_halo(tiles, prepare)]
 
 
 class ResnetBlock(nn.Module):
@@ -152,16 +170,16 @@ class ResnetBlock(nn.Module):
         if channels_in != channels_out:
             self.conv_shortcut = nn.Conv2d(channels_in, channels_out, 1)
 
-    def __call__(self, tiles: Tiles) -> Tiles:
-        tiles = tile(tiles, self.conv1.weight.shape[0])
-        many = len(tiles) > 1
+    def __call__(self, tiles: Tiles, most: int) -> Tiles:
+        tiles = tile(tiles, most, self.conv1.weight.shape[0])
+        turn = Turns(len(tiles) > 1)
         norm1 = self.norm1.over(tiles)
         inner, shortcut = [], []
         for rows, x in with_halo(tiles, norm1):
-            inner.append(eval_if(many, conv3x3(self.conv1, rows)))
-            shortcut.append(eval_if(many, self.conv_shortcut(x)) if "conv_shortcut" in self else x)
+            inner.append(turn(conv3x3(self.conv1, rows)))
+            shortcut.append(turn(self.conv_shortcut(x)) if "conv_shortcut" in self else x)
         norm2 = self.norm2.over(inner)
-        return [eval_if(many, conv3x3(self.conv2, rows) + shortcut.pop(0)) for rows, _ in with_halo(inner, norm2)]
+        return [turn(conv3x3(self.conv2, rows) + shortcut.pop(0)) for rows, _ in with_halo(inner, norm2)]
 
 
 class Attention(nn.Module):
@@ -181,9 +199,9 @@ class Attention(nn.Module):
         h = self.group_norm.over([x])(x).reshape(batch, 1, height * width, channels)
         q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
         rows = max(1, SCORES_AT_ONCE // (batch * height * width))
-        many = rows < height * width
+        turn = Turns(rows < height * width)
         chunks = [
-            eval_if(many, mx.fast.scaled_dot_product_attention(q[:, :, i : i + rows], k, v, scale=channels**-0.5))
+            turn(mx.fast.scaled_dot_product_attention(q[:, :, i : i + rows], k, v, scale=channels**-0.5))
             for i in range(0, height * width, rows)
         ]
         return [x + self.to_out[0](mx.concatenate(chunks, axis=2)).reshape(x.shape)]
@@ -195,8 +213,8 @@ class MidBlock(nn.Module):
         self.resnets = [ResnetBlock(config, channels, channels) for _ in range(2)]
         self.attentions = [Attention(config, channels)]
 
-    def __call__(self, tiles: Tiles) -> Tiles:
-        return self.resnets[1](self.attentions[0](self.resnets[0](tiles)))
+    def __call__(self, tiles: Tiles, most: int) -> Tiles:
+        return self.resnets[1](self.attentions[0](self.resnets[0](tiles, most)), most)
 
 
 class Downsample(nn.Module):
@@ -206,11 +224,11 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def __call__(self, tiles: Tiles) -> Tiles:
-        tiles = tile(tiles, self.conv.weight.shape[0])
-        many = len(tiles) > 1
+    def __call__(self, tiles: Tiles, most: int) -> Tiles:
+        tiles = tile(tiles, most, self.conv.weight.shape[0])
+        turn = Turns(len(tiles) > 1)
         return [
-            eval_if(many, self.conv(mx.pad(rows, [(0, 0), (0, 0), (0, 1), (0, 0)])))
+            turn(self.conv(mx.pad(rows, [(0, 0), (0, 0), (0, 1), (0, 0)])))
             for rows, _ in with_halo(tiles, lambda x: x, above=0)
         ]
 
@@ -222,11 +240,11 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def __call__(self, tiles: Tiles) -> Tiles:
-        tiles = tile(tiles, self.conv.weight.shape[0], scale=2)
-        many = len(tiles) > 1
+    def __call__(self, tiles: Tiles, most: int) -> Tiles:
+        tiles = tile(tiles, most, self.conv.weight.shape[0], scale=2)
+        turn = Turns(len(tiles) > 1)
         doubled = (nearest_2x(rows)[:, 1:-1] for rows, _ in with_halo(tiles, lambda x: x))
-        return [eval_if(many, conv3x3(self.conv, rows)) for rows in doubled]
+        return [turn(conv3x3(self.conv, rows)) for rows in doubled]
 
 
 def nearest_2x(x: mx.array) -> mx.array:
@@ -246,10 +264,10 @@ class DownBlock(nn.Module):
         if not last:
             self.downsamplers = [Downsample(channels_out)]
 
-    def __call__(self, tiles: Tiles) -> Tiles:
+    def __call__(self, tiles: Tiles, most: int) -> Tiles:
         for resnet in self.resnets:
-            tiles = resnet(tiles)
-        return self.downsamplers[0](tiles) if "downsamplers" in self else tiles
+            tiles = resnet(tiles, most)
+        return self.downsamplers[0](tiles, most) if "downsamplers" in self else tiles
 
 
 class UpBlock(nn.Module):
@@ -262,14 +280,16 @@ class UpBlock(nn.Module):
         if not last:
             self.upsamplers = [Upsample(channels_out)]
 
-    def __call__(self, tiles: Tiles) -> Tiles:
+    def __call__(self, tiles: Tiles, most: int) -> Tiles:
         for resnet in self.resnets:
-            tiles = resnet(tiles)
-        return self.upsamplers[0](tiles) if "upsamplers" in self else tiles
+            tiles = resnet(tiles, most)
+        return self.upsamplers[0](tiles, most) if "upsamplers" in self else tiles
 
 
 class Encoder(nn.Module):
-    """Image to latent: (B, H, W, 3) in -1..1 to the mean of the posterior, (B, H/8, W/8, latent_channels)."""
+    """Image to latent: (B, H, W, 3) in -1..1 to the mean of the posterior, (B, H/8, W/8, latent_channels). Tiles have
+    at most ``tile_bytes``, TILE_BYTES unless given.
+    """
 
     def __init__(self, config: AutoEncoderConfig):
         super().__init__()
@@ -285,12 +305,12 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[-1], moments, 3, padding=1)
         self.quant_conv = nn.Conv2d(moments, moments, 1)
 
-    def __call__(self, image: mx.array) -> mx.array:
-        image = image.astype(self.conv_in.weight.dtype)
-        tiles = conv3x3_tiles(tile([image], self.conv_in.weight.shape[0]), self.conv_in)
+    def __call__(self, image: mx.array, tile_bytes: int | None = None) -> mx.array:
+        most, image = tile_bytes or TILE_BYTES, image.astype(self.conv_in.weight.dtype)
+        tiles = conv3x3_tiles(tile([image], most, self.conv_in.weight.shape[0]), self.conv_in)
         for block in self.down_blocks:
-            tiles = block(tiles)
-        tiles = self.mid_block(tiles)
+            tiles = block(tiles, most)
+        tiles = self.mid_block(tiles, most)
         norm = self.conv_norm_out.over(tiles)
         x = concat(conv3x3_tiles(tiles, self.conv_out, norm))
         mean, _log_variance = mx.split(self.quant_conv(x), 2, axis=-1)
@@ -300,7 +320,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latent to image: z (B, h, w, latent_channels) to (B, 8h, 8w, 3), about -1..1.
 
-    z is what the encoder gives; latents of the sampler are brought there by LatentStatistics.denormalize first.
+    z is what the encoder gives; latents of the sampler are brought there by LatentStatistics.denormalize first. Tiles
+    have at most ``tile_bytes``, TILE_BYTES unless given.
     """
 
     def __init__(self, config: AutoEncoderConfig):
@@ -316,11 +337,12 @@ class Decoder(nn.Module):
         self.conv_norm_out = GroupNorm(config, channels[-1])
         self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
-    def __call__(self, z: mx.array) -> mx.array:
-        z = self.post_quant_conv(z.astype(self.conv_in.weight.dtype))
-        tiles = self.mid_block(conv3x3_tiles(tile([z], self.conv_in.weight.shape[0]), self.conv_in))
+    def __call__(self, z: mx.array, tile_bytes: int | None = None) -> mx.array:
+        most, z = tile_bytes or TILE_BYTES, self.post_quant_conv(z.astype(self.conv_in.weight.dtype))
+        tiles = conv3x3_tiles(tile([z], most, self.conv_in.weight.shape[0]), self.conv_in)
+        tiles = self.mid_block(tiles, most)
         for block in self.up_blocks:
-            tiles = block(tiles)
+            tiles = block(tiles, most)
         norm = self.conv_norm_out.over(tiles)
         return concat(conv3x3_tiles(tiles, self.conv_out, norm))
 
@@ -356,3 +378,8 @@ class AutoEncoder(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.bn = LatentStatistics(config)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype that encoder and decoder compute in."""
+        return self.decoder.conv_in.weight.dtype

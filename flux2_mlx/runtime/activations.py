@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
 from ..device import on_gpu, writes_scores
 from ..models.attention import queries_at_once
-from ..models.autoencoder import TILE_BYTES
+from ..models.autoencoder import MOST_TILE_BYTES, TILE_BYTES
 from ..models.config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
 from ..sampling.latents import PIXELS_PER_TOKEN
 
@@ -168,24 +168,52 @@ def preview_bytes(height: int, width: int, dtype: mx.Dtype) -> int:
     return (4 if on_gpu() else 13) * height * width * 64 * dtype.size
 
 
-def decoder_bytes(config: AutoEncoderConfig, height: int, width: int, dtype: mx.Dtype) -> int:
-    """Activations of decoding an image, whose widest activation has its size and the second of the channels."""
-    return _tiled_bytes(height * width * config.decoder_channels[1], dtype, 46)
+def decoder_bytes(
+    config: AutoEncoderConfig, height: int, width: int, dtype: mx.Dtype, tile_bytes: int = TILE_BYTES
+) -> int:
+    """Activations of decoding an image in tiles of at most ``tile_bytes``; the widest has the image's size and the
+    second of the channels.
+    """
+    return _tiled_bytes(height * width * config.decoder_channels[1], dtype, tile_bytes, 46)
 
 
-def encoder_bytes(config: AutoEncoderConfig, height: int, width: int, dtype: mx.Dtype) -> int:
-    """Activations of encoding an image, whose widest activation has its size and the first of the channels."""
-    return _tiled_bytes(height * width * config.block_out_channels[0], dtype, 52)
+def encoder_bytes(
+    config: AutoEncoderConfig, height: int, width: int, dtype: mx.Dtype, tile_bytes: int = TILE_BYTES
+) -> int:
+    """Activations of encoding an image in tiles of at most ``tile_bytes``; the widest has the image's size and the
+    first of the channels.
+    """
+    return _tiled_bytes(height * width * config.block_out_channels[0], dtype, tile_bytes, 52)
 
 
-def _tiled_bytes(widest: int, dtype: mx.Dtype, on_cpu: int) -> int:
-    """Bytes of a layer that is computed in tiles: its widest activation, and beside it, for one tile, a norm's float32,
-    on the CPU backend also the unfolded input of a 3x3 convolution, and of several tiles the next one in and out.
+def _tiled_bytes(widest: int, dtype: mx.Dtype, tile_bytes: int, on_cpu: int) -> int:
+    """Bytes of a layer that is computed in tiles: its widest activation, and what is made of a tile beside it.
+
+    On the CPU backend that is a norm's float32, the unfolded input of a 3x3 convolution, and of several tiles the next
+    one in and out. On a GPU it is a convolution's input as the norm gives it, with its halo, and padded; both sides of
+    Metal's Winograd F(6x6, 3x3), 64 numbers for 36; and its output without and with the bias. Of several tiles two are
+    at work there.
 
     Args:
         widest: elements of the activation.
         on_cpu: bytes an element of a tile on the CPU backend.
     """
-    tile = min(widest, TILE_BYTES // dtype.size)
-    beside = 0 if tile == widest else 2 * dtype.size
-    return widest * dtype.size + tile * ((12 if on_gpu() else on_cpu) + beside)
+    tile = min(widest, tile_bytes // dtype.size)
+    many = tile < widest
+    if on_gpu():
+        return widest * dtype.size + (2 if many else 1) * int(tile * dtype.size * (3 + 2 * 64 / 36 + 2))
+    return widest * dtype.size + tile * (on_cpu + (2 * dtype.size if many else 0))
+
+
+def largest_tile(needed: Callable[[int], int], room: int) -> int:
+    """Bytes of the autoencoder's largest tile: on a GPU as many as memory allows, since each tile is handed over to it
+    on its own; on the CPU TILE_BYTES.
+
+    Args:
+        needed: the activations' bytes with tiles of so many.
+        room: the bytes that they may take.
+    """
+    tile_bytes = MOST_TILE_BYTES if on_gpu() else TILE_BYTES
+    while tile_bytes > TILE_BYTES and needed(tile_bytes) > room:
+        tile_bytes //= 2
+    return tile_bytes

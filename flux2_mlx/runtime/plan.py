@@ -5,14 +5,16 @@ modules with lazy weights, workload -> make_plan -> Plan -> mode, peak bytes, a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..device import stage_dtype, weight_bytes
-from ..models.autoencoder import AutoEncoder
+from ..models.autoencoder import TILE_BYTES, AutoEncoder
 from ..models.flux2 import FluxKlein
 from ..models.qwen3 import Qwen3TextEncoder
 from ..quantization.recipes import largest_dense_bytes
@@ -22,6 +24,7 @@ from .activations import (
     decoder_bytes,
     encoder_bytes,
     kv_bytes,
+    largest_tile,
     text_encoder_bytes,
     training_bytes,
     transformer_bytes,
@@ -185,34 +188,50 @@ def make_plan(
     """Plan one image; the modules' weights are not read.
 
     Args:
-        dtype: the dtype of the transformer's activations; see device.stage_dtype for the others'.
+        dtype: the dtype of the transformer's activations; see device.stage_dtype for the text encoder's, and the
+            autoencoder's is that of its weights.
         limit: the bytes of memory that the stages may take.
         memory: one of MODES.
     """
     params, config = transformer.params, autoencoder.config
-    text_dtype, image_dtype = stage_dtype("text_encoder", dtype), stage_dtype("autoencoder", dtype)
+    text_dtype, image_dtype = stage_dtype("text_encoder", dtype), autoencoder.dtype
     height, width, sizes = workload.height, workload.width, workload.reference_sizes
     encoding = text_encoder_bytes(text_encoder.config, workload.text, text_dtype)
     stages = [stage_of("text encoder", text_encoder, text_dtype, encoding)]
+    tiled: dict[str, Callable[[int], int]] = {}  # activations with tiles of so many bytes
     if sizes:
-        most = max(encoder_bytes(config, *size, image_dtype) for size in sizes)
-        stages.append(stage_of("references", autoencoder.encoder, image_dtype, most))
+        most = max(sizes, key=math.prod)
+        tiled["references"] = partial(encoder_bytes, config, *most, image_dtype)
+        stages.append(stage_of("references", autoencoder.encoder, image_dtype, tiled["references"](TILE_BYTES)))
     passes = [transformer_bytes(params, workload.denoising(caches=2 if workload.caches_steps else 0), dtype)]
     if workload.kv:
         passes.append(transformer_bytes(params, Pass(0, 0, workload.kv), dtype))
     pinned = kv_bytes(params, workload.kv, dtype)
     activations, attention = (max(parts) + pinned for parts in zip(*passes, strict=True))
     stages.append(stage_of("transformer", transformer, dtype, activations, attention))
-    decoding = decoder_bytes(config, height, width, image_dtype) + pinned
-    stages.append(stage_of("decoder", autoencoder.decoder, image_dtype, decoding))
+    tiled["decoder"] = lambda tile_bytes: decoder_bytes(config, height, width, image_dtype, tile_bytes) + pinned
+    stages.append(stage_of("decoder", autoencoder.decoder, image_dtype, tiled["decoder"](TILE_BYTES)))
+    stages = _with_largest_tiles(Plan(tuple(stages), limit, memory), tiled)
     work = image_work(text_encoder, transformer, autoencoder, workload, dtype)
     later = work_after_first(transformer, workload, dtype)
+    own_dtypes = {"text encoder": text_dtype, "transformer": dtype}
     for k, stage in enumerate(stages):
-        speeds = known_speeds(dtype if stage.name == "transformer" else image_dtype)
+        speeds = known_speeds(own_dtypes.get(stage.name, image_dtype))
         if speeds is not None:
             after = later.seconds(speeds) if later is not None and stage.name == "transformer" else None
             stages[k] = replace(stage, seconds=work[stage.name].seconds(speeds), seconds_after_first=after)
     return Plan(tuple(stages), limit, memory)
+
+
+def _with_largest_tiles(plan: Plan, tiled: Mapping[str, Callable[[int], int]]) -> list[Stage]:
+    """The stages of a plan with the smallest tiles, in tiles as large as fit beside the weights that are loaded."""
+
+    def enlarged(stage: Stage) -> Stage:
+        weights = sum(own.weights for own in plan.stages) if plan.mode == "resident" else stage.weights
+        needed = tiled[stage.name]
+        return replace(stage, activation_bytes=needed(largest_tile(needed, plan.limit - weights)))
+
+    return [enlarged(stage) if stage.name in tiled else stage for stage in plan.stages]
 
 
 def make_training_plan(
@@ -243,7 +262,7 @@ def make_training_plan(
         validates: whether validation images are generated in between.
         limit: the bytes of memory that training may take.
     """
-    image_dtype, config, params = stage_dtype("autoencoder", dtype), autoencoder.config, transformer.params
+    image_dtype, config, params = autoencoder.dtype, autoencoder.config, transformer.params
     text_dtype = stage_dtype("text_encoder", dtype)
     stages = [
         stage_of("text encoder", text_encoder, text_dtype, text_encoder_bytes(text_encoder.config, length, text_dtype))

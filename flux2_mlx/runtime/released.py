@@ -20,7 +20,7 @@ from ..quantization.spec import Quantization
 
 
 def released_modules(
-    name: str, dtype: mx.Dtype, specs: Mapping[str, Quantization]
+    name: str, dtype: mx.Dtype, specs: Mapping[str, Quantization], vae_dtype: mx.Dtype | None = None
 ) -> tuple[Qwen3TextEncoder, FluxKlein, AutoEncoder]:
     """The modules of a released model as they will be once they are loaded; their weights are random, lazy, and not
     worth reading.
@@ -29,6 +29,7 @@ def released_modules(
         name: the release's name or Hub id.
         dtype: the transformer's dtype.
         specs: how the stages are packed; a stage that is not named stays dense.
+        vae_dtype: the autoencoder's dtype; None takes the default.
 
     Raises:
         InputError: for a name of no release.
@@ -37,7 +38,7 @@ def released_modules(
     text_encoder = Qwen3TextEncoder(release.text_encoder)
     transformer, autoencoder = FluxKlein(release.transformer), AutoEncoder(AutoEncoderConfig())
     for stage, module in (("text_encoder", text_encoder), ("transformer", transformer), ("autoencoder", autoencoder)):
-        module.set_dtype(stage_dtype(stage, dtype))
+        module.set_dtype(stage_dtype(stage, dtype, vae_dtype))
         if stage in specs:
             quantize(module, mixed_precision(module, specs[stage]), quantize_rtn)
     return text_encoder, transformer, autoencoder

@@ -38,7 +38,7 @@ from ..models.flux2 import FluxKlein
 from ..models.qwen3 import Qwen3TextEncoder
 from ..quantization.layers import autotune
 from ..quantization.spec import Quantization
-from .activations import Pass, kv_bytes, transformer_bytes
+from .activations import Pass, kv_bytes, largest_tile, transformer_bytes
 from .plan import Stage, stage_of
 from .stats import Stats
 from .streaming import is_streamed, stream
@@ -65,7 +65,7 @@ class Stages:
 
     Attributes:
         checkpoint: the checkpoint of the weights; replaced when LoRAs are fused into it.
-        dtype: the transformer's dtype; see device.stage_dtype for the others'.
+        dtype, vae_dtype: the transformer's dtype and the autoencoder's; see device.stage_dtype.
         quantize: how each stage is packed that the checkpoint holds dense.
         memory: what stays loaded, one of plan.MODES.
         memory_limit: bytes that loaded stages and their activations may take together.
@@ -84,13 +84,14 @@ class Stages:
         checkpoint: Checkpoint,
         *,
         dtype: mx.Dtype,
+        vae_dtype: mx.Dtype | None,
         quantize: Mapping[str, Quantization],
         memory: str,
         memory_limit: int,
         progress: bool,
     ):
         self.checkpoint = checkpoint
-        self.dtype = dtype
+        self.dtype, self.vae_dtype = dtype, stage_dtype("autoencoder", dtype, vae_dtype)
         self.quantize = dict(quantize)
         self.memory = memory
         self.memory_limit = memory_limit
@@ -156,6 +157,18 @@ class Stages:
             with memory_limit(self.memory_limit, activation_bytes), stats.measure(what):
                 yield self._module(name, part)
 
+    @contextmanager
+    def tiles(self, needed: Callable[[int], int]) -> Iterator[int]:
+        """Within ``use`` of the autoencoder: the bytes of the largest tile that there is room for, and MLX kept to the
+        memory limit with it.
+
+        Args:
+            needed: the activations' bytes with tiles of so many.
+        """
+        tile_bytes = largest_tile(needed, self.memory_limit - mx.get_active_memory())
+        with memory_limit(self.memory_limit, needed(tile_bytes)):
+            yield tile_bytes
+
     def prepare(self, name: str, need: Need, stats: Stats, *, part: str = "") -> int:
         """Bring a stage, or a part of one, into memory; other stages out of it as far as mode and limit say.
 
@@ -166,7 +179,7 @@ class Stages:
         """
         if not self.is_loaded(name, part):
             self.claim(name)
-        dtype, module = stage_dtype(name, self.dtype), self._module(name, part)
+        dtype, module = self._dtype(name), self._module(name, part)
         stage = stage_of(name.replace("_", " "), module, dtype, need.activations, need.attention)
         streams = stage.is_streamed(self.memory, self.memory_limit - need.pinned)
         if self._loaded[name] and streams != is_streamed(module):  # an image of another size needs another mode
@@ -187,7 +200,7 @@ class Stages:
 
     def _load(self, name: str, module: nn.Module, stage: Stage, weights: int, stats: Stats, *, streams: bool) -> None:
         """Read a module's weights, or of a streamed one those outside of its blocks."""
-        dtype = stage_dtype(name, self.dtype)
+        dtype = self._dtype(name)
         loading = stream(module, partial(self._built, name), dtype) if streams else load_weights(module)
         with (
             self.bar(f"loading {stage.name}", weights, unit="B", unit_scale=True) as bar,
@@ -371,6 +384,9 @@ class Stages:
         parts: dict[str, nn.Module] = {"encoder": self.autoencoder.encoder, "decoder": self.autoencoder.decoder}
         return parts[part] if part else self._modules[name]
 
+    def _dtype(self, name: str) -> mx.Dtype:
+        return stage_dtype(name, self.dtype, self.vae_dtype)
+
     def _open(self, name: str) -> None:
         """Build a stage with lazy weights; the weights of an earlier build are freed."""
         self._modules[name] = self._built(name)
@@ -379,7 +395,7 @@ class Stages:
 
     def _built(self, name: str) -> Any:
         """A stage's module with lazy weights."""
-        dtype, spec = stage_dtype(name, self.dtype), self.quantize.get(name)
+        dtype, spec = self._dtype(name), self.quantize.get(name)
         if name == "autoencoder":
             return load_autoencoder(self.checkpoint, dtype)
         if name == "text_encoder":

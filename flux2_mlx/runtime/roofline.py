@@ -207,7 +207,7 @@ def image_work(
     """The work of each stage of an image, by the plan's names: for one prompt, all references, one pass of the
     transformer (the first), one image. Weights of modules are not read.
     """
-    text_dtype, image_dtype = stage_dtype("text_encoder", dtype), stage_dtype("autoencoder", dtype)
+    text_dtype, image_dtype = stage_dtype("text_encoder", dtype), autoencoder.dtype
     params, config, one = transformer.params, autoencoder.config, workload.denoising()
     embedding = weight_bytes(text_encoder.model.embed_tokens)  # a few of its rows are read
     encoding = text_encoder_work(text_encoder.config, workload.text, text_dtype)
@@ -251,9 +251,9 @@ def known_speeds(dtype: mx.Dtype) -> Speeds | None:
     return Speeds(**{name: entry[name] for name in names})
 
 
-def measure(dtype: mx.Dtype) -> dict[mx.Dtype, Speeds]:
+def measure(dtype: mx.Dtype, vae_dtype: mx.Dtype | None = None) -> dict[mx.Dtype, Speeds]:
     """Measure this machine's speeds in the dtypes of an image's stages, and write them to the cache folder."""
-    dtypes = {dtype, stage_dtype("autoencoder", dtype)}
+    dtypes = {stage_dtype(stage, dtype, vae_dtype) for stage in ("text_encoder", "transformer", "autoencoder")}
     speeds = {own: measure_speeds(own) for own in dtypes}
     entries = {_key(own): dict(vars(measured)) for own, measured in speeds.items()}
     write_table(TABLE, read_table(TABLE) | entries)

@@ -11,7 +11,7 @@ import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
 from .._version import __version__
-from ..device import memory_limit, stage_dtype
+from ..device import memory_limit
 from ..disk_cache import digest_of
 from ..imaging.files import atomic_write, open_image
 from ..pipeline import Flux2Pipeline
@@ -65,7 +65,7 @@ class LatentCache:
         for path, size in unique_images:
             file = self._latents_file(path, size)
             if not _is_readable(file):
-                activation_bytes = encoder_bytes(config, *size, stage_dtype("autoencoder", self.pipe.dtype))
+                activation_bytes = encoder_bytes(config, *size, self.pipe.vae_dtype)
                 with memory_limit(self.pipe.memory_limit, activation_bytes):
                     latents = autoencoder.encoder(fit_image(open_image(path), size))
                     _write(file, autoencoder.bn.normalize(pack_latents(latents)))
@@ -77,7 +77,7 @@ class LatentCache:
             checkpoint = self.pipe.checkpoint
             source, tokenizer = checkpoint.sources["text_encoder"], checkpoint.tokenizer / "tokenizer.json"
             quantization = self.pipe.quantize.get("text_encoder")
-            key = self._environment(), source.config, quantization, self.length, text
+            key = self._environment(self.pipe.dtype), source.config, quantization, self.length, text
             self._files[text] = self.folder / f"{digest_of([*source.files, tokenizer], key)}.safetensors"
         return self._files[text]
 
@@ -85,13 +85,14 @@ class LatentCache:
         if (path, size) not in self._files:
             source = self.pipe.checkpoint.sources["vae"]
             files = [*source.files, *([source.decoder] if source.decoder else [])]
-            key = self._environment(), source.config, size, hashlib.sha256(path.read_bytes()).hexdigest()
+            environment = self._environment(self.pipe.vae_dtype)
+            key = environment, source.config, size, hashlib.sha256(path.read_bytes()).hexdigest()
             self._files[path, size] = self.folder / f"{digest_of(files, key)}.safetensors"
         return self._files[path, size]
 
-    def _environment(self) -> tuple[str, ...]:
+    def _environment(self, dtype: mx.Dtype) -> tuple[str, ...]:
         """What entries depend on besides files and options."""
-        return __version__, str(mx.default_device()), str(self.pipe.dtype)
+        return __version__, str(mx.default_device()), str(dtype)
 
 
 def sized_images(example: Example) -> list[tuple[Path, Size]]:

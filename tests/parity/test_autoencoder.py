@@ -7,6 +7,7 @@ import torch
 
 from flux2_mlx import AutoEncoder, AutoEncoderConfig, sanitize_vae_weights
 from flux2_mlx.checkpoints.load import assign
+from flux2_mlx.device import memory_limit
 from flux2_mlx.models import autoencoder as module
 from tests import tiny
 from tests.parity.compare import relative_error, to_mlx, to_torch
@@ -78,24 +79,51 @@ def test_tiles_equal_the_undivided_picture(model, monkeypatch, size):
     assert relative_error(ours.decoder(z), nhwc(expected)) <= 1e-5
 
 
-def test_tiles_keep_to_one_activation(monkeypatch):
+def test_tiles_keep_to_one_activation():
     """The widest activation is the last but one, at the picture's size. The CPU backend also unfolds what it convolves,
-    nine times its size, so undivided it takes much more.
+    nine times its size, so undivided it takes much more. Within a memory limit, as stages are lent, one tile is at
+    work, without one two.
     """
     torch.manual_seed(6)
     decoder = ported(tiny.autoencoder(channels=(32, 64, 64, 64))).decoder
     z = mx.zeros((1, 32, 8, 32))
     mx.eval(decoder.parameters(), z)
     peaks = {}
-    for tile_bytes in (2**30, 2**18):
-        monkeypatch.setattr(module, "TILE_BYTES", tile_bytes)
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        mx.eval(decoder(z))
-        peaks[tile_bytes] = mx.get_peak_memory() - before
+    before = mx.get_active_memory()
+    for tile_bytes, limit in ((2**30, 2**40), (2**18, 2**40), (2**18, before)):
+        with memory_limit(limit, 0):
+            mx.reset_peak_memory()
+            mx.eval(decoder(z, tile_bytes))
+        peaks[tile_bytes, limit] = mx.get_peak_memory() - before
     widest = 256 * 64 * 64 * 4
-    assert peaks[2**30] > 20 * widest
-    assert peaks[2**18] < 3 * widest
+    assert peaks[2**30, 2**40] > 20 * widest
+    assert peaks[2**18, 2**40] < 6 * widest
+    assert peaks[2**18, before] < 3 * widest
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_no_wait_leaves_the_device_without_work(model, monkeypatch, part):
+    """What is waited for was begun, and so was something after it. The statistics of tiles are no evaluation."""
+    ours = ported(model)
+    x = random((1, 144, 96, 3)) if part == "encoder" else random((1, 18, 12, 32))
+    expected = getattr(ours, part)(x)
+    mx.eval(expected, ours.parameters())
+    monkeypatch.setattr(module, "TILE_BYTES", 1)
+    begun, convolutions, waits = [], [], []
+    begin, wait, convolve = mx.async_eval, mx.eval, mx.conv2d
+
+    def wait_for(*arrays):
+        waits.append(len(arrays))
+        assert all(id(array) in begun[:-1] for array in arrays)
+        wait(*arrays)
+
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: begun.extend(map(id, arrays)) or begin(*arrays))
+    monkeypatch.setattr(mx, "eval", wait_for)
+    monkeypatch.setattr(mx, "conv2d", lambda *given, **options: convolutions.append(1) or convolve(*given, **options))
+    out = getattr(ours, part)(x)
+    assert 20 < len(waits) < len(begun) <= len(convolutions)
+    monkeypatch.undo()
+    assert relative_error(out, to_torch(expected)) <= 1e-5
 
 
 def test_statistics_keep_no_tile_in_float32():
@@ -104,10 +132,13 @@ def test_statistics_keep_no_tile_in_float32():
     mx.eval(ours.parameters(), tiles)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    norm = ours.over(tiles)
-    assert mx.get_active_memory() - before < tiles[0].nbytes
+    with memory_limit(before, 0):  # in order
+        norm = ours.over(tiles)
+        first = norm(tiles[0])
+        mx.eval(first)
+    assert mx.get_active_memory() - before < 2 * tiles[0].nbytes
     assert mx.get_peak_memory() - before < 6 * tiles[0].nbytes  # a tile in float32, and what its statistics need
-    assert mx.allclose(norm(tiles[0]), mx.array(-1.627), atol=1e-2).item()  # -7.5 / sqrt(21.25)
+    assert mx.allclose(first, mx.array(-1.627), atol=1e-2).item()  # -7.5 / sqrt(21.25)
 
 
 def test_norms_of_faint_inputs(model):
