@@ -18,7 +18,7 @@ def accepted() -> set[Operation]:
 
 
 def faults(census: Census, accepted: set[Operation]) -> list[str]:
-    """What is new in a census, with where it was met and the kernels that it needs and Metal lacks."""
+    """What is new in a census, with its place and the kernels that it needs and Metal lacks; and what is gone."""
     lines = []
     for operation in sorted(census.places.keys() - accepted):
         kernels = kernels_of(operation)
@@ -29,12 +29,12 @@ def faults(census: Census, accepted: set[Operation]) -> list[str]:
                 f"{len(lacking)} of {len(kernels)} kernels are missing: {', '.join(lacking[:3])}" if lacking else "new"
             )
         lines.append(f"{operation} ({census.places[operation]}): {told}")
-    return lines
+    return lines + [f"{operation}: gone" for operation in sorted(accepted - census.places.keys())]
 
 
 def test_what_is_computed_was_accepted(accepted):
     found = faults(take(), accepted)
-    assert not found, "\n".join([*found, "where Metal has their kernels, accept them: python -m tests.census"])
+    assert not found, "\n".join([*found, "accept what Metal has kernels for: python -m tests.census"])
 
 
 def test_all_that_was_accepted_has_kernels(accepted):
