@@ -9,10 +9,9 @@ import mlx.core as mx
 import pytest
 
 from flux2_mlx import Flux2Pipeline
-from tests import tiny
+from tests import device, tiny
 
-# The bounds of the parity tests are those of float32 on the CPU. On a GPU it is no TF32 either: see flux2_mlx.device.
-mx.set_default_device(mx.gpu if os.environ.get("FLUX2_MLX_TEST_DEVICE") == "gpu" else mx.cpu)
+device.choose()
 
 # No test finds what another has kept, and no result depends on what was measured, but in tests of just that.
 os.environ["FLUX2_MLX_CACHE"] = os.devnull

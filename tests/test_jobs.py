@@ -273,7 +273,7 @@ def test_an_interrupt_says_how_to_go_on(run, monkeypatch):
 def launch(*words, cwd):
     """The command in two processes on this machine."""
     launcher = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring"]
-    command = [*launcher, "--", sys.executable, "-m", "flux2_mlx.generate", *map(str, words)]
+    command = [*launcher, "--", sys.executable, "-m", "tests.device", "flux2_mlx.generate", *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 

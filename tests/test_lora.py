@@ -599,7 +599,8 @@ def test_processes_share_the_passes_of_a_step(pictures, tmp_path):
         str(preserved),
     ]
     launcher = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring", "--"]
-    command = [*launcher, sys.executable, "-m", "flux2_mlx.lora", *words, "--output", str(tmp_path / "two")]
+    module = ["-m", "tests.device", "flux2_mlx.lora"]
+    command = [*launcher, sys.executable, *module, *words, "--output", str(tmp_path / "two")]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,13 @@ import mlx.core as mx
 import numpy as np
 import torch
 
+# Relative errors that float32 may have: on the CPU those of sums in another order; on a GPU sines, exponentials and
+# Winograd convolutions are less exact besides, by how much nobody has measured yet. And the share of an image's values
+# that such errors may round to the next level.
+ON_CPU = mx.default_device() == mx.cpu
+EXACT = 1e-5 if ON_CPU else 1e-3
+ROUNDED = 1e-3 if ON_CPU else 5e-2
+
 
 def to_torch(array: mx.array) -> torch.Tensor:
     return torch.from_numpy(np.array(array))
@@ -22,10 +29,10 @@ def relative_error(ours: mx.array, theirs: torch.Tensor) -> float:
 
 
 def assert_same_picture(ours, theirs) -> None:
-    """At most one level of difference, on at most 0.1 % of the values; neither picture flat."""
+    """At most one level of difference, on ROUNDED of the values; neither picture flat."""
     a, b = np.asarray(ours, np.int16), np.asarray(theirs, np.int16)
     assert a.shape == b.shape
     assert b.std() > 5
     difference = np.abs(a - b)
     assert difference.max() <= 1
-    assert (difference > 0).mean() <= 1e-3
+    assert (difference > 0).mean() <= ROUNDED

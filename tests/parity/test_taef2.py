@@ -13,7 +13,7 @@ from flux2_mlx.checkpoints.load import load_preview_decoder
 from flux2_mlx.generate import main
 from flux2_mlx.models.names.autoencoder import sanitize_taef2_weights
 from flux2_mlx.sampling.latents import unpack_latents
-from tests.parity.compare import relative_error
+from tests.parity.compare import EXACT, relative_error
 
 CONVOLUTION = {"kernel_size": 3, "padding": 1}
 
@@ -76,7 +76,7 @@ def test_decoder(theirs, tmp_path, named):
         expected = theirs(z).permute(0, 2, 3, 1)
     ours = load_preview_decoder(path, mx.float32)(mx.array(z.permute(0, 2, 3, 1).numpy()))
     assert ours.shape == (2, 40, 56, 3)
-    assert relative_error(ours, expected) <= 1e-5
+    assert relative_error(ours, expected) <= EXACT
 
 
 def test_sanitizing_twice_changes_nothing(file):

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from flux2_mlx import Qwen3Config, Qwen3TextEncoder, Qwen3Tokenizer, sanitize_qwen3_weights
 from flux2_mlx.checkpoints.load import assign
 from tests import tiny
-from tests.parity.compare import relative_error, to_mlx, to_torch
+from tests.parity.compare import EXACT, relative_error, to_mlx, to_torch
 from tests.prompts import PROMPTS
 
 
@@ -43,14 +43,14 @@ def padded():
 
 def test_embeddings_equal_transformers(model, padded):
     ours, expected = ported(model)(*padded), theirs(model, *padded)
-    assert relative_error(ours, expected) <= 1e-5
+    assert relative_error(ours, expected) <= EXACT
     for row in (0, 14, 15, 39):  # the last real row and padding rows of the first prompt, each on its own
-        assert relative_error(ours[0, row], expected[0, row]) <= 1e-5
+        assert relative_error(ours[0, row], expected[0, row]) <= EXACT
 
 
 def test_no_mask_means_no_padding(model, padded):
     ids, _ = padded
-    assert relative_error(ported(model)(ids), theirs(model, ids, mx.ones_like(ids))) <= 1e-5
+    assert relative_error(ported(model)(ids), theirs(model, ids, mx.ones_like(ids))) <= EXACT
 
 
 def test_bfloat16_stays_close_to_float32(model, padded):

@@ -23,7 +23,7 @@ from flux2_mlx.training.losses import flow_loss
 from flux2_mlx.training.options import TrainingOptions
 from flux2_mlx.training.recompute import checkpoint_block
 from tests import tiny
-from tests.parity.compare import assert_same_picture, relative_error, to_mlx, to_torch
+from tests.parity.compare import EXACT, assert_same_picture, relative_error, to_mlx, to_torch
 from tests.parity.test_transformer import inputs, ported, theirs
 
 RANK, ALPHA = 4, 6.0
@@ -120,7 +120,7 @@ def test_loss_and_gradients_equal_torch(plain, packed, references, recompute):
     if recompute:
         ours.block_runner = checkpoint_block
     loss, gradients = nn.value_and_grad(ours, lambda *values: flow_loss(ours, *values))(*given)
-    assert abs(loss.item() - expected.item()) <= 1e-5 * expected.item()
+    assert abs(loss.item() - expected.item()) <= EXACT * expected.item()
     found = dict(tree_flatten(gradients))
     assert len(found) == 2 * len(adapters)
     for path in adapters:
@@ -161,11 +161,11 @@ def test_diffusers_draws_the_same_with_the_written_file(plain, tmp_path, names):
     loaded = tiny.transformer()
     pipe = Flux2KleinPipeline(None, None, None, None, loaded)
     pipe.load_lora_weights(tmp_path, weight_name=file.name)
-    assert relative_error(to_mlx(theirs(loaded, *args)), expected) <= 1e-5
+    assert relative_error(to_mlx(theirs(loaded, *args)), expected) <= EXACT
     ours = ported(plain)
     own = weights_of(ours)
     set_adapters(ours, [open_lora(str(file), ours, lambda: own)])
-    assert relative_error(ours(*args), expected) <= 1e-5
+    assert relative_error(ours(*args), expected) <= EXACT
     assert (expected - theirs(plain, *args)).norm() > 3e-3 * expected.norm()
 
 
@@ -192,7 +192,7 @@ def test_some_of_a_fused_layer_in_names_of_bfl(plain, tmp_path):
     again = ported(plain)
     own = weights_of(again)
     set_adapters(again, [open_lora(str(file), again, lambda: own)])
-    assert relative_error(again(*args), to_torch(expected)) <= 1e-5
+    assert relative_error(again(*args), to_torch(expected)) <= EXACT
 
 
 def test_a_trained_file_draws_the_same_picture_in_diffusers(base_reference, tmp_path):

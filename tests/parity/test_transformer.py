@@ -9,7 +9,7 @@ from flux2_mlx import FluxKlein, FluxKleinParams, image_ids, sanitize_flux2_klei
 from flux2_mlx.checkpoints.load import assign
 from flux2_mlx.models.flux2 import timestep_embedding
 from tests import tiny
-from tests.parity.compare import relative_error, to_mlx, to_torch
+from tests.parity.compare import EXACT, relative_error, to_mlx, to_torch
 
 SIZES = [(64, 96), (112, 64)]
 
@@ -53,12 +53,12 @@ def model(request):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_velocity_equals_diffusers(model, size, batch):
     args = inputs(model, *size, batch=batch)
-    assert relative_error(ported(model)(*args), theirs(model, *args)) <= 1e-5
+    assert relative_error(ported(model)(*args), theirs(model, *args)) <= EXACT
 
 
 def test_references_of_other_sizes_follow_the_picture(model):
     args = inputs(model, 64, 80, references=[(64, 96), (96, 64)])
-    assert relative_error(ported(model)(*args), theirs(model, *args)) <= 1e-5
+    assert relative_error(ported(model)(*args), theirs(model, *args)) <= EXACT
 
 
 def test_bfloat16_stays_close_to_float32(model):
@@ -172,7 +172,7 @@ def test_query_and_key_norms_take_epsilon_from_the_config(model):
     for mine, reference, norms in pairs:
         for norm in norms:
             expected = getattr(reference, f"norm_{norm}")(to_torch(small))
-            assert relative_error(mine[f"norm_{norm}"](small), expected) <= 1e-5, norm
+            assert relative_error(mine[f"norm_{norm}"](small), expected) <= EXACT, norm
 
 
 def test_timestep_embedding_table():
@@ -191,4 +191,4 @@ def test_blocks_at_the_width_of_4b():
     args = inputs(model, 64, 48, length=8)
     ours = ported(model)
     assert ours.params.hidden_size == 3072
-    assert relative_error(ours(*args), theirs(model, *args)) <= 1e-5
+    assert relative_error(ours(*args), theirs(model, *args)) <= EXACT
