@@ -116,7 +116,7 @@ def test_the_machine(diagnose, monkeypatch):
 
 def test_a_mac_without_its_gpu(diagnose, monkeypatch):
     monkeypatch.setattr(machine, "sys", SimpleNamespace(platform="darwin"))
-    monkeypatch.setattr(machine.device, "on_gpu", lambda: False)
+    monkeypatch.setattr(machine, "on_gpu", lambda: False)
     verdict, told = diagnose(machine.describe_machine)
     assert verdict == WRONG
     assert "MLX has no GPU" in told
@@ -125,7 +125,7 @@ def test_a_mac_without_its_gpu(diagnose, monkeypatch):
 @pytest.mark.parametrize("free", [None, 0, 10**18])
 def test_free_memory_that_cannot_be(free, diagnose, monkeypatch):
     assert diagnose(machine.check_memory)[0] == OK
-    monkeypatch.setattr(machine.device, "free_memory", lambda: free)
+    monkeypatch.setattr(machine, "free_memory", lambda: free)
     verdict, told = diagnose(machine.check_memory)
     assert verdict == WRONG
     assert "--memory-limit" in told
@@ -133,8 +133,8 @@ def test_free_memory_that_cannot_be(free, diagnose, monkeypatch):
 
 def test_a_gpu_with_a_memory_of_its_own(diagnose, monkeypatch):
     monkeypatch.setattr(machine, "sys", SimpleNamespace(platform="linux"))
-    monkeypatch.setattr(machine.device, "free_memory", lambda: None)
-    monkeypatch.setattr(machine.device, "on_gpu", lambda: True)
+    monkeypatch.setattr(machine, "free_memory", lambda: None)
+    monkeypatch.setattr(machine, "on_gpu", lambda: True)
     assert diagnose(machine.check_memory)[0] == OK
 
 

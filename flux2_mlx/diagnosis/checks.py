@@ -57,7 +57,7 @@ def quick_checks() -> list[Check]:
 
 def full_checks() -> list[Check]:
     """klein-4b's true shapes: minutes on a GPU, and smaller images on a CPU."""
-    dtype, side = default_dtype(), 1024 if on_gpu() else 256
+    dtype, side = default_dtype(), 1024 if on_gpu() else 128
     decoding = cache(partial(full.Decoding, side))
     checks: dict[str, Callable[[], Finding]] = {}
     for own in nano.HALF:

@@ -15,9 +15,9 @@ import mlx.core as mx
 from huggingface_hub import constants
 from huggingface_hub.utils import build_hf_headers, get_session
 
-from .. import device
 from .._version import __version__
 from ..checkpoints.hub import cached_releases
+from ..device import free_memory, machine_name, on_gpu, recommended_memory
 from ..disk_cache import cache_folder
 from ..families import RELEASES
 from .findings import OK, SKIPPED, SLOW, WRONG, Finding
@@ -27,10 +27,10 @@ HUB_SECONDS = 5.0  # that the Hub has to answer
 
 def describe_machine() -> Finding:
     found = (
-        f"{device.machine_name()}, {mx.device_info().get('architecture', '')}, {platform.platform()}, "
+        f"{machine_name()}, {mx.device_info().get('architecture', '')}, {platform.platform()}, "
         f"Python {platform.python_version()} ({platform.machine()}), flux2_mlx {__version__}"
     )
-    if sys.platform == "darwin" and not device.on_gpu():
+    if sys.platform == "darwin" and not on_gpu():
         return Finding(
             WRONG, f"{found}: MLX has no GPU", "use a Python for arm64, and no virtual machine without Metal"
         )
@@ -56,9 +56,9 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def check_memory() -> Finding:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    recommended, free = device.recommended_memory(), device.free_memory()
+    recommended, free = recommended_memory(), free_memory()
     found = f"{total / 1e9:.1f} GB, {recommended / 1e9:.1f} recommended"
-    if free is None and device.on_gpu() and sys.platform != "darwin":
+    if free is None and on_gpu() and sys.platform != "darwin":
         return Finding(OK, f"{found}, the GPU's own")
     if free is None or not 0 < free <= total or recommended <= 0:
         what = "none" if free is None else f"{free / 1e9:.1f}"
