@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from .cli.common import INTERRUPTED, Parser, path, silence_downloads
 from .diagnosis.checks import full_checks, quick_checks
@@ -26,6 +27,10 @@ def build_parser() -> Parser:
     return parser
 
 
+def is_report(file: Path) -> bool:
+    return file.read_bytes().startswith(b"flux2-doctor ")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -36,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found: list[tuple[str, Finding]] = []
     try:
         arguments = build_parser().parse_args(argv)
-        if arguments.report is not None and arguments.report.exists():
-            raise InputError(f"{arguments.report} exists; give --report another file")
+        if arguments.report is not None and arguments.report.exists() and not is_report(arguments.report):
+            raise InputError(f"{arguments.report} exists and is no report; give --report another file")
         silence_downloads()
         for check in [*quick_checks(), *(full_checks() if arguments.full else ())]:
             if arguments.report is not None:  # before each check, since a GPU's fault may end the process

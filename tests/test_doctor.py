@@ -80,8 +80,10 @@ def test_a_run_that_is_cut_off_leaves_what_it_found(monkeypatch, tmp_path, capsy
         "| second | skipped | the run was cut off here |",
     ]
     assert "first: slow: 7 s; wait\nsecond: " in capsys.readouterr().out
+    assert doctor.main(["--report", str(file)]) == 0  # a report is written anew, another file is not
+    file.write_text("notes")
     assert doctor.main(["--report", str(file)]) == 2
-    assert "exists; give --report another file" in capsys.readouterr().err
+    assert "is no report; give --report another file" in capsys.readouterr().err
 
 
 def test_every_check_has_a_name_of_its_own():
@@ -369,17 +371,23 @@ def test_what_autotune_chose(diagnose, monkeypatch):
 
 
 def test_the_longest_kernel(diagnose, monkeypatch):
-    """klein-9b's attention at 2048 x 2048 is 4 x 16896 x 16896 x 4096 FLOP."""
+    """klein-9b's attention at 2048 x 2048 is 4 x 16896 x 16896 x 4096 FLOP, its largest product 8 x 16896 x 4096^2."""
 
-    def check(tera: float):
-        return partial(speed.check_longest_kernel, lambda: {mx.float16: Speeds(1, tera * TERA, 1, 1)}, mx.float16)
+    def check(tera: float, products: float = 4.0):
+        speeds = Speeds(products * TERA, tera * TERA, 1, 1)
+        return partial(speed.check_longest_kernel, lambda: {mx.float16: speeds}, mx.float16)
 
     assert diagnose(check(0.01))[0] == OK  # no watchdog on a CPU
     monkeypatch.setattr(speed, "on_gpu", lambda: True)
     assert diagnose(check(4.0)) == (OK, "attention of klein-9b at 2048 x 2048, 4.7 TFLOP, about 1.2 s")
-    verdict, told = diagnose(check(1.0))
-    assert verdict == SLOW
-    assert "about 4.7 s of 5; macOS may end it" in told
+    for tera, products, said in (
+        (1.0, 4.0, "about 4.7 s"),
+        (4.0, 0.5, "product of klein-9b at 2048 x 2048, 2.3 TFLOP"),
+    ):
+        verdict, told = diagnose(check(tera, products))
+        assert verdict == SLOW
+        assert said in told
+        assert "macOS may end it" in told
 
 
 # ------------------------------------------------------------------------------------------------ klein-4b's shapes
