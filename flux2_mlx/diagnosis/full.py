@@ -23,7 +23,7 @@ from ..sampling.latents import image_ids, text_ids
 from .arithmetic import UNIT, WINOGRAD, error_of, judge, winograd
 from .findings import OK, SKIPPED, SLOW, Finding
 from .nano import ALLOWED, UNITS
-from .speed import LARGEST_TOKENS, TERA, WATCHDOG_SECONDS
+from .speed import FLOP_AT_ONCE, LARGEST_TOKENS, TERA, WATCHDOG_SECONDS
 
 TEXT = 512  # tokens
 LONG_START = 30.0  # seconds of packing at each start from which it is worth to keep what is packed
@@ -152,8 +152,9 @@ def check_attention(dtype: mx.Dtype, tokens: int = LARGEST_TOKENS) -> Finding:
         cos, sin = (mx.ones((1, tokens, params.head_dim // 2)) for _ in range(2))
         mx.eval(q, k, v, cos, sin)
         seconds = shortest_seconds(attend, q, k, v, cos, sin)
-    words = f"{tokens} tokens: {seconds:.2f} s, {4 * tokens**2 * params.hidden_size / seconds / TERA:.2g} TFLOP/s"
-    if on_gpu() and seconds > WATCHDOG_SECONDS / 2:
+    flops = 4 * tokens**2 * params.hidden_size
+    words = f"{tokens} tokens: {seconds:.2f} s, {flops / seconds / TERA:.2g} TFLOP/s"
+    if on_gpu() and seconds * min(1, FLOP_AT_ONCE / flops) > WATCHDOG_SECONDS / 2:
         return Finding(
             SLOW, words, f"macOS ends a kernel after about {WATCHDOG_SECONDS:.0f} s: generate smaller images"
         )
