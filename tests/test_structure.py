@@ -32,8 +32,8 @@ ORDER = [
     {"results"},
     {"generation"},
     {"pipeline"},
-    {"training", "cli"},
-    {"generate", "convert", "fuse", "lora"},
+    {"training", "cli", "diagnosis"},
+    {"generate", "convert", "fuse", "lora", "doctor"},
 ]
 RUNTIME = {"mlx", "numpy", "safetensors", "huggingface_hub", "tokenizers", "PIL", "tqdm", "flux2_mlx"}
 # An extra, and a module that Python has from 3.11 on, each imported where it is needed.
@@ -128,7 +128,7 @@ def test_sampling_knows_neither_images_nor_memory():
 
 def test_libraries_do_not_print():
     for path in modules():
-        if module_name(path).split(".")[0] in ("cli", "generate", "convert", "fuse", "lora"):
+        if module_name(path).split(".")[0] in ("cli", "generate", "convert", "fuse", "lora", "doctor"):
             continue
         assert not re.search(r"^\s*print\(", path.read_text(), re.MULTILINE), path
 

@@ -156,7 +156,7 @@ def fetching(name: str, repo: str, revision: str | None, fetch: Callable[[], Pat
     except (hub_errors.LocalEntryNotFoundError, ConnectionError):
         raise CheckpointError(
             f"cannot fetch {repo}: the Hub cannot be reached and the cache has not all of it (cached: "
-            f"{', '.join(_cached()) or 'no klein model'}); connect, or give --model a folder"
+            f"{', '.join(cached_releases()) or 'no klein model'}); connect, or give --model a folder"
         ) from None
     except hub_errors.EntryNotFoundError:
         raise CheckpointError(f"{repo} has no file {name.removeprefix(repo).strip('/')}") from None
@@ -168,7 +168,8 @@ def fetching(name: str, repo: str, revision: str | None, fetch: Callable[[], Pat
         raise CheckpointError(f"cannot fetch {repo}: {fault}") from None
 
 
-def _cached() -> list[str]:
+def cached_releases() -> list[str]:
+    """The released models of which anything is in the Hub's cache."""
     try:
         present = {repo.repo_id for repo in huggingface_hub.scan_cache_dir().repos}
     except hub_errors.CacheNotFound:

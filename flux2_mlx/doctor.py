@@ -1,0 +1,65 @@
+"""python -m flux2_mlx.doctor: whether this machine computes what a CPU computes in float32, and how fast."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .cli.common import INTERRUPTED, Parser, path, silence_downloads
+from .diagnosis.checks import full_checks, quick_checks
+from .diagnosis.findings import SKIPPED, WRONG, Finding, examine, markdown
+from .errors import InputError, one_line
+
+CUT_OFF = Finding(SKIPPED, "the run was cut off here")
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="flux2-doctor",
+        description="Check this machine with nano, in a minute or two: its GPU's numbers beside the CPU's, threads, "
+        "memory beside the plan, speeds. One line a check: ok, slow, WRONG or skipped.",
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="klein-4b's true shapes too, in random weights, for minutes"
+    )
+    parser.add_argument("--report", type=path, metavar="FILE", help="write Markdown to paste into an issue; no names")
+    return parser
+
+
+def is_report(file: Path) -> bool:
+    return file.read_bytes().startswith(b"flux2-doctor ")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        The exit code: 0, 1 where something is wrong, 2 for input that cannot be used (one line on standard error),
+        130 after Ctrl-C.
+    """
+    found: list[tuple[str, Finding]] = []
+    try:
+        arguments = build_parser().parse_args(argv)
+        if arguments.report is not None and arguments.report.exists() and not is_report(arguments.report):
+            raise InputError(f"{arguments.report} exists and is no report; give --report another file")
+        silence_downloads()
+        for check in [*quick_checks(), *(full_checks() if arguments.full else ())]:
+            if arguments.report is not None:  # before each check, since a GPU's fault may end the process
+                arguments.report.write_text(markdown([*found, (check.name, CUT_OFF)]), encoding="utf-8")
+            print(f"{check.name}: ", end="", flush=True)
+            found.append((check.name, examine(check)))
+            print(f"{found[-1][1].verdict}: {found[-1][1]}", flush=True)
+        if arguments.report is not None:
+            arguments.report.write_text(markdown(found), encoding="utf-8")
+    except (InputError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return int(any(finding.verdict == WRONG for _, finding in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
