@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..device import machine_memory, memory_limit, on_gpu, weight_bytes, weights_of
+from ..models.attention import FLOP_AT_ONCE
 from ..models.autoencoder import Decoder
 from ..models.config import AutoEncoderConfig, FluxKleinParams
 from ..models.flux2 import FluxKlein, SingleBlock, attend
@@ -23,7 +24,7 @@ from ..sampling.latents import image_ids, text_ids
 from .arithmetic import UNIT, WINOGRAD, error_of, judge, winograd
 from .findings import OK, SKIPPED, SLOW, Finding
 from .nano import ALLOWED, UNITS
-from .speed import FLOP_AT_ONCE, LARGEST_TOKENS, TERA, WATCHDOG_SECONDS
+from .speed import LARGEST_TOKENS, TERA, WATCHDOG_SECONDS
 
 TEXT = 512  # tokens
 LONG_START = 30.0  # seconds of packing at each start from which it is worth to keep what is packed

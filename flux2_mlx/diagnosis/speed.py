@@ -11,6 +11,7 @@ import numpy as np
 
 from ..device import on_gpu
 from ..families import RELEASES
+from ..models.attention import FLOP_AT_ONCE
 from ..models.layers import Linear
 from ..options import MAX_PIXELS
 from ..quantization.layers import QuantizedLinear, autotune
@@ -23,7 +24,6 @@ OF_NUMPY = 0.5  # of the speed of NumPy's products, which use the CPU's BLAS; sh
 OF_PRODUCTS = 1 / 8  # of the products' speed: fused attention and convolutions come to most of it
 
 WATCHDOG_SECONDS = 5.0  # after which macOS ends a kernel on a GPU that also draws the screen
-FLOP_AT_ONCE = 10**18  # of one call of attention, which takes all queries at once
 LARGEST_TOKENS = MAX_PIXELS // 256 + 512  # of the largest image and its text
 
 
