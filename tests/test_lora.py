@@ -577,6 +577,18 @@ def test_numbers_that_are_not_finite_end_a_run(pictures, tmp_path, capsys, monke
     assert "step 1: the loss is nan" in capsys.readouterr().err
 
 
+def test_what_a_gpu_failed_to_compute_is_not_saved(pictures, tmp_path, capsys, monkeypatch):
+    """MLX tells of it when the GPU is next used, which is before the step counts."""
+
+    def synchronize():
+        raise RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory (00000008).")
+
+    monkeypatch.setattr("flux2_mlx.training.trainer.synchronize", synchronize)
+    assert train(pictures, tmp_path / "run", "--steps", 1) == 2
+    assert "error: memory is too little (Insufficient Memory)" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "lora.safetensors").exists()
+
+
 def test_a_curve_of_one_loss():
     assert plot_losses([0.5]).size == (960, 480)
     assert len(np.unique(np.asarray(plot_losses([0.5, 0.7, 0.6] * 40)))) > 3

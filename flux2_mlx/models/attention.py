@@ -51,8 +51,6 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = Non
     """
     batch, heads, queries, head_dim = q.shape
     rows = queries_at_once(batch * heads, queries, k.shape[2], head_dim, q.dtype)
-    if rows < queries and writes_scores(q.dtype):
-        k, v = mx.contiguous(k), mx.contiguous(v)  # products with each part would copy them
     parts: list[mx.array] = []
     for start in range(0, queries, rows):
         part = q[:, :, start : start + rows]
