@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..device import machine_memory, memory_limit, on_gpu, weight_bytes, weights_of
+from ..models.attention import FLOP_AT_ONCE
 from ..models.autoencoder import Decoder
 from ..models.config import AutoEncoderConfig, FluxKleinParams
 from ..models.flux2 import FluxKlein, SingleBlock, attend
@@ -17,13 +19,13 @@ from ..models.layers import Linear
 from ..quantization.layers import shortest_seconds
 from ..quantization.packing import quantize_weight
 from ..quantization.spec import Quantization
-from ..runtime.activations import Pass, decoder_bytes, transformer_bytes
+from ..runtime.activations import Pass, decoder_bytes, largest_tile, transformer_bytes
 from ..runtime.released import released_modules
 from ..sampling.latents import image_ids, text_ids
 from .arithmetic import UNIT, WINOGRAD, error_of, judge, winograd
 from .findings import OK, SKIPPED, SLOW, Finding
 from .nano import ALLOWED, UNITS
-from .speed import FLOP_AT_ONCE, LARGEST_TOKENS, TERA, WATCHDOG_SECONDS
+from .speed import LARGEST_TOKENS, TERA, WATCHDOG_SECONDS
 
 TEXT = 512  # tokens
 LONG_START = 30.0  # seconds of packing at each start from which it is worth to keep what is packed
@@ -93,11 +95,13 @@ class Decoding:
         mx.random.seed(0)  # the same weights in each dtype
         decoder = Decoder(self.config)
         decoder.set_dtype(dtype)
-        with room(weight_bytes(decoder), decoder_bytes(self.config, self.side, self.side, dtype)), winograd(setting):
+        needed = partial(decoder_bytes, self.config, self.side, self.side, dtype)
+        tile_bytes = largest_tile(needed, machine_memory() - weight_bytes(decoder))
+        with room(weight_bytes(decoder), needed(tile_bytes)), winograd(setting):
             randomized(decoder, dtype)
-            mx.eval(decoder(self.latents))  # a first call compiles kernels
+            mx.eval(decoder(self.latents, tile_bytes))  # a first call compiles kernels
             start = time.perf_counter()
-            image = decoder(self.latents)
+            image = decoder(self.latents, tile_bytes)
             mx.eval(image)
             return image, time.perf_counter() - start
 

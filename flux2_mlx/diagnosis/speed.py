@@ -11,6 +11,7 @@ import numpy as np
 
 from ..device import on_gpu
 from ..families import RELEASES
+from ..models.attention import FLOP_AT_ONCE
 from ..models.layers import Linear
 from ..options import MAX_PIXELS
 from ..quantization.layers import QuantizedLinear, autotune
@@ -23,7 +24,6 @@ OF_NUMPY = 0.5  # of the speed of NumPy's products, which use the CPU's BLAS; sh
 OF_PRODUCTS = 1 / 8  # of the products' speed: fused attention and convolutions come to most of it
 
 WATCHDOG_SECONDS = 5.0  # after which macOS ends a kernel on a GPU that also draws the screen
-FLOP_AT_ONCE = 10**18  # of one call of attention, which takes all queries at once
 LARGEST_TOKENS = MAX_PIXELS // 256 + 512  # of the largest image and its text
 
 
@@ -74,7 +74,7 @@ def check_longest_kernel(speeds: Callable[[], Mapping[mx.Dtype, Speeds]], dtype:
     """The seconds of the largest kernels at 2048 x 2048, of klein-9b, as the measured speeds have it."""
     params = max((release.transformer for release in RELEASES), key=lambda params: params.hidden_size)
     own, hidden = speeds()[dtype], params.hidden_size
-    attention = min(FLOP_AT_ONCE, 4 * LARGEST_TOKENS**2 * hidden)
+    attention = min(FLOP_AT_ONCE, 4 * LARGEST_TOKENS**2 * hidden)  # in parts of its queries
     to_out = 2 * LARGEST_TOKENS * (hidden + params.mlp_hidden) * hidden  # the largest product of a single block
     kernels = (attention / own.attention, "attention", attention), (to_out / own.matmul, "product", to_out)
     seconds, name, flops = max(kernels)
