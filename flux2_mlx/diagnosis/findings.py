@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
-import mlx.core as mx
 
 from .._version import __version__
+from ..device import device_errors
 from ..errors import one_line
 
 OK, SLOW, WRONG, SKIPPED = "ok", "slow", "WRONG", "skipped"
@@ -50,8 +50,8 @@ class Check:
 def examine(check: Check) -> Finding:
     """What a check finds, in words that name nobody; an exception within it is something wrong."""
     try:
-        found = check.run()
-        mx.synchronize()  # mx.eval leaves out errors of commands that it handed over on the way (ml-explore/mlx 3979)
+        with device_errors():
+            found = check.run()
     except Exception as error:  # whatever a backend raises is what was to be found out
         found = Finding(WRONG, f"{type(error).__name__}: {one_line(error)}", REPORT_IT)
     return Finding(found.verdict, anonymous(found.measured), anonymous(found.advice))

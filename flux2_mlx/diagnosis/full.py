@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +19,7 @@ from ..models.layers import Linear
 from ..quantization.layers import shortest_seconds
 from ..quantization.packing import quantize_weight
 from ..quantization.spec import Quantization
-from ..runtime.activations import Pass, decoder_bytes, transformer_bytes
+from ..runtime.activations import Pass, decoder_bytes, largest_tile, transformer_bytes
 from ..runtime.released import released_modules
 from ..sampling.latents import image_ids, text_ids
 from .arithmetic import UNIT, WINOGRAD, error_of, judge, winograd
@@ -94,11 +95,13 @@ class Decoding:
         mx.random.seed(0)  # the same weights in each dtype
         decoder = Decoder(self.config)
         decoder.set_dtype(dtype)
-        with room(weight_bytes(decoder), decoder_bytes(self.config, self.side, self.side, dtype)), winograd(setting):
+        needed = partial(decoder_bytes, self.config, self.side, self.side, dtype)
+        tile_bytes = largest_tile(needed, machine_memory() - weight_bytes(decoder))
+        with room(weight_bytes(decoder), needed(tile_bytes)), winograd(setting):
             randomized(decoder, dtype)
-            mx.eval(decoder(self.latents))  # a first call compiles kernels
+            mx.eval(decoder(self.latents, tile_bytes))  # a first call compiles kernels
             start = time.perf_counter()
-            image = decoder(self.latents)
+            image = decoder(self.latents, tile_bytes)
             mx.eval(image)
             return image, time.perf_counter() - start
 

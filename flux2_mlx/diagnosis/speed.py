@@ -74,7 +74,7 @@ def check_longest_kernel(speeds: Callable[[], Mapping[mx.Dtype, Speeds]], dtype:
     """The seconds of the largest kernels at 2048 x 2048, of klein-9b, as the measured speeds have it."""
     params = max((release.transformer for release in RELEASES), key=lambda params: params.hidden_size)
     own, hidden = speeds()[dtype], params.hidden_size
-    attention = min(FLOP_AT_ONCE, 4 * LARGEST_TOKENS**2 * hidden)
+    attention = min(FLOP_AT_ONCE, 4 * LARGEST_TOKENS**2 * hidden)  # in parts of its queries
     to_out = 2 * LARGEST_TOKENS * (hidden + params.mlp_hidden) * hidden  # the largest product of a single block
     kernels = (attention / own.attention, "attention", attention), (to_out / own.matmul, "product", to_out)
     seconds, name, flops = max(kernels)
