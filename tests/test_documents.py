@@ -222,6 +222,18 @@ def test_every_benchmark_has_a_row():
     assert scripts - {"contenders"} == set(BENCHMARKS)
 
 
+def test_the_workflow_runs_what_is_there():
+    """Commands that their parsers take, and actions that stay what they are."""
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    runs = re.findall(r"run: (python -m (?:flux2_mlx|benchmarks)\.\w+ [^|\n]*)", workflow)
+    assert len(runs) == 2
+    for command in runs:
+        taking_parser(*split(command))
+    assert all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v[\d.]+", used) for used in re.findall(r"uses: (.*)", workflow))
+    assert "run: .ci/run\n" in workflow
+    assert 'run: pip install -e ".[dev]"\n' in workflow
+
+
 def test_every_released_model_is_in_the_readme():
     for name, repo in RELEASED.items():
         assert f"`{name}`" in README

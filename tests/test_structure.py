@@ -154,10 +154,14 @@ def test_importing_the_package_loads_nothing_heavy():
 def test_the_project_speaks_of_itself_alone():
     """Nothing tracked leans on what users do not have: a folder beside the project, or a path of one machine."""
     words = ["../sha" + "red", "/wo" + "rk/", "/op" + "t/", "/ro" + "ot/"]
-    suffixes = {".py", ".md", ".toml", ".yaml", ".json", ".svg"}
+    suffixes = {".py", ".md", ".toml", ".yaml", ".yml", ".json", ".svg"}
     for path in [
         *ROOT.glob("*"),
-        *(p for d in ("flux2_mlx", "tests", "benchmarks", "examples", "docs", ".ci") for p in ROOT.glob(f"{d}/**/*")),
+        *(
+            p
+            for d in ("flux2_mlx", "tests", "benchmarks", "examples", "docs", ".ci", ".github")
+            for p in ROOT.glob(f"{d}/**/*")
+        ),
     ]:
         if path.is_file() and (path.suffix in suffixes or path.parent.name == ".ci"):
             text = path.read_text(encoding="utf-8")
