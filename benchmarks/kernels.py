@@ -3,17 +3,21 @@
     python -m benchmarks.kernels --model klein-4b --size 1024
     python -m benchmarks.kernels --model klein-4b --size 1024 --against mflux mlx-vlm      # where they are installed
 
-Counted is the graph that MLX is given. An operation of mx.fast and a compiled function of the library are one kernel,
-an activation of mlx.nn is its parts, a concatenation is one for each part, a view is none. mflux compiles its whole
-step; that is counted as if MLX fused all that it may: elementwise operations with what alone reads them. mlx-vlm's
-step is not compiled. Copies that a backend makes by itself are not in it, nor are weights among the bytes. Ends with a
-line of JSON.
+Below the steps stand the kernels of packing a part of a weight, and of decoding a stored one.
+
+Counted is the graph that MLX is given, of packing after mx.compile has fused what it fuses. An operation of mx.fast
+and a compiled function of the library are one kernel, an activation of mlx.nn is its parts, a concatenation is one for
+each part, a view is none. mflux compiles its whole step; that is counted as if MLX fused all that it may: elementwise
+operations with what alone reads them. mlx-vlm's step is not compiled. Copies that a backend makes by itself are not in
+it, nor are weights among the bytes. Ends with a line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +31,14 @@ from mlx.utils import tree_map
 from benchmarks.common import TINY, print_json
 from benchmarks.contenders import MLX_PEERS, missing, peer_class, transformer_shape
 from flux2_mlx import FluxKleinParams, image_ids, text_ids
+from flux2_mlx.checkpoints.formats.decode import FORMATS
+from flux2_mlx.checkpoints.formats.int8 import INT8_MARK
+from flux2_mlx.checkpoints.formats.marks import StoredLayer
+from flux2_mlx.checkpoints.formats.mxfp8 import MXFP8_MARK
+from flux2_mlx.checkpoints.formats.nvfp4 import COMFYUI_MARK
 from flux2_mlx.options import DTYPES
+from flux2_mlx.quantization.packing import FITTED_BITS, fit_groups
+from flux2_mlx.quantization.spec import AFFINE_BITS
 
 MODELS = {"klein-4b": FluxKleinParams.klein_4b(), "klein-9b": FluxKleinParams.klein_9b(), "tiny": TINY[0]}
 FAST = ("layer_norm", "rms_norm", "scaled_dot_product_attention")
@@ -198,6 +209,38 @@ def peer_step(name: str, recorder: Recorder, params: FluxKleinParams, dtype: mx.
         return Graph(recorder, model, *inputs(params, dtype, side, length), mx.zeros((1,)), *ids)
 
 
+def count_kernels(arrays: Sequence[mx.array]) -> int:
+    """Kernels of what is still to be computed for these arrays, which mx.compile may have fused; views are none."""
+    text = io.StringIO()
+    mx.export_to_dot(text, *arrays)
+    names = re.findall(r'label ="(\w+)[^"]*", shape=rectangle', text.getvalue())
+    return sum(name not in VIEWS | {"View", "Load"} for name in names)
+
+
+def packing_kernels(bits: int, group_size: int, dtype: mx.Dtype) -> int:
+    """Kernels of fitting and packing a part of a weight on a GPU."""
+    return count_kernels(mx.compile(fit_groups)(mx.zeros((32, 1024), dtype), bits, group_size))
+
+
+def decoding_kernels() -> dict[str, int]:
+    """Kernels of decoding a weight of each storage format into bfloat16, in ComfyUI's layouts."""
+    codes, scale = mx.zeros((256, 512), mx.uint8), mx.ones(())
+    floats = mx.from_fp8(codes, mx.bfloat16)
+    layers = {
+        "FP8": StoredLayer("x", floats, {"weight_scale": scale}, "float8_e4m3fn"),
+        "INT8": StoredLayer("x", codes.view(mx.int8), {"weight_scale": mx.ones((256, 1))}, INT8_MARK),
+        "MXFP8": StoredLayer("x", floats, {"weight_scale": mx.ones((256, 16), mx.uint8)}, MXFP8_MARK),
+        "NVFP4": StoredLayer("x", codes, {"weight_scale": mx.ones((256, 64)), "weight_scale_2": scale}, COMFYUI_MARK),
+    }
+    mx.eval(codes, [layer.scales for layer in layers.values()])
+    return {name: count_kernels([_decoded(layer)]) for name, layer in layers.items()}
+
+
+def _decoded(layer: StoredLayer) -> mx.array:
+    decoded: mx.array = next(format for format in FORMATS if format.matches(layer)).decode(layer)
+    return decoded.astype(mx.bfloat16)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=tuple(MODELS), default="klein-4b")
@@ -220,7 +263,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{name:12}{sum(kinds.values()):6} kernels{moved / 1e9:10.3f} GB beside weights")
         for kind, count in kinds.most_common():
             print(f"  {kind:32}{count:6}")
-    print_json("kernels", arguments, {"steps": report})
+    packing = {bits: packing_kernels(bits, 64, mx.bfloat16) for bits in AFFINE_BITS if bits <= FITTED_BITS}
+    decoding = decoding_kernels()
+    print("packing a part:", ", ".join(f"{bits} bits {count}" for bits, count in packing.items()))
+    print("decoding a weight:", ", ".join(f"{name} {count}" for name, count in decoding.items()))
+    print_json("kernels", arguments, {"steps": report, "packing": packing, "decoding": decoding})
 
 
 if __name__ == "__main__":

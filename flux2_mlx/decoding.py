@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from .checkpoints.load import load_preview_decoder
+from .checkpoints.load import load_all, load_preview_decoder
 from .device import memory_limit
 from .imaging.preprocess import to_pil, to_unit
 from .imaging.preview import preview_map, render_preview
@@ -39,14 +39,12 @@ class LatentDecoder:
         self.dtype = stages.vae_dtype
         self.preview_decoder = None if preview_decoder is None else load_preview_decoder(preview_decoder, self.dtype)
         if self.preview_decoder is not None:
-            mx.eval(self.preview_decoder.parameters())  # in this thread, since any may look at a preview
+            load_all(self.preview_decoder)  # in this thread, since any may look at a preview
         self._preview_map: np.ndarray | None = None
 
     def unpack(self, latents: mx.array, settings: Settings) -> mx.array:
         """The decoder's input (1, H/8, W/8, 32) from sampled tokens: denormalized and unpacked."""
-        if "autoencoder" not in self.stages.loaded():
-            self.stages.claim("autoencoder")
-        denormalized = self.stages.autoencoder.bn.denormalize(latents)
+        denormalized = self.stages.latent_statistics().denormalize(latents)
         return unpack_latents(denormalized, settings.height, settings.width)
 
     def decode(self, latents: mx.array, settings: Settings, stats: Stats) -> mx.array:

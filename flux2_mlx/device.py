@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -39,6 +40,11 @@ def writes_scores(dtype: mx.Dtype) -> bool:
 def machine_name() -> str:
     """Chip, device and MLX's version, as a measurement names its machine."""
     return f"{mx.device_info()['device_name']}, {mx.default_device()}, MLX {version('mlx')}"
+
+
+def system_name() -> str:
+    """The operating system and its version, of which kernels and their speed depend as on MLX's version."""
+    return f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else f"{platform.system()} {platform.release()}"
 
 
 def recommended_memory() -> int:

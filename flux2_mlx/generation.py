@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 from tqdm.auto import tqdm
 
+from .collectives import all_gather
 from .conditioning.references import ReferenceEncoder
 from .conditioning.text import PromptEncoder
 from .decoding import LatentDecoder
@@ -241,4 +242,4 @@ class Generator:
         if self.group is None:
             return fitting
         # The processes must take the same number, though one of them may have room for more.
-        return int(np.array(mx.distributed.all_gather(mx.array([fitting]), group=self.group)).min())
+        return int(np.array(all_gather(mx.array([fitting]), self.group)).min())

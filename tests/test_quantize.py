@@ -1,10 +1,16 @@
 """Packed layers and models: what they compute, what they cost to load, and what is refused."""
 
+import json
+import platform
+import warnings
+from importlib.metadata import version
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 
+from benchmarks.kernels import count_kernels, packing_kernels
 from flux2_mlx import (
     CheckpointError,
     Flux2Pipeline,
@@ -26,6 +32,7 @@ from flux2_mlx.quantization import packing, recipes
 from flux2_mlx.quantization.layers import DENSE_ROWS, QuantizedEmbedding, QuantizedLinear
 from flux2_mlx.quantization.packing import FITTED_BITS, dequantize, quantize_weight
 from flux2_mlx.quantization.spec import AFFINE_BITS, FLOAT_MODES, options_of, parse_options
+from flux2_mlx.runtime import residency
 from tests import formats, tiny
 
 WAYS = [Quantization(bits, group) for bits in AFFINE_BITS for group in (32, 64, 128)]
@@ -170,6 +177,50 @@ def test_fitted_packing_is_nearer_to_the_weight(how, monkeypatch):
     assert all(mx.array_equal(a, b).item() for a, b in zip(quantize_weight(weight, how), fitted, strict=True))
 
 
+def fitted_step_by_step(weight, bits, group_size):
+    """(codes, scales, biases) of four rounds of the nearest codes and of their regression, written as it is told."""
+    top = 2**bits - 1
+    groups = weight.astype(mx.float32).reshape(weight.shape[0], -1, group_size)
+    mean = groups.mean(-1, keepdims=True)
+    low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
+    scale = mx.maximum((high - low) * (0.95 / top), 1e-12)
+    bias = (high + low) / 2 - scale * (top / 2)
+    for _ in range(4):
+        codes = mx.clip(mx.round((groups - bias) / scale), 0, top)
+        distance = codes - codes.mean(-1, keepdims=True)
+        spread = mx.square(distance).sum(-1, keepdims=True)
+        slope = (distance * (groups - mean)).sum(-1, keepdims=True) / mx.maximum(spread, 1e-12)
+        scale = mx.where(spread > 0, mx.maximum(slope, 1e-12), scale)
+        bias = mean - scale * codes.mean(-1, keepdims=True)
+    scale, bias = scale.astype(weight.dtype), bias.astype(weight.dtype)
+    codes = mx.clip(mx.round((groups - bias.astype(mx.float32)) / scale.astype(mx.float32)), 0, top)
+    return codes.reshape(weight.shape).astype(mx.uint32), scale[..., 0], bias[..., 0]
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "dtype"),
+    [(2, 128, mx.float32), (3, 64, mx.bfloat16), (4, 64, mx.bfloat16), (4, 32, mx.float32), (5, 32, mx.bfloat16)],
+)
+def test_fitting_is_few_kernels_and_the_same_numbers(bits, group_size, dtype):
+    """Not one bit differs from the formula, though it is written so that it compiles into few."""
+    how = Quantization(bits, group_size)
+    mx.random.seed(0)
+    weight = 0.02 * mx.random.normal((24, 256))
+    weight = mx.concatenate([weight, 1e-6 * weight, weight + 3, mx.zeros((1, 256)), mx.full((1, 256), -3.7)])
+    codes, *expected = fitted_step_by_step(weight.astype(dtype), how.bits, how.group_size)
+    words, *scales = quantize_weight(weight.astype(dtype), how)
+    assert mx.array_equal(words, packing.pack_codes(codes, how.bits)).item()
+    assert all(mx.array_equal(a, b).item() for a, b in zip(scales, expected, strict=True))
+    assert packing_kernels(how.bits, how.group_size, dtype) <= 20
+
+
+def test_it_is_compiled_on_a_gpu_alone(monkeypatch):
+    for on_gpu, expected in ((True, range(21)), (False, range(100, 200))):
+        monkeypatch.setattr(packing, "on_gpu", lambda on_gpu=on_gpu: on_gpu)
+        weight = mx.zeros((32, 256), mx.bfloat16)
+        assert count_kernels(packing._quantize_fitted(weight, Quantization(4, 64))) in expected
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0])
 def test_a_group_of_equal_weights_is_packed_exactly(value):
     weight = mx.full((2, 128), value, mx.bfloat16)
@@ -222,20 +273,43 @@ def test_what_is_packed_alike(how):
 # ------------------------------------------------------------------------------------------------ fused or unpacked
 
 
+class Clock:
+    """Products that take as long as they are said to: the fused one by its rows, the other one longer by little with
+    more of them; both slower by ``slowness`` of the number of the evaluation.
+    """
+
+    def __init__(self, unpacking=10, each=0.1):
+        self.unpacking, self.each = unpacking, each
+        self.rows = []  # of the evaluations so far
+        self.slowness = lambda number: 1
+
+    def __call__(self, multiply, x, calls=1):
+        self.rows.append(len(x))
+        fused = multiply.__name__ == "fused"
+        seconds = len(x) if fused else self.unpacking + self.each * len(x)
+        return calls * seconds * self.slowness(len(self.rows))
+
+    def ratio(self, rows):
+        """The exact one."""
+        return rows / (self.unpacking + self.each * rows)
+
+
 @pytest.fixture
 def clock(monkeypatch, tmp_path):
-    """Products that take as long as they are said to: the fused one by its rows, the other hardly longer with more."""
-    taken = []
-
-    def seconds(multiply, x):
-        taken.append((multiply.__name__, *x.shape))
-        return x.shape[0] if multiply.__name__ == "fused" else 10 + x.shape[0] / 10
-
-    monkeypatch.setattr(quantize, "shortest_seconds", seconds)
+    clock = Clock()
+    monkeypatch.setattr(quantize, "evaluation_seconds", clock)
     monkeypatch.setattr(quantize, "_measured", {})
     monkeypatch.delenv("FLUX2_MLX_DENSE_ROWS")
     monkeypatch.setenv("FLUX2_MLX_CACHE", str(tmp_path))
-    return taken
+    return clock
+
+
+@pytest.fixture
+def gpu_clock(clock, monkeypatch):
+    """A GPU on which unpacking pays from 1000 rows on."""
+    monkeypatch.setattr(quantize, "on_gpu", lambda: True)
+    clock.unpacking, clock.each = 300, 0.7
+    return clock
 
 
 def packed_layers() -> nn.Sequential:
@@ -243,68 +317,130 @@ def packed_layers() -> nn.Sequential:
     return nn.Sequential(*(QuantizedLinear(nn.Linear(64, rows, bias=False), how) for rows in (32, 96, 32)))
 
 
+def tuned(dtype=mx.float32) -> list[int]:
+    quantize.autotune(model := packed_layers(), dtype)
+    return [layer.dense_rows for layer in model.layers]
+
+
 def test_rows_are_measured_once_for_each_shape_and_kept(clock, monkeypatch):
-    quantize.autotune(model := packed_layers(), mx.float32)
-    assert [layer.dense_rows for layer in model.layers] == [16, 16, 16]
-    assert clock == [("dense", 8, 64), ("fused", 8, 64), ("dense", 16, 64), ("fused", 16, 64)] * 2
-    clock.clear()
+    assert tuned() == [12, 12, 12]  # 11 take 11 and 11.1
+    assert set(clock.rows) == {8, 16, 12, 10, 11}
+    clock.rows.clear()
     monkeypatch.setattr(quantize, "_measured", {})  # another process
-    quantize.autotune(again := packed_layers(), mx.float32)
-    assert [layer.dense_rows for layer in again.layers] == [16, 16, 16]
-    assert clock == []
-    quantize.autotune(packed_layers(), mx.bfloat16)
-    assert len(clock) == 8
+    assert tuned() == [12, 12, 12]
+    assert clock.rows == []
+    tuned(mx.bfloat16)
+    assert len(clock.rows) > 0
 
 
 def test_rows_are_measured_again_where_the_table_is_damaged(clock, tmp_path, monkeypatch):
-    for content in ("[1, 2]", "{", '{"a": "b"}'):
+    tuned()
+    keys = json.loads((tmp_path / "dense_rows.json").read_text())
+    damages = "b", 12.0, True, -12, 7, 5000
+    for content in ("[1, 2]", "{", *(json.dumps(dict.fromkeys(keys, damage)) for damage in damages)):
         (tmp_path / "dense_rows.json").write_text(content)
         monkeypatch.setattr(quantize, "_measured", {})
-        quantize.autotune(packed_layers(), mx.float32)
-        assert len(clock) == 8
-        clock.clear()
-    quantize.autotune(packed_layers(), mx.float32)
-    assert clock == []
+        clock.rows.clear()
+        assert tuned() == [12, 12, 12]
+        assert len(clock.rows) > 0
+    assert json.loads((tmp_path / "dense_rows.json").read_text()) == keys
 
 
 def test_rows_are_measured_where_nothing_can_be_kept(clock, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("FLUX2_MLX_CACHE", str(tmp_path / "file" / "folder"))
-    quantize.autotune(packed_layers(), mx.float32)
-    clock.clear()
-    quantize.autotune(model := packed_layers(), mx.float32)  # after an unload
-    assert model.layers[0].dense_rows == 16
-    assert clock == []
+    tuned()
+    clock.rows.clear()
+    assert tuned() == [12, 12, 12]  # after an unload
+    assert clock.rows == []
 
 
-def test_a_layer_stays_fused_where_that_always_wins(clock, monkeypatch):
-    monkeypatch.setattr(quantize, "shortest_seconds", lambda multiply, x: multiply.__name__ == "dense")
+def test_a_layer_stays_fused_where_that_always_wins(clock):
+    clock.each = 1
     quantize.autotune(model := packed_layers(), mx.float32)
     layer = model.layers[0]
     layer.dense = None
     assert layer(mx.ones((5000, 64))).shape == (5000, 32)
 
 
+def test_few_rows_are_always_fused_on_a_gpu(gpu_clock):
+    gpu_clock.unpacking = 0
+    assert tuned() == [256, 256, 256]
+    assert set(gpu_clock.rows) == {256}
+    assert QuantizedLinear(nn.Linear(64, 32, bias=False), Quantization(4, 32)).dense_rows == 256
+
+
+@pytest.mark.parametrize(
+    "slowness",
+    [
+        lambda number: 50 if number % 16 == 1 else 1,  # a kernel that is compiled, another program
+        lambda number: 1 + 4 * 0.9**number,  # a clock that rises slowly
+        lambda number: 1 + number / 100,  # a chip that grows hot
+    ],
+    ids=["noise", "rising clock", "heat"],
+)
+def test_what_disturbs_the_clock_changes_little(gpu_clock, slowness):
+    gpu_clock.slowness = slowness
+    assert all(1 / quantize.TOLERANCE <= gpu_clock.ratio(rows) <= quantize.TOLERANCE for rows in tuned())
+
+
+@pytest.mark.parametrize("entry", [256, 600, 2000, 4096, quantize.ALWAYS_FUSED])
+def test_an_entry_that_is_wrong_is_measured_again(gpu_clock, entry, tmp_path, monkeypatch):
+    right = tuned()
+    assert 1000 <= right[0] <= 1100
+    file = tmp_path / "dense_rows.json"
+    keys = json.loads(file.read_text())
+    monkeypatch.setattr(quantize, "_measured", {})
+    gpu_clock.rows.clear()
+    assert tuned() == right
+    assert set(gpu_clock.rows) == {right[0]}  # checked
+    file.write_text(json.dumps(dict.fromkeys(keys, entry)))
+    monkeypatch.setattr(quantize, "_measured", {})
+    assert tuned() == right
+    assert json.loads(file.read_text()) == keys
+
+
+def test_an_entry_that_passes_costs_a_tenth_at_most(gpu_clock):
+    """Whatever a product takes for unpacking and for each row, and whatever the entry."""
+    passed = 0
+    for unpacking in (0, 50, 300, 1000, 4000):
+        for each in (0.2, 0.6, 0.9, 1.0, 1.2):
+            gpu_clock.unpacking, gpu_clock.each = unpacking, each
+            for entry in (256, 300, 500, 1000, 2500, 4096, quantize.ALWAYS_FUSED):
+                if quantize._is_right(entry, gpu_clock.ratio):
+                    passed += 1
+                    for rows in range(256, 4097, 64):
+                        ratio = gpu_clock.ratio(rows)
+                        assert (ratio if rows < entry else 1 / ratio) <= 1.1 + 1e-9
+    assert passed > 10
+
+
+@pytest.mark.parametrize("name", ["machine_name", "system_name"])
+def test_another_machine_or_version_measures_anew(gpu_clock, monkeypatch, name):
+    tuned()
+    gpu_clock.rows.clear()
+    monkeypatch.setattr(quantize, name, lambda: "another one")
+    tuned()
+    assert len(set(gpu_clock.rows)) > 1
+
+
 def test_rows_that_the_environment_says(clock, monkeypatch):
     monkeypatch.setenv("FLUX2_MLX_DENSE_ROWS", "3")
-    quantize.autotune(model := packed_layers(), mx.float32)
-    assert [layer.dense_rows for layer in model.layers] == [3, 3, 3]
-    assert clock == []
+    assert tuned() == [3, 3, 3]
+    assert clock.rows == []
     monkeypatch.setenv("FLUX2_MLX_DENSE_ROWS", "many")
     with pytest.raises(InputError, match="FLUX2_MLX_DENSE_ROWS must be a number of rows, got 'many'"):
-        quantize.autotune(model, mx.float32)
+        tuned()
 
 
 def test_what_is_really_measured(monkeypatch, tmp_path):
     monkeypatch.delenv("FLUX2_MLX_DENSE_ROWS")
     monkeypatch.setattr(quantize, "_measured", {})
     monkeypatch.setenv("FLUX2_MLX_CACHE", str(tmp_path))
-    model = packed_layers()
-    for layer in model.layers:
-        layer.dense_rows = 0
-    quantize.autotune(model, mx.float32)
-    assert {layer.dense_rows for layer in model.layers} <= {*quantize.MEASURED_ROWS, quantize.ALWAYS_FUSED}
-    assert len(quantize.read_table("dense_rows")) == 2
+    assert all(8 <= rows <= 2048 or rows == quantize.ALWAYS_FUSED for rows in tuned())
+    table = quantize.read_table("dense_rows")
+    assert len(table) == 2
+    assert all(f"MLX {version('mlx')}, {platform.system()}" in key for key in table)
 
 
 # ------------------------------------------------------------------------------------------------ transformers
@@ -371,6 +507,18 @@ def test_bits_of_each_component(checkpoint):
     pipe.unload()
     again = pipe("a red fox", height=64, width=64, num_steps=1, seed=0, max_sequence_length=16)
     assert result.images[0].tobytes() == again.images[0].tobytes()
+
+
+def test_packing_at_every_start_is_told_once(checkpoint, monkeypatch):
+    """Of large models: tiny ones are packed in no time."""
+    monkeypatch.setattr(residency, "LARGE", 10**5)
+    small = {"height": 64, "width": 64, "num_steps": 1, "max_sequence_length": 16}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            Flux2Pipeline.from_pretrained(checkpoint, quantize=8, group_size=32)("a red fox", **small)
+    (warning,) = told
+    assert "flux2_mlx.convert with --quantize does it once" in str(warning.message)
 
 
 @pytest.mark.parametrize(("quantize", "group_size"), [(8, 32), ("mxfp8", None)])

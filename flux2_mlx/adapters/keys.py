@@ -18,9 +18,9 @@ import mlx.core as mx
 import numpy as np
 from safetensors import safe_open
 
-from ..checkpoints.files import load_safetensors
+from ..checkpoints.files import open_safetensors
 from ..errors import CheckpointError, summarize
-from ..lazy import INTEGERS
+from ..lazy import INTEGERS, array_of, derive, read, sources_of
 from ..models.names.flux2 import Rows, bfl_lora, lora_layers
 from .deltas import Delta, DoRADelta, LoKrDelta, LoRADelta, place_rows, spans_of
 
@@ -65,12 +65,14 @@ class LoraLayer:
 
     Attributes:
         name: the layer's name in the file.
+        sources: the arrays that are to be read before anything is computed from ``arrays``; see lazy.
     """
 
     name: str
     arrays: Mapping[str, mx.array]
     rows: tuple[Rows, ...]
     factor: float
+    sources: tuple[mx.array, ...]
 
     @property
     def form(self) -> str:
@@ -122,7 +124,7 @@ def _kronecker_parts(arrays: Mapping[str, mx.array]) -> tuple[mx.array, mx.array
     return left, right
 
 
-def rank_of(arrays: Mapping[str, mx.array]) -> int | None:
+def rank_of(arrays: Mapping[str, Any]) -> int | None:
     """The rank, by which alpha is divided; None for a LoKr of two whole matrices, which has no alpha."""
     for name in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
         if name in arrays:
@@ -179,10 +181,10 @@ def read_layers(file: Path, shapes: Mapping[str, tuple[int, int]]) -> tuple[list
     """The layers of a file that fit, its arrays lazy, and what is wrong with the others, a line for each fault."""
     layers = lora_layers({path: shape[0] for path, shape in shapes.items()}, shapes["x_embedder"][0])
     underscored = {name.replace(".", "_"): name for name in layers}
-    arrays: dict[str, dict[str, mx.array]] = {}
+    weights: dict[str, dict[str, Any]] = {}
     strange: list[str] = []
     faults: list[str] = []
-    for key, array in load_safetensors(file).items():
+    for key, weight in open_safetensors(file).items():
         match = _KEY.fullmatch(key)
         stripped = _PREFIX.sub("", match[1], count=1) if match else ""
         name = stripped if stripped in layers else underscored.get(_UNDERSCORED.sub("", stripped, count=1))
@@ -190,9 +192,11 @@ def read_layers(file: Path, shapes: Mapping[str, tuple[int, int]]) -> tuple[list
             strange.append(key)
             continue
         kind = _KINDS.get(match[2], match[2])
-        if kind in arrays.setdefault(name, {}):
+        if kind in weights.setdefault(name, {}):
             faults.append(f"{key} is there twice, under two names")
-        arrays[name][kind] = array.reshape(array.shape[:2]) if array.ndim == 4 and array.shape[2:] == (1, 1) else array
+        if weight.ndim == 4 and weight.shape[2:] == (1, 1):
+            weight = derive(lambda array: array.reshape(array.shape[:2]), weight)
+        weights[name][kind] = weight
     for look, keys in groupby(sorted(strange, key=_look), key=_look):
         named = list(keys)
         faults.append(
@@ -201,13 +205,14 @@ def read_layers(file: Path, shapes: Mapping[str, tuple[int, int]]) -> tuple[list
     settings = _settings(file)
     found = []
     misfits = []
-    for name, own in arrays.items():
-        rows = layers[name]
+    for name, stored in weights.items():
+        rows, own = layers[name], {kind: array_of(weight) for kind, weight in stored.items()}
         fault = _fault(own, rows, shapes[rows[0][0]][1])
         if fault:
             misfits.append(f"{name} {fault}")
         else:
-            found.append(LoraLayer(name, own, rows, _factor(name, own, settings)))
+            sources = tuple(source for weight in stored.values() for source in sources_of(weight))
+            found.append(LoraLayer(name, own, rows, _factor(name, stored, settings), sources))
     if misfits:
         faults.append(
             f"{len(misfits)} {'layer' if len(misfits) == 1 else 'layers'} of other shapes: {summarize(misfits, 2)}"
@@ -244,17 +249,17 @@ def _settings(file: Path) -> Mapping[str, Any]:
     return values
 
 
-def _factor(name: str, arrays: Mapping[str, mx.array], settings: Mapping[str, Any]) -> float:
+def _factor(name: str, weights: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
     """Alpha over rank, or of rsLoRA over its root: from the file's array, else its header; 1 without either."""
-    rank = rank_of(arrays)
+    rank = rank_of(weights)
     if rank is None:
         return 1.0
     alpha: float = settings.get("lora_alpha", rank)
     for pattern, value in (settings.get("alpha_pattern") or {}).items():
         if f".{name}".endswith(f".{pattern.lstrip('^')}"):
             alpha = value
-    if "alpha" in arrays:
-        alpha = float(np.array(arrays["alpha"].astype(mx.float32)).reshape(-1)[0])
+    if "alpha" in weights:
+        alpha = float(np.array(read(weights["alpha"]).astype(mx.float32)).reshape(-1)[0])
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 

@@ -22,17 +22,19 @@ from mlx.utils import tree_map
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.hub import lora_file
+from ..checkpoints.load import PendingWeights
 from ..device import weights_of
 from ..errors import CheckpointError, InputError
-from ..lazy import INTEGERS, LazyTensor, read_rows
+from ..lazy import INTEGERS, LazyTensor, read, read_rows, sources_of
 from ..models.flux2 import FluxKlein
 from ..models.layers import Linear
-from ..quantization.packing import dequantize
+from ..quantization.packing import PACKED, dequantize
 from ..quantization.recipes import packed_recipe
 from .deltas import LINEAR, Delta, DoRADelta, LoRADelta, linear_shape
 from .keys import LoraLayer, rank_of, read_layers
 
 MAX_SCALE = 100
+Sources = tuple[mx.array, ...]  # arrays that are to be read first; see lazy
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,15 @@ class Lora:
     def __str__(self) -> str:
         return self.source if self.scale == 1 else f"{self.source}:{self.scale:g}"
 
-    def deltas(self) -> dict[str, list[Delta]]:
-        """The deltas of each layer, by its path; their arrays are lazy."""
+    def deltas(self) -> dict[str, list[tuple[Delta, Sources]]]:
+        """The deltas of each layer, by its path; their arrays are lazy, and beside them is what is to be read first."""
         layers, _ = read_layers(self.file, self.shapes)
-        deltas: dict[str, list[Delta]] = {}
+        deltas: dict[str, list[tuple[Delta, Sources]]] = {}
         for layer in layers:
             for path, delta in layer.deltas(self.shapes, self.scale):
                 if isinstance(delta, DoRADelta) and not self.merge:
                     delta.dora_ratio = self.dora_ratios[layer.name, path]
-                deltas.setdefault(path, []).append(delta)
+                deltas.setdefault(path, []).append((delta, layer.sources))
         return deltas
 
     @property
@@ -157,6 +159,7 @@ def open_lora(
     if not layers:
         raise CheckpointError(f"{file} has no weights of a LoRA")
     for layer in layers:
+        mx.eval(layer.sources)
         for kind, array in layer.arrays.items():
             if not mx.isfinite(array).all().item():
                 raise CheckpointError(f"{layer.name}.{kind} has values that are not finite", source=file)
@@ -193,10 +196,13 @@ def _summary(layers: Sequence[LoraLayer], shapes: Mapping[str, Any], faults: Seq
 
 def set_adapters(model: FluxKlein, loras: Sequence[Lora]) -> None:
     """Put these LoRAs beside the weights of a transformer's layers, in the place of those that are there. Arrays stay
-    lazy, in the dtype of the activations; thin products of one layer become one.
+    lazy, until load_weights, in the dtype of the activations; thin products of one layer become one.
     """
     dtype = model.dtype
-    together: dict[str, list[Delta]] = {}
+    pending = model.pending = PendingWeights.of(model)
+    for name in filter(is_adapter, list(pending.sources)):
+        del pending.sources[name]
+    together: dict[str, list[tuple[Delta, Sources]]] = {}
     for lora in loras:
         for path, deltas in lora.deltas().items():
             together.setdefault(path, []).extend(deltas)
@@ -205,20 +211,19 @@ def set_adapters(model: FluxKlein, loras: Sequence[Lora]) -> None:
             continue
         layer.pop("deltas", None)
         if path in together:
-            thin = [delta for delta in together[path] if isinstance(delta, LoRADelta)]
-            others: list[Delta] = [delta for delta in together[path] if not isinstance(delta, LoRADelta)]
+            thin = [delta for delta, _ in together[path] if isinstance(delta, LoRADelta)]
+            others: list[Delta] = [delta for delta, _ in together[path] if not isinstance(delta, LoRADelta)]
             layer.deltas = [*others, *_concat_ranks(thin)]
-            for delta in layer.deltas:
+            sources = tuple(source for _, own in together[path] for source in own)
+            for k, delta in enumerate(layer.deltas):
                 delta.update(tree_map(lambda array: array.astype(dtype), delta.parameters()))
                 delta.freeze()
+                pending.sources |= {f"{path}.deltas.{k}.{name}": sources for name in weights_of(delta)}
 
 
-def adapter_arrays(model: FluxKlein) -> list[mx.array]:
-    """The arrays of the LoRAs that a transformer has."""
-    deltas = [
-        delta for _, layer in model.named_modules() if isinstance(layer, LINEAR) for delta in layer.get("deltas", ())
-    ]
-    return [array for delta in deltas for array in weights_of(delta).values()]
+def is_adapter(name: str) -> bool:
+    """Whether a weight of that name is a LoRA's beside a layer."""
+    return ".deltas." in name
 
 
 def _concat_ranks(deltas: Sequence[LoRADelta]) -> list[LoRADelta]:
@@ -232,14 +237,15 @@ def _concat_ranks(deltas: Sequence[LoRADelta]) -> list[LoRADelta]:
 def _dense_rows(weights: Mapping[str, Any], path: str, shape: tuple[int, int]) -> Callable[[int, int], mx.array]:
     """Rows of a layer's weight in float32, from one up to another."""
     weight = weights[f"{path}.weight"]
+    mx.eval(sources_of(weight))
     spec = packed_recipe(weights)(path, Linear(shape[1], shape[0]))
     if spec is None:
         return lambda start, stop: read_rows(weight, start, stop).astype(mx.float32)
-    scales, biases = weights[f"{path}.scales"], weights.get(f"{path}.biases")
+    packed = {kind: read(weights[f"{path}.{kind}"]) for kind in PACKED if f"{path}.{kind}" in weights}
 
     def rows(start: int, stop: int) -> mx.array:
-        part = slice(start, stop)
-        return dequantize(weight[part], scales[part], None if biases is None else biases[part], spec).astype(mx.float32)
+        part = {kind: array[start:stop] for kind, array in packed.items()}
+        return dequantize(part["weight"], part["scales"], part.get("biases"), spec).astype(mx.float32)
 
     return rows
 
@@ -261,11 +267,12 @@ def fuse(checkpoint: Checkpoint, given: Sequence[tuple[str, float]], partial: bo
     return with_fused(checkpoint, loras)
 
 
-def _fuse_weight(weight: Any, deltas: Sequence[Delta]) -> LazyTensor:
+def _fuse_weight(weight: Any, deltas: Sequence[tuple[Delta, Sources]]) -> LazyTensor:
     """A weight with deltas in it, summed in float32, some rows at a time."""
 
     def read(start: int, stop: int) -> mx.array:
         own = read_rows(weight, start, stop).astype(mx.float32)
-        return sum((delta.weight_delta(own, start, stop) for delta in deltas), own).astype(weight.dtype)
+        return sum((delta.weight_delta(own, start, stop) for delta, _ in deltas), own).astype(weight.dtype)
 
-    return LazyTensor(weight.shape, weight.dtype, read)
+    sources = sources_of(weight) + tuple(source for _, own in deltas for source in own)
+    return LazyTensor(weight.shape, weight.dtype, read, sources)

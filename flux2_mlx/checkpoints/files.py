@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError, summarize
-from ..lazy import LazyTensor
+from ..lazy import Derived, LazyTensor, array_of
 from .formats.gguf import MAGIC, read_gguf
 from .formats.marks import MARK, format_of, mark
 
@@ -116,6 +116,11 @@ def load_safetensors(path: str | os.PathLike[str] | Iterable[str | os.PathLike[s
     Raises:
         CheckpointError: for a bad file, a weight that is in two shards, or an index whose weights are not there.
     """
+    return {name: array_of(weight) for name, weight in open_safetensors(path).items()}
+
+
+def open_safetensors(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> dict[str, Any]:
+    """The same, arrays as MLX reads them and Derived ones."""
     names: set[str] = set()
     if isinstance(path, (str, os.PathLike)):
         path = Path(path)
@@ -174,10 +179,15 @@ def _load_file(file: Path) -> dict[str, Any]:
         weights = _load_mapped(file, header)
     else:
         assert isinstance(loaded, dict)
-        weights = {name: _decoded(array, header[name][0]) for name, array in loaded.items()}
+        weights = {name: _lazy_array(array, header[name][0]) for name, array in loaded.items()}
     for layer, format in _layer_formats(file).items():
         weights.setdefault(f"{layer}.{MARK}", mark(format))
     return weights
+
+
+def _lazy_array(array: mx.array, dtype: str) -> mx.array | Derived:
+    decoded = _decoded(array, dtype)
+    return array if decoded is array else Derived(decoded, (array,))
 
 
 def _decoded(array: mx.array, dtype: str) -> mx.array:

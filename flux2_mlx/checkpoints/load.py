@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -14,7 +15,8 @@ import mlx.nn as nn
 
 from ..device import weights_of
 from ..errors import CheckpointError, summarize
-from ..lazy import INTEGERS, LazyTensor, cast
+from ..families import TRANSFORMER
+from ..lazy import INTEGERS, Derived, LazyTensor, cast, read
 from ..models.autoencoder import AutoEncoder
 from ..models.config import FluxKleinParams
 from ..models.flux2 import FluxKlein
@@ -26,25 +28,27 @@ from ..quantization.packing import PACKED, quantize_rtn, quantize_weight
 from ..quantization.recipes import QuantizedFluxKlein, mixed_precision, packed_recipe
 from ..quantization.spec import Quantization
 from .checkpoint import Checkpoint
-from .files import load_safetensors
+from .files import open_safetensors
 from .hub import HUB_FILE, download_file, local_path
-from .sanitize import sanitize_flux2_klein_weights
+from .sanitize import sanitize
 
 M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
 class PendingWeights:
-    """The weights of a module that are still to be converted or packed, each when it is brought into memory.
+    """What is still to be done for the weights of a module, each when it is brought into memory.
 
-    A module that ``assign`` filled has them as its attribute ``pending``; ``of`` finds them there. Until then the
-    module holds placeholders of the same shape and dtype.
+    A module that ``assign`` filled has it as its attribute ``pending``; ``of`` finds it there.
 
     Attributes:
-        loaders: functions by a weight's name; each gives the arrays of its layer by their names, and is called once.
+        loaders: functions by the name of a weight that is to be converted or packed; each gives the arrays of its layer
+            by their names, and is called once. Until then the module holds placeholders of the same shape and dtype.
+        sources: by the name of a weight that MLX computes, the arrays to be read first; see lazy.
     """
 
     loaders: dict[str, Callable[[], dict[str, mx.array]]] = field(default_factory=dict)
+    sources: dict[str, tuple[mx.array, ...]] = field(default_factory=dict)
 
     @staticmethod
     def of(module: nn.Module) -> PendingWeights:
@@ -77,6 +81,9 @@ def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, source: str, 
         if isinstance(weight, LazyTensor):
             pending.loaders[name] = partial(_convert, name, weight)
             weight = mx.full(weight.shape, 0 if weight.dtype in INTEGERS else math.nan, weight.dtype)  # a placeholder
+        elif isinstance(weight, Derived):
+            pending.sources[name] = weight.sources
+            weight = weight.array
         values[name] = weight
     module.load_weights(list(values.items()))
     if spec is not None:
@@ -85,7 +92,8 @@ def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, source: str, 
         for path, layer in module.named_modules():
             if path in dense and isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
                 name = f"{path}.weight"
-                load = pending.loaders.get(name, partial(dict, [(name, weights[name])]))
+                load = pending.loaders.get(name, partial(_convert, name, weights[name]))
+                pending.sources.pop(name, None)
                 pending.loaders[name] = partial(_convert_and_pack, path, layer.spec, dtype, load)
     module.pending = pending
     return module
@@ -122,8 +130,8 @@ def _check_fit(expected: Mapping[str, mx.array], weights: Mapping[str, Any], sou
         raise CheckpointError(f"the weights do not fit the config: {'; '.join(faults)}", source=source)
 
 
-def _convert(name: str, weight: LazyTensor) -> dict[str, mx.array]:
-    return {name: weight.load()}
+def _convert(name: str, weight: Any) -> dict[str, mx.array]:
+    return {name: read(weight)}
 
 
 def _convert_and_pack(
@@ -139,6 +147,16 @@ def needs_conversion(module: nn.Module, prefix: str = "") -> bool:
     return any(name.startswith(prefix) for name in PendingWeights.of(module).loaders)
 
 
+def start_reading(module: nn.Module, prefix: str) -> None:
+    """Have MLX read weights of that prefix while it computes something else, in no more memory than they will take."""
+    sources = PendingWeights.of(module).sources
+    weights = {name: array for name, array in weights_of(module).items() if name.startswith(prefix)}
+    room = sum(array.nbytes for array in weights.values())
+    unread = {id(source): source for name, array in weights.items() for source in sources.get(name, (array,))}
+    total = accumulate(source.nbytes for source in unread.values())
+    mx.async_eval([source for source, filled in zip(unread.values(), total, strict=True) if filled <= room])
+
+
 def load_weights(module: nn.Module, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[int]:
     """Bring a module's weights into memory, one after another, since a conversion holds its source until it is done.
 
@@ -151,13 +169,14 @@ def load_weights(module: nn.Module, wanted: Callable[[str], bool] = lambda _: Tr
     Raises:
         CheckpointError: for scales that are not finite.
     """
-    loaders = PendingWeights.of(module).loaders
+    pending = PendingWeights.of(module)
     loaded: dict[str, mx.array] = {}
     lazy = weights_of(module)
     for name in filter(wanted, list(lazy)):
         array = lazy.pop(name)
-        if name in loaders:
-            loaded |= loaders.pop(name)()
+        mx.eval(pending.sources.pop(name, ()))  # on their own: see lazy
+        if name in pending.loaders:
+            loaded |= pending.loaders.pop(name)()
         if name in loaded:
             array = loaded.pop(name)
             module.load_weights([(name, array)], strict=False)
@@ -165,6 +184,13 @@ def load_weights(module: nn.Module, wanted: Callable[[str], bool] = lambda _: Tr
         if name.endswith((".scales", ".biases")) and array.dtype != mx.uint8 and not mx.isfinite(array).all().item():
             raise CheckpointError(f"{name} has values that are not finite; fetch the file again")
         yield array.nbytes
+
+
+def load_all(module: M, wanted: Callable[[str], bool] = lambda _: True) -> M:
+    """The module, after load_weights of all that is wanted."""
+    for _ in load_weights(module, wanted):
+        pass
+    return module
 
 
 def load_transformer(checkpoint: Checkpoint, dtype: mx.Dtype, spec: Quantization | None = None) -> FluxKlein:
@@ -209,7 +235,7 @@ def load_preview_decoder(file: str | os.PathLike[str], dtype: mx.Dtype) -> TinyD
         path = download_file(name, None)
     if path is None or not path.is_file():
         raise CheckpointError(f"no preview decoder {name!r}: there is no such file")
-    return assign(TinyDecoder(), sanitize_taef2_weights(load_safetensors(path)), dtype, f"{path}, as TAEF2's decoder")
+    return assign(TinyDecoder(), sanitize_taef2_weights(open_safetensors(path)), dtype, f"{path}, as TAEF2's decoder")
 
 
 def load_quantized_flux_klein(weights: Mapping[str, mx.array], params: FluxKleinParams) -> QuantizedFluxKlein:
@@ -222,6 +248,6 @@ def load_quantized_flux_klein(weights: Mapping[str, mx.array], params: FluxKlein
     Raises:
         CheckpointError: naming every missing, unknown and mis-shaped weight.
     """
-    weights = sanitize_flux2_klein_weights(weights)
+    weights = sanitize(TRANSFORMER, weights)
     dtype = next((weight.dtype for name, weight in weights.items() if ".norm_" in name), mx.bfloat16)
     return assign(QuantizedFluxKlein(params, packed_recipe(weights)), weights, dtype, "the weights")

@@ -85,6 +85,7 @@ def check(folder: Path) -> Iterator[str]:
         assert isinstance(arrays, dict)
         for weight in sorted(arrays):
             array = arrays.pop(weight)
+            mx.eval(array)  # on its own: see lazy
             if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
                 raise CheckpointError(f"{file}: {weight} has values that are not finite")
         yield f"{name}: {len(header)} tensors, {file.stat().st_size:,} bytes"

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..families import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, Part
+from ..lazy import array_of
 from .formats.decode import decode, dequantize_square
 
 
 def sanitize(part: Part, weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The part's own weights of a file, as numbers that its modules hold, under their names; lazy.
+    """The part's own weights of a file, as numbers that its modules hold, under their names; unread.
 
     Raises:
         CheckpointError: for a storage format that is not read.
@@ -19,13 +20,17 @@ def sanitize(part: Part, weights: Mapping[str, Any]) -> dict[str, Any]:
     return part.names.rename(decoded if part.can_be_packed else dequantize_square(decoded))
 
 
+def _arrays(part: Part, weights: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: array_of(weight) for name, weight in sanitize(part, weights).items()}
+
+
 def sanitize_flux2_klein_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
     """Bring a transformer to the modules' names, decoded: see rename_transformer.
 
     Raises:
         CheckpointError: for a storage format that is not read.
     """
-    return sanitize(TRANSFORMER, weights)
+    return _arrays(TRANSFORMER, weights)
 
 
 def sanitize_qwen3_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,7 +40,7 @@ def sanitize_qwen3_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: for a storage format that is not read.
     """
-    return sanitize(TEXT_ENCODER, weights)
+    return _arrays(TEXT_ENCODER, weights)
 
 
 def sanitize_vae_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,4 +50,4 @@ def sanitize_vae_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: for a storage format that is not read.
     """
-    return sanitize(AUTOENCODER, weights)
+    return _arrays(AUTOENCODER, weights)

@@ -27,7 +27,7 @@ from .._version import __version__
 from ..device import device_errors
 from ..errors import CheckpointError, InputError
 from ..families import PARTS
-from ..lazy import LazyTensor, cast
+from ..lazy import cast, read
 from ..quantization.layers import QuantizedEmbedding, QuantizedLinear, dense_layers, quantize
 from ..quantization.packing import PACKED, quantize_rtn, quantize_weight
 from ..quantization.recipes import mixed_precision, packed_recipe
@@ -69,8 +69,7 @@ def dense_entry(name: str, weight: Any) -> Entry:
     pending = [value]
 
     def load() -> mx.array:
-        weight = pending.pop()
-        return weight.load() if isinstance(weight, LazyTensor) else weight
+        return read(pending.pop())
 
     return Entry(tuple(value.shape), value.dtype, load)
 
@@ -81,9 +80,8 @@ def packed_entries(layer: str, weight: Any, spec: Quantization) -> dict[str, Ent
 
     def load(kind: str) -> mx.array:
         if pending:
-            dense = pending.pop()
-            dense = dense.load() if isinstance(dense, LazyTensor) else dense
-            parts.update(zip(PACKED, quantize_weight(dense, spec, mx.bfloat16, now=True), strict=False))
+            packed = quantize_weight(read(pending.pop()), spec, mx.bfloat16, now=True)
+            parts.update(zip(PACKED, packed, strict=False))
         return parts.pop(kind)
 
     shapes = quantize_rtn(mx.zeros(weight.shape, mx.bfloat16), spec)

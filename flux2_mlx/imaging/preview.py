@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.load import load_autoencoder
+from ..checkpoints.load import load_all, load_autoencoder
 from ..disk_cache import digest_of, read_table, write_table
 from ..models.autoencoder import AutoEncoder
 from ..sampling.latents import PIXELS_PER_TOKEN, pack_latents, unpack_latents
@@ -38,7 +38,7 @@ def preview_map(checkpoint: Checkpoint, dtype: mx.Dtype) -> np.ndarray:
         cached = np.zeros(0, np.float32)
     if cached.shape == (checkpoint.transformer.in_channels + 1, 3 * CELL**2) and np.isfinite(cached).all():
         return cached
-    fitted = fit_map(load_autoencoder(checkpoint, dtype))
+    fitted = fit_map(load_all(load_autoencoder(checkpoint, dtype)))
     write_table(name, {"map": fitted.tolist()})
     return fitted
 

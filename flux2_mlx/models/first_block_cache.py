@@ -13,6 +13,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..collectives import all_gather
+
 
 class FirstBlockCache:
     """The residuals of a pass in its last full steps, from which later steps are predicted.
@@ -85,7 +87,7 @@ class FirstBlockCache:
         )
         shares = difference / size
         if self.group is not None:
-            shares = mx.distributed.all_gather(shares, group=self.group)
+            shares = all_gather(shares, self.group)
         return bool((shares < self.threshold).all().item())
 
     def _extrapolate(self) -> mx.array:

@@ -11,22 +11,28 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from statistics import median
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..device import machine_name
+from ..device import machine_name, on_gpu, system_name
 from ..disk_cache import read_table, write_table
 from ..errors import InputError
 from ..models.layers import Linear, apply_adapters
 from .packing import Packing, dequantize, quantize_weight
 from .spec import Quantization
 
-DENSE_ROWS = 128  # rows of an input from which a packed layer unpacks its weight, where nothing was measured
-MEASURED_ROWS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # rows of an input that autotune tries
-ALWAYS_FUSED = 1 << 62  # rows that no input has: the fused product was the faster one with all of MEASURED_ROWS
-_measured: dict[str, int] = {}  # what autotune found in this process, by machine, shape, packing and dtype
+DENSE_ROWS, GPU_DENSE_ROWS = 128, 256  # rows of an input from which weights are unpacked where nothing was measured
+# Rows that autotune tries. On a GPU fewer are always fused: there launching a kernel would be measured, and little won.
+CPU_ROWS, GPU_ROWS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048), (256, 512, 1024, 2048, 4096)
+ALWAYS_FUSED = 1 << 62  # rows that no input has: the fused product was the faster one with all that were tried
+TOLERANCE = 1.1  # how much longer than the other way the chosen one may take before an entry is measured again
+FINE = 10  # rows are found to a share of one in so many
+EVALUATION = 0.005  # seconds that an evaluation of several products is to take at least, so that starting it is little
+_measured: dict[str, int] = {}  # what autotune found or checked in this process, by machine, shape, packing and dtype
 
 
 class QuantizedLinear(nn.Module):
@@ -47,7 +53,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, dense: Linear, spec: Quantization, packing: Packing = quantize_weight):
         super().__init__()
         self.spec = spec
-        self.dense_rows = DENSE_ROWS
+        self.dense_rows = GPU_DENSE_ROWS if on_gpu() else DENSE_ROWS
         set_packed(self, packing(dense.weight, spec))
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -131,9 +137,13 @@ def quantize(module: nn.Module, recipe: Recipe, packing: Packing = quantize_weig
 def autotune(module: nn.Module, dtype: mx.Dtype, wanted: Callable[[str], bool] = lambda _: True) -> None:
     """Set each packed linear layer's ``dense_rows``: from how many rows of an input it is faster unpacked.
 
-    The environment variable FLUX2_MLX_DENSE_ROWS sets it for all of them. Otherwise it is measured, once on a machine
-    for each shape, packing and dtype, and kept in dense_rows.json in the cache folder; after a change of the BLAS that
-    the CPU backend uses, delete that file.
+    The environment variable FLUX2_MLX_DENSE_ROWS sets it for all of them. Otherwise it is measured, once for each chip,
+    version of MLX and of the system, shape, packing and dtype, and kept in dense_rows.json in the cache folder; after a
+    change of the BLAS that the CPU backend uses, delete that file.
+
+    On a GPU an entry of that file is checked where a process first uses it, and costs no more than a tenth: the fused
+    product takes time for each row, the other one also for unpacking, so the more rows, the better the latter. Where
+    both take the same at an entry's rows, up to TOLERANCE, neither way is worse by more at rows on its own side.
 
     Args:
         dtype: the dtype of the inputs.
@@ -152,27 +162,72 @@ def autotune(module: nn.Module, dtype: mx.Dtype, wanted: Callable[[str], bool] =
         return
     if not layers:
         return
-    table = read_table("dense_rows") | _measured
-    new = False
+    kept = read_table("dense_rows")
+    table = dict(kept)
     for layer in layers:
         rows, spec = layer.weight.shape[0], layer.spec
         columns = layer.weight.shape[1] * 32 // spec.bits
-        key = f"{machine_name()}: {rows} x {columns} {dtype}, {spec}"
-        if not isinstance(table.get(key), int):
-            table[key] = _measured[key] = _measured_rows(layer, columns, dtype)
-            new = True
-        layer.dense_rows = table[key]
-    if new:
+        key = f"{machine_name()}, {system_name()}: {rows} x {columns} {dtype}, {spec}"
+        if key not in _measured:
+            ways = partial(_ratio, layer, columns, dtype)
+            _measured[key] = kept[key] if _is_right(kept.get(key), ways) else _fewest_rows(ways)
+        layer.dense_rows = table[key] = _measured[key]
+    if table != kept:
         write_table("dense_rows", table)
 
 
-def _measured_rows(layer: QuantizedLinear, columns: int, dtype: mx.Dtype) -> int:
-    """The fewest of MEASURED_ROWS with which the unpacked product takes no longer than the fused one."""
-    for rows in MEASURED_ROWS:
-        x = mx.ones((rows, columns), dtype)
-        if shortest_seconds(layer.dense, x) <= shortest_seconds(layer.fused, x):
-            return rows
-    return ALWAYS_FUSED
+def _tried_rows() -> tuple[int, ...]:
+    return GPU_ROWS if on_gpu() else CPU_ROWS
+
+
+def _is_right(entry: Any, ratio: Callable[[int], float]) -> bool:
+    """Whether an entry of the table can be one and, on a GPU, its rows are where both ways take the same."""
+    least, most = _tried_rows()[0], _tried_rows()[-1]
+    if isinstance(entry, bool) or not isinstance(entry, int) or not (least <= entry <= most or entry == ALWAYS_FUSED):
+        return False
+    if not on_gpu():
+        return True
+    found = ratio(min(entry, most))
+    return (entry == ALWAYS_FUSED or found >= 1 / TOLERANCE) and (entry == least or found <= TOLERANCE)
+
+
+def _fewest_rows(ratio: Callable[[int], float]) -> int:
+    """The fewest rows with which the unpacked product takes no longer than the fused one, up to one in FINE too many.
+
+    Args:
+        ratio: the time of the fused product over that of the other, by the number of rows.
+    """
+    fused = 0
+    for dense in _tried_rows():
+        if ratio(dense) >= 1:
+            break
+        fused = dense
+    else:
+        return ALWAYS_FUSED
+    while fused and dense - fused > max(1, dense // FINE):
+        middle = (fused + dense) // 2
+        fused, dense = (fused, middle) if ratio(middle) >= 1 else (middle, dense)
+    return dense
+
+
+def _ratio(layer: QuantizedLinear, columns: int, dtype: mx.Dtype, rows: int) -> float:
+    """The time of a layer's fused product over that of the other way: the median of several evaluations in turn, each
+    beside the next of the other way, so that a clock that still rises changes little. A first one is not counted.
+    """
+    x = mx.ones((rows, columns), dtype)
+    longest = max(evaluation_seconds(way, x) for way in (layer.fused, layer.dense) for _ in range(2))
+    calls = min(8, max(1, round(EVALUATION / max(longest, 1e-9))))
+    pairs = 5 if longest < 0.1 else 3
+    return median(
+        evaluation_seconds(layer.fused, x, calls) / evaluation_seconds(layer.dense, x, calls) for _ in range(pairs)
+    )
+
+
+def evaluation_seconds(function: Callable[..., mx.array], x: mx.array, calls: int = 1) -> float:
+    """Seconds of one evaluation of several calls."""
+    start = time.perf_counter()
+    mx.eval([function(x) for _ in range(calls)])
+    return time.perf_counter() - start
 
 
 def shortest_seconds(function: Callable[..., mx.array], *arrays: mx.array) -> float:

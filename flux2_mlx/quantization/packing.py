@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -48,7 +49,8 @@ def quantize_weight(
         dtype: the dtype that the weight is cast to first, part by part; its own unless given.
         now: compute each part before the next. Left lazy, the sources of several parts would be in memory together.
     """
-    packing = _quantize_fitted if spec.mode == "affine" and spec.bits <= FITTED_BITS else quantize_rtn
+    is_fitted = spec.mode == "affine" and spec.bits <= FITTED_BITS
+    packing = _quantize_fitted if is_fitted else quantize_rtn
     rows = max(1, PACKED_AT_ONCE // weight.shape[1])
     dtype = weight.dtype if dtype is None else dtype
     parts = []
@@ -56,7 +58,8 @@ def quantize_weight(
         parts.append(packing(weight[top : top + rows].astype(dtype), spec))
         if now:
             mx.eval(parts[-1])
-    return tuple(mx.concatenate(list(part)) for part in zip(*parts, strict=True))
+    words, *scales = (mx.concatenate(list(part)) for part in zip(*parts, strict=True))
+    return words, *(array.astype(dtype) if is_fitted else array for array in scales)
 
 
 def quantize_rtn(weight: mx.array, spec: Quantization) -> tuple[mx.array, ...]:
@@ -64,41 +67,82 @@ def quantize_rtn(weight: mx.array, spec: Quantization) -> tuple[mx.array, ...]:
     return tuple(mx.quantize(weight, group_size=spec.group_size, bits=spec.bits, mode=spec.mode))
 
 
-def _quantize_fitted(weight: mx.array, spec: Quantization) -> tuple[mx.array, mx.array, mx.array]:
-    """Codes, scales and biases of the least squared error, by turns: the nearest codes for a scale and a bias, then
-    the scale and bias of the regression of the weights on those codes.
+def _quantize_fitted(weight: mx.array, spec: Quantization) -> tuple[mx.array, ...]:
+    """fit_groups, compiled on a GPU."""
+    fit = _fit_compiled if on_gpu() else fit_groups  # a compiler takes longer for these kernels than a CPU to pack
+    return tuple(fit(weight, spec.bits, spec.group_size))
+
+
+def fit_groups(weight: mx.array, bits: int, group_size: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Words, scales and biases of the least squared error, these rounded to the weight's dtype but in float32. Found by
+    turns: the nearest codes for a scale and a bias, then the scale and bias of the regression of the weights on those
+    codes.
 
     The codes of a group's least and greatest weight waste the range on two weights; a search for better ends without
     data is that of Half-Quadratic Quantization (Badri and Shaji, 2023), here with the squared error.
+
+    It is written for mx.compile, which makes one kernel of what lies between two sums. So two arrays that are summed
+    alike are one with an axis more, a group hands on nothing but its sums, and means are written anew for each kernel
+    that has them, by other factors of the same product, which is exact for groups of a power of two: of two kernels'
+    common term mx.compile would make a third kernel.
     """
-    top = 2**spec.bits - 1
-    groups = weight.astype(mx.float32).reshape(weight.shape[0], -1, spec.group_size)
-    mean = groups.mean(-1, keepdims=True)
-    low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
+    top, shape = 2**bits - 1, weight.shape
+    weight = weight.reshape(1, shape[0], -1, group_size)
+    low, high = (end(weight, axis=-1, keepdims=True).astype(mx.float32) for end in (mx.min, mx.max))
     scale = mx.maximum((high - low) * (FITTED_RANGE / top), 1e-12)
     bias = (high + low) / 2 - scale * (top / 2)
-    for _ in range(FITTED_ROUNDS):
-        codes = mx.clip(mx.round((groups - bias) / scale), 0, top)
-        centre = codes.mean(-1, keepdims=True)
-        spread = mx.square(codes - centre).sum(-1, keepdims=True)
-        slope = ((codes - centre) * (groups - mean)).sum(-1, keepdims=True) / mx.maximum(spread, 1e-12)
-        scale = mx.where(spread > 0, mx.maximum(slope, 1e-12), scale)
-        bias = mean - scale * centre
-    scale, bias = scale.astype(weight.dtype), bias.astype(weight.dtype)
-    codes = mx.clip(mx.round((groups - bias.astype(mx.float32)) / scale.astype(mx.float32)), 0, top)
-    return pack_codes(codes.reshape(weight.shape).astype(mx.uint32), spec.bits), scale[..., 0], bias[..., 0]
+    second = mx.array([False, True]).reshape(2, 1, 1, 1)
+
+    def nearest(groups: mx.array) -> mx.array:
+        return mx.clip(mx.round((groups - bias) / scale), 0, top)
+
+    groups = weight.astype(mx.float32)
+    both = mx.where(second, groups, nearest(groups))
+    codes, groups = mx.split(both, 2)
+    total, sums = mx.split(both.sum(-1, keepdims=True), 2)
+    from_mean = groups - sums / group_size
+    for k in range(FITTED_ROUNDS):
+        if k > 0:
+            codes = nearest(groups)
+            total = codes.sum(-1, keepdims=True)
+        distance = codes - total / group_size
+        if k == 0:  # the first kernel keeps the weights' distances for the others
+            first, third = (mx.array([k == place for k in range(3)]).reshape(3, 1, 1, 1) for place in (0, 2))
+            factors = mx.where(first, distance, from_mean)
+            products, from_mean = mx.split(mx.where(third, from_mean, distance * factors), [2])
+        else:
+            products = distance * mx.where(second, from_mean, distance)
+        spread, slope = mx.split(products.sum(-1, keepdims=True), 2)
+        scale = mx.maximum(slope / mx.maximum(spread, 1e-12), 1e-12)  # of equal weights both sums are 0
+        mean = sums * 0.5**k * (2**k / group_size)
+        bias = mean - scale * (total * (1 / group_size))
+    rounded = mx.where(second, bias, scale).astype(weight.dtype).astype(mx.float32)
+    scale, bias = mx.split(rounded, 2)
+    count = 8 // math.gcd(8, bits)
+    words = pack_lanes([nearest(groups[..., k::count]) for k in range(count)], bits)
+    return words.reshape(shape[0], -1), scale.reshape(shape[0], -1), bias.reshape(shape[0], -1)
+
+
+_fit_compiled = mx.compile(fit_groups)
 
 
 def pack_codes(codes: mx.array, bits: int) -> mx.array:
-    """Codes (out, in) as the words that MLX reads: the codes' bits one after another, lowest first, 32 to a word."""
-    codes = codes.reshape(codes.shape[0], -1, 32)
-    words = [mx.zeros(codes.shape[:2], mx.uint32)] * bits
-    for k in range(32):
-        word, start = divmod(k * bits, 32)
-        words[word] = words[word] | (codes[..., k] << start)
-        if start + bits > 32:
-            words[word + 1] = words[word + 1] | (codes[..., k] >> (32 - start))
-    return mx.stack(words, axis=-1).reshape(codes.shape[0], -1)
+    """Codes (..., inputs) as the words (..., words) that MLX reads: their bits one after another, lowest first."""
+    count = 8 // math.gcd(8, bits)
+    return pack_lanes([codes[..., k::count] for k in range(count)], bits)
+
+
+def pack_lanes(lanes: Sequence[mx.array], bits: int) -> mx.array:
+    """pack_codes of codes that are given as the first of each few that take whole bytes, the second of each, and so
+    on (..., inputs / few).
+    """
+    size = len(lanes) * bits // 8  # bytes of one code of each lane
+    dtype = mx.uint8 if size == 1 else mx.uint32 if size <= 4 else mx.uint64
+    parts = [lane.astype(dtype) << (bits * k) for k, lane in enumerate(lanes)]
+    while len(parts) > 1:  # as a tree, since mx.compile fuses no long chains
+        parts = [a | b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    octets = parts[0][..., None].view(mx.uint8)[..., :size]
+    return octets.reshape(*lanes[0].shape[:-1], -1).view(mx.uint32)
 
 
 def dequantize(weight: mx.array, scales: mx.array, biases: mx.array | None, spec: Quantization) -> mx.array:

@@ -8,6 +8,7 @@ import secrets
 import mlx.core as mx
 import numpy as np
 
+from ..collectives import all_gather, all_sum
 from ..errors import InputError
 
 
@@ -25,7 +26,7 @@ def random_seed() -> int:
 
 def shared_seed(group: mx.distributed.Group) -> int:
     """The first process's random seed."""
-    seeds = mx.distributed.all_gather(mx.array([random_seed()], mx.uint32), group=group)
+    seeds = all_gather(mx.array([random_seed()], mx.uint32), group)
     return int(np.array(seeds)[0])
 
 
@@ -34,7 +35,7 @@ def check_agreement(identity: str, group: mx.distributed.Group | None) -> None:
     if group is None:
         return
     own = mx.array(list(bytes.fromhex(identity)), mx.uint32)[None]
-    if np.ptp(np.array(mx.distributed.all_gather(own, group=group)), axis=0).any():
+    if np.ptp(np.array(all_gather(own, group)), axis=0).any():
         raise InputError("the processes have different images or captions; each needs the same folder")
 
 
@@ -42,4 +43,4 @@ def any_process(flag: bool, group: mx.distributed.Group | None) -> bool:
     """Whether ``flag`` is set in any process."""
     if group is None:
         return flag
-    return bool(mx.distributed.all_sum(mx.array(int(flag)), group=group).item())
+    return bool(all_sum(mx.array(int(flag)), group).item())

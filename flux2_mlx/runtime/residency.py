@@ -20,10 +20,17 @@ import mlx.core as mx
 import mlx.nn as nn
 from tqdm.auto import tqdm
 
-from ..adapters.lora import Lora, adapter_arrays, check_scale, open_lora, set_adapters, with_fused
+from ..adapters.lora import Lora, check_scale, is_adapter, open_lora, set_adapters, with_fused
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.files import read_through
-from ..checkpoints.load import load_autoencoder, load_text_encoder, load_transformer, load_weights, needs_conversion
+from ..checkpoints.load import (
+    load_all,
+    load_autoencoder,
+    load_text_encoder,
+    load_transformer,
+    load_weights,
+    needs_conversion,
+)
 from ..device import (
     clear_streams_at_end_of_thread,
     device_errors,
@@ -33,7 +40,7 @@ from ..device import (
     weight_bytes,
 )
 from ..errors import DeviceError, InputError
-from ..models.autoencoder import AutoEncoder
+from ..models.autoencoder import AutoEncoder, LatentStatistics
 from ..models.flux2 import FluxKlein
 from ..models.qwen3 import Qwen3TextEncoder
 from ..quantization.layers import autotune
@@ -43,6 +50,8 @@ from .plan import Stage, stage_of
 from .stats import Stats
 from .streaming import is_streamed, stream
 
+LARGE = 10**9  # bytes of a stage from which quantizing it at every start is worth a warning
+STATISTICS = "bn."  # the beginning of names of the latents' statistics
 STAGES = ("text_encoder", "transformer", "autoencoder")
 
 
@@ -189,8 +198,8 @@ class Stages:
         self._make_room(name, stage.activation_bytes + (weights if streams or not is_loaded else 0), need.pinned)
         if is_loaded:
             return stage.activation_bytes
-        self._warn(stage, weights, need.pinned, module if streams else None)
-        self._load(name, module, stage, weights, stats, streams=streams)
+        self._warn(name, stage, weights, need.pinned, streams=streams)
+        self._load(name, part, stage, weights, stats, streams=streams)
         return stage.activation_bytes
 
     def claim(self, name: str) -> None:
@@ -198,10 +207,23 @@ class Stages:
         if self._thread[name] is not current_thread():
             self._open(name)
 
-    def _load(self, name: str, module: nn.Module, stage: Stage, weights: int, stats: Stats, *, streams: bool) -> None:
-        """Read a module's weights, or of a streamed one those outside of its blocks."""
-        dtype = self._dtype(name)
-        loading = stream(module, partial(self._built, name), dtype) if streams else load_weights(module)
+    def latent_statistics(self) -> LatentStatistics:
+        """The autoencoder's statistics of the latents, loaded."""
+        if not self._loaded["autoencoder"]:
+            self.claim("autoencoder")
+        return load_all(self.autoencoder, lambda weight: weight.startswith(STATISTICS)).bn
+
+    def _load(self, name: str, part: str, stage: Stage, weights: int, stats: Stats, *, streams: bool) -> None:
+        """Read the weights of a stage or a part, or of a streamed stage those outside of its blocks. With a part of the
+        autoencoder go the statistics of the latents, which encoder and decoder share.
+        """
+        dtype, module = self._dtype(name), self._module(name, part)
+        wanted = (f"{part}.", STATISTICS) if part else ("",)
+        loading = (
+            stream(module, partial(self._built, name), dtype)
+            if streams
+            else load_weights(self._modules[name], lambda weight: weight.startswith(wanted))
+        )
         with (
             self.bar(f"loading {stage.name}", weights, unit="B", unit_scale=True) as bar,
             memory_limit(self.memory_limit, 0),
@@ -212,16 +234,16 @@ class Stages:
                     bar.update(count)
                 if not streams:
                     autotune(module, dtype)
-                if name == "autoencoder":  # the statistics of the latents, which encoder and decoder share
-                    mx.eval(self.autoencoder.bn.parameters())
             except BaseException:
                 self._open(name)  # so that no layer stays half converted
                 raise
         mx.clear_cache()  # frees the buffers that weights were converted from
         self._loaded[name].add(id(module))
 
-    def _warn(self, stage: Stage, weights: int, pinned: int, streamed: nn.Module | None) -> None:
-        """Warn of what will be slow: too little memory, or a streamed module that is converted in every pass."""
+    def _warn(self, name: str, stage: Stage, weights: int, pinned: int, *, streams: bool) -> None:
+        """Warn of what will be slow: too little memory, or weights that are converted in every pass or at every start.
+        The last says the same of all stages, so that Python shows it once.
+        """
         needed = weights + stage.activation_bytes + (mx.get_active_memory() if self.memory == "resident" else pinned)
         if needed > self.memory_limit:
             warnings.warn(
@@ -229,10 +251,17 @@ class Stages:
                 f"{self.memory_limit / 1e9:.1f} GB; it will be slow, or fail, for want of memory",
                 stacklevel=2,
             )
-        if streamed is not None and needs_conversion(streamed):
+        is_converted = needs_conversion(self._modules[name])
+        if streams and is_converted:
             warnings.warn(
                 f"the {stage.name} is streamed and its weights are converted in every pass over them; "
                 "python -m flux2_mlx.convert does it once",
+                stacklevel=2,
+            )
+        elif is_converted and name in self.quantize and weights >= LARGE:
+            warnings.warn(
+                "weights are quantized as they are read, at every start; python -m flux2_mlx.convert with --quantize "
+                "does it once",
                 stacklevel=2,
             )
 
@@ -332,7 +361,7 @@ class Stages:
             self.evict()
             if self._loaded["transformer"] and not is_streamed(self.transformer):
                 set_adapters(self.transformer, self._unfused())
-                mx.eval(adapter_arrays(self.transformer))
+                load_all(self.transformer, is_adapter)
             else:
                 self._open("transformer")
 

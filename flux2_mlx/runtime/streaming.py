@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..checkpoints.load import load_weights, needs_conversion
+from ..checkpoints.load import load_all, load_weights, needs_conversion, start_reading
 from ..device import weights_of
 from ..errors import InputError
 from ..families import PARTS
@@ -98,14 +98,13 @@ class _Blocks:
         mx.async_eval(out)
         for path in () if may_end else self.paths[number + 1 : number + 2]:
             if not needs_conversion(self.unread, path):
-                mx.async_eval([array for name, array in weights_of(self.unread).items() if name.startswith(path)])
+                start_reading(self.unread, path)
         mx.eval(out)
         return out
 
     def _take(self, path: str) -> nn.Module:
         """Load a block and take it out of ``unread``, so that it is freed once its caller is done with it."""
-        for _ in load_weights(self.unread, lambda name: name.startswith(path)):
-            pass
+        load_all(self.unread, lambda name: name.startswith(path))
         *parents, last = path[:-1].split(".")
         blocks: Any = self.unread
         for name in parents:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from ..collectives import all_gather
 from .denoiser import Velocity
 from .schedules import StepPlan
 
@@ -55,7 +56,7 @@ def distributed(denoiser: Velocity, group: mx.distributed.Group) -> Passes:
 
     def passes(x: mx.array, txt: mx.array, negative: mx.array, step: StepPlan) -> tuple[mx.array, mx.array]:
         velocity = denoiser(x, (txt, negative)[group.rank()], step)
-        v, v_uncond = mx.split(mx.distributed.all_gather(velocity, group=group), 2)
+        v, v_uncond = mx.split(all_gather(velocity, group), 2)
         return v, v_uncond
 
     return passes

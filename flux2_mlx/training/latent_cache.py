@@ -11,6 +11,7 @@ import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
 from .._version import __version__
+from ..checkpoints.load import load_all
 from ..device import memory_limit
 from ..disk_cache import digest_of
 from ..imaging.files import atomic_write, open_image
@@ -61,7 +62,8 @@ class LatentCache:
             yield len(part)
         self.pipe.encode(new[-1:])  # the pipeline caches the embeddings of one call: let it be a small one
         self.pipe.unload("text_encoder")
-        autoencoder, config = self.pipe.autoencoder, self.pipe.checkpoint.autoencoder
+        config = self.pipe.checkpoint.autoencoder
+        autoencoder = load_all(self.pipe.autoencoder, lambda name: not name.startswith("decoder."))
         for path, size in unique_images:
             file = self._latents_file(path, size)
             if not _is_readable(file):
@@ -116,7 +118,9 @@ def _write(path: Path, array: mx.array) -> None:
 
 
 def _read(path: Path) -> mx.array:
-    return cast("dict[str, mx.array]", mx.load(str(path)))["array"]
+    array = cast("dict[str, mx.array]", mx.load(str(path)))["array"]
+    mx.eval(array)  # on its own: see lazy
+    return array
 
 
 def save_arrays(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:

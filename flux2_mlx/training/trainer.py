@@ -29,6 +29,7 @@ from mlx.utils import tree_map, tree_map_with_path
 from safetensors import SafetensorError, safe_open
 
 from ..adapters.keys import lora_arrays
+from ..collectives import all_sum, sum_tree
 from ..device import synchronize
 from ..errors import CheckpointError, InputError
 from ..models.flux2 import FluxKlein
@@ -137,9 +138,8 @@ class Trainer:
                 gradients = tree_map(mx.add, gradients, pass_gradients)
                 mx.eval(preservation_loss, gradients)
         if self.group is not None:
-            losses = mx.distributed.all_sum(mx.stack([loss, preservation_loss]), group=self.group)
-            loss, preservation_loss = losses
-            gradients = tree_map(lambda array: array * processes, nn.average_gradients(gradients, self.group))
+            loss, preservation_loss = all_sum(mx.stack([loss, preservation_loss]), self.group)
+            gradients = sum_tree(gradients, self.group)
         gradients, norm = optim.clip_grad_norm(gradients, options.clip)
         mx.eval(loss, gradients, norm)
         loss_value, norm_value = float(np.array(loss)), float(np.array(norm))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..checkpoints.load import load_all
 from ..errors import InputError
 from ..families import BASE, DISTILLED
 from ..imaging.files import open_image
@@ -82,7 +83,7 @@ class Validation:
                 denoiser, passes, cache.prompt_embeds(self.prompt), cache.prompt_embeds(""), self.guidance
             )
             ((_, latents, _),) = deque(sample_euler(velocity, noise, steps), maxlen=1)
-        autoencoder = cache.pipe.autoencoder
+        autoencoder = load_all(cache.pipe.autoencoder, lambda name: not name.startswith("encoder."))
         decoded = autoencoder.decoder(unpack_latents(autoencoder.bn.denormalize(latents), height, width))
         image = to_pil(np.array(to_unit(decoded)[0]))
         cache.pipe.unload("autoencoder")

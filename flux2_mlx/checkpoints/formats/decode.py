@@ -7,13 +7,14 @@ tensor and is decoded as its tensors are read (gguf.py).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
 from ...errors import CheckpointError
-from ...lazy import LazyTensor
-from ...quantization.packing import bits_and_group
+from ...lazy import Derived, LazyTensor, array_of, derive, read, sources_of
+from ...quantization.packing import PACKED, bits_and_group
 from .fp8 import FP8
 from .int8 import INT8
 from .marks import MARK, SCALES, UNUSED, StoredLayer, marked_format
@@ -46,21 +47,23 @@ def decode(weights: Mapping[str, Any]) -> dict[str, Any]:
         if kind == "weight":
             scales = {kind: weights[f"{layer}.{kind}"] for kind in SCALES if f"{layer}.{kind}" in weights}
             if scales or layer in marks:
-                weight = _decode_layer(StoredLayer(layer, weight, scales, marks.get(layer)))
+                weight = _decode_layer(layer, weight, scales, marks.get(layer))
         result[name] = weight
     return result
 
 
-def _decode_layer(layer: StoredLayer) -> Any:
-    for name, scale in layer.scales.items():
-        if not isinstance(scale, mx.array):
-            raise CheckpointError(f"{layer.name}.{name} is in GGUF, where no scales belong")
-        if not mx.isfinite(scale).all().item():
-            raise CheckpointError(f"{layer.name}.{name} is not a finite number")
+def _decode_layer(name: str, weight: Any, scales: Mapping[str, Any], mark: str | None) -> Any:
+    for kind, scale in scales.items():
+        if isinstance(scale, LazyTensor):
+            raise CheckpointError(f"{name}.{kind} is in GGUF, where no scales belong")
+        if not mx.isfinite(read(scale)).all().item():
+            raise CheckpointError(f"{name}.{kind} is not a finite number")
+    layer = StoredLayer(name, array_of(weight), {kind: array_of(scale) for kind, scale in scales.items()}, mark)
     format = next((format for format in FORMATS if format.matches(layer)), None)
     if format is None:
         raise layer.unread()
-    return format.decode(layer)
+    decoded = format.decode(layer)
+    return decoded if isinstance(decoded, LazyTensor) else Derived(decoded, sources_of(weight))
 
 
 def dequantize_square(weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,6 +80,6 @@ def dequantize_square(weights: Mapping[str, Any]) -> dict[str, Any]:
         if f"{layer}.scales" in weights and f"{layer}.weight" in weights:
             weight = weights[f"{layer}.weight"]
             bits, group = bits_and_group(weights, layer, weight.shape[0])
-            scales, biases = dense.pop(f"{layer}.scales"), dense.pop(f"{layer}.biases", None)
-            dense[f"{layer}.weight"] = mx.dequantize(weight, scales, biases, group_size=group, bits=bits)
+            arrays = [dense.pop(f"{layer}.{kind}") for kind in PACKED if f"{layer}.{kind}" in dense]
+            dense[f"{layer}.weight"] = derive(partial(mx.dequantize, group_size=group, bits=bits), *arrays)
     return dense

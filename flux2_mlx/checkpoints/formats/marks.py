@@ -29,8 +29,8 @@ class StoredLayer:
 
     Attributes:
         name: the layer's name in the file, without ".weight".
-        weight: an mx.array or a LazyTensor; FP8 is a float already.
-        scales: those of SCALES that stand beside the weight, by that name; finite.
+        weight: an mx.array or a LazyTensor, unread; FP8 is a float already.
+        scales: those of SCALES that stand beside the weight, by that name; read, and finite.
         mark: the format that the file names for the layer; None where it names none.
     """
 

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from ...errors import CheckpointError
+from ...lazy import derive
 from ..config import AutoEncoderConfig
 from .common import Names, block_count
 
@@ -71,18 +72,18 @@ def rename_autoencoder(weights: Mapping[str, Any]) -> dict[str, Any]:
         sanitized[name] = weight
     for name, weight in sanitized.items():
         if _ATTENTION.search(name) and weight.ndim == 4:
-            sanitized[name] = weight.reshape(weight.shape[0], -1)
+            sanitized[name] = derive(lambda matrix: matrix.reshape(matrix.shape[0], -1), weight)
     if channels_first:
         for name, weight in sanitized.items():
             if weight.ndim == 4:
-                sanitized[name] = mx.contiguous(weight.transpose(0, 2, 3, 1))
+                sanitized[name] = derive(lambda kernel: mx.contiguous(kernel.transpose(0, 2, 3, 1)), weight)
     return sanitized
 
 
-def _channels_first(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+def _channels_first(weights: Mapping[str, Any]) -> dict[str, Any]:
     """Convolutions (out, h, w, in) as (out, in, h, w), and the count that torch's BatchNorm has."""
     named = {
-        name: mx.contiguous(weight.transpose(0, 3, 1, 2)) if weight.ndim == 4 else weight
+        name: derive(lambda kernel: mx.contiguous(kernel.transpose(0, 3, 1, 2)), weight) if weight.ndim == 4 else weight
         for name, weight in weights.items()
     }
     return named | {"bn.num_batches_tracked": mx.array(0, mx.int64)}
@@ -101,7 +102,9 @@ def sanitize_taef2_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
             found.setdefault(int(place[1]), {})[place[2]] = weight
     shift = 1 if 0 in found else 0
     return {
-        f"layers.{number + shift}.{name}": weight.transpose(0, 2, 3, 1) if weight.ndim == 4 else weight
+        f"layers.{number + shift}.{name}": derive(lambda kernel: kernel.transpose(0, 2, 3, 1), weight)
+        if weight.ndim == 4
+        else weight
         for number, layer in found.items()
         for name, weight in layer.items()
     }
@@ -110,7 +113,7 @@ def sanitize_taef2_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
 _TAEF2 = re.compile(r"(?:taesd_)?(?:decoder\.)?(?:layers\.)?(\d+)\.(.+)")
 
 
-def diffusers_vae(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+def diffusers_vae(weights: Mapping[str, Any]) -> dict[str, Any]:
     """An autoencoder in diffusers' layout: the inverse of sanitize_vae_weights."""
     return {
         re.sub(r"^(?:encoder|decoder)\.(?=quant_conv\.|post_quant_conv\.)", "", name): weight
@@ -118,13 +121,13 @@ def diffusers_vae(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
     }
 
 
-def bfl_vae(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+def bfl_vae(weights: Mapping[str, Any]) -> dict[str, Any]:
     """An autoencoder as ae.safetensors has it: the inverse of sanitize_vae_weights."""
     stages = block_count(weights, "decoder.up_blocks")
     named = {}
     for name, weight in _channels_first(weights).items():
         if _ATTENTION.search(name):
-            weight = weight[:, :, None, None]
+            weight = derive(lambda matrix: matrix[:, :, None, None], weight)
         for pattern, replacement in _TO_BFL_VAE:
             name = pattern.sub(replacement, name)
         stage = _UP_STAGE.match(name)

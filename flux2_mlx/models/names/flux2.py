@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from ...errors import CheckpointError, InputError, OtherModelError
-from ...lazy import concat_rows, slice_rows
+from ...lazy import array_of, concat_rows, slice_rows
 from ..config import FluxKleinParams
 from .common import Names, block_count, dense_columns
 
@@ -191,7 +191,7 @@ def bfl_lora(layers: Mapping[str, tuple[mx.array, mx.array]]) -> dict[str, tuple
             before = sum(layers[other][1].shape[1] for other in present if other in targets[: targets.index(target)])
             blocks.append(mx.pad(own, [(0, 0), (before, down.shape[0] - before - own.shape[1])]))
         up = mx.concatenate(blocks)
-        named[module] = down, _swap_halves(up) if module == "final_layer.adaLN_modulation.1" else up
+        named[module] = down, array_of(_swap_halves(up)) if module == "final_layer.adaLN_modulation.1" else up
     return named
 
 
