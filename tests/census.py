@@ -35,7 +35,7 @@ from flux2_mlx.checkpoints.files import _decoded
 from flux2_mlx.checkpoints.formats.decode import decode, dequantize_square
 from flux2_mlx.checkpoints.formats.marks import mark
 from flux2_mlx.imaging.preprocess import to_unit
-from flux2_mlx.lazy import LazyTensor
+from flux2_mlx.lazy import LazyTensor, array_of, cast
 from flux2_mlx.models.autoencoder import AutoEncoder
 from flux2_mlx.models.config import Qwen3Config
 from flux2_mlx.models.first_block_cache import FirstBlockCache
@@ -378,7 +378,7 @@ def adapters(census: Census, dtype: mx.Dtype) -> None:
         for kind in DTYPES:
             for extra in ({}, {"magnitude": (side,)}):
                 arrays = {name: mx.zeros(shape, kind) for name, shape in (shapes | extra).items()}
-                layer = LoraLayer("layer", arrays, (("to_q", 0, side // 2), ("to_q", side // 2, side)), 0.5)
+                layer = LoraLayer("layer", arrays, (("to_q", 0, side // 2), ("to_q", side // 2, side)), 0.5, ())
                 ((_, delta),) = layer.deltas({"to_q": (side, side)}, 0.8)
 
                 def merge(weight: mx.array, delta: Any = delta) -> mx.array:
@@ -398,7 +398,7 @@ def formats(census: Census, dtype: mx.Dtype) -> None:
 
     def read(weights: dict[str, Any], *traced: mx.array) -> Any:
         made = decode(weights | dict(zip(("layer.weight",), traced, strict=False)))
-        return {name: weight.astype(dtype) for name, weight in made.items()}
+        return {name: array_of(cast(weight, dtype)) for name, weight in made.items()}
 
     for kind in DTYPES:
         census.trace("a cast", lambda weight: weight.astype(dtype), mx.zeros((rows, columns), kind))
