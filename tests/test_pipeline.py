@@ -390,9 +390,9 @@ def test_references_are_encoded_once(pipe, monkeypatch):
     encoded = []
     encode = type(pipe.autoencoder.encoder).__call__
 
-    def counted(encoder, pixels):
+    def counted(encoder, pixels, tile_bytes):
         encoded.append(pixels.shape)
-        return encode(encoder, pixels)
+        return encode(encoder, pixels, tile_bytes)
 
     monkeypatch.setattr(type(pipe.autoencoder.encoder), "__call__", counted)
     first, second = (Image.new("RGB", (96, 64), colour) for colour in ("red", "blue"))
