@@ -69,7 +69,7 @@ def free_memory() -> int | None:
     the GPU has a memory of its own.
     """
     if sys.platform == "darwin":
-        free = free_in_sysctl(_output("sysctl", "-n", "kern.memorystatus_level", "hw.memsize"))
+        free = free_in_sysctl(_output("sysctl", "hw.memsize", "kern.memorystatus_level"))
         return free_in_vm_stat(_output("vm_stat")) if free is None else free
     if on_gpu():
         return None
@@ -94,13 +94,14 @@ def free_in_meminfo(text: str) -> int | None:
 
 
 def free_in_sysctl(text: str) -> int | None:
-    """Available bytes by macOS's kern.memorystatus_level and hw.memsize, one a line: the percentage of the memory that
-    it gives before it is short of any, as its memory_pressure says. None for other text.
+    """Available bytes by the output of macOS's sysctl: kern.memorystatus_level is the percentage of hw.memsize that it
+    gives before it is short of any, as its memory_pressure says. None for other text.
     """
-    match = re.fullmatch(r"(\d+)\n(\d+)\n?", text)
-    if not match or int(match[1]) > 100 or not int(match[2]):
+    memory = re.search(r"^hw\.memsize: ([1-9]\d*)$", text, re.MULTILINE)
+    level = re.search(r"^kern\.memorystatus_level: (\d{1,3})$", text, re.MULTILINE)
+    if memory is None or level is None or int(level[1]) > 100:
         return None
-    return int(match[2]) * int(match[1]) // 100
+    return int(memory[1]) * int(level[1]) // 100
 
 
 def free_in_vm_stat(text: str) -> int | None:

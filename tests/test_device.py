@@ -152,7 +152,9 @@ def test_commands_end_in_one_line(checkpoint, monkeypatch, tmp_path, capsys):
 
 # ------------------------------------------------------------------------------------------------ memory
 
-# Recorded: a Mac of 32 GB with 4 KB pages (wazuh/wazuh 22113).
+# Recorded: a Mac of 16 GB with 10 cores, as another project's tests of its own parser have it; a Mac of 32 GB with 4 KB
+# pages (wazuh/wazuh 22113).
+SYSCTL = "hw.memsize: 17179869184\nkern.memorystatus_level: 40\n"
 VM_STAT = """Mach Virtual Memory Statistics: (page size of 4096 bytes)
 Pages free:                             6127229.
 Pages active:                            485320.
@@ -181,15 +183,22 @@ Swapouts:                                     0.
 
 def test_free_memory_of_macos():
     assert free_in_vm_stat(VM_STAT) == (6127229 + 628646 + 430715) * 4096
-    assert free_in_sysctl("60\n17179869184\n") == 10_307_921_510
-    for text in ("", "60\n", "101\n17179869184\n", "-1\n17179869184\n", "60 %\n17179869184\n", "0\n0\n"):
-        assert free_in_sysctl(text) is None, text
+    assert free_in_sysctl(SYSCTL) == 6_871_947_673
+    for was, becomes in (
+        ("memsize", "size"),
+        ("_level: 40", ""),
+        (": 40", ": 101"),
+        (": 40", ": -1"),
+        (": 40", ": 4 %"),
+    ):
+        assert free_in_sysctl(SYSCTL.replace(was, becomes)) is None, becomes
+    assert free_in_sysctl("hw.memsize: 0\nkern.memorystatus_level: 0\n") is None
 
 
 @pytest.mark.parametrize(
     ("sysctl", "vm_stat", "expected"),
     [
-        ("60\n17179869184\n", VM_STAT, 10_307_921_510),
+        (SYSCTL, VM_STAT, 6_871_947_673),
         (None, VM_STAT, 7186590 * 4096),
         ("?\n", VM_STAT, 7186590 * 4096),
         (None, "?\n", None),
