@@ -23,7 +23,14 @@ hypothesis.settings.load_profile("project")
 
 
 @pytest.fixture
-def memory():
+def cpu_order():
+    """Skip on a GPU what counts on the CPU's order of computing: peaks of memory, and plans of them."""
+    if os.environ.get("FLUX2_MLX_TEST_DEVICE") == "gpu":
+        pytest.skip("counts on the CPU's order of computing")
+
+
+@pytest.fixture
+def memory(cpu_order):
     """A function that tells the bytes of MLX arrays, once nothing of earlier tests is left to be freed, or to be used
     again: an array takes all of a freed buffer that is somewhat too large for it.
     """

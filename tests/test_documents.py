@@ -240,6 +240,7 @@ def test_every_released_model_is_in_the_readme():
         assert repo in README
 
 
+@pytest.mark.usefixtures("cpu_order")
 def test_options_by_memory_are_those_of_the_plan(capsys):
     rows = re.findall(r"^\| (\d+) GB \| `(--model .*?)` \| ([\d.]+) of ([\d.]+) \| (.*?) \|$", README, re.MULTILINE)
     assert {int(memory) for memory, *_ in rows} == {8, 16, 24, 32, 64}

@@ -79,6 +79,7 @@ def test_tiles_equal_the_undivided_picture(model, monkeypatch, size):
     assert relative_error(ours.decoder(z), nhwc(expected)) <= EXACT
 
 
+@pytest.mark.usefixtures("cpu_order")
 def test_tiles_keep_to_one_activation():
     """The widest activation is the last but one, at the picture's size. The CPU backend also unfolds what it convolves,
     nine times its size, so undivided it takes much more. Within a memory limit, as stages are lent, one tile is at
@@ -126,6 +127,7 @@ def test_no_wait_leaves_the_device_without_work(model, monkeypatch, part):
     assert relative_error(out, to_torch(expected)) <= 1e-5
 
 
+@pytest.mark.usefixtures("cpu_order")
 def test_statistics_keep_no_tile_in_float32():
     ours = module.GroupNorm(AutoEncoderConfig(norm_num_groups=8), 64, silu=False)
     tiles = [mx.full((1, 16, 64, 64), k, mx.bfloat16) for k in range(16)]
