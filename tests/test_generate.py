@@ -125,6 +125,7 @@ def test_every_option_reaches_the_pipeline(run, tmp_path, base_reference):
         "sigmas": None,
         "noise": "mlx",
         "dtype": "bfloat16",
+        "vae_dtype": "bfloat16",
         "max_sequence_length": 16,
         "version": __version__,
     }
