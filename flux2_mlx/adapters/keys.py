@@ -9,19 +9,20 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from safetensors import safe_open
 
 from ..checkpoints.files import open_safetensors
-from ..errors import CheckpointError, summarize
+from ..checkpoints.hub import PEFT_PREFIX
+from ..errors import summarize
 from ..lazy import INTEGERS, array_of, derive, read, sources_of
 from ..models.names.flux2 import Rows, bfl_lora, lora_layers
+from .alphas import read_alphas
 from .deltas import Delta, DoRADelta, LoKrDelta, LoRADelta, place_rows, spans_of
 
 _KINDS = {
@@ -177,14 +178,25 @@ def _changed_shape(arrays: Mapping[str, mx.array]) -> tuple[int, int] | None:
         return None
 
 
-def read_layers(file: Path, shapes: Mapping[str, tuple[int, int]]) -> tuple[list[LoraLayer], list[str]]:
-    """The layers of a file that fit, its arrays lazy, and what is wrong with the others, a line for each fault."""
+class Read(NamedTuple):
+    """The layers of a file that fit, their arrays lazy; what is wrong with the others, a line for each fault; and what
+    is to be told beside.
+    """
+
+    layers: list[LoraLayer]
+    faults: list[str]
+    note: str
+
+
+def read_layers(file: Path, shapes: Mapping[str, tuple[int, int]]) -> Read:
     layers = lora_layers({path: shape[0] for path, shape in shapes.items()}, shapes["x_embedder"][0])
     underscored = {name.replace(".", "_"): name for name in layers}
     weights: dict[str, dict[str, Any]] = {}
+    raw: dict[str, str] = {}
     strange: list[str] = []
     faults: list[str] = []
-    for key, weight in open_safetensors(file).items():
+    opened = open_safetensors(file)
+    for key, weight in opened.items():
         match = _KEY.fullmatch(key)
         stripped = _PREFIX.sub("", match[1], count=1) if match else ""
         name = stripped if stripped in layers else underscored.get(_UNDERSCORED.sub("", stripped, count=1))
@@ -196,14 +208,14 @@ def read_layers(file: Path, shapes: Mapping[str, tuple[int, int]]) -> tuple[list
             faults.append(f"{key} is there twice, under two names")
         if weight.ndim == 4 and weight.shape[2:] == (1, 1):
             weight = derive(lambda array: array.reshape(array.shape[:2]), weight)
-        weights[name][kind] = weight
+        weights[name][kind], raw[name] = weight, match[1]
     for look, keys in groupby(sorted(strange, key=_look), key=_look):
         named = list(keys)
         faults.append(
             f"{len(named)} {'key' if len(named) == 1 else 'keys'} of no layer here, {look}: {summarize(named, 3)}"
         )
-    settings = _settings(file)
-    found = []
+    fitting = []
+    own_alphas: dict[str, float] = {}
     misfits = []
     for name, stored in weights.items():
         rows, own = layers[name], {kind: array_of(weight) for kind, weight in stored.items()}
@@ -211,13 +223,24 @@ def read_layers(file: Path, shapes: Mapping[str, tuple[int, int]]) -> tuple[list
         if fault:
             misfits.append(f"{name} {fault}")
         else:
+            if rank_of(own) is None:
+                own.pop("alpha", None)  # it means nothing, and is often too large for float16
             sources = tuple(source for weight in stored.values() for source in sources_of(weight))
-            found.append(LoraLayer(name, own, rows, _factor(name, stored, settings), sources))
+            fitting.append(LoraLayer(name, own, rows, 1.0, sources))
+            if "alpha" in own:
+                own_alphas[name] = float(np.array(read(stored["alpha"]).astype(mx.float32)).reshape(-1)[0])
+    alphas = read_alphas(file, opened, {rank for layer in fitting if (rank := rank_of(layer.arrays)) is not None})
+    found = []
+    for layer in fitting:
+        names = layer.name, raw[layer.name].removeprefix(PEFT_PREFIX)
+        form = layer.form.removesuffix(" with DoRA")
+        factor = alphas.factor(names, form, rank_of(layer.arrays), own_alphas.get(layer.name))
+        found.append(replace(layer, factor=factor))
     if misfits:
         faults.append(
             f"{len(misfits)} {'layer' if len(misfits) == 1 else 'layers'} of other shapes: {summarize(misfits, 2)}"
         )
-    return found, faults
+    return Read(found, faults, alphas.note)
 
 
 def _look(key: str) -> str:
@@ -226,41 +249,6 @@ def _look(key: str) -> str:
         if re.match(pattern, stripped):
             return f"by their names {look}"
     return "unknown"
-
-
-def _settings(file: Path) -> Mapping[str, Any]:
-    """The ranks and alphas of the file's header, as diffusers writes it, or an adapter_config.json beside it, as
-    PEFT does.
-    """
-    with safe_open(file, framework="numpy") as opened:
-        text = (opened.metadata() or {}).get("lora_adapter_metadata")
-    beside = file.with_name("adapter_config.json")
-    try:
-        if text is not None:
-            values = {name.removeprefix("transformer."): value for name, value in json.loads(text).items()}
-        else:
-            values = dict(json.loads(beside.read_bytes())) if beside.is_file() else {}
-        alphas = [values.get("lora_alpha"), *(values.get("alpha_pattern") or {}).values()]
-        if not all(alpha is None or isinstance(alpha, (int, float)) for alpha in alphas):
-            raise ValueError("an alpha that is no number")
-    except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
-        source = f"{file}: its header's lora_adapter_metadata" if text is not None else str(beside)
-        raise CheckpointError(f"{source} cannot be read ({error})") from None
-    return values
-
-
-def _factor(name: str, weights: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
-    """Alpha over rank, or of rsLoRA over its root: from the file's array, else its header; 1 without either."""
-    rank = rank_of(weights)
-    if rank is None:
-        return 1.0
-    alpha: float = settings.get("lora_alpha", rank)
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if f".{name}".endswith(f".{pattern.lstrip('^')}"):
-            alpha = value
-    if "alpha" in weights:
-        alpha = float(np.array(read(weights["alpha"]).astype(mx.float32)).reshape(-1)[0])
-    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
 NAMES = ("diffusers", "comfyui")

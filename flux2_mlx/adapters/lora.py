@@ -67,9 +67,8 @@ class Lora:
 
     def deltas(self) -> dict[str, list[tuple[Delta, Sources]]]:
         """The deltas of each layer, by its path; their arrays are lazy, and beside them is what is to be read first."""
-        layers, _ = read_layers(self.file, self.shapes)
         deltas: dict[str, list[tuple[Delta, Sources]]] = {}
-        for layer in layers:
+        for layer in read_layers(self.file, self.shapes).layers:
             for path, delta in layer.deltas(self.shapes, self.scale):
                 if isinstance(delta, DoRADelta) and not self.merge:
                     delta.dora_ratio = self.dora_ratios[layer.name, path]
@@ -152,7 +151,7 @@ def open_lora(
     shapes = {path: linear_shape(layer) for path, layer in model.named_modules() if isinstance(layer, LINEAR)}
     file = lora_file(source)
     lora = Lora(source, file, float(scale), merge, partial, shapes=shapes)
-    layers, faults = read_layers(file, shapes)
+    layers, faults, note = read_layers(file, shapes)
     if faults and (not partial or not layers):
         way_out = "; partial (--lora-partial) loads the rest" if layers else ""
         raise CheckpointError(f"{file} does not fit: {'; '.join(faults)}{way_out}")
@@ -167,7 +166,7 @@ def open_lora(
     if not merge and any("magnitude" in layer.arrays for layer in layers):
         dora_ratios = _dora_ratios(layers, shapes, weights())
         mx.eval(dora_ratios)
-    return replace(lora, summary=_summary(layers, shapes, faults), dora_ratios=dora_ratios)
+    return replace(lora, summary=_summary(layers, shapes, faults, note), dora_ratios=dora_ratios)
 
 
 def _dora_ratios(
@@ -182,7 +181,7 @@ def _dora_ratios(
     }
 
 
-def _summary(layers: Sequence[LoraLayer], shapes: Mapping[str, Any], faults: Sequence[str]) -> str:
+def _summary(layers: Sequence[LoraLayer], shapes: Mapping[str, Any], faults: Sequence[str], note: str) -> str:
     covered = {path for layer in layers for path, _, _ in layer.rows}
     forms = sorted({layer.form for layer in layers})
     ranks = sorted({rank for layer in layers if (rank := rank_of(layer.arrays)) is not None})
@@ -191,6 +190,7 @@ def _summary(layers: Sequence[LoraLayer], shapes: Mapping[str, Any], faults: Seq
     for name, values in (("rank", ranks), ("alpha", alphas)):
         if values:
             parts.append(f"{name} {values[0]:g}" + (f" to {values[-1]:g}" if len(values) > 1 else ""))
+    parts += [note] if note else []
     return ", ".join(parts) + (f"; passed over: {'; '.join(faults)}" if faults else "")
 
 
