@@ -69,7 +69,8 @@ def _with_config(file: Path, source: str) -> Path:
 
 def _download_lora(repo: str) -> Path:
     try:
-        files = huggingface_hub.list_repo_files(repo)
+        found = huggingface_hub.model_info(repo).siblings  # list_repo_files would try again for half a minute
+        files = [file.rfilename for file in found or ()]
     except hub_errors.HfHubHTTPError:
         raise
     except Exception:  # of the HTTP library: nobody answers, and snapshot_download knows what is cached

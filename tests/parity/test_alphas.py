@@ -242,3 +242,52 @@ def test_two_whole_matrices_need_the_rank_that_alpha_is_divided_by(ours, base, t
     (tmp_path / "adapter_config.json").write_text('{"alpha": 8}')
     with pytest.raises(CheckpointError, match=r"has an alpha without the rank \(r\)"):
         open_lora(str(tmp_path), ours, dict)
+
+
+def test_full_differences(ours, base, tmp_path):
+    """Of a matrix, of a norm, of a fused layer, as ComfyUI's extraction and LyCORIS ("w_norm") write them; of a matrix
+    in F8_E5M2 too. A bias that is zero changes nothing.
+    """
+    torch.manual_seed(6)
+    tensors, merged = {}, {}
+    names = {
+        "diffusion_model.double_blocks.0.img_attn.proj.diff": ["transformer_blocks.0.attn.to_out.0"],
+        "diffusion_model.double_blocks.1.img_attn.qkv.diff": [f"transformer_blocks.1.attn.to_{name}" for name in "qkv"],
+        "diffusion_model.double_blocks.0.img_attn.norm.query_norm.diff": ["transformer_blocks.0.attn.norm_q"],
+        "lycoris_transformer_blocks_1_attn_norm_added_k.w_norm": ["transformer_blocks.1.attn.norm_added_k"],
+        "lycoris_single_transformer_blocks_0_attn_norm_k.w_norm": ["single_transformer_blocks.0.attn.norm_k"],
+    }
+    for key, layers in names.items():
+        weights = [base[f"{layer}.weight"] for layer in layers]
+        tensors[key] = (0.3 * torch.randn(sum(map(len, weights)), *weights[0].shape[1:])).half()
+        changes = tensors[key].float().chunk(len(layers))
+        merged |= {layer: weight + 0.6 * part for layer, weight, part in zip(layers, weights, changes, strict=True)}
+    tensors["diffusion_model.double_blocks.0.img_attn.proj.diff_b"] = torch.zeros(64)
+    save_file(tensors, tmp_path / "a.safetensors")
+    own = weights_of(ours)
+    options = {"scale": 0.6}
+    lora = open_lora(str(tmp_path / "a.safetensors"), ours, lambda: own, merge=True, **options)
+    assert lora.summary == "full difference, 4 of 39 layers, 3 norms"
+    fused = lora.apply(own)
+    set_adapters(ours, [open_lora(str(tmp_path / "a.safetensors"), ours, lambda: own, **options)])
+    try:
+        for name, expected in merged.items():
+            assert torch.equal(torch.tensor(np.array(fused[f"{name}.weight"].load())), expected), name
+            x = torch.randn(3, expected.shape[-1])
+            if expected.ndim == 2:
+                wanted = x @ expected.T
+            else:
+                wanted = torch.nn.functional.rms_norm(x, (expected.shape[0],), expected, ours.params.eps)
+            found = np.array(dict(ours.named_modules())[name](mx.array(x.numpy())))
+            assert np.linalg.norm(found - wanted.numpy()) < 1e-5 * wanted.norm(), name
+    finally:
+        set_adapters(ours, [])
+
+
+def test_a_lora_in_e5m2(ours, base, tmp_path):
+    weight = base[f"{LAYERS[0]}.weight"]
+    down, up = (random(*shape).to(torch.float8_e5m2) for shape in ((4, weight.shape[1]), (weight.shape[0], 4)))
+    bias = torch.zeros(len(weight))  # PEFT's lora_bias
+    tensors = {f"{LAYERS[0]}.lora_A.weight": down, f"{LAYERS[0]}.lora_B.weight": up, f"{LAYERS[0]}.lora_B.bias": bias}
+    save_file({f"base_model.model.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "a.safetensors")
+    check(ours, tmp_path / "a.safetensors", base, {LAYERS[0]: weight + up.float() @ down.float()})
