@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import torch
 from safetensors.torch import save_file
@@ -114,8 +115,28 @@ NAMES = {
     "PEFT": (lambda bfl: f"base_model.model.{bfl}", dict),
     "bare": (lambda bfl: bfl, dict),
     "kohya": (lambda bfl: f"lora_unet_{bfl.replace('.', '_')}", down_up),
+    "kohya, broken": (lambda bfl: f"lora_unet_{bfl.replace('.', '_')}_", down_up),  # sd-scripts, issue 1463
+    "musubi": (lambda bfl: f"diffusion_model.{bfl.replace('attn.', 'attn_')}", dict),  # its convert_lora.py
+    "unet": (lambda bfl: f"unet.{bfl}", dict),
 }
+
+
+def mflux(name):
+    """The path of mflux's own module (its Flux2 transformer)."""
+    name = re.sub(r"^(transformer_blocks\.\d+\.attn\.to_out)\.0$", r"\1", name)
+    return f"transformer.{name.replace('time_guidance_embed.timestep_embedder.', 'time_guidance_embed.')}"
+
+
+def swift(name):
+    """As flux-2-swift-mlx calls a layer (its getLoRAParameters)."""
+    name = re.sub(r"\.(ff|ff_context)\.linear_in$", r".\1.activation.proj", name)
+    return name.replace("to_qkv_mlp_proj", "to_qkv_mlp")
+
+
 DIFFUSERS_NAMES = {
+    "mflux": mflux,
+    "swift": swift,
+    "module": lambda name: f"module.{name}",
     "diffusers": lambda name: f"transformer.{name}",
     "expanded": lambda name: f"diffusion_model.{name}",
     "misspelt": lambda name: f"diffusion_model.{name}".replace(".transformer_blocks", ".sformer_blocks"),
@@ -162,21 +183,25 @@ def write(path, weights, *, names="ai-toolkit", form="LoRA", alpha=None, dora=Fa
 
 
 def write_split(path, weights):
-    """OneTrainer's file: BFL's fused layers in parts of their own."""
+    """OneTrainer's file: BFL's fused layers in parts of their own; and ComfyUI's two parts."""
     torch.manual_seed(5)
     tensors, changed = {}, dict(weights)
     for bfl, ends in (
         ("double_blocks.0.img_attn.qkv", None),
         ("single_blocks.1.linear1", (64, 128, 192)),
+        ("single_blocks.2.linear1", (192,)),
     ):
         weight = rows_of(weights, bfl)
         own = []
         for k, rows in enumerate(weight.chunk(3) if ends is None else weight.tensor_split(ends)):
-            if k == 1:
+            part = f"{bfl}.{k}"
+            if len(ends or ()) == 1:  # ComfyUI's lora.py
+                part = f"{bfl}_{('qkv', 'mlp')[k]}"
+            elif k == 1:
                 own.append(rows)  # left out
                 continue
             arrays, change = lora(*rows.shape)
-            tensors |= {f"diffusion_model.{bfl}.{k}.{kind}": array for kind, array in down_up(arrays).items()}
+            tensors |= {f"diffusion_model.{part}.{kind}": array for kind, array in down_up(arrays).items()}
             own.append(rows + change)
         changed = put(changed, bfl, torch.cat(own))
     save_file(tensors, path)

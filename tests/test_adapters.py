@@ -189,13 +189,31 @@ SQUARE = {"lora_A.weight": (4, 64), "lora_B.weight": (64, 4), "dora_scale": (1, 
 @pytest.mark.parametrize(
     ("shapes", "expected"),
     [
-        ({"lora_te1_text_model_layers_0.lora_down.weight": (4, 8)}, "1 key of no layer here, by their names a text"),
+        ({"lora_te1_text_model_layers_0.lora_down.weight": (4, 8)}, "1 key is not used, by their names a text"),
         ({"transformer.transformer_blocks.0.norm1.linear.lora_A.weight": (4, 8)}, "FLUX.1's"),
         ({"lora_unet_double_blocks_0_img_mod_lin.alpha": ()}, "FLUX.1's"),
         ({"diffusion_model.guidance_in.in_layer.lora_A.weight": (4, 256)}, "FLUX.2-dev's"),
         ({"lora_unet_down_blocks_0_attentions_0_proj_in.alpha": ()}, "Stable Diffusion's"),
         ({"diffusion_model.double_blocks.7.img_attn.proj.lora_A.weight": (4, 64)}, "blocks that this model does not"),
-        ({"diffusion_model.img_in.lora_C.weight": (4, 64)}, "unknown: diffusion_model.img_in.lora_C.weight"),
+        ({"diffusion_model.img_in.lora_C.weight": (4, 64)}, "a form that is not known: diffusion_model.img_in.lora_C"),
+        ({"diffusion_model.double_blocks.2.img_attn.proj.alpha": ()}, "does not have (double_blocks are 2)"),
+        ({"lora_unet_single_blocks_3_linear1.alpha": ()}, "does not have (single_blocks are 3)"),
+        ({f"transformer.transformer_blocks.{'9' * 5000}.attn.to_q.alpha": ()}, "blocks that this model does not have"),
+        ({"transformer.transformer_blocks.0.attn.to_x.alpha": ()}, "of no layer that these blocks have"),
+        ({"lora_unet_model_diffusion_model_x.alpha": ()}, "of an unknown layer"),
+        ({"transformer.transformer_blocks.0.attn.to_q.oft_R.weight": (2, 496)}, "not read (OFT)"),
+        ({"base_model.model.transformer_blocks.0.attn.to_q.boft_R": (1, 2, 2, 2)}, "not read (BOFT)"),
+        ({"base_model.model.transformer_blocks.0.attn.to_q.ia3_l": (64, 1)}, "not read (IA3)"),
+        ({"base_model.vera_A": (4, 64), "base_model.model.x_embedder.vera_lambda_b": (64,)}, "not read (VeRA)"),
+        ({"lycoris_x_embedder.a1.weight": (4, 64)}, "not read (GLoRA)"),
+        ({"lycoris_x_embedder.weight": (64, 128)}, "a layer's whole weights"),
+        ({"txt_in.lora_A.weight": (4, 192), "txt_in.lora_B.weight": (64, 4), "txt_in.lora_B.bias": (64,)}, "a bias"),
+        ({"double_blocks.0.img_attn.norm.query_norm.diff": (64,)}, "query_norm changes 64, not 32"),
+        ({"transformer_blocks.0.attn.norm_q.lora_A.weight": (4, 32)}, "is a norm and has down, where only a full"),
+        ({"txt_in.diff": (64, 96)}, "txt_in changes 64 x 96, not 64 x 192"),
+        ({"txt_in.lokr_w1": (2, 2, 2), "txt_in.lokr_w2": (32, 96)}, "txt_in has matrices that do not go"),
+        ({"txt_in.lora_A.weight": (4, 192, 1), "txt_in.lora_B.weight": (64, 4)}, "txt_in has matrices that do not go"),
+        ({"\x1b]0;owned\x07\x1b[2J.lora_A.weight": (4, 4)}, r"\x1b]0;owned\x07\x1b[2J.lora_A.weight"),
         ({"diffusion_model.txt_in.lora_A.weight": (4, 192)}, "txt_in has down alone"),
         ({"diffusion_model.txt_in.alpha": ()}, "txt_in has alpha alone"),
         (
@@ -308,6 +326,31 @@ def test_files_that_are_none(model, tmp_path):
     shutil.copyfile(path, tmp_path / "b.safetensors")
     with pytest.raises(CheckpointError, match=r"has several files; name one: .*a.safetensors, .*b.safetensors"):
         read(model, tmp_path)
+
+
+def test_what_is_no_lora_is_named(model, checkpoint, tmp_path):
+    """Whole checkpoints, and what a text encoder has of zeros, which changes nothing."""
+    for part, told in (
+        ("transformer", "transformer and is no LoRA; give it as --transformer"),
+        ("text_encoder", "text encoder and is no LoRA; give it as --text-encoder"),
+        ("vae", "autoencoder and is no LoRA; give it as --vae"),
+    ):
+        with pytest.raises(CheckpointError, match=f"has the weights of a whole {told}"):
+            read(model, next((checkpoint / part).glob("*.safetensors")))
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(CheckpointError, match="is GGUF, and no LoRA is read from that"):
+        read(model, tmp_path / "a.gguf")
+    zeros = {f"text_encoder.model.layers.0.self_attn.q_proj.lora_{kind}.weight": torch.zeros(4, 4) for kind in "AB"}
+    save_file({name: torch.ones(shape) for name, shape in KLEIN.items()} | zeros, tmp_path / "a.safetensors")
+    assert read(model, tmp_path / "a.safetensors").summary == "LoRA, 1 of 39 layers, rank 4, alpha 4"
+
+
+def test_hidden_files_are_no_loras(model, tmp_path):
+    """What macOS leaves beside each file on drives of others, and what a run that was killed left of its own."""
+    save_file({name: torch.ones(shape) for name, shape in KLEIN.items()}, tmp_path / "style.safetensors")
+    for name in ("._style.safetensors", ".lora.safetensors"):
+        (tmp_path / name).write_bytes(bytes(4096))
+    assert read(model, tmp_path).file.name == "style.safetensors"
 
 
 def test_an_alpha_that_is_a_whole_number(model, tmp_path):

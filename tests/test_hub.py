@@ -231,20 +231,34 @@ def test_a_part_that_is_a_repository(hub, damaged, tmp_path):
 def test_loras(damaged, tmp_path):
     """The only file of a repository, with the config beside it, and a file of one that has several."""
     weights = load_file(damaged / "transformer" / "diffusion_pytorch_model.safetensors")
-    for repo, names in (("one", ["style"]), ("more", ["style", "other"])):
-        (tmp_path / repo).mkdir()
+    files = {"one": ["adapter_model", ".style"], "more": ["style", "other"], "peft": ["v2/adapter_model"]}
+    for repo, names in files.items():
+        (tmp_path / repo / "v2").mkdir(parents=True)
         for name in names:
             loras.write(tmp_path / repo / f"{name}.safetensors", weights)
-    (tmp_path / "one" / "adapter_config.json").write_text('{"lora_alpha": 8}')
-    with Hub({f"someone/{repo}": tmp_path / repo for repo in ("one", "more")}) as hub:
+    for folder in (tmp_path / "one", tmp_path / "peft" / "v2", tmp_path / "more"):
+        (folder / "adapter_config.json").write_text('{"lora_alpha": 8, "r": 4}')
+    with Hub({f"someone/{repo}": tmp_path / repo for repo in files}) as hub:
         model = ["--model", str(damaged)]
         drawn = generate(tmp_path, *model, "--lora", "someone/one:0.5", url=hub.url)
         assert drawn.returncode == 0, drawn.stderr
         assert "someone/one:0.5: LoRA, 15 of 39 layers, rank 4, alpha 8" in drawn.stderr
-        drawn = generate(tmp_path, *model, "--lora", "someone/more/other.safetensors", url=hub.url)
+        named = ["--lora", "someone/more/other.safetensors", "--lora", "someone/peft/v2/adapter_model.safetensors"]
+        drawn = generate(tmp_path, *model, *named, url=hub.url)
         assert drawn.returncode == 0, drawn.stderr
+        assert "other.safetensors: LoRA, 15 of 39 layers, rank 4, alpha 4\n" in drawn.stderr
+        assert "v2/adapter_model.safetensors: LoRA, 15 of 39 layers, rank 4, alpha 8" in drawn.stderr
         assert_refused(
             generate(tmp_path, *model, "--lora", "someone/more", url=hub.url),
             "several files; name one: someone/more/other.safetensors, someone/more/style.safetensors",
         )
         assert_refused(generate(tmp_path, *model, "--lora", "someone/none", url=hub.url), "no such repository")
+    # By its id, too, it is drawn with again where nobody answers.
+    cached = ["--lora", "someone/one:0.5", "--lora", "someone/peft/v2/adapter_model.safetensors"]
+    for environment in ({"HF_HUB_OFFLINE": "1"}, {}):
+        drawn = generate(tmp_path, *model, *(cached if environment else cached[:2]), **environment)
+        assert drawn.returncode == 0, drawn.stderr
+        assert drawn.stderr.count("LoRA, 15 of 39 layers, rank 4, alpha 8") == (2 if environment else 1)
+    refused = generate(tmp_path, *model, "--lora", "someone/none", HF_HUB_OFFLINE="1")
+    assert_refused(refused, "the Hub cannot be reached", "connect, or give the LoRA as a file")
+    assert "--model" not in refused.stderr

@@ -1,4 +1,4 @@
-"""The deltas that adapters add to a layer: LoRA, LoKr, DoRA as modules.
+"""The deltas that adapters add to a layer: LoRA, LoKr, full differences, DoRA as modules.
 
 References: Hu et al. 2021 (LoRA), Yeh et al. 2023 (LyCORIS: LoHa, LoKr), Liu et al. 2024 (DoRA).
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..models.layers import Linear
+from ..models.layers import Linear, RMSNorm
 from ..models.names.flux2 import Rows
 from ..quantization.layers import QuantizedLinear
 
@@ -55,6 +55,20 @@ class LoKrDelta(nn.Module):
         return place_rows(full, self._spans, self._outputs)[start:stop]
 
 
+class FullDelta(nn.Module):
+    """A full difference: of a layer's weight (outputs, inputs), or of a norm's (size,)."""
+
+    def __init__(self, change: mx.array, scale: float):
+        super().__init__()
+        self.change, self.scale = change, mx.array(scale)
+
+    def __call__(self, x: mx.array, base: mx.array, out: mx.array, start: int, stop: int | None) -> mx.array:
+        return out + self.scale * (x @ self.change[start:stop].T)
+
+    def weight_delta(self, weight: mx.array, start: int, stop: int) -> mx.array:
+        return self.scale * self.change[start:stop].astype(mx.float32)
+
+
 class DoRADelta(nn.Module):
     """DoRA: the rows of the weight with another delta are brought to given lengths; a share of that change is added.
 
@@ -94,7 +108,7 @@ class DoRADelta(nn.Module):
         return mx.where(mx.isnan(lengths), 1.0, lengths / own)
 
 
-Delta = LoRADelta | LoKrDelta | DoRADelta
+Delta = LoRADelta | LoKrDelta | FullDelta | DoRADelta
 Span = tuple[int, int, int]  # (start, stop in the layer's outputs, offset in the file's)
 
 
@@ -121,9 +135,15 @@ def place_rows(array: mx.array, spans: Sequence[Span], size: int, filling: float
 
 
 LINEAR = (Linear, QuantizedLinear)
+ADAPTED = (*LINEAR, RMSNorm)  # layers that adapters change
 
 
 def linear_shape(layer: Linear | QuantizedLinear) -> tuple[int, int]:
     """(outputs, inputs), of a packed layer too."""
     rows, columns = layer.weight.shape
     return rows, columns * 32 // layer.spec.bits if isinstance(layer, QuantizedLinear) else columns
+
+
+def weight_shape(layer: Linear | QuantizedLinear | RMSNorm) -> tuple[int, ...]:
+    """(outputs, inputs), or (size,) of a norm."""
+    return tuple(layer.weight.shape) if isinstance(layer, RMSNorm) else linear_shape(layer)

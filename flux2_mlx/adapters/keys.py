@@ -9,20 +9,22 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from safetensors import safe_open
 
-from ..checkpoints.files import open_safetensors
+from ..checkpoints.files import load_files, starts_with
+from ..checkpoints.formats.gguf import MAGIC
+from ..checkpoints.hub import PEFT_PREFIX
 from ..errors import CheckpointError, summarize
-from ..lazy import INTEGERS, array_of, derive, read, sources_of
+from ..lazy import INTEGERS, LazyTensor, array_of, derive, read, sources_of
 from ..models.names.flux2 import Rows, bfl_lora, lora_layers
-from .deltas import Delta, DoRADelta, LoKrDelta, LoRADelta, place_rows, spans_of
+from .alphas import read_alphas
+from .deltas import Delta, DoRADelta, FullDelta, LoKrDelta, LoRADelta, place_rows, spans_of
+from .unread import TEXT_ENCODER, checkpoint_part, explain, printable
 
 _KINDS = {
     "lora_A": "down",
@@ -33,29 +35,20 @@ _KINDS = {
     "lora.up": "up",
     "dora_scale": "magnitude",
     "lora_magnitude_vector": "magnitude",
+    "w_norm": "diff",
+    "diff_b": "bias",
+    "b_norm": "bias",
 }
 
 
-# The layer's name, what of it this is, perhaps the adapter's name (PEFT), perhaps "weight".
+# The layer's name, what of it this is, perhaps the adapter's name (PEFT), perhaps "weight", or "bias".
 _KEY = re.compile(
     r"(.+?)\.(lora[._](?:A|B|down|up)|lora_magnitude_vector|dora_scale|alpha|"
-    r"lokr_w[12](?:_[ab])?|lokr_t2|hada_w[12]_[ab]|hada_t[12])(?:\.(?!weight$)\w+)?(?:\.weight)?"
+    r"lokr_w[12](?:_[ab])?|lokr_t2|hada_w[12]_[ab]|hada_t[12]|diff|diff_b|w_norm|b_norm)"
+    r"(?:\.(?!weight$|bias$)\w+)?(\.weight|\.bias)?"
 )
-_PREFIX = re.compile(r"(?:(?:base_model\.model|model\.diffusion_model|diffusion_model|transformer)\.)+")
+_PREFIX = re.compile(r"(?:(?:base_model\.model|model\.diffusion_model|diffusion_model|transformer|unet|module)\.)+")
 _UNDERSCORED = re.compile(r"(?:lora_unet|lora_transformer|lycoris)_")
-
-# What keys look like that are no layer of klein's.
-_LOOKS = (
-    (r"(text_encoders?|te\d?|lora_te\d?)[._]", "a text encoder's, which FLUX.2 [klein] takes as it is"),
-    (
-        r".*(img_mod|txt_mod|single_blocks[._]\d+[._]modulation|norm1|vector_in|[._]ff[._]net|[._]proj_mlp|"
-        r"ff_context[._]net|single_transformer_blocks[._]\d+[._](norm[._]linear|proj_out))",
-        "FLUX.1's",
-    ),
-    (r".*guidance_(in|embedder)", "FLUX.2-dev's"),
-    (r".*(down_blocks|up_blocks|mid_block|input_blocks|output_blocks)", "Stable Diffusion's"),
-    (r".*(double_blocks|single_blocks|transformer_blocks)[._]\d+[._]", "blocks that this model does not have"),
-)
 _WIDTHS = {3072: "klein-4b", 4096: "klein-9b", 6144: "FLUX.2-dev"}
 
 
@@ -76,15 +69,20 @@ class LoraLayer:
 
     @property
     def form(self) -> str:
+        if "diff" in self.arrays:
+            return "full difference"
         form = "LoRA" if "down" in self.arrays else "LoHa" if "hada_w1_a" in self.arrays else "LoKr"
         return f"{form} with DoRA" if "magnitude" in self.arrays else form
 
-    def deltas(self, shapes: Mapping[str, tuple[int, int]], scale: float) -> Iterator[tuple[str, Delta]]:
+    def deltas(self, shapes: Mapping[str, tuple[int, ...]], scale: float) -> Iterator[tuple[str, Delta]]:
         """(path, delta) of each layer that this is a part of."""
         magnitude = self.arrays.get("magnitude")
         factor = self.factor * (scale if magnitude is None else 1)
         for path, spans in spans_of(self.rows).items():
             size = shapes[path][0]
+            if "diff" in self.arrays:
+                yield path, FullDelta(place_rows(self.arrays["diff"], spans, size), scale)
+                continue
             delta: LoRADelta | LoKrDelta
             if self.form.startswith("LoKr"):
                 left, right = _kronecker_parts(self.arrays)
@@ -125,7 +123,9 @@ def _kronecker_parts(arrays: Mapping[str, mx.array]) -> tuple[mx.array, mx.array
 
 
 def rank_of(arrays: Mapping[str, Any]) -> int | None:
-    """The rank, by which alpha is divided; None for a LoKr of two whole matrices, which has no alpha."""
+    """The rank, by which alpha is divided; None for a LoKr of two whole matrices and a full difference,
+    whose alpha means nothing.
+    """
     for name in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
         if name in arrays:
             return int(arrays[name].shape[0])
@@ -133,6 +133,7 @@ def rank_of(arrays: Mapping[str, Any]) -> int | None:
 
 
 _FORMS = (
+    {"diff"},
     {"down", "up"},
     {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
     {"lokr_w1", "lokr_w2"},
@@ -143,8 +144,10 @@ _FORMS = (
 _OPTIONAL = {"alpha", "magnitude", "hada_t1", "hada_t2", "lokr_t2"}
 
 
-def _fault(arrays: Mapping[str, mx.array], rows: Sequence[Rows], inputs: int) -> str:
+def _fault(arrays: Mapping[str, mx.array], rows: Sequence[Rows], weight: tuple[int, ...]) -> str:
     """Why a layer of a file cannot be used, or nothing."""
+    if len(weight) == 1 and "diff" not in arrays:
+        return f"is a norm and has {', '.join(sorted(arrays))}, where only a full difference is read"
     if arrays.keys() - _OPTIONAL not in _FORMS or ("hada_t1" in arrays) != ("hada_t2" in arrays):
         return f"has {', '.join(sorted(arrays))} alone"
     numbers = [name for name, array in arrays.items() if name != "alpha" and array.dtype in INTEGERS]
@@ -156,17 +159,23 @@ def _fault(arrays: Mapping[str, mx.array], rows: Sequence[Rows], inputs: int) ->
     shape = _changed_shape(arrays)
     if shape is None or rank_of(arrays) == 0:
         return "has matrices that do not go together"
-    if shape != (outputs, inputs):
-        wide = f", as {_WIDTHS[shape[1]]}'s" if shape[1] in _WIDTHS and inputs in _WIDTHS else ""
-        return f"changes {shape[0]} x {shape[1]}, not {outputs} x {inputs}{wide}"
+    expected = (outputs, *weight[1:])
+    if shape != expected:
+        last, own = shape[-1], expected[-1]
+        wide = f", as {_WIDTHS[last]}'s" if last in _WIDTHS and own in _WIDTHS else ""
+        return f"changes {' x '.join(map(str, shape))}, not {' x '.join(map(str, expected))}{wide}"
     magnitude = arrays.get("magnitude")
     if magnitude is not None and not magnitude.shape[:1] == (magnitude.size,) == (outputs,):
         return f"has DoRA lengths {magnitude.shape}, not one of each of its {outputs} outputs, which is not read"
     return ""
 
 
-def _changed_shape(arrays: Mapping[str, mx.array]) -> tuple[int, int] | None:
+def _changed_shape(arrays: Mapping[str, mx.array]) -> tuple[int, ...] | None:
     """(outputs, inputs) of what a layer's matrices make together; None where they do not go together."""
+    if "diff" in arrays:
+        return tuple(arrays["diff"].shape)
+    if any(array.ndim != 2 for kind, array in arrays.items() if kind not in ("alpha", "magnitude")):
+        return None
     try:
         if "down" in arrays or "hada_w1_a" in arrays:
             down, up = _thin_parts(arrays)
@@ -177,90 +186,99 @@ def _changed_shape(arrays: Mapping[str, mx.array]) -> tuple[int, int] | None:
         return None
 
 
-def read_layers(file: Path, shapes: Mapping[str, tuple[int, int]]) -> tuple[list[LoraLayer], list[str]]:
-    """The layers of a file that fit, its arrays lazy, and what is wrong with the others, a line for each fault."""
+class Read(NamedTuple):
+    """The layers of a file that fit, their arrays lazy; what is wrong with the others, a line for each fault; and what
+    is to be told beside.
+    """
+
+    layers: list[LoraLayer]
+    faults: list[str]
+    note: str
+
+
+def read_layers(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> Read:
+    """Find the layers of a file that is no checkpoint.
+
+    Raises:
+        CheckpointError: for a checkpoint, and for what read_alphas refuses.
+    """
+    if starts_with(file, MAGIC):
+        raise CheckpointError(f"{file} is GGUF, and no LoRA is read from that; get a safetensors file")
     layers = lora_layers({path: shape[0] for path, shape in shapes.items()}, shapes["x_embedder"][0])
     underscored = {name.replace(".", "_"): name for name in layers}
+
+    def find(name: str) -> str | None:
+        stripped = _PREFIX.sub("", name, count=1)
+        return stripped if stripped in layers else underscored.get(_UNDERSCORED.sub("", stripped, count=1).rstrip("_"))
+
     weights: dict[str, dict[str, Any]] = {}
-    strange: list[str] = []
+    raw: dict[str, str] = {}
+    strange: dict[str, bool] = {}
     faults: list[str] = []
-    for key, weight in open_safetensors(file).items():
+    opened = load_files([file])
+    found_part = checkpoint_part(opened)
+    if found_part and not any(_KEY.fullmatch(key) for key in opened):
+        label, option = found_part
+        raise CheckpointError(f"{file} has the weights of a whole {label} and is no LoRA; give it as {option}")
+    for key, weight in opened.items():
+        if isinstance(weight, LazyTensor):
+            weight = weight.load()
         match = _KEY.fullmatch(key)
-        stripped = _PREFIX.sub("", match[1], count=1) if match else ""
-        name = stripped if stripped in layers else underscored.get(_UNDERSCORED.sub("", stripped, count=1))
+        name = find(match[1]) if match else None
         if match is None or name is None:
-            strange.append(key)
+            strange[key] = match is not None
             continue
-        kind = _KINDS.get(match[2], match[2])
+        kind = "bias" if match[3] == ".bias" else _KINDS.get(match[2], match[2])
         if kind in weights.setdefault(name, {}):
-            faults.append(f"{key} is there twice, under two names")
+            faults.append(f"{printable(key)} is there twice, under two names")
         if weight.ndim == 4 and weight.shape[2:] == (1, 1):
             weight = derive(lambda array: array.reshape(array.shape[:2]), weight)
-        weights[name][kind] = weight
-    for look, keys in groupby(sorted(strange, key=_look), key=_look):
-        named = list(keys)
-        faults.append(
-            f"{len(named)} {'key' if len(named) == 1 else 'keys'} of no layer here, {look}: {summarize(named, 3)}"
-        )
-    settings = _settings(file)
-    found = []
+        weights[name][kind], raw[name] = weight, match[1]
+    if all(TEXT_ENCODER.fullmatch(key) and not _changes(opened[key]) for key in strange):
+        strange = {}  # what is zero changes nothing
+    for reason, keys in explain(strange, layers, find):
+        verb = "key is not used" if len(keys) == 1 else "keys are not used"
+        faults.append(f"{len(keys)} {verb}, {reason}: {summarize([printable(key) for key in keys], 3)}")
+    fitting = []
+    own_alphas: dict[str, float] = {}
     misfits = []
     for name, stored in weights.items():
+        bias = stored.pop("bias", None)
+        if bias is not None and _changes(bias):
+            misfits.append(f"{name} has a bias, and no layer of FLUX.2 [klein] has one")
+            continue
+        if not stored:
+            continue
         rows, own = layers[name], {kind: array_of(weight) for kind, weight in stored.items()}
-        fault = _fault(own, rows, shapes[rows[0][0]][1])
+        fault = _fault(own, rows, shapes[rows[0][0]])
         if fault:
             misfits.append(f"{name} {fault}")
         else:
+            if rank_of(own) is None:
+                own.pop("alpha", None)  # it means nothing, and is often too large for float16
             sources = tuple(source for weight in stored.values() for source in sources_of(weight))
-            found.append(LoraLayer(name, own, rows, _factor(name, stored, settings), sources))
+            fitting.append(LoraLayer(name, own, rows, 1.0, sources))
+            if "alpha" in own:
+                own_alphas[name] = float(np.array(read(stored["alpha"]).astype(mx.float32)).reshape(-1)[0])
+    alphas = read_alphas(file, opened, {rank for layer in fitting if (rank := rank_of(layer.arrays)) is not None})
+    found = []
+    for layer in fitting:
+        if "diff" in layer.arrays:
+            found.append(layer)
+            continue
+        names = layer.name, raw[layer.name].removeprefix(PEFT_PREFIX)
+        form = layer.form.removesuffix(" with DoRA")
+        factor = alphas.factor(names, form, rank_of(layer.arrays), own_alphas.get(layer.name))
+        found.append(replace(layer, factor=factor))
     if misfits:
         faults.append(
-            f"{len(misfits)} {'layer' if len(misfits) == 1 else 'layers'} of other shapes: {summarize(misfits, 2)}"
+            f"{len(misfits)} {'layer does' if len(misfits) == 1 else 'layers do'} not fit: {summarize(misfits, 2)}"
         )
-    return found, faults
+    return Read(found, faults, alphas.note)
 
 
-def _look(key: str) -> str:
-    stripped = _PREFIX.sub("", key, count=1)
-    for pattern, look in _LOOKS:
-        if re.match(pattern, stripped):
-            return f"by their names {look}"
-    return "unknown"
-
-
-def _settings(file: Path) -> Mapping[str, Any]:
-    """The ranks and alphas of the file's header, as diffusers writes it, or an adapter_config.json beside it, as
-    PEFT does.
-    """
-    with safe_open(file, framework="numpy") as opened:
-        text = (opened.metadata() or {}).get("lora_adapter_metadata")
-    beside = file.with_name("adapter_config.json")
-    try:
-        if text is not None:
-            values = {name.removeprefix("transformer."): value for name, value in json.loads(text).items()}
-        else:
-            values = dict(json.loads(beside.read_bytes())) if beside.is_file() else {}
-        alphas = [values.get("lora_alpha"), *(values.get("alpha_pattern") or {}).values()]
-        if not all(alpha is None or isinstance(alpha, (int, float)) for alpha in alphas):
-            raise ValueError("an alpha that is no number")
-    except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
-        source = f"{file}: its header's lora_adapter_metadata" if text is not None else str(beside)
-        raise CheckpointError(f"{source} cannot be read ({error})") from None
-    return values
-
-
-def _factor(name: str, weights: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
-    """Alpha over rank, or of rsLoRA over its root: from the file's array, else its header; 1 without either."""
-    rank = rank_of(weights)
-    if rank is None:
-        return 1.0
-    alpha: float = settings.get("lora_alpha", rank)
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if f".{name}".endswith(f".{pattern.lstrip('^')}"):
-            alpha = value
-    if "alpha" in weights:
-        alpha = float(np.array(read(weights["alpha"]).astype(mx.float32)).reshape(-1)[0])
-    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+def _changes(weight: Any) -> bool:
+    return bool(mx.any(read(weight) != 0).item())
 
 
 NAMES = ("diffusers", "comfyui")

@@ -4,7 +4,8 @@ file -> open_lora -> Lora -> set_adapters: each layer adds a thin product to wha
                          -> with_fused: a WeightChange of the checkpoint, made as its weights are read
 
 Forms: LoRA (two thin matrices), LoHa (the elementwise product of two of those), LoKr (a Kronecker product), each also
-as DoRA (the sum's rows brought to given lengths). A file is used whole or refused, with what its other keys look like.
+as DoRA (the sum's rows brought to given lengths); full differences, of norms too. A file is used whole or refused,
+with the reason for each of its other keys.
 
 References: Hu et al. 2021 (LoRA), Yeh et al. 2023 (LyCORIS: LoHa, LoKr), Liu et al. 2024 (DoRA), Kalajdzievski 2023
 (rsLoRA). Keys of FLUX.2 LoRAs: diffusers' lora_conversion_utils and ComfyUI's lora.py.
@@ -30,7 +31,7 @@ from ..models.flux2 import FluxKlein
 from ..models.layers import Linear
 from ..quantization.packing import PACKED, dequantize
 from ..quantization.recipes import packed_recipe
-from .deltas import LINEAR, Delta, DoRADelta, LoRADelta, linear_shape
+from .deltas import ADAPTED, Delta, DoRADelta, LoRADelta, weight_shape
 from .keys import LoraLayer, rank_of, read_layers
 
 MAX_SCALE = 100
@@ -49,7 +50,7 @@ class Lora:
         merge: whether it is fused into the weights instead of standing beside them.
         partial: whether keys that fit nothing are passed over.
         summary: one line: layers, rank, alpha, form.
-        shapes: (outputs, inputs) of the transformer's linear layers.
+        shapes: (outputs, inputs) of the transformer's linear layers, (size,) of its norms.
         dora_ratios: DoRADelta.dora_ratio of a DoRA that is not fused, by the file's name of a layer and its path.
     """
 
@@ -59,7 +60,7 @@ class Lora:
     merge: bool = False
     partial: bool = False
     summary: str = ""
-    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     dora_ratios: Mapping[tuple[str, str], mx.array] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
@@ -67,9 +68,8 @@ class Lora:
 
     def deltas(self) -> dict[str, list[tuple[Delta, Sources]]]:
         """The deltas of each layer, by its path; their arrays are lazy, and beside them is what is to be read first."""
-        layers, _ = read_layers(self.file, self.shapes)
         deltas: dict[str, list[tuple[Delta, Sources]]] = {}
-        for layer in layers:
+        for layer in read_layers(self.file, self.shapes).layers:
             for path, delta in layer.deltas(self.shapes, self.scale):
                 if isinstance(delta, DoRADelta) and not self.merge:
                     delta.dora_ratio = self.dora_ratios[layer.name, path]
@@ -149,10 +149,10 @@ def open_lora(
         InputError: for a scale that is none.
     """
     check_scale(scale)
-    shapes = {path: linear_shape(layer) for path, layer in model.named_modules() if isinstance(layer, LINEAR)}
+    shapes = {path: weight_shape(layer) for path, layer in model.named_modules() if isinstance(layer, ADAPTED)}
     file = lora_file(source)
     lora = Lora(source, file, float(scale), merge, partial, shapes=shapes)
-    layers, faults = read_layers(file, shapes)
+    layers, faults, note = read_layers(file, shapes)
     if faults and (not partial or not layers):
         way_out = "; partial (--lora-partial) loads the rest" if layers else ""
         raise CheckpointError(f"{file} does not fit: {'; '.join(faults)}{way_out}")
@@ -167,11 +167,11 @@ def open_lora(
     if not merge and any("magnitude" in layer.arrays for layer in layers):
         dora_ratios = _dora_ratios(layers, shapes, weights())
         mx.eval(dora_ratios)
-    return replace(lora, summary=_summary(layers, shapes, faults), dora_ratios=dora_ratios)
+    return replace(lora, summary=_summary(layers, shapes, faults, note), dora_ratios=dora_ratios)
 
 
 def _dora_ratios(
-    layers: Sequence[LoraLayer], shapes: Mapping[str, tuple[int, int]], weights: Mapping[str, Any]
+    layers: Sequence[LoraLayer], shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Any]
 ) -> dict[tuple[str, str], mx.array]:
     """DoRADelta.dora_ratio by the file's name of a layer and its path; no scale of a LoRA is in it."""
     return {
@@ -182,15 +182,18 @@ def _dora_ratios(
     }
 
 
-def _summary(layers: Sequence[LoraLayer], shapes: Mapping[str, Any], faults: Sequence[str]) -> str:
+def _summary(layers: Sequence[LoraLayer], shapes: Mapping[str, Any], faults: Sequence[str], note: str) -> str:
     covered = {path for layer in layers for path, _, _ in layer.rows}
     forms = sorted({layer.form for layer in layers})
     ranks = sorted({rank for layer in layers if (rank := rank_of(layer.arrays)) is not None})
     alphas = sorted({layer.factor * rank for layer in layers if (rank := rank_of(layer.arrays)) is not None})
-    parts = [" and ".join(forms), f"{len(covered)} of {len(shapes)} layers"]
+    linear = {path for path, shape in shapes.items() if len(shape) == 2}
+    parts = [" and ".join(forms), f"{len(covered & linear)} of {len(linear)} layers"]
+    parts += [f"{norms} norms"] if (norms := len(covered - linear)) else []
     for name, values in (("rank", ranks), ("alpha", alphas)):
         if values:
             parts.append(f"{name} {values[0]:g}" + (f" to {values[-1]:g}" if len(values) > 1 else ""))
+    parts += [note] if note else []
     return ", ".join(parts) + (f"; passed over: {'; '.join(faults)}" if faults else "")
 
 
@@ -207,7 +210,7 @@ def set_adapters(model: FluxKlein, loras: Sequence[Lora]) -> None:
         for path, deltas in lora.deltas().items():
             together.setdefault(path, []).extend(deltas)
     for path, layer in model.named_modules():
-        if not isinstance(layer, LINEAR):
+        if not isinstance(layer, ADAPTED):
             continue
         layer.pop("deltas", None)
         if path in together:
@@ -234,7 +237,7 @@ def _concat_ranks(deltas: Sequence[LoRADelta]) -> list[LoRADelta]:
     return [LoRADelta(mx.concatenate(down), mx.concatenate(up, axis=1), mx.concatenate(scales))]
 
 
-def _dense_rows(weights: Mapping[str, Any], path: str, shape: tuple[int, int]) -> Callable[[int, int], mx.array]:
+def _dense_rows(weights: Mapping[str, Any], path: str, shape: tuple[int, ...]) -> Callable[[int, int], mx.array]:
     """Rows of a layer's weight in float32, from one up to another."""
     weight = weights[f"{path}.weight"]
     mx.eval(sources_of(weight))

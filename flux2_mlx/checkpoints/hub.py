@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -12,25 +13,35 @@ from huggingface_hub import errors as hub_errors
 
 from ..errors import CheckpointError, one_line, summarize
 from ..families import NANO, RELEASED, RELEASED_NAMES, Part
-from .files import read_json
+from .files import read_header, read_json
 from .folder import SCHEDULER, TOKENIZER, config_faults, needed_shards, read_model_index, stems_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILE = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]*/[\w.-]+/[\w./-]+\.(safetensors|gguf)")
 
 
+# What PEFT calls the file of an adapter, its config, and the layers in it.
+PEFT_WEIGHTS, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+
+
+def is_peft(name: str, keys: Iterable[str]) -> bool:
+    """Whether PEFT wrote a file of that name and with these keys, so that a config belongs to it."""
+    return name == PEFT_WEIGHTS or all(key.startswith(PEFT_PREFIX) for key in keys)
+
+
 def lora_file(source: str) -> Path:
     """The safetensors file of a LoRA: of a folder, or a repository of the Hub, the only one, or the one that PEFT or
-    diffusers would write.
+    diffusers would write. PEFT's own has its config beside it.
 
     Raises:
         CheckpointError: where there is none, or several that it could be.
     """
     path = local_path(source)
     if path is None and HUB_FILE.fullmatch(source):
-        return download_file(source, None)
+        file = download_file(source, None, "LoRA")
+        return _with_config(file, source) if is_peft(file.name, read_header(file)) else file
     if path is None and HUB_ID.fullmatch(source):
-        return fetching(source, source, None, lambda: _download_lora(source))
+        return fetching(source, source, None, lambda: _download_lora(source), "LoRA")
     if path is None:
         raise CheckpointError(f"no LoRA {source!r}: there is no such file or folder")
     if path.is_dir():
@@ -38,15 +49,48 @@ def lora_file(source: str) -> Path:
     return path
 
 
+def _with_config(file: Path, source: str) -> Path:
+    """A file of PEFT's on the Hub, its config fetched, if it has one; the cache knows of those that have none."""
+    owner, name, inside = source.split("/", 2)
+    repo, config = f"{owner}/{name}", str(Path(inside).with_name(PEFT_CONFIG))
+
+    def fetch() -> Path:
+        if huggingface_hub.try_to_load_from_cache(repo, config) is None:
+            try:
+                huggingface_hub.hf_hub_download(repo, config)
+            except hub_errors.LocalEntryNotFoundError:
+                raise
+            except hub_errors.EntryNotFoundError:
+                pass
+        return file
+
+    return fetching(f"{repo}/{config}", repo, None, fetch, "LoRA")
+
+
 def _download_lora(repo: str) -> Path:
-    files = [file for file in huggingface_hub.list_repo_files(repo) if file.endswith(".safetensors")]
-    name = _only_lora(repo, files)
-    beside = str(Path(name).with_name("adapter_config.json"))
+    try:
+        found = huggingface_hub.model_info(repo).siblings  # list_repo_files would try again for half a minute
+        files = [file.rfilename for file in found or ()]
+    except hub_errors.HfHubHTTPError:
+        raise
+    except Exception:  # of the HTTP library: nobody answers, and snapshot_download knows what is cached
+        files = _cached_files(repo)
+    name = _only_lora(repo, [file for file in files if file.endswith(".safetensors")])
+    beside = str(Path(name).with_name(PEFT_CONFIG))
     return _snapshot(repo, None, [name, beside]) / name
 
 
+def _cached_files(repo: str) -> list[str]:
+    folder = _snapshot(repo, None, [PEFT_CONFIG])
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors")]
+    if not files:
+        raise hub_errors.LocalEntryNotFoundError(f"no file of {repo} is cached")
+    return files
+
+
 def _only_lora(source: str, files: Sequence[str]) -> str:
-    standard = [file for file in files if file in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")]
+    files = [file for file in files if not any(part.startswith(".") for part in file.split("/"))]
+    standard = [file for file in files if file in (PEFT_WEIGHTS, "pytorch_lora_weights.safetensors")]
     for found in (standard, files):
         if len(found) == 1:
             return found[0]
@@ -128,15 +172,17 @@ def _files_hint(repo: str) -> str:
     return f"; to use a file of it, name the file: {summarize([f'{repo}/{file}' for file in files])}" if files else ""
 
 
-def download_file(name: str, revision: str | None) -> Path:
-    """Fetch one file, "owner/name/path", of the Hub."""
+def download_file(name: str, revision: str | None, kind: str = "model") -> Path:
+    """Fetch one file, "owner/name/path", of the Hub; ``kind`` is what messages call it."""
     owner, repo, file = name.split("/", 2)
     repo = f"{owner}/{repo}"
-    return fetching(name, repo, revision, lambda: Path(huggingface_hub.hf_hub_download(repo, file, revision=revision)))
+    download = partial(huggingface_hub.hf_hub_download, repo, file, revision=revision)
+    return fetching(name, repo, revision, lambda: Path(download()), kind)
 
 
-def fetching(name: str, repo: str, revision: str | None, fetch: Callable[[], Path]) -> Path:
+def fetching(name: str, repo: str, revision: str | None, fetch: Callable[[], Path], kind: str = "model") -> Path:
     """The result of ``fetch``; each of the Hub's errors becomes a CheckpointError of one line with the way out."""
+    is_model = kind == "model"
     try:
         return fetch()
     except CheckpointError:
@@ -150,13 +196,15 @@ def fetching(name: str, repo: str, revision: str | None, fetch: Callable[[], Pat
         raise CheckpointError(f"{repo} has no revision {revision!r}; leave it out for the newest") from None
     except hub_errors.RepositoryNotFoundError:
         raise CheckpointError(
-            f"no model {name!r}: no such folder here, and the Hub shows no such repository (if it is private or "
-            f"gated, log in with `hf auth login` or set HF_TOKEN); released models: {RELEASED_NAMES}"
+            f"no {kind} {name!r}: no such folder here, and the Hub shows no such repository (if it is private or "
+            "gated, log in with `hf auth login` or set HF_TOKEN)"
+            + (f"; released models: {RELEASED_NAMES}" if is_model else "")
         ) from None
     except (hub_errors.LocalEntryNotFoundError, ConnectionError):
+        cached = f" (cached: {', '.join(cached_releases()) or 'no klein model'})" if is_model else ""
         raise CheckpointError(
-            f"cannot fetch {repo}: the Hub cannot be reached and the cache has not all of it (cached: "
-            f"{', '.join(cached_releases()) or 'no klein model'}); connect, or give --model a folder"
+            f"cannot fetch {repo}: the Hub cannot be reached and the cache has not all of it{cached}; connect, or give "
+            + ("--model a folder" if is_model else f"the {kind} as a file")
         ) from None
     except hub_errors.EntryNotFoundError:
         raise CheckpointError(f"{repo} has no file {name.removeprefix(repo).strip('/')}") from None

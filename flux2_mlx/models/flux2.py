@@ -24,7 +24,7 @@ from .attention import attention
 from .config import FluxKleinParams
 from .first_block_cache import FirstBlockCache
 from .kv_cache import KV, BlockKV, FrozenKV, KVReader, KVRecorder
-from .layers import BlockRunner, Linear, outputs, run_block
+from .layers import BlockRunner, Linear, RMSNorm, outputs, run_block
 from .rope import four_axes, rope_table, rotate
 
 FLOAT16_MAX = 65504.0
@@ -171,14 +171,14 @@ class DoubleAttention(nn.Module):
         self.to_q = Linear(dims, dims)
         self.to_k = Linear(dims, dims)
         self.to_v = Linear(dims, dims)
-        self.norm_q = nn.RMSNorm(head_dim, eps)
-        self.norm_k = nn.RMSNorm(head_dim, eps)
+        self.norm_q = RMSNorm(head_dim, eps)
+        self.norm_k = RMSNorm(head_dim, eps)
         self.to_out = [Linear(dims, dims)]
         self.add_q_proj = Linear(dims, dims)
         self.add_k_proj = Linear(dims, dims)
         self.add_v_proj = Linear(dims, dims)
-        self.norm_added_q = nn.RMSNorm(head_dim, eps)
-        self.norm_added_k = nn.RMSNorm(head_dim, eps)
+        self.norm_added_q = RMSNorm(head_dim, eps)
+        self.norm_added_k = RMSNorm(head_dim, eps)
         self.to_add_out = Linear(dims, dims)
 
     def __call__(
@@ -250,8 +250,8 @@ class SingleAttention(nn.Module):
         dims, hidden = params.hidden_size, params.mlp_hidden
         self.heads, self.dims, self.hidden = params.num_heads, dims, hidden
         self.to_qkv_mlp_proj = Linear(dims, 3 * dims + 2 * hidden)
-        self.norm_q = nn.RMSNorm(params.head_dim, params.eps)
-        self.norm_k = nn.RMSNorm(params.head_dim, params.eps)
+        self.norm_q = RMSNorm(params.head_dim, params.eps)
+        self.norm_k = RMSNorm(params.head_dim, params.eps)
         self.to_out = Linear(dims + hidden, dims)
 
     def __call__(self, x: mx.array, cos: mx.array, sin: mx.array, kv: BlockKV | None = None) -> mx.array:

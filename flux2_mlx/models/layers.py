@@ -62,6 +62,18 @@ class Linear(nn.Linear):
         return apply_adapters(self, x, x @ self.weight[start:stop].T, start, stop)
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm whose weight may have differences beside it, ``deltas``: adapters.deltas.FullDelta of one dimension."""
+
+    deltas: list[nn.Module]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        weight = self.weight
+        for delta in self.get("deltas", ()):
+            weight = weight + delta.scale * delta.change
+        return mx.fast.rms_norm(x, weight, self.eps)
+
+
 def apply_adapters(layer: nn.Module, x: mx.array, base: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
     """The outputs start to stop of a layer for x, with its adapters; ``base`` are those without adapters."""
     out = base

@@ -101,19 +101,29 @@ def rename_transformer(weights: Mapping[str, Any]) -> dict[str, Any]:
     return sanitized
 
 
+# What trainers and converters of LoRAs call the same layers.
+_LORA_NAMES = (
+    (re.compile(r"(transformer_blocks\.\d+\.attn\.to_out)\.0"), r"\1"),  # mflux's
+    (re.compile(r"time_guidance_embed\.timestep_embedder\.(linear_\d)"), r"time_guidance_embed.\1"),  # mflux's
+    (re.compile(r"(transformer_blocks\.\d+\.ff(?:_context)?)\.linear_in"), r"\1.activation.proj"),  # swift's
+    (re.compile(r"(single_transformer_blocks\.\d+\.attn\.to_qkv_mlp)_proj"), r"\1"),  # flux-2-swift-mlx's
+    (re.compile(r"(double_blocks\.\d+\.(?:img|txt)_attn)\.(qkv|proj)"), r"\1_\2"),  # musubi-tuner's convert_lora
+    (re.compile(r"transformer_blocks\.(.+)"), r"sformer_blocks.\1"),  # a misspelling that is met
+)
+
 # Of a layer, its outputs from one up to another.
 Rows = tuple[str, int, int]
 
 
 def lora_layers(outputs: Mapping[str, int], hidden: int) -> dict[str, tuple[Rows, ...]]:
-    """Every name that files of LoRAs have for the transformer's linear layers, and what the outputs of a layer of that
-    name are, in their order.
+    """Every name that files of LoRAs have for the transformer's layers, and what the outputs of a layer of that name
+    are, in their order.
 
-    The names are diffusers', BFL's, those of OneTrainer, which splits BFL's fused layers ("qkv.0", "linear1.3"), and
-    those of diffusers with q, k and v fused; "sformer_blocks" is a misspelling that is met.
+    The names are diffusers', BFL's, those of OneTrainer, which splits BFL's fused layers ("qkv.0", "linear1.3"), of
+    ComfyUI, which does so too ("linear1_qkv"), those of diffusers with q, k and v fused, and those of _LORA_NAMES.
 
     Args:
-        outputs: how many each linear layer has, by its path.
+        outputs: how many each layer has, by its path; of a norm, its size.
         hidden: the transformer's width.
     """
 
@@ -127,7 +137,7 @@ def lora_layers(outputs: Mapping[str, int], hidden: int) -> dict[str, tuple[Rows
     for module in modules:
         targets = _diffusers_modules(module)
         if not all(target in outputs for target in targets):
-            continue  # a norm
+            continue
         names[module] = whole(*targets)
         if len(targets) > 1:
             names |= {f"{module}.{k}": whole(target) for k, target in enumerate(targets)}
@@ -136,16 +146,18 @@ def lora_layers(outputs: Mapping[str, int], hidden: int) -> dict[str, tuple[Rows
         if module.endswith(".linear1"):
             ends = [0, hidden, 2 * hidden, 3 * hidden, outputs[targets[0]]]
             names |= {f"{module}.{k}": ((targets[0], *part),) for k, part in enumerate(pairwise(ends))}
+            names[f"{module}_qkv"], names[f"{module}_mlp"] = (
+                ((targets[0], 0, ends[3]),),
+                ((targets[0], ends[3], ends[4]),),
+            )
     size = outputs["norm_out.linear"]
     names["final_layer.adaLN_modulation.1"] = (
         ("norm_out.linear", size // 2, size),
         ("norm_out.linear", 0, size // 2),
     )
-    return names | {
-        f"sformer_blocks.{name.removeprefix('transformer_blocks.')}": rows
-        for name, rows in names.items()
-        if name.startswith("transformer_blocks.")
-    }
+    for pattern, replacement in _LORA_NAMES:
+        names |= {pattern.sub(replacement, name): rows for name, rows in names.items() if pattern.fullmatch(name)}
+    return names
 
 
 def bfl_transformer(weights: Mapping[str, Any]) -> dict[str, Any]:
