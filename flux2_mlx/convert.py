@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from .checkpoints.publish import check, upload
-from .cli.common import MODEL_HELP, Parser, add_writing_options, path, run_command, write_model
+from .cli.command import run_command
+from .cli.common import MODEL_HELP, Parser, add_writing_options, path, write_model
 from .errors import InputError
 
 
@@ -43,12 +44,15 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError("give a model and a target, as in flux2-convert klein-4b klein-4b-4bit --quantize 4")
     write_model(arguments)
     if arguments.upload is not None:
-        print(upload(arguments.target, arguments.upload))
+        try:
+            print(upload(arguments.target, arguments.upload))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{arguments.target} is written, and not all of it uploaded") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; see run_command for the exit code."""
-    return run_command(lambda: run(build_parser().parse_args(argv)))
+    return run_command(lambda: run(build_parser().parse_args(argv)), interrupted="nothing was written")
 
 
 if __name__ == "__main__":

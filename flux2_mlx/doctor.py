@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cli.common import INTERRUPTED, Parser, path, silence_downloads
+from .cli.command import run_command
+from .cli.common import Parser, path, silence_downloads
 from .diagnosis.checks import full_checks, quick_checks
 from .diagnosis.findings import SKIPPED, WRONG, Finding, examine, markdown
-from .errors import InputError, one_line
+from .errors import InputError
 
 CUT_OFF = Finding(SKIPPED, "the run was cut off here")
 
@@ -31,34 +33,34 @@ def is_report(file: Path) -> bool:
     return file.read_bytes().startswith(b"flux2-doctor ")
 
 
+def run(arguments: argparse.Namespace) -> int:
+    """Run the checks, print what they find, and write the report.
+
+    Raises:
+        InputError: for a report's file that is something else.
+    """
+    found: list[tuple[str, Finding]] = []
+    if arguments.report is not None and arguments.report.exists() and not is_report(arguments.report):
+        raise InputError(f"{arguments.report} exists and is no report; give --report another file")
+    silence_downloads()
+    for check in [*quick_checks(), *(full_checks() if arguments.full else ())]:
+        if arguments.report is not None:  # before each check, since a GPU's fault may end the process
+            arguments.report.write_text(markdown([*found, (check.name, CUT_OFF)]), encoding="utf-8")
+        print(f"{check.name}: ", end="", flush=True)
+        found.append((check.name, examine(check)))
+        print(f"{found[-1][1].verdict}: {found[-1][1]}", flush=True)
+    if arguments.report is not None:
+        arguments.report.write_text(markdown(found), encoding="utf-8")
+    return int(any(finding.verdict == WRONG for _, finding in found))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit code: 0, 1 where something is wrong, 2 for input that cannot be used (one line on standard error),
-        130 after Ctrl-C.
+        The exit code: 0, 1 where something is wrong; see run_command for others.
     """
-    found: list[tuple[str, Finding]] = []
-    try:
-        arguments = build_parser().parse_args(argv)
-        if arguments.report is not None and arguments.report.exists() and not is_report(arguments.report):
-            raise InputError(f"{arguments.report} exists and is no report; give --report another file")
-        silence_downloads()
-        for check in [*quick_checks(), *(full_checks() if arguments.full else ())]:
-            if arguments.report is not None:  # before each check, since a GPU's fault may end the process
-                arguments.report.write_text(markdown([*found, (check.name, CUT_OFF)]), encoding="utf-8")
-            print(f"{check.name}: ", end="", flush=True)
-            found.append((check.name, examine(check)))
-            print(f"{found[-1][1].verdict}: {found[-1][1]}", flush=True)
-        if arguments.report is not None:
-            arguments.report.write_text(markdown(found), encoding="utf-8")
-    except (InputError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    return int(any(finding.verdict == WRONG for _, finding in found))
+    return run_command(lambda: run(build_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,15 @@ def one_line(error: BaseException) -> str:
     return " ".join(filter(None, lines)) or type(error).__name__
 
 
+def printable(text: str, most: int = 2000) -> str:
+    """A text for a terminal: what does not print, escape sequences and line breaks too, as Python writes it within
+    quotes, and of a long one the beginning and the end.
+    """
+    if len(text) > most:
+        text = f"{text[: most * 3 // 4]} ... {text[-most // 4 :]}"
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 class InputError(ValueError):
     """A value that cannot be used: the message names it and the way out.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from .cli.common import MODEL_HELP, Parser, add_writing_options, path, run_command, write_model
+from .cli.command import run_command
+from .cli.common import MODEL_HELP, Parser, add_writing_options, path, write_model
 from .options import ModelOptions
 
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = build_parser().parse_args(argv)
         write_model(arguments, arguments.lora, bool(arguments.lora_partial))
 
-    return run_command(run)
+    return run_command(run, interrupted="nothing was written")
 
 
 if __name__ == "__main__":

@@ -13,16 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ._version import __version__
-from .cli.common import INTERRUPTED, Parser, path
+from .cli.command import run_command, tell
+from .cli.common import Parser, path
 from .device import machine_memory
-from .errors import DeviceError, InputError, one_line
+from .errors import InputError
 from .families import MAX_SEQUENCE_LENGTH
 from .fields import nearest
 from .options import MODEL, RuntimeOptions, check_prompt, dtype_of, vae_dtype_of
@@ -174,45 +174,46 @@ def run_training(options: TrainingOptions, run: argparse.Namespace) -> int:
         allow_distilled=bool(run.allow_distilled),
         limit=run.memory_limit,
         progress=not run.quiet,
-        report=None if run.quiet else lambda line: print(line, file=sys.stderr),
+        report=None if run.quiet else lambda text: print(text, file=sys.stderr),
     )
-    if result.lora is not None and result.is_interrupted:
-        print(f"interrupted after step {result.step}; flux2-lora --resume {options.output} goes on", file=sys.stderr)
+    if result.lora is not None and result.ended_by is not None:
+        tell(f"interrupted after step {result.step}; flux2-lora --resume {options.output} goes on")
     elif result.lora is not None:
         print(result.lora)
-    return INTERRUPTED if result.is_interrupted else 0
+    return 0 if result.ended_by is None else 128 + result.ended_by
+
+
+def tell_faults(error: DataError) -> None:
+    """Print a line for each fault of a data set."""
+    count = len(error.faults)
+    tell(f"error: {error.source} has {count} {'fault' if count == 1 else 'faults'}:")
+    for fault in error.faults[:MAX_FAULTS]:
+        tell(f"  {fault}")
+    if count > MAX_FAULTS:
+        tell(f"  and {count - MAX_FAULTS} more")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit code: 0, 2 for input that cannot be used (on standard error, of a data set a line for each fault), 130
-        after Ctrl-C, which finishes the step and saves.
+        The exit code: see run_command. Of a data set each fault has a line; Ctrl-C, SIGTERM and SIGHUP finish the step
+        and save.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+
+    def run() -> int:
         try:
-            options, run = parse(argv)
-            check(options, run.resume is not None)
-            if run.plan:
-                print_plan(options, run)
+            options, own = parse(argv)
+            check(options, own.resume is not None)
+            if own.plan:
+                print_plan(options, own)
                 return 0
-            return run_training(options, run)
+            return run_training(options, own)
         except DataError as error:
-            count = len(error.faults)
-            print(f"error: {error.source} has {count} {'fault' if count == 1 else 'faults'}:", file=sys.stderr)
-            print("\n".join(f"  {fault}" for fault in error.faults[:MAX_FAULTS]), file=sys.stderr)
-            if count > MAX_FAULTS:
-                print(f"  and {count - MAX_FAULTS} more", file=sys.stderr)
+            tell_faults(error)
             return 2
-        except (InputError, DeviceError, FloatingPointError, OSError) as error:
-            print(f"error: {one_line(error)}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("interrupted; what was saved before is kept", file=sys.stderr)
-            return INTERRUPTED
+
+    return run_command(run, interrupted="what was saved before is kept")
 
 
 if __name__ == "__main__":

@@ -545,10 +545,13 @@ def test_seeds_of_any_size(run):
 
 CLOSED_STREAMS = [
     ("<&-", 0, ""),
-    ("| true; exit ${PIPESTATUS[0]}", 2, "error: [Errno 32] Broken pipe"),
+    (">&-", 0, ""),
+    ("2>&-", 0, ""),
+    ("| true; exit ${PIPESTATUS[0]}", 2, "error: standard output: [Errno 32] Broken pipe; the work was done"),
 ]
 if os.path.exists("/dev/full"):  # Linux alone has it
-    CLOSED_STREAMS.append(("> /dev/full", 2, "error: [Errno 28] No space left on device"))
+    CLOSED_STREAMS.append(("> /dev/full", 2, "error: standard output: [Errno 28] No space left on device"))
+    CLOSED_STREAMS.append(("2> /dev/full", 0, ""))
 
 
 @pytest.mark.parametrize(("shell", "code", "expected"), CLOSED_STREAMS)
@@ -626,12 +629,16 @@ def test_ctrl_c_ends_with_130_and_no_file(checkpoint, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_fault_of_the_program_is_not_hidden(run, monkeypatch):
-    """Only what the user can mend becomes one line; a bug keeps its traceback."""
-
+def test_a_fault_of_the_program_is_one_line_and_can_be_traced(run, monkeypatch):
     def broken(*_, **__):
         raise ValueError("a bug")
 
     monkeypatch.setattr(Flux2Pipeline, "stream", broken)
-    with pytest.raises(ValueError, match="a bug"):
-        run("a red fox")
+    code, _, err = run("a red fox", "--quiet")
+    assert code == 2
+    assert err.splitlines()[-1].startswith("error: ValueError: a bug; a damaged file, or a fault of flux2_mlx")
+    assert "FLUX2_MLX_DEBUG=1 shows where" in err
+    monkeypatch.setenv("FLUX2_MLX_DEBUG", "1")
+    code, _, err = run("a red fox", "--quiet")
+    assert code == 2
+    assert "in broken" in err

@@ -5,12 +5,15 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from flux2_mlx import RELEASED, CheckpointError, open_checkpoint
+from flux2_mlx.checkpoints.hub import fetching
 from tests import loras
 from tests.hub import Hub
 from tests.test_weights import split
@@ -131,7 +134,25 @@ def test_unknown_repositories_and_revisions(hub, tmp_path):
 
 def test_no_network_and_nothing_cached(tmp_path):
     assert_refused(generate(tmp_path), "the Hub cannot be reached", "(cached: no klein model)", "--model a folder")
-    assert_refused(generate(tmp_path, HF_HUB_OFFLINE="1"), "the Hub cannot be reached")
+    assert_refused(generate(tmp_path, HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set", "--model nano")
+
+
+@pytest.mark.parametrize(
+    ("status", "meaning"),
+    [(403, "the token may not"), (429, "too many requests"), (500, "its fault"), (503, "its fault")],
+)
+def test_an_answer_of_the_hub_is_told_as_what_it_is(status, meaning, tmp_path, monkeypatch):
+    """The Hub's client gives it as a file that is not in the cache, and its cause has the answer."""
+
+    class Answer(OSError):
+        response = SimpleNamespace(status_code=status)
+
+    def fetch():
+        raise LocalEntryNotFoundError("cannot find the snapshot") from Answer("refused")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(CheckpointError, match=rf"the Hub answered {status} \({meaning}"):
+        fetching(REPO, REPO, None, fetch)
     assert not (tmp_path / "fox.png").exists()
 
 
@@ -159,7 +180,11 @@ def test_flux2_dev_by_its_id_lists_what_there_is(damaged, monkeypatch, index):
 
 def test_a_download_that_breaks_off(hub, tmp_path):
     hub.cut_after = 1000
-    assert_refused(generate(tmp_path, url=hub.url), f"cannot fetch {REPO}: ", "; run it again to resume")
+    assert_refused(
+        generate(tmp_path, url=hub.url),
+        f"cannot fetch {REPO}: ",
+        "; run it again, which keeps the files that are whole",
+    )
     assert_refused(generate(tmp_path, HF_HUB_OFFLINE="1"), "the cache has not all of it")
     hub.cut_after = None
     run = generate(tmp_path, url=hub.url)

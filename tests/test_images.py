@@ -77,9 +77,26 @@ def test_an_interrupt_while_the_file_gets_its_name_leaves_nothing(image, tmp_pat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, "replace", interrupted)
+    monkeypatch.setattr(os, "link", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save(image, tmp_path / "fox.png")
     assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(os, "link", no_links)
+    with pytest.raises(KeyboardInterrupt):
+        save(image, tmp_path / "fox.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def no_links(*_):
+    """os.link on a file system that has none, as exFAT."""
+    raise PermissionError(errno.EPERM, "Operation not permitted")
+
+
+def test_names_are_free_where_there_are_no_links(image, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", no_links)
+    assert [save(image, tmp_path / "fox.png").name for _ in range(3)] == ["fox.png", "fox-2.png", "fox-3.png"]
+    assert len(list(tmp_path.iterdir())) == 3
+    assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1
 
 
 def test_a_name_that_is_too_long_once_numbered_is_refused(tmp_path):

@@ -279,11 +279,12 @@ def launch(*words, cwd):
 
 
 def test_processes_share_a_file_of_jobs(tmp_path, checkpoint, pipe):
-    lines = [{"prompt": f"fox {k}", "seed": k, "output": f"{k}.png"} for k in range(3)]
+    """A line that fails costs no other, in the other process neither: all end together."""
+    lines = [{"prompt": 7}, *({"prompt": f"fox {k}", "seed": k, "output": f"{k}.png"} for k in range(3))]
     (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     small = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", value)]
     done = launch("--jobs", "jobs.jsonl", "--model", checkpoint, *small, "--quiet", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert "error: line 1: a prompt must be a string" in done.stdout + done.stderr
     assert "jobs: 2 images generated" in done.stdout + done.stderr
     assert "jobs: 1 images generated" in done.stdout + done.stderr
     options = {"width": 80, "height": 64, "num_steps": 1, "max_sequence_length": 16}

@@ -203,6 +203,7 @@ def test_what_auto_comes_to():
     assert "memory: streamed (b), about 0.00 of 0.00 GB" in Plan(stages, 109).summary()
     assert "too much" not in str(Plan(stages, 109))
     assert "too much" in str(Plan(stages, 60))
+    assert "--memory" not in str(Plan(stages, 60)).split("too much")[1]  # it is streamed already
 
 
 # ------------------------------------------------------------------------------------------------ predictions

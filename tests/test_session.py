@@ -76,6 +76,9 @@ def test_again_takes_another_seed(session):
     session.handle("seed")
     session.handle("again")
     assert session.asked[-1] == ("a", [], NOTHING)
+    for line in ("seed 7", "again", "again", "set seed 7", "again"):  # the one that was set comes first
+        session.handle(line)
+    assert [options["seed"] for _, _, options in session.asked[-3:]] == [7, 8, 7]
 
 
 def test_images_are_referred_to_by_their_numbers(session):

@@ -200,11 +200,15 @@ def fetching(name: str, repo: str, revision: str | None, fetch: Callable[[], Pat
             "gated, log in with `hf auth login` or set HF_TOKEN)"
             + (f"; released models: {RELEASED_NAMES}" if is_model else "")
         ) from None
-    except (hub_errors.LocalEntryNotFoundError, ConnectionError):
+    except (hub_errors.LocalEntryNotFoundError, ConnectionError) as error:
+        fault = answer_of(error) or (
+            "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
+        )
         cached = f" (cached: {', '.join(cached_releases()) or 'no klein model'})" if is_model else ""
+        way_out = f"give --model a folder, or try --model {NANO}, which comes with this package"
         raise CheckpointError(
-            f"cannot fetch {repo}: the Hub cannot be reached and the cache has not all of it{cached}; connect, or give "
-            + ("--model a folder" if is_model else f"the {kind} as a file")
+            f"cannot fetch {repo}: {fault} and the cache has not all of it{cached}; connect, or "
+            + (way_out if is_model else f"give the {kind} as a file")
         ) from None
     except hub_errors.EntryNotFoundError:
         raise CheckpointError(f"{repo} has no file {name.removeprefix(repo).strip('/')}") from None
@@ -212,8 +216,22 @@ def fetching(name: str, repo: str, revision: str | None, fetch: Callable[[], Pat
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             fault = "the disk is full; HF_HOME moves the Hub's cache"
         else:
-            fault = f"{one_line(error)}; run it again to resume"
+            fault = f"{answer_of(error) or one_line(error)}; run it again, which keeps the files that are whole"
         raise CheckpointError(f"cannot fetch {repo}: {fault}") from None
+
+
+ANSWERS = {401: "log in with `hf auth login`", 403: "the token may not", 429: "too many requests; wait a while"}
+
+
+def answer_of(error: BaseException | None) -> str:
+    """What the Hub answered where that was an error, by its status; nothing where it did not answer."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(status, int) and status >= 400:
+            meaning = ANSWERS.get(status, "its fault; try again later" if status >= 500 else "refused")
+            return f"the Hub answered {status} ({meaning})"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def cached_releases() -> list[str]:

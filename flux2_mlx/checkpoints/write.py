@@ -11,7 +11,6 @@ import json
 import math
 import shutil
 import struct
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,6 +31,7 @@ from ..quantization.layers import QuantizedEmbedding, QuantizedLinear, dense_lay
 from ..quantization.packing import PACKED, quantize_rtn, quantize_weight
 from ..quantization.recipes import mixed_precision, packed_recipe
 from ..quantization.spec import Quantization
+from ..writing import atomic_folder, remove_partials
 from .checkpoint import Checkpoint
 from .files import read_header
 from .load import load_autoencoder, load_text_encoder, load_transformer
@@ -208,6 +208,7 @@ def convert(
     parent = target.absolute().parent
     if not parent.is_dir():
         raise InputError(f"{parent} is no folder")
+    remove_partials(parent)
     # The modules check names and shapes; none of their lazy weights is computed.
     load_transformer(checkpoint, mx.bfloat16)
     load_text_encoder(checkpoint, mx.bfloat16)
@@ -283,8 +284,7 @@ def _write_folder(
         texts: gives the text files by name, from the names of the weight files and the folder.
         written: called with the bytes of each tensor that was written.
     """
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
-    try:
+    with atomic_folder(target) as unfinished:
         sums = {}
         for name in list(files):
             (unfinished / name).parent.mkdir(exist_ok=True)
@@ -298,11 +298,6 @@ def _write_folder(
             if file.suffix in (".json", ".jinja", ".txt") and file.is_file():
                 shutil.copyfile(file, tokenizer / file.name)
         (unfinished / CHECKSUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
-        unfinished.chmod(0o755)
-        unfinished.rename(target)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
 
 
 def _texts(

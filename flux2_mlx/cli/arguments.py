@@ -286,9 +286,12 @@ def read_prompt(arguments: argparse.Namespace, stdin: TextIO | None) -> str:
     if stdin is None or (arguments.prompt is None and stdin.isatty()):
         raise InputError('no prompt: give one, as in flux2-generate "a red fox in the snow", or --prompt-file FILE')
     try:
-        return stdin.read().removesuffix("\n")
+        text = stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"standard input is not {error.encoding} text ({error.reason})") from None
+    if not text:
+        raise InputError('no prompt: give one, as in flux2-generate "a red fox in the snow"; standard input is empty')
+    return text
 
 
 def output_path(template: str, seed: int, index: int, prompt: str = "") -> Path:

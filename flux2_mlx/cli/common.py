@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,12 +13,11 @@ from typing import Any, NoReturn
 from ..adapters.lora import fuse, parse_lora
 from ..checkpoints.checkpoint import open_checkpoint
 from ..checkpoints.write import LAYOUTS, convert
-from ..errors import DeviceError, InputError, one_line
+from ..errors import InputError
 from ..fields import default_of, flag_of, nearest, parser_of, type_of
 from ..options import CheckpointOptions
 
 MODEL_HELP = CheckpointOptions.field("model").metadata["help"]
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 class Parser(argparse.ArgumentParser):
@@ -113,30 +111,14 @@ def write_model(arguments: argparse.Namespace, loras: Sequence[str] = (), partia
     options = CheckpointOptions.collect(given_options(arguments))
     layout, quantization = arguments.layout, options.quantization()
     checkpoint = fuse(open_checkpoint(**options.source), [parse_lora(text) for text in loras], partial)
-    convert(checkpoint, arguments.target, layout=layout, quantization=quantization, progress=not arguments.quiet)
-    print(arguments.target)
-
-
-def run_command(run: Callable[[], None]) -> int:
-    """Run a command that writes.
-
-    Returns:
-        The exit code: 0, 2 for input that cannot be used (one line on standard error), 130 after Ctrl-C.
-    """
+    existed = arguments.target.exists()
     try:
-        run()
-    except (InputError, DeviceError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+        convert(checkpoint, arguments.target, layout=layout, quantization=quantization, progress=not arguments.quiet)
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return INTERRUPTED
-    return 0
-
-
-def show_warning(message: Warning | str, *_: Any) -> None:
-    """Print a warning as one line, without the place in the code."""
-    print(f"warning: {message}", file=sys.stderr)
+        if arguments.target.exists() and not existed:  # it came as the folder had its name
+            raise KeyboardInterrupt(f"{arguments.target} is written, and whole") from None
+        raise
+    print(arguments.target)
 
 
 def silence_downloads() -> None:

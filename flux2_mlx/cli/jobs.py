@@ -15,21 +15,21 @@ import copy
 import hashlib
 import json
 import os
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, one_line
+from ..errors import InputError
 from ..fields import type_of
 from ..options import ModelOptions
 from ..pipeline import Flux2Pipeline
-from ..runtime.distributed import launched
+from ..runtime.distributed import any_process, launched
 from .arguments import Task, build_parser, check, complete
-from .common import INTERRUPTED, Parser
-from .runner import JOB_FAULTS, generate, identity, open_pipeline, start
+from .command import tell, tell_fault
+from .common import Parser
+from .runner import generate, identity, open_pipeline, start
 
 # Options whose flag is repeated for each file, and options that concern the whole run.
 SEVERAL = ("image", *(f.name for f in fields(ModelOptions) if type_of(ModelOptions, f.name) == tuple[str, ...]))
@@ -117,17 +117,35 @@ def read_jobs(path: Path) -> list[Job]:
     return jobs
 
 
+def is_there(output: Path) -> bool:
+    """Whether an image is there. An empty file is none: a power cut, or a killed program where files have no links,
+    leaves one under an image's name.
+    """
+    return os.path.lexists(output) and not (output.is_file() and output.stat().st_size == 0)
+
+
 def missing_runs(outputs: Sequence[Path]) -> list[range]:
-    """Indices of the files that do not exist, as ranges of consecutive ones."""
+    """Indices of the files that are not there, as ranges of consecutive ones."""
     runs: list[range] = []
     for index, output in enumerate(outputs):
-        if os.path.lexists(output):
+        if is_there(output):
             continue
         if runs and runs[-1].stop == index:
             runs[-1] = range(runs[-1].start, index + 1)
         else:
             runs.append(range(index, index + 1))
     return runs
+
+
+@contextlib.contextmanager
+def faults_passed_over() -> Iterator[None]:
+    """Pass over what costs one job, and is told when that one is generated."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException:
+        return
 
 
 ENCODED_AHEAD = 16  # jobs whose prompts are encoded together
@@ -156,9 +174,9 @@ class Jobs:
             for job in jobs[k : k + ENCODED_AHEAD]:
                 try:
                     self._generate(job)
-                except JOB_FAULTS as error:
+                except BaseException as error:
+                    tell_fault(error, f"line {job.number}: ")
                     self.failed.append(job.number)
-                    print(f"error: line {job.number}: {one_line(error)}", file=sys.stderr)
 
     def _encode(self, jobs: Sequence[Job]) -> None:
         """Encode the prompts of the jobs that use the same model as the first, in one go. A faulty
@@ -167,7 +185,7 @@ class Jobs:
         prompts: dict[str, None] = {}
         first_needed = None
         for job in jobs:
-            with contextlib.suppress(*JOB_FAULTS):
+            with faults_passed_over():
                 task = self._task(job)
                 check(task)
                 if self.given.resume and not missing_runs(task.outputs):
@@ -179,7 +197,7 @@ class Jobs:
                     prompts[task.inputs.prompt] = None
                     if task.options.force_guidance or not pipe.checkpoint.is_distilled:
                         prompts[task.options.negative_prompt] = None
-        with contextlib.suppress(*JOB_FAULTS):
+        with faults_passed_over():
             if first_needed is not None and self.pipe is not None:
                 self.pipe.encode(list(prompts), first_needed[1])
 
@@ -196,6 +214,8 @@ class Jobs:
         runs = missing_runs(outputs) if self.given.resume else [range(count)]
         self.skipped += count - sum(map(len, runs))
         for run in runs:
+            for output in outputs[run.start : run.stop] if self.given.resume else ():
+                output.unlink(missing_ok=True)  # an empty one
             options = replace(task.options, seed=task.seed + run.start)
             part = replace(task, options=options, batch=replace(task.batch, num_images=len(run)))
             started = time.perf_counter()
@@ -227,7 +247,7 @@ def generate_jobs(given: argparse.Namespace) -> int:
     """Generate the images of --jobs and report; several processes share the lines.
 
     Returns:
-        The exit code: 0, 1 where a line failed, 130 after Ctrl-C.
+        The exit code: 0, 1 where a line failed, in any process.
     """
     if given.plan or given.prompt_file is not None:
         raise InputError("--jobs goes neither with --plan nor with --prompt-file")
@@ -236,8 +256,7 @@ def generate_jobs(given: argparse.Namespace) -> int:
     try:
         jobs.run(lines if group is None else lines[group.rank() :: group.size()])
     except KeyboardInterrupt:
-        print("interrupted; --resume generates what is missing", file=sys.stderr)
-        return INTERRUPTED
+        raise KeyboardInterrupt("--resume generates what is missing") from None
     finally:
-        print(jobs.report(), file=sys.stderr)
-    return 1 if jobs.failed else 0
+        tell(jobs.report())
+    return int(any_process(bool(jobs.failed), group))  # told by all together: a launcher ends the others at the first 1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +16,6 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..adapters.lora import parse_lora
-from ..errors import InputError
 from ..imaging.files import save_image, save_preview
 from ..imaging.terminal import PROTOCOLS, detect_protocol, encode
 from ..options import CheckpointOptions
@@ -23,10 +23,8 @@ from ..pipeline import Flux2Pipeline
 from ..request import Settings
 from ..results import Step
 from ..runtime.plan import Plan
+from ..writing import remove_partials
 from .arguments import Task
-
-# Errors that end one job, or one line of a session, and not the run. MLX raises RuntimeError, as for want of memory.
-JOB_FAULTS = (InputError, FloatingPointError, OSError, RuntimeError)
 
 
 def use_loras(pipe: Flux2Pipeline, task: Task) -> None:
@@ -48,6 +46,8 @@ def use_loras(pipe: Flux2Pipeline, task: Task) -> None:
 def start(task: Task, pipe: Flux2Pipeline) -> Iterator[Step]:
     """Load the LoRAs, print the memory plan and begin to generate: the steps of the images."""
     use_loras(pipe, task)
+    for folder in {output.parent for output in task.outputs}:
+        remove_partials(folder)
     if not task.quiet:
         print(plan_of(pipe, task).summary(), file=sys.stderr)
     return pipe.stream(**vars(task.inputs), **vars(task.options), **vars(task.batch))
@@ -66,6 +66,21 @@ def identity(task: Task) -> dict[str, Any]:
 def plan_of(pipe: Flux2Pipeline, task: Task) -> Plan:
     (height, width), references = task.sizes(pipe.checkpoint.autoencoder.sample_size)
     return pipe.plan(references=references, **{**task.options.planned, "height": height, "width": width})
+
+
+@contextlib.contextmanager
+def interrupts_say_the_rest(task: Task, saved: Sequence[int]) -> Iterator[None]:
+    """Have an interrupt between several images say which are done, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        count, done = task.batch.num_images, len(saved)
+        if not done or done == count:
+            raise
+        raise KeyboardInterrupt(
+            f"{done} of {count} images are done; "
+            f"--seed {task.seed + done} --num-images {count - done} generates the rest"
+        ) from None
 
 
 def generate(
@@ -91,19 +106,22 @@ def generate(
             f"this terminal is not known to show images; try one of --show {', --show '.join(PROTOCOLS)}",
             stacklevel=2,
         )
-    for step in steps:
-        if task.preview is not None and saves:
-            save_preview(step.preview(), task.preview)
-        if step.is_last and saves:
-            image, settings = step.picture(), step.settings
-            path = task.output_path(settings.seed, first_index + step.image)
-            written = save_image(image, path, settings.metadata(), settings.parameters())
-            if on_saved is not None:
-                on_saved(image, settings)
-            tqdm.write(f"seed {settings.seed}  {written}")  # past the bars
-            if protocol is not None:
-                tqdm.write(encode(image, protocol), end="")
-            sys.stdout.flush()
+    saved: list[int] = []
+    with interrupts_say_the_rest(task, saved):
+        for step in steps:
+            if task.preview is not None and saves:
+                save_preview(step.preview(), task.preview)
+            if step.is_last and saves:
+                image, settings = step.picture(), step.settings
+                path = task.output_path(settings.seed, first_index + step.image)
+                written = save_image(image, path, settings.metadata(), settings.parameters())
+                saved.append(settings.seed)
+                if on_saved is not None:
+                    on_saved(image, settings)
+                tqdm.write(f"seed {settings.seed}  {written}")  # past the bars
+                if protocol is not None:
+                    tqdm.write(encode(image, protocol), end="")
+                sys.stdout.flush()
     stats = step.stats
     if not task.quiet:
         seconds = "  ".join(f"{part} {value:.1f} s" for part, value in stats.seconds.items())

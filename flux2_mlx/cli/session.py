@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -18,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from ..disk_cache import cache_folder
-from ..errors import InputError, one_line
+from ..errors import InputError
 from ..fields import Options, convert_option, flag_of, parser_of
 from ..imaging.files import FORMATS, open_image, save_image
 from ..inputs import open_reference
@@ -26,7 +25,8 @@ from ..options import BatchOptions, GenerationOptions, ModelOptions
 from ..request import Settings
 from ..runtime.distributed import random_seed
 from .arguments import Task, check, complete
-from .runner import JOB_FAULTS, generate, open_pipeline, start
+from .command import Terminated, tell, tell_fault
+from .runner import generate, open_pipeline, start
 
 HELP = """\
 Type a prompt to generate an image. $3 in a prompt is image 3, as a reference image; $$ is a dollar sign.
@@ -84,6 +84,7 @@ class Session:
         options: the options that are set, by their names in Python.
         last: the last prompt as it was typed.
         count: how many images the last prompt gave.
+        is_new_seed: whether the seed was set after them, so that ``again`` takes it as it is.
     """
 
     generate: Generate
@@ -91,6 +92,7 @@ class Session:
     options: dict[str, Any] = field(default_factory=dict)
     last: str = ""
     count: int = 1
+    is_new_seed: bool = False
 
     def handle(self, line: str) -> str | None:
         """Run a command, or generate a prompt.
@@ -127,7 +129,7 @@ class Session:
         self.last = text
         first = len(self.images) + 1
         self.generate(prompt, references, dict(self.options), self.images.append)
-        self.count = len(self.images) + 1 - first
+        self.count, self.is_new_seed = len(self.images) + 1 - first, False
         return f"image {first}" if self.count == 1 else f"images {first} to {len(self.images)}"
 
     def resolve_references(self, text: str) -> tuple[str, list[Image.Image]]:
@@ -158,12 +160,13 @@ class Session:
     def _again(self) -> str:
         if not self.last:
             raise InputError("there is no prompt to generate again")
-        if "seed" in self.options:
+        if "seed" in self.options and not self.is_new_seed:
             self.options["seed"] += self.count
         return self._prompt(self.last)
 
     def _set_option(self, name: str, value: Any) -> None:
         """Set an option; None returns it to its default."""
+        self.is_new_seed = self.is_new_seed or name == "seed"
         if value is None:
             self.options.pop(name, None)
             return
@@ -272,22 +275,35 @@ def converse(session: Session, first: str | None = None) -> None:
     with _line_editing():
         while True:
             try:
-                reply = session.handle(input("> ") if line is None else line)
-            except EOFError:
-                print()
-                return
+                line = read_line() if line is None else line
+                if line is None:
+                    print()
+                    return
+                reply = session.handle(line)
+            except Terminated:
+                raise
             except KeyboardInterrupt:
-                print("interrupted", file=sys.stderr)
+                tell("interrupted")
             except UnicodeDecodeError as error:
-                print(f"error: that is not {error.encoding} text", file=sys.stderr)
-            except JOB_FAULTS as error:
-                print(f"error: {one_line(error)}", file=sys.stderr)
+                tell(f"error: that is not {error.encoding} text")
+            except BaseException as error:
+                tell_fault(error)
             else:
                 if reply is None:
                     return
                 if reply:
                     print(reply)
             line = None
+
+
+def read_line() -> str | None:
+    """The next line that is typed; None where the input ends, or standard input is closed or broken."""
+    try:
+        return input("> ")
+    except UnicodeDecodeError:
+        raise
+    except (EOFError, OSError, RuntimeError, ValueError):
+        return None
 
 
 @contextlib.contextmanager

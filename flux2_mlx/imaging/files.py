@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageErro
 from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 
 from ..errors import InputError
+from ..writing import atomic_write, move_to_free_name, sync
 from .preprocess import flatten
 
 # File suffix to Pillow's format and options.
@@ -143,33 +143,6 @@ def save_preview(image: Image.Image, path: Path) -> None:
         image.save(temporary, format="PNG", pnginfo=info)
 
 
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Let a file appear whole or not at all: yields a temporary path beside it, which replaces ``path`` at the end.
-
-    A body that moves the temporary file elsewhere decides itself where it goes; after an exception it is deleted.
-
-    Raises:
-        InputError: for a full disk or another failure to write.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    mask = os.umask(0)
-    os.umask(mask)
-    try:
-        temporary.chmod(0o666 & ~mask)  # mkstemp made it private
-        yield temporary
-        if temporary.exists():
-            temporary.replace(path)
-    except OSError as error:
-        fault = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise InputError(f"cannot write {path}: {fault}; choose another file") from None
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-
-
 def save_image(image: Image.Image, path: str | os.PathLike[str], metadata: Mapping[str, Any], parameters: str) -> Path:
     """Write an image with its settings as metadata; never over an existing file, never half a file.
 
@@ -208,27 +181,8 @@ def save_image(image: Image.Image, path: str | os.PathLike[str], metadata: Mappi
         options = {**options, "exif": exif}
     with atomic_write(path) as temporary:
         image.save(temporary, format=kind, **options)
-        return _move_to_free_name(temporary, path)
-
-
-def _move_to_free_name(temporary: Path, path: Path) -> Path:
-    """Rename a finished file to ``path`` or the first free numbered name. An empty file claims the name first, since a
-    rename alone would replace another's file.
-    """
-    target, number = path, 1
-    while True:
-        try:
-            os.close(os.open(target, os.O_CREAT | os.O_EXCL))
-            break
-        except FileExistsError:
-            number += 1
-            target = path.with_stem(f"{path.stem}-{number}")
-    try:
-        temporary.replace(target)
-    except BaseException:
-        target.unlink()
-        raise
-    return target
+        sync(temporary)  # before it gets its name, so that a power cut does not empty it
+        return move_to_free_name(temporary, path)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:

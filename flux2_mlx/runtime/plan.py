@@ -138,7 +138,9 @@ class Plan:
         line = f"memory: {self.mode}{what}, about {self.peak / 1e9:.2f} of {self.limit / 1e9:.2f} GB"
         if self.peak <= self.limit:
             return line
-        return f"{line}, which is too much; a smaller image, fewer bits (--quantize) or another --memory needs less"
+        if self.mode == "streamed":
+            return f"{line}, which is too much; a smaller image or fewer bits (--quantize) needs less"
+        return f"{line}, which is too much; a smaller image, fewer bits (--quantize) or --memory streamed needs less"
 
 
 def format_range(least: float, most: float) -> str:

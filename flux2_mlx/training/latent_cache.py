@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
-from safetensors import SafetensorError, safe_open
 
 from .._version import __version__
 from ..checkpoints.load import load_all
 from ..device import memory_limit
-from ..disk_cache import digest_of
-from ..imaging.files import atomic_write, open_image
+from ..disk_cache import digest_of, read_array, write_array
+from ..errors import InputError
+from ..imaging.files import open_image
 from ..pipeline import Flux2Pipeline
 from ..runtime.activations import encoder_bytes
 from ..sampling.latents import pack_latents
+from ..writing import atomic_write
 from .dataset import Example, Size, fit_image
 
 ENCODED_AT_ONCE = 16  # captions in a call of the text encoder
@@ -53,7 +54,7 @@ class LatentCache:
             FloatingPointError: where an encoder's output is not finite.
         """
         texts, unique_images = list(dict.fromkeys(prompts)), list(dict.fromkeys(images))
-        new = [text for text in texts if not _is_readable(self._prompt_file(text))]
+        new = [text for text in texts if read_array(self._prompt_file(text)) is None]
         yield len(texts) - len(new)
         for k in range(0, len(new), ENCODED_AT_ONCE):
             part = new[k : k + ENCODED_AT_ONCE]
@@ -66,7 +67,7 @@ class LatentCache:
         autoencoder = load_all(self.pipe.autoencoder, lambda name: not name.startswith("decoder."))
         for path, size in unique_images:
             file = self._latents_file(path, size)
-            if not _is_readable(file):
+            if read_array(file) is None:
                 activation_bytes = encoder_bytes(config, *size, self.pipe.vae_dtype)
                 with memory_limit(self.pipe.memory_limit, activation_bytes):
                     latents = autoencoder.encoder(fit_image(open_image(path), size))
@@ -102,24 +103,21 @@ def sized_images(example: Example) -> list[tuple[Path, Size]]:
     return list(zip((example.image, *example.references), example.shape, strict=True))
 
 
-def _is_readable(path: Path) -> bool:
-    try:
-        with safe_open(path, framework="numpy"):  # checks the length: MLX would read past a truncated file's end
-            return True
-    except (OSError, SafetensorError):
-        return False
-
-
 def _write(path: Path, array: mx.array) -> None:
     if not mx.isfinite(array).all().item():
         raise FloatingPointError("an encoder's output is not finite; check the checkpoint's files")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_arrays(path, {"array": array}, {})
+    write_array(path, array)
 
 
 def _read(path: Path) -> mx.array:
-    array = cast("dict[str, mx.array]", mx.load(str(path)))["array"]
-    mx.eval(array)  # on its own: see lazy
+    """The array of an entry, which ``encode`` wrote or found whole.
+
+    Raises:
+        InputError: where it is gone, or was changed since.
+    """
+    array = read_array(path)
+    if array is None:
+        raise InputError(f"{path} was removed or changed while the run used it; --resume encodes it again and goes on")
     return array
 
 
@@ -129,5 +127,5 @@ def save_arrays(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[st
     Raises:
         InputError: for a full disk or another failure to write.
     """
-    with atomic_write(path) as temporary:
+    with atomic_write(path, lasting=True) as temporary:
         mx.save_safetensors(str(temporary), dict(arrays), dict(metadata))

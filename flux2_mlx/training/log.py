@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..imaging.files import atomic_write
+from ..writing import atomic_write
 from .trainer import StepReport
 
 SMOOTHED = 50  # steps in the running mean of the loss

@@ -26,6 +26,7 @@ from ..pipeline import Flux2Pipeline
 from ..quantization.layers import autotune
 from ..runtime.distributed import any_process, check_agreement, launched
 from ..runtime.plan import TrainingPlan, make_training_plan
+from ..writing import remove_partials
 from .adapter import adapter_size
 from .dataset import BatchSampler, Example, Size, fingerprint, read_captions, read_dataset
 from .latent_cache import LatentCache, sized_images
@@ -45,12 +46,12 @@ class TrainingResult:
 
     Attributes:
         step: the steps that are done.
-        is_interrupted: whether Ctrl-C ended it before its last step.
+        ended_by: the number of the signal (Ctrl-C, SIGTERM or SIGHUP) that ended it before its last step, or None.
         lora: the file of the LoRA; None in the processes that leave writing to the first one.
     """
 
     step: int
-    is_interrupted: bool
+    ended_by: int | None
     lora: Path | None
 
 
@@ -64,7 +65,8 @@ def train(
     progress: bool = True,
     report: Callable[[str], None] | None = None,
 ) -> TrainingResult:
-    """Train a LoRA and write the run's folder. Ctrl-C ends the run after the current step, with everything saved.
+    """Train a LoRA and write the run's folder. Ctrl-C, SIGTERM and SIGHUP end the run after the current step,
+    with everything saved.
 
     Args:
         resume: continue the run in the folder ``options.output``.
@@ -93,6 +95,8 @@ def train(
     validation = Validation.of(options, pipe)
     output = Path(options.output)
     (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    for folder in (output, output / CHECKPOINTS, output / "cache"):
+        remove_partials(folder)
     cache = LatentCache(pipe, output / "cache")
     prompts = {"": None, **dict.fromkeys([*(example.caption for example in examples), *preserved])}
     images = [sized for example in examples for sized in sized_images(example)]
@@ -118,7 +122,8 @@ def train(
         catch_interrupts() as interrupts,
     ):
         is_interrupted = _take_steps(trainer, log, identity, validation, interrupts, shows_bars, is_first)
-    return TrainingResult(trainer.step, is_interrupted, output / LORA if is_first else None)
+    ended_by = (interrupts or [signal.SIGINT])[0] if is_interrupted else None
+    return TrainingResult(trainer.step, ended_by, output / LORA if is_first else None)
 
 
 def _take_steps(
@@ -126,7 +131,7 @@ def _take_steps(
     log: Log,
     identity: str,
     validation: Validation | None,
-    interrupts: list[bool],
+    interrupts: list[int],
     shows_bars: bool,
     is_first: bool,
 ) -> bool:
@@ -145,7 +150,12 @@ def _take_steps(
             validation.generate(trainer)
         while trainer.step < options.steps and not is_stopped:
             started = time.perf_counter()
-            step = trainer.take_step()
+            try:
+                step = trainer.take_step()
+            except InputError:  # a file of the cache was removed, say: the steps before are kept
+                if is_first and trainer.step > 0:
+                    save()
+                raise
             seconds = time.perf_counter() - started
             is_stopped = any_process(bool(interrupts), trainer.group)
             if not is_first:
@@ -235,16 +245,26 @@ def describe_dataset(examples: Sequence[Example], options: TrainingOptions) -> s
 
 
 @contextlib.contextmanager
-def catch_interrupts() -> Iterator[list[bool]]:
-    """Collect Ctrl-C in a list instead of raising; a second Ctrl-C raises KeyboardInterrupt at once."""
-    interrupts: list[bool] = []
+def catch_interrupts() -> Iterator[list[int]]:
+    """Collect the numbers of signals that end a program (Ctrl-C, SIGTERM, SIGHUP) in a list instead of ending it; a
+    second one does so at once.
+    """
+    interrupts: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    kept = {number: signal.getsignal(number) for number in signals}
+    before = {number: handler for number, handler in kept.items() if handler not in (signal.SIG_IGN, None)}  # nohup
 
-    def handle(*_: Any) -> None:
-        interrupts.append(True)
-        signal.signal(signal.SIGINT, before)
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    before = signal.signal(signal.SIGINT, handle)
+    def handle(number: int, _: Any) -> None:
+        interrupts.append(number)
+        restore()
+
+    for number in before:
+        signal.signal(number, handle)
     try:
         yield interrupts
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
