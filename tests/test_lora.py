@@ -104,8 +104,75 @@ def test_a_trigger_word_stands_once_and_alone(tmp_path):
     (folder / "0.txt").write_text("a picture of sks")
     (folder / "1.txt").unlink()
     (folder / "2.txt").write_text("\ufeff \n")
-    captions = [example.caption for example in read_dataset(folder, 64, trigger="sks")]
+    with pytest.warns(UserWarning, match=r"without a caption, trained on the trigger word alone: 1\.png, 2\.png$"):
+        captions = [example.caption for example in read_dataset(folder, 64, trigger="sks")]
     assert captions[:3] == ["a picture of sks", "sks", "sks"]
+
+
+@pytest.mark.parametrize("trigger", ["", "sks"])
+@pytest.mark.parametrize("suffix", [".TXT", ".caption", ".Caption"])
+def test_captions_of_other_suffixes_are_read(tmp_path, suffix, trigger):
+    """kohya's scripts look for .caption by default (--caption_extension); cameras and Windows write in capitals."""
+    folder = write_pictures(tmp_path / "data")
+    before = read_dataset(folder, 64, trigger)
+    for path in list(folder.glob("*.txt")):
+        path.rename(path.with_suffix(suffix))
+    assert read_dataset(folder, 64, trigger) == before
+
+
+def test_two_captions_of_an_image_are_a_fault(tmp_path):
+    folder = write_pictures(tmp_path / "data")
+    (folder / "1.caption").write_text("another")
+    (folder / "stray.caption").write_text("of nothing")
+    with pytest.raises(DataError) as caught:
+        read_dataset(folder, 64, trigger="sks")
+    assert caught.value.faults == [
+        "stray.caption: there is no image of this name",
+        "1.caption and 1.txt: captions of one image; keep one of them",
+    ]
+
+
+def left_out(folder, trigger=""):
+    with pytest.warns(UserWarning, match=r"not read|left out") as told:
+        read_dataset(folder, 64, trigger)
+    return [str(warning.message).removeprefix(str(folder)).lstrip("/: ") for warning in told]
+
+
+def test_what_is_left_out_is_told(tmp_path):
+    folder = write_pictures(tmp_path / "data")
+    for name in ("0.json", "1.tags", "metadata.csv", "notes.md", ".DS_Store"):
+        (folder / name).write_text("x")
+    write_pictures(folder / "10_sks fox")
+    (folder / "empty").mkdir()
+    assert left_out(folder) == [
+        "subfolders are not read: 10_sks fox (4 images)",
+        "not read, captions are in .txt or .caption files or metadata.jsonl: metadata.csv",
+        "not read, captions are .txt or .caption: 0.json, 1.tags",
+    ]
+    for path in folder.glob("*.txt"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"0\.png: the caption is empty; .* \(0\.json is not read\)"):
+        read_dataset(folder, 64)
+
+
+def test_what_metadata_leaves_out_is_told(tmp_path):
+    folder = write_pictures(tmp_path / "data")
+    write_pictures(folder / "train")
+    rows = [{"file_name": f"train/{k}.png", "text": "a", "width": 64, "score": 0.5} for k in range(2)]
+    rows.append({"file_name": "0.png", "text": "b"})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert left_out(folder) == [
+        "metadata.jsonl: keys that are not read: 'width', 'score' (known are file_name, text, reference)",
+        "not read, metadata.jsonl has the captions: 0.txt, 1.txt",
+        "images that metadata.jsonl does not name are left out: 1.png, 2.png, 3.png",
+    ]
+
+
+def test_a_folder_of_folders_is_told(tmp_path):
+    (tmp_path / "data").mkdir()
+    write_pictures(tmp_path / "data" / "10_sks fox")
+    with pytest.raises(DataError, match=r"subfolders are not read, give one of them: 10_sks fox \(4 images\)"):
+        read_dataset(tmp_path / "data", 64)
 
 
 def test_edits_have_references(tmp_path):
@@ -157,7 +224,8 @@ def test_all_faults_are_told_at_once(tmp_path, capsys, monkeypatch):
         ("[" * 100_000, "no JSON"),
         ("[1]", "an object is expected"),
         ('{"file_name": "0.png", "text": "a", "refrence": "1.png"}', "unknown key 'refrence'; reference?"),
-        ('{"file_name": "0.png", "text": "a", "id": 5}', "unknown key 'id'; known are file_name, text, reference"),
+        ('{"file_name": "0.png", "caption": "a"}', "unknown key 'caption'; text?"),
+        ('{"file_name": "0.png", "Text": "a"}', "unknown key 'Text'; text?"),
         ('{"text": "a"}', "a file's name is expected, got None"),
         ('{"file_name": 7, "text": "a"}', "a file's name is expected, got 7"),
         ('{"file_name": "../0.png", "text": "a"}', "'../0.png' is outside of the folder"),
