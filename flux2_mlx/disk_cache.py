@@ -18,6 +18,8 @@ from typing import Any, cast
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
+from .paths import expand
+
 PROMPTS = "prompts"  # subfolder of the prompt embeddings
 PROMPT_BYTES = 1_000_000_000  # most bytes of all cached prompt embeddings; the least recently used go first
 
@@ -26,7 +28,7 @@ def cache_folder() -> Path:
     """The folder in FLUX2_MLX_CACHE, else flux2_mlx in the platform's folder for caches."""
     configured = os.environ.get("FLUX2_MLX_CACHE")
     if configured:
-        return Path(configured).expanduser()
+        return Path(expand(configured))
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "flux2_mlx"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flux2_mlx"

@@ -14,6 +14,7 @@ from .imaging.files import open_image
 from .imaging.inpaint import ALPHA, Inpaint, inpaint_from
 from .imaging.preprocess import reference_size
 from .options import GenerationOptions
+from .paths import expand
 
 # Inputs of a call that an image's settings cannot carry, and their flags; "" for those of Python alone.
 INPUTS = {"image": "--image", "init_image": "--init-image", "mask": "--mask", "prompt_embeds": "", "latents": ""}
@@ -74,7 +75,7 @@ def open_mask(path: str | os.PathLike[str]) -> Image.Image:
     Raises:
         InputError: naming the file.
     """
-    return open_image(os.path.expanduser(path), alpha=True, as_data=True)
+    return open_image(expand(path), alpha=True, as_data=True)
 
 
 def open_reference(image: Any, *, alpha: bool = False) -> Image.Image:
@@ -86,7 +87,7 @@ def open_reference(image: Any, *, alpha: bool = False) -> Image.Image:
     if not isinstance(image, (str, os.PathLike)):
         reference_size(image)
         return to_srgb(cast(Image.Image, image))
-    opened = open_image(os.path.expanduser(image), alpha=alpha)
+    opened = open_image(expand(image), alpha=alpha)
     try:
         reference_size(opened)
     except InputError as error:

@@ -36,7 +36,7 @@ from flux2_mlx.training.log import plot_losses
 from flux2_mlx.training.losses import SHIFT_STEPS, draw_timesteps, flow_loss, learning_rate_at
 from flux2_mlx.training.options import TIMESTEPS, TrainingOptions
 from flux2_mlx.training.recompute import checkpoint_block
-from flux2_mlx.training.run import LORA, STATE
+from flux2_mlx.training.run import LORA, STATE, lock
 from flux2_mlx.training.trainer import Trainer
 
 SMALL = ["--model", "nano", "--allow-distilled", "--resolution", "64", "--rank", "2", "--targets", "to_q", "linear_in"]
@@ -594,6 +594,46 @@ def test_an_interrupt_saves(pictures, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Trainer, "take_step", step)
     assert main(["--resume", str(tmp_path / "run"), "--quiet", "--steps", "3"]) == 0
     assert [line["step"] for line in log(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_what_a_kill_leaves_is_made_up_for(pictures, tmp_path):
+    """Between the last save and the last image and curve; half a line, and what is no line, in the log; half a file."""
+    run = tmp_path / "run"
+    words = ["--steps", 2, "--validation-prompt", "a red circle"]
+    assert train(pictures, run, *words) == 0
+    made = [run / "samples" / "step-000002.png", run / "loss.png"]
+    before, lines = [path.read_bytes() for path in made], (run / "log.jsonl").read_text().splitlines()
+    for path in made:
+        path.unlink()
+    rubbish = ["[1]", "{}", '{"step": 1}', '{"step": "1", "loss": 2}', "[" * 100_000, "\ufffd", lines[1][:20]]
+    (run / "log.jsonl").write_text("\n".join([lines[0], *rubbish, lines[1], '{"st']))
+    half = run / ".lora-abcd_123.safetensors"
+    half.write_bytes(b"half")
+    assert main(["--resume", str(run), "--quiet"]) == 0
+    assert [path.read_bytes() for path in made] == before
+    assert (run / "log.jsonl").read_text().splitlines() == lines
+    assert not half.exists()
+
+
+@pytest.mark.parametrize(
+    "note", ["[]", "{}", '{"step": 1, "options": 5, "data": ""}', '{"step": 1e999, "options": {}}']
+)
+def test_a_state_of_another_form_is_refused(pictures, tmp_path, capsys, note):
+    assert train(pictures, tmp_path / "run", "--steps", 1) == 0
+    arrays = mx.load(str(tmp_path / "run" / STATE))
+    mx.save_safetensors(str(tmp_path / "run" / STATE), arrays, {"flux2_mlx_training": note})
+    assert main(["--resume", str(tmp_path / "run"), "--quiet"]) == 2
+    assert "is no checkpoint of a training run, or is damaged" in capsys.readouterr().err
+
+
+def test_one_process_trains_in_a_folder(pictures, tmp_path, capsys):
+    """A lock belongs to an open file, so that another of this process is as good as another process's."""
+    (tmp_path / "run").mkdir()
+    with lock(tmp_path / "run"):
+        assert train(pictures, tmp_path / "run", "--steps", 1) == 2
+    assert f"is trained in by another process ({os.getpid()}); wait for it" in capsys.readouterr().err
+    (tmp_path / "run" / "lock").write_text("1")  # of one that was killed
+    assert train(pictures, tmp_path / "run", "--steps", 1) == 0
 
 
 def test_going_on_otherwise_is_refused(tmp_path, capsys):

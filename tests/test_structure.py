@@ -16,6 +16,7 @@ ROOT = PACKAGE.parent
 # Packages and modules at the top of flux2_mlx, each importing from those of earlier lines alone, or from itself.
 ORDER = [
     {"_version", "errors"},
+    {"paths"},
     {"lazy", "disk_cache", "fields"},
     {"device"},
     {"models"},

@@ -31,6 +31,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 METADATA_KEY = "flux2_mlx"
 PREVIEW_KEY = "flux2_mlx preview"
 JPEG_EXIF_BYTES = 65_533
+MAX_METADATA = 2**22  # characters of the settings that are read
 
 # Formats in which several frames are an animation; in others (MPO, TIFF) they are previews and pages.
 ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
@@ -193,7 +194,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def save_image(image: Image.Image, path: str | os.PathLike[str], metadata: Mapping[str, Any], parameters: str) -> Path:
+def save_image(
+    image: Image.Image, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None, parameters: str = ""
+) -> Path:
     """Write an image with its settings as metadata; never over an existing file, never half a file.
 
     PNG carries both texts as text chunks; JPEG and WebP carry the JSON as ImageDescription and the line as
@@ -202,7 +205,7 @@ def save_image(image: Image.Image, path: str | os.PathLike[str], metadata: Mappi
     Args:
         image: 8-bit RGB.
         path: the file; its suffix sets the format. "-2", "-3", ... is added to a name that exists.
-        metadata: the settings, written as JSON.
+        metadata: the settings, written as JSON; None for a file without any.
         parameters: the settings in the line that other tools read.
 
     Returns:
@@ -215,7 +218,9 @@ def save_image(image: Image.Image, path: str | os.PathLike[str], metadata: Mappi
     check_output(path)
     kind, options = FORMATS[path.suffix.lower()]
     text = json.dumps(metadata, ensure_ascii=True)
-    if kind == "PNG":
+    if metadata is None:
+        image = Image.frombytes(image.mode, image.size, image.tobytes())  # without what it carries itself
+    elif kind == "PNG":
         info = PngImagePlugin.PngInfo()
         info.add_text(METADATA_KEY, text)
         info.add_itxt("parameters", parameters)
@@ -267,7 +272,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an image"
         raise InputError(f"cannot be read: {reason}", source=os.fspath(path)) from None
     try:
-        metadata = json.loads(text) if isinstance(text, str) else None
+        metadata = json.loads(text) if isinstance(text, str) and len(text) <= MAX_METADATA else None
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
