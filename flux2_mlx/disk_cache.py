@@ -20,6 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from .errors import InputError
+from .paths import expand
 from .writing import atomic_write, remove_partials
 
 PROMPTS = "prompts"  # subfolder of the prompt embeddings
@@ -30,7 +31,7 @@ def cache_folder() -> Path:
     """The folder in FLUX2_MLX_CACHE, else flux2_mlx in the platform's folder for caches."""
     configured = os.environ.get("FLUX2_MLX_CACHE")
     if configured:
-        return Path(configured).expanduser()
+        return Path(expand(configured))
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "flux2_mlx"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flux2_mlx"

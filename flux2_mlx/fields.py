@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_ty
 import numpy as np
 
 from .errors import InputError
+from .paths import expand
 
 O = TypeVar("O", bound="Options")  # noqa: E741
 
@@ -43,8 +44,8 @@ def option(
         hash: False for values that have none.
         more: flag (its name on the command line, None for no flag), also (aliases of the flag, as other tools call it),
             metavar, parse (text of the command line to a value), nargs, alias (diffusers' name of the argument), hint
-            (the way out that a refusal adds), shown (the default as ``--help`` shows it), is_path (a leading ~ is
-            expanded).
+            (the way out that a refusal adds), shown (the default as ``--help`` shows it), is_path (see
+            paths.expand).
     """
     metadata = {"help": help, "group": group, "ge": ge, "gt": gt, "le": le, "choices": choices, "check": check, **more}
     return field(default=default, hash=hash, metadata=metadata)
@@ -206,7 +207,7 @@ def convert_option(cls: type, f: Field[Any], value: Any) -> Any:
         raise InputError(f"{f.name} must be {KINDS[kind].name}{_number_range(ge, gt, le)}, got {value!r}{hint}")
     if not meta.get("is_path"):
         return converted
-    return os.path.expanduser(converted) if kind is str else tuple(map(os.path.expanduser, converted))
+    return expand(converted) if kind is str else tuple(map(expand, converted))
 
 
 def is_of_type(cls: type, f: Field[Any], value: Any) -> bool:

@@ -9,10 +9,12 @@ from typing import Any, cast
 from PIL import Image
 
 from .errors import InputError
+from .imaging.colour import to_srgb
 from .imaging.files import open_image
 from .imaging.inpaint import ALPHA, Inpaint, inpaint_from
 from .imaging.preprocess import reference_size
 from .options import GenerationOptions
+from .paths import expand
 
 # Inputs of a call that an image's settings cannot carry, and their flags; "" for those of Python alone.
 INPUTS = {"image": "--image", "init_image": "--init-image", "mask": "--mask", "prompt_embeds": "", "latents": ""}
@@ -54,7 +56,7 @@ class Inputs:
         images = [open_reference(image) for image in self.images] or None
         init_image = None if self.init_image is None else open_reference(self.init_image, alpha=self.mask == ALPHA)
         is_file = isinstance(self.mask, (str, os.PathLike)) and self.mask != ALPHA
-        return replace(self, image=images, init_image=init_image, mask=open_file(self.mask) if is_file else self.mask)
+        return replace(self, image=images, init_image=init_image, mask=open_mask(self.mask) if is_file else self.mask)
 
     def inpaint(self, options: GenerationOptions) -> Inpaint | None:
         """The inpainting or outpainting that the inputs ask for, if any; images must be opened.
@@ -67,25 +69,25 @@ class Inputs:
         return inpaint_from(self.init_image, self.mask, options.mask_blur, options.mask_padding, options.expand)
 
 
-def open_file(path: str | os.PathLike[str]) -> Image.Image:
-    """An image file with its transparency.
+def open_mask(path: str | os.PathLike[str]) -> Image.Image:
+    """A mask's file with its transparency, its numbers as they are: they say how much, not which colour.
 
     Raises:
         InputError: naming the file.
     """
-    return open_image(os.path.expanduser(path), alpha=True)
+    return open_image(expand(path), alpha=True, as_data=True)
 
 
 def open_reference(image: Any, *, alpha: bool = False) -> Image.Image:
-    """An image, or an image from a file, that the transformer is to see.
+    """An image, or an image from a file, that the transformer is to see, in sRGB.
 
     Raises:
         InputError: naming the file.
     """
     if not isinstance(image, (str, os.PathLike)):
         reference_size(image)
-        return cast(Image.Image, image)
-    opened = open_image(os.path.expanduser(image), alpha=alpha)
+        return to_srgb(cast(Image.Image, image))
+    opened = open_image(expand(image), alpha=alpha)
     try:
         reference_size(opened)
     except InputError as error:

@@ -47,9 +47,9 @@ def build_parser() -> Parser:
         titles=(DATA, MODEL, ADAPTER, OPTIMIZATION, VALIDATION, RUN),
         hints={**HINTS, "--num-epochs": HINTS["--epochs"], "--num-train-epochs": HINTS["--epochs"]},
         description="Train a LoRA of FLUX.2 [klein] on a folder of images.",
-        epilog="The folder has images, each with its caption in a .txt file of the same name; or a metadata.jsonl with "
-        'a line {"file_name": "1.png", "text": "...", "reference": "before.png"} for each image; for edits, reference '
-        "is the image before the edit.",
+        epilog="The folder has images, each with its caption in a .txt or .caption file of the same name; or a "
+        'metadata.jsonl with a line {"file_name": "1.png", "text": "...", "reference": "before.png"} for each image; '
+        "for edits, reference is the image before the edit.",
     )
     parser.add_argument(
         "-c", "--config", type=path, metavar="FILE", help="options from a JSON or TOML file; flags replace them"

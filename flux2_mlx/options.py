@@ -28,6 +28,7 @@ MAX_STEPS = 1000  # noise levels that the models were trained on
 MAX_POSITIONS = 40960  # positions that Qwen3 was trained on
 MAX_IMAGES = 10_000
 MAX_GUIDANCE = 100
+MAX_PROMPT = 100_000  # characters; encoding takes hundreds of bytes for each, and at most 40,960 tokens are read
 MIN_MEMORY = 10**6  # bytes; less is a number of GB
 STRENGTH = 0.75  # img2img's default; less where the steps are fewer than four
 FROZEN = ("text", "references")
@@ -70,6 +71,8 @@ def check_prompt(prompt: Any) -> None:
     """
     if not isinstance(prompt, str):
         raise InputError(f"a prompt must be a string, got {prompt!r}")
+    if len(prompt) > MAX_PROMPT:
+        raise InputError(f"a prompt has at most {MAX_PROMPT:,} characters, and this one has more; shorten it")
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
@@ -218,13 +221,21 @@ class CheckpointOptions(Options):
 
     model: str = option(
         "klein-4b", "released model, nano, folder, file, Hub id or owner/name/file", group=MODEL, also=("-m",),
-        source=True,
+        source=True, is_path=True,
     )  # fmt: skip
     revision: str | None = option(None, "branch, tag or commit on the Hub", group=MODEL, source=True)
-    transformer: str | None = option(None, f"the transformer {_PART}", group=MODEL, metavar="FILE", source=True)
-    text_encoder: str | None = option(None, f"the text encoder {_PART}", group=MODEL, metavar="FILE", source=True)
-    vae: str | None = option(None, f"the autoencoder (VAE) {_PART}", group=MODEL, metavar="FILE", source=True)
-    tokenizer: str | None = option(None, "another folder with tokenizer.json", group=MODEL, metavar="DIR", source=True)
+    transformer: str | None = option(
+        None, f"the transformer {_PART}", group=MODEL, metavar="FILE", source=True, is_path=True
+    )
+    text_encoder: str | None = option(
+        None, f"the text encoder {_PART}", group=MODEL, metavar="FILE", source=True, is_path=True
+    )
+    vae: str | None = option(
+        None, f"the autoencoder (VAE) {_PART}", group=MODEL, metavar="FILE", source=True, is_path=True
+    )
+    tokenizer: str | None = option(
+        None, "another folder with tokenizer.json", group=MODEL, metavar="DIR", source=True, is_path=True
+    )
     distilled: bool | None = option(
         None, "whether the transformer is step-distilled (few steps, no CFG), where its file does not say", group=MODEL,
         source=True,
@@ -278,7 +289,7 @@ class CheckpointOptions(Options):
 class ModelOptions(CheckpointOptions):
     """A model and its adapters."""
 
-    lora: tuple[str, ...] = option((), _LORA, group=ADAPTERS, metavar="FILE[:STRENGTH]")
+    lora: tuple[str, ...] = option((), _LORA, group=ADAPTERS, metavar="FILE[:STRENGTH]", is_path=True)
     lora_merge: bool = option(
         False,
         "fuse LoRAs into weights that are not quantized: steps are a little faster, loading is slower",
@@ -307,8 +318,19 @@ class RuntimeOptions(Options):
         "TAEF2's weights for finer previews: a file, or owner/name/file on the Hub",
         group=OUTPUT,
         metavar="FILE",
+        is_path=True,
     )
     progress: bool = option(False, "bars on standard error while weights are read and steps are done", flag=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions(Options):
+    """The options of writing images."""
+
+    write_metadata: bool = option(
+        True, "write the settings into the image's file, for --from-image and other tools", group=OUTPUT,
+        flag="metadata", shown="on",
+    )  # fmt: skip
 
 
 def dtype_of(dtype: Any) -> mx.Dtype:

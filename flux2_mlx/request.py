@@ -26,12 +26,18 @@ from .imaging.inpaint import Inpaint
 from .imaging.preprocess import init_array, reference_array, reference_size
 from .inputs import INPUTS, Inputs
 from .options import MIN_SIDE, STRENGTH, BatchOptions, GenerationOptions, ModelOptions, check_prompt, check_size
+from .paths import without_home
 from .sampling.latents import PIXELS_PER_TOKEN, initial_noise, pack_channels_first
 from .sampling.schedules import StepPlan, custom_sigmas, plan_steps, schedule_sigmas
 
 Size = tuple[int, int]  # (height, width)
 
 TENS_OF_STEPS = 10  # with fewer steps, each differs too much from the one before to reuse it
+
+
+def paths_of(cls: type) -> list[str]:
+    """The options that can be paths."""
+    return [f.name for f in fields(cls) if f.metadata.get("is_path")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +83,15 @@ class Settings(ModelOptions, GenerationOptions):
             way_out = f"; give it again ({', '.join(flags)})" if all(flags) else ", and cannot be repeated"
             raise InputError(f"the image was generated from more than its file carries ({', '.join(absent)}){way_out}")
         return cls(**values)
+
+    def metadata(self) -> dict[str, Any]:
+        """The settings as JSON values, for an image's file: paths in the home folder by their last part alone."""
+        own = {name: getattr(self, name) for name in paths_of(type(self))}
+        hidden = {
+            name: list(map(without_home, value)) if isinstance(value, tuple) else value and without_home(value)
+            for name, value in own.items()
+        }
+        return super().metadata() | hidden
 
     def parameters(self) -> str:
         """The settings in the "parameters" form that other tools read; of a folder it names the last part alone."""

@@ -15,7 +15,7 @@ from diffusers.utils import load_image
 from PIL import ExifTags, Image
 
 from flux2_mlx import InputError, Settings, read_metadata, save_image
-from flux2_mlx.imaging.files import check_output, open_image
+from flux2_mlx.imaging.files import check_output, check_preview, open_image
 from flux2_mlx.imaging.preprocess import reference_array, reference_size, to_pil, to_unit
 
 SETTINGS = Settings(
@@ -297,7 +297,7 @@ def test_what_is_no_picture_is_refused(image, tmp_path, monkeypatch):
     }.items():
         with pytest.raises(InputError, match=rf"cannot be read: .*{expected}"):
             open_image(tmp_path / name)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
+    monkeypatch.setattr("flux2_mlx.imaging.files.MAX_PIXELS", 400)
     with pytest.raises(InputError, match=r"d\.png: has more than 400 pixels; scale it down"):
         open_image(tmp_path / "d.png")
 
@@ -306,3 +306,31 @@ def test_what_is_no_picture_is_refused(image, tmp_path, monkeypatch):
 def test_a_reference_has_the_size_that_was_told(size):
     picture = Image.new("RGB", size)
     assert reference_array(picture).shape == (1, *reference_size(picture), 3)
+
+
+def test_eps_runs_no_program(tmp_path, monkeypatch):
+    """Pillow has Ghostscript render it, whatever the file's name is."""
+    ran = tmp_path / "ran"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {ran}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    path = tmp_path / "a.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n")
+    for read in (open_image, read_metadata):
+        with pytest.raises(InputError, match=r"a\.png: cannot be read"):
+            read(path)
+    with pytest.raises(InputError, match="exists and is no preview"):
+        check_preview(path)
+    assert not ran.exists()
+
+
+def test_sixteen_bits_take_no_wider_copies(tmp_path):
+    """A wide image would take eight bytes a pixel more at once."""
+    import tracemalloc
+
+    Image.fromarray(np.zeros((2048, 2048), np.uint16)).save(tmp_path / "a.png")
+    tracemalloc.start()
+    open_image(tmp_path / "a.png")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 * 2048**2 + 2 * 256 * 2048 * 8

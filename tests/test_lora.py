@@ -36,7 +36,7 @@ from flux2_mlx.training.log import plot_losses
 from flux2_mlx.training.losses import SHIFT_STEPS, draw_timesteps, flow_loss, learning_rate_at
 from flux2_mlx.training.options import TIMESTEPS, TrainingOptions
 from flux2_mlx.training.recompute import checkpoint_block
-from flux2_mlx.training.run import LORA, STATE
+from flux2_mlx.training.run import LORA, STATE, lock
 from flux2_mlx.training.trainer import Trainer
 
 SMALL = ["--model", "nano", "--allow-distilled", "--resolution", "64", "--rank", "2", "--targets", "to_q", "linear_in"]
@@ -104,8 +104,75 @@ def test_a_trigger_word_stands_once_and_alone(tmp_path):
     (folder / "0.txt").write_text("a picture of sks")
     (folder / "1.txt").unlink()
     (folder / "2.txt").write_text("\ufeff \n")
-    captions = [example.caption for example in read_dataset(folder, 64, trigger="sks")]
+    with pytest.warns(UserWarning, match=r"without a caption, trained on the trigger word alone: 1\.png, 2\.png$"):
+        captions = [example.caption for example in read_dataset(folder, 64, trigger="sks")]
     assert captions[:3] == ["a picture of sks", "sks", "sks"]
+
+
+@pytest.mark.parametrize("trigger", ["", "sks"])
+@pytest.mark.parametrize("suffix", [".TXT", ".caption", ".Caption"])
+def test_captions_of_other_suffixes_are_read(tmp_path, suffix, trigger):
+    """kohya's scripts look for .caption by default (--caption_extension); cameras and Windows write in capitals."""
+    folder = write_pictures(tmp_path / "data")
+    before = read_dataset(folder, 64, trigger)
+    for path in list(folder.glob("*.txt")):
+        path.rename(path.with_suffix(suffix))
+    assert read_dataset(folder, 64, trigger) == before
+
+
+def test_two_captions_of_an_image_are_a_fault(tmp_path):
+    folder = write_pictures(tmp_path / "data")
+    (folder / "1.caption").write_text("another")
+    (folder / "stray.caption").write_text("of nothing")
+    with pytest.raises(DataError) as caught:
+        read_dataset(folder, 64, trigger="sks")
+    assert caught.value.faults == [
+        "stray.caption: there is no image of this name",
+        "1.caption and 1.txt: captions of one image; keep one of them",
+    ]
+
+
+def left_out(folder, trigger=""):
+    with pytest.warns(UserWarning, match=r"not read|left out") as told:
+        read_dataset(folder, 64, trigger)
+    return [str(warning.message).removeprefix(str(folder)).lstrip("/: ") for warning in told]
+
+
+def test_what_is_left_out_is_told(tmp_path):
+    folder = write_pictures(tmp_path / "data")
+    for name in ("0.json", "1.tags", "metadata.csv", "notes.md", ".DS_Store"):
+        (folder / name).write_text("x")
+    write_pictures(folder / "10_sks fox")
+    (folder / "empty").mkdir()
+    assert left_out(folder) == [
+        "subfolders are not read: 10_sks fox (4 images)",
+        "not read, captions are in .txt or .caption files or metadata.jsonl: metadata.csv",
+        "not read, captions are .txt or .caption: 0.json, 1.tags",
+    ]
+    for path in folder.glob("*.txt"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"0\.png: the caption is empty; .* \(0\.json is not read\)"):
+        read_dataset(folder, 64)
+
+
+def test_what_metadata_leaves_out_is_told(tmp_path):
+    folder = write_pictures(tmp_path / "data")
+    write_pictures(folder / "train")
+    rows = [{"file_name": f"train/{k}.png", "text": "a", "width": 64, "score": 0.5} for k in range(2)]
+    rows.append({"file_name": "0.png", "text": "b"})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert left_out(folder) == [
+        "metadata.jsonl: keys that are not read: 'width', 'score' (known are file_name, text, reference)",
+        "not read, metadata.jsonl has the captions: 0.txt, 1.txt",
+        "images that metadata.jsonl does not name are left out: 1.png, 2.png, 3.png",
+    ]
+
+
+def test_a_folder_of_folders_is_told(tmp_path):
+    (tmp_path / "data").mkdir()
+    write_pictures(tmp_path / "data" / "10_sks fox")
+    with pytest.raises(DataError, match=r"subfolders are not read, give one of them: 10_sks fox \(4 images\)"):
+        read_dataset(tmp_path / "data", 64)
 
 
 def test_edits_have_references(tmp_path):
@@ -157,7 +224,8 @@ def test_all_faults_are_told_at_once(tmp_path, capsys, monkeypatch):
         ("[" * 100_000, "no JSON"),
         ("[1]", "an object is expected"),
         ('{"file_name": "0.png", "text": "a", "refrence": "1.png"}', "unknown key 'refrence'; reference?"),
-        ('{"file_name": "0.png", "text": "a", "id": 5}', "unknown key 'id'; known are file_name, text, reference"),
+        ('{"file_name": "0.png", "caption": "a"}', "unknown key 'caption'; text?"),
+        ('{"file_name": "0.png", "Text": "a"}', "unknown key 'Text'; text?"),
         ('{"text": "a"}', "a file's name is expected, got None"),
         ('{"file_name": 7, "text": "a"}', "a file's name is expected, got 7"),
         ('{"file_name": "../0.png", "text": "a"}', "'../0.png' is outside of the folder"),
@@ -526,6 +594,46 @@ def test_an_interrupt_saves(pictures, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Trainer, "take_step", step)
     assert main(["--resume", str(tmp_path / "run"), "--quiet", "--steps", "3"]) == 0
     assert [line["step"] for line in log(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_what_a_kill_leaves_is_made_up_for(pictures, tmp_path):
+    """Between the last save and the last image and curve; half a line, and what is no line, in the log; half a file."""
+    run = tmp_path / "run"
+    words = ["--steps", 2, "--validation-prompt", "a red circle"]
+    assert train(pictures, run, *words) == 0
+    made = [run / "samples" / "step-000002.png", run / "loss.png"]
+    before, lines = [path.read_bytes() for path in made], (run / "log.jsonl").read_text().splitlines()
+    for path in made:
+        path.unlink()
+    rubbish = ["[1]", "{}", '{"step": 1}', '{"step": "1", "loss": 2}', "[" * 100_000, "\ufffd", lines[1][:20]]
+    (run / "log.jsonl").write_text("\n".join([lines[0], *rubbish, lines[1], '{"st']))
+    half = run / ".lora-abcd_123.safetensors"
+    half.write_bytes(b"half")
+    assert main(["--resume", str(run), "--quiet"]) == 0
+    assert [path.read_bytes() for path in made] == before
+    assert (run / "log.jsonl").read_text().splitlines() == lines
+    assert not half.exists()
+
+
+@pytest.mark.parametrize(
+    "note", ["[]", "{}", '{"step": 1, "options": 5, "data": ""}', '{"step": 1e999, "options": {}}']
+)
+def test_a_state_of_another_form_is_refused(pictures, tmp_path, capsys, note):
+    assert train(pictures, tmp_path / "run", "--steps", 1) == 0
+    arrays = mx.load(str(tmp_path / "run" / STATE))
+    mx.save_safetensors(str(tmp_path / "run" / STATE), arrays, {"flux2_mlx_training": note})
+    assert main(["--resume", str(tmp_path / "run"), "--quiet"]) == 2
+    assert "is no checkpoint of a training run, or is damaged" in capsys.readouterr().err
+
+
+def test_one_process_trains_in_a_folder(pictures, tmp_path, capsys):
+    """A lock belongs to an open file, so that another of this process is as good as another process's."""
+    (tmp_path / "run").mkdir()
+    with lock(tmp_path / "run"):
+        assert train(pictures, tmp_path / "run", "--steps", 1) == 2
+    assert f"is trained in by another process ({os.getpid()}); wait for it" in capsys.readouterr().err
+    (tmp_path / "run" / "lock").write_text("1")  # of one that was killed
+    assert train(pictures, tmp_path / "run", "--steps", 1) == 0
 
 
 def test_going_on_otherwise_is_refused(tmp_path, capsys):

@@ -26,6 +26,7 @@ from flux2_mlx.options import (
     CheckpointOptions,
     GenerationOptions,
     ModelOptions,
+    OutputOptions,
     RuntimeOptions,
     dtype_of,
 )
@@ -35,7 +36,7 @@ from flux2_mlx.training.options import TrainingOptions
 PACKAGE = Path(flux2_mlx.__file__).parent
 ROOT = PACKAGE.parent
 SMALL = {"height": 64, "width": 80, "num_steps": 2, "max_sequence_length": 16}
-CLASSES = (ModelOptions, GenerationOptions, BatchOptions, RuntimeOptions)
+CLASSES = (ModelOptions, GenerationOptions, BatchOptions, OutputOptions, RuntimeOptions)
 
 # Flags that the command had before options were fields.
 FLAGS = """

@@ -17,6 +17,7 @@ from typing import Any
 from ..errors import CheckpointError, InputError
 from ..families import NANO, PARTS, RELEASED, RELEASES, TRANSFORMER, Part, find_release, release_of_size
 from ..models.config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
+from ..paths import expand
 from .files import load_files, read_json
 from .folder import Found, Source, open_folder, weight_files
 from .hub import HUB_FILE, HUB_ID, download, download_file, download_part, fetching, local_path
@@ -102,7 +103,7 @@ def open_checkpoint(
     if transformer is not None:
         found = replace(found, has_kv_cache=None)
     is_distilled, has_kv_cache = _variant_of(name, found, distilled, kv_cache)
-    folder = _tokenizer_folder(found.folder / "tokenizer" if tokenizer is None else Path(tokenizer).expanduser())
+    folder = _tokenizer_folder(found.folder / "tokenizer" if tokenizer is None else Path(expand(tokenizer)))
     shapes = {key: sources[key].shape() for key in PARTS}
     _check_pairing(sources, **shapes)
     return Checkpoint(

@@ -13,6 +13,7 @@ from huggingface_hub import errors as hub_errors
 
 from ..errors import CheckpointError, one_line, summarize
 from ..families import NANO, RELEASED, RELEASED_NAMES, Part
+from ..paths import expand
 from .files import read_header, read_json
 from .folder import SCHEDULER, TOKENIZER, config_faults, needed_shards, read_model_index, stems_of
 
@@ -102,14 +103,28 @@ def _only_lora(source: str, files: Sequence[str]) -> str:
 def local_path(name: str) -> Path | None:
     """The folder or file of that name here, or None; nano is in the package, unless a folder here has its name."""
     try:
-        path = Path(name).expanduser()
+        path = Path(expand(name))
         if name == NANO and not path.exists():
             path = Path(__file__).parents[1] / NANO
         return path if name and path.exists() else None
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {error.strerror}") from None
-    except RuntimeError as error:  # a home folder that does not exist
-        raise CheckpointError(f"no model {name!r}: {error}") from None
+
+
+def is_cached(source: str, revision: str | None = None) -> bool:
+    """Whether the Hub's cache has weights of a repository, or a file of it, at this revision; the Hub is not asked."""
+    try:
+        if HUB_FILE.fullmatch(source):
+            owner, repo, file = source.split("/", 2)
+            found = huggingface_hub.try_to_load_from_cache(f"{owner}/{repo}", file, revision=revision)
+            return isinstance(found, str)
+        repo = RELEASED.get(source, source)
+        if not HUB_ID.fullmatch(repo):
+            return False
+        folder = huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True)
+        return any(Path(folder).rglob("*.safetensors"))
+    except (hub_errors.HFValidationError, hub_errors.LocalEntryNotFoundError, OSError):
+        return False
 
 
 def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:

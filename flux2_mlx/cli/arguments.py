@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from .._version import __version__
 from ..adapters.lora import parse_lora
+from ..checkpoints.hub import HUB_FILE, HUB_ID, is_cached, local_path
 from ..errors import InputError
 from ..families import NANO, RELEASED
 from ..imaging.files import FORMATS, check_output, check_preview, read_metadata
@@ -22,6 +23,7 @@ from ..models.config import AutoEncoderConfig
 from ..options import (
     ADAPTERS,
     BATCH,
+    MAX_PROMPT,
     MEMORY,
     MODEL,
     OUTPUT,
@@ -30,10 +32,12 @@ from ..options import (
     BatchOptions,
     GenerationOptions,
     ModelOptions,
+    OutputOptions,
     RuntimeOptions,
     check_prompt,
 )
-from ..request import Settings, Size, image_sizes
+from ..paths import HIDDEN, expand
+from ..request import Settings, Size, image_sizes, paths_of
 from ..runtime.distributed import random_seed
 from .common import Parser, given_options, path
 
@@ -53,6 +57,7 @@ class Task:
     model: ModelOptions
     runtime: RuntimeOptions
     output: str
+    write_metadata: bool
     preview: Path | None
     show: str | None
     stats: bool
@@ -108,7 +113,7 @@ def build_parser() -> Parser:
         'such as "a large red circle on the left, white background".',
     )
     add_prompt_options(parser)
-    for cls in (ModelOptions, GenerationOptions, BatchOptions, RuntimeOptions):
+    for cls in (ModelOptions, GenerationOptions, BatchOptions, OutputOptions, RuntimeOptions):
         parser.add_options(cls)
     add_run_options(parser)
     hidden: dict[str, Any] = {"help": argparse.SUPPRESS}
@@ -238,6 +243,7 @@ def complete(
         model=model,
         runtime=RuntimeOptions.collect(values | {"progress": not arguments.quiet}),
         output=arguments.output or DEFAULT_OUTPUT,
+        write_metadata=OutputOptions.collect(values).write_metadata,
         preview=arguments.preview,
         show=arguments.show,
         stats=arguments.stats,
@@ -255,7 +261,12 @@ def replayed(given: Mapping[str, Any], inputs: Sequence[str]) -> dict[str, Any]:
     settings = Settings.from_metadata(read_metadata(given["from_image"]), [*(INPUTS.keys() & given.keys()), *inputs])
     model = settings.select(ModelOptions)
     kept = {"dtype": settings.dtype, "vae_dtype": settings.vae_dtype}
-    values = (model if "model" not in given else kept) | settings.select(GenerationOptions)
+    is_other = "model" in given and not (
+        settings.model.startswith(HIDDEN) and Path(given["model"]).name == Path(settings.model).name
+    )
+    if not is_other:
+        check_sources({name: value for name, value in model.items() if name not in given})
+    values = (kept if is_other else model) | settings.select(GenerationOptions)
     values["prompt"] = settings.prompt
     if given.keys() & {"num_steps", "schedule", "sigmas"}:
         values["sigmas"] = None
@@ -266,6 +277,39 @@ def replayed(given: Mapping[str, Any], inputs: Sequence[str]) -> dict[str, Any]:
     return values
 
 
+def check_sources(model: Mapping[str, Any]) -> None:
+    """Refuse what an image's settings name and is neither a released model, nor here, nor in the Hub's cache: they may
+    be a stranger's, and nothing is fetched, and no pipe or device opened, because a file says so.
+
+    Raises:
+        InputError: with the way out.
+    """
+    revision = model.get("revision")
+    for name in paths_of(ModelOptions):
+        value = model.get(name) or ()
+        for text in (value,) if isinstance(value, str) else value:
+            source = parse_lora(text)[0] if name == "lora" else text
+            flag, shown = f"--{name.replace('_', '-')}", repr(source)
+            if source.startswith(HIDDEN):
+                way_out = f"{flag} FOLDER/{text.removeprefix(HIDDEN)}"
+                raise InputError(f"the image does not carry the folders of its {name}, {shown}; give it: {way_out}")
+            at = revision if name == "model" else None
+            if (
+                name == "model" and source in (NANO, *RELEASED) and not (at or "").startswith("refs/")
+            ):  # a stranger's PR
+                continue
+            path = local_path(source)
+            if path is not None and not (path.is_file() or path.is_dir()):
+                raise InputError(f"the image's {name}, {shown}, is neither a file nor a folder; give another: {flag}")
+            is_on_hub = HUB_ID.fullmatch(source) or HUB_FILE.fullmatch(source) or source in RELEASED
+            if path is None and is_on_hub and not is_cached(source, at):
+                version = f" of revision {at!r}" if at else ""
+                raise InputError(
+                    f"the image's {name}, {shown}{version}, is neither here nor in the Hub's cache, and what an image "
+                    f"names is not fetched; if you trust it: hf download REPOSITORY, or {flag} with yours"
+                )
+
+
 def read_prompt(arguments: argparse.Namespace, stdin: TextIO | None) -> str:
     """The prompt from the command line, a file or standard input; one line break at its end does not count."""
     ways = [arguments.prompt, arguments.prompt_option, arguments.prompt_file]
@@ -273,12 +317,14 @@ def read_prompt(arguments: argparse.Namespace, stdin: TextIO | None) -> str:
         raise InputError("give the prompt either as an argument or as --prompt-file")
     if arguments.prompt_file is not None:
         try:
-            text = arguments.prompt_file.read_text(encoding="utf-8-sig")
+            with arguments.prompt_file.open("rb") as file:
+                content = file.read(4 * MAX_PROMPT + 8)  # a character has at most four bytes
+            text = content.decode("utf-8-sig", "strict" if len(content) < 4 * MAX_PROMPT + 8 else "replace")
         except UnicodeDecodeError as error:
             raise InputError(f"{arguments.prompt_file} is not UTF-8 text ({error.reason})") from None
         except OSError as error:
             raise InputError(f"cannot read {arguments.prompt_file}: {error.strerror}") from None
-        return str(text).removesuffix("\n")
+        return str(text).replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
     if arguments.prompt_option is not None:
         return str(arguments.prompt_option)
     if arguments.prompt is not None and arguments.prompt != "-":
@@ -286,7 +332,7 @@ def read_prompt(arguments: argparse.Namespace, stdin: TextIO | None) -> str:
     if stdin is None or (arguments.prompt is None and stdin.isatty()):
         raise InputError('no prompt: give one, as in flux2-generate "a red fox in the snow", or --prompt-file FILE')
     try:
-        text = stdin.read().removesuffix("\n")
+        text = stdin.read(MAX_PROMPT + 2).removesuffix("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"standard input is not {error.encoding} text ({error.reason})") from None
     if not text:
@@ -301,7 +347,7 @@ def output_path(template: str, seed: int, index: int, prompt: str = "") -> Path:
     Raises:
         InputError: for another placeholder.
     """
-    template = os.path.expanduser(template)
+    template = expand(template)
     if template.endswith("/") or os.path.isdir(template):
         template = os.path.join(template, DEFAULT_OUTPUT)
     if not OUTPUT_TEMPLATE.fullmatch(template):

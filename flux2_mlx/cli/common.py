@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..checkpoints.write import LAYOUTS, convert
 from ..errors import InputError
 from ..fields import default_of, flag_of, nearest, parser_of, type_of
 from ..options import CheckpointOptions
+from ..paths import expand
 
 MODEL_HELP = CheckpointOptions.field("model").metadata["help"]
 
@@ -84,8 +84,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def path(text: str) -> Path:
-    """A path whose leading ~ is the home folder."""
-    return Path(os.path.expanduser(text))
+    """A path of the command line; see paths.expand."""
+    return Path(expand(text))
 
 
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -114,7 +114,8 @@ def generate(
             if step.is_last and saves:
                 image, settings = step.picture(), step.settings
                 path = task.output_path(settings.seed, first_index + step.image)
-                written = save_image(image, path, settings.metadata(), settings.parameters())
+                texts = (settings.metadata(), settings.parameters()) if task.write_metadata else ()
+                written = save_image(image, path, *texts)
                 saved.append(settings.seed)
                 if on_saved is not None:
                     on_saved(image, settings)

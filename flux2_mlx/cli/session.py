@@ -21,7 +21,8 @@ from ..errors import InputError
 from ..fields import Options, convert_option, flag_of, parser_of
 from ..imaging.files import FORMATS, open_image, save_image
 from ..inputs import open_reference
-from ..options import BatchOptions, GenerationOptions, ModelOptions
+from ..options import BatchOptions, GenerationOptions, ModelOptions, OutputOptions
+from ..paths import expand
 from ..request import Settings
 from ..runtime.distributed import random_seed
 from .arguments import Task, check, complete
@@ -41,7 +42,7 @@ Type a prompt to generate an image. $3 in a prompt is image 3, as a reference im
   help, quit        Ctrl-C stops generating, Ctrl-D quits"""
 _SUFFIXES = "|".join(suffix[1:] for suffix in FORMATS)
 # Options that a session can set, by their names in Python; NAMES adds the flags' names.
-_CLASSES: list[type[Options]] = [GenerationOptions, BatchOptions]
+_CLASSES: list[type[Options]] = [GenerationOptions, BatchOptions, OutputOptions]
 SETTABLE: dict[str, tuple[type[Options], Field[Any]]] = {
     **{f.name: (cls, f) for cls in _CLASSES for f in fields(cls)},  # type: ignore[arg-type]
     "lora": (ModelOptions, ModelOptions.field("lora")),
@@ -205,7 +206,7 @@ class Session:
         return f"{name} {'default' if text is None else text}"
 
     def _load(self, path: str) -> str:
-        self.images.append(SessionImage(open_image(Path(path).expanduser()), None))
+        self.images.append(SessionImage(open_image(expand(path)), None))
         return f"image {len(self.images)}"
 
     def _save(self, number: str | None, path: str) -> str:
@@ -214,14 +215,14 @@ class Session:
         saved = self.images[-1 if number is None else int(number) - 1]
         if saved.settings is None:
             raise InputError("that image was loaded, and is a file already")
-        metadata, parameters = saved.settings.metadata(), saved.settings.parameters()
-        return str(save_image(saved.image, Path(path).expanduser(), metadata, parameters))
+        texts = (saved.settings.metadata(), saved.settings.parameters())
+        return str(save_image(saved.image, expand(path), *(texts if self.options.get("write_metadata", True) else ())))
 
 
 def complete_word(text: str, state: int) -> str | None:
     """The state-th completion of a word: commands, then image files of this folder or of the one that is named."""
     names = [f"{name} " for name in COMMANDS if name.startswith(text)] if text else []
-    path = Path(text).expanduser()
+    path = Path(expand(text))
     folder = path if text.endswith("/") else path.parent
     stem = "" if text.endswith("/") else path.name
     with contextlib.suppress(OSError):

@@ -18,7 +18,8 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 
 from ..errors import InputError
 from ..writing import atomic_write, move_to_free_name, sync
-from .preprocess import flatten
+from .colour import to_srgb, without_profile
+from .preprocess import MAX_PIXELS, flatten
 
 # File suffix to Pillow's format and options.
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -30,39 +31,47 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 METADATA_KEY = "flux2_mlx"
 PREVIEW_KEY = "flux2_mlx preview"
 JPEG_EXIF_BYTES = 65_533
+MAX_METADATA = 2**22  # characters of the settings that are read
 
 # Formats in which several frames are an animation; in others (MPO, TIFF) they are previews and pages.
 ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
+# What is read: Pillow knows more, and hands some of it to other programs, as EPS to Ghostscript.
+READ = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "MPO", "PPM", "JPEG2000")
+ROWS = 256  # of an image of 16 bits, converted at a time
 _HEIC = re.compile(rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1)", re.DOTALL)
 
 
-def open_image(path: str | os.PathLike[str], *, alpha: bool = False) -> Image.Image:
-    """Read an image as 8-bit RGB, rotated as its EXIF orientation says; transparent pixels become white.
+def open_image(path: str | os.PathLike[str], *, alpha: bool = False, as_data: bool = False) -> Image.Image:
+    """Read an image as 8-bit RGB in sRGB, rotated as its EXIF orientation says; transparent pixels become white.
 
     Args:
         alpha: return RGBA for a file with transparency.
+        as_data: take the numbers as they are, whatever colours an embedded profile means by them: a mask's.
 
     Raises:
         InputError: with the file as ``source``; for a file that is no image, or is damaged, animated, of 32-bit values,
-            or of too many pixels to be read safely.
+            or of more than MAX_PIXELS.
     """
     name = os.fspath(path)
     try:
-        with Image.open(path) as image:
+        with _opened(path, READ) as image:
             if getattr(image, "is_animated", False) and image.format in ANIMATED:
                 raise InputError("has several frames; save the one that is meant as an image of its own", source=name)
+            if image.width * image.height > MAX_PIXELS:
+                raise _too_large(name)
             image.load()
             kind = image.format
             bits = image.tag_v2.get(BITSPERSAMPLE, (16,))[0] if isinstance(image, TiffImageFile) else 16
             with contextlib.suppress(SyntaxError, ValueError, TypeError):  # a damaged EXIF block is ignored
                 image = ImageOps.exif_transpose(image)
             image = _to_eight_bits(image, name, kind, bits)
+            image = without_profile(image) if as_data else to_srgb(image, name)
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
             return image if alpha else flatten(image)
     except InputError:
         raise
-    except Image.DecompressionBombError:
-        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise InputError(f"has more than {most:,} pixels; scale it down", source=name) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # far above MAX_PIXELS
+        raise _too_large(name) from None
     except UnidentifiedImageError:
         with open(path, "rb") as file:
             is_heic = _HEIC.match(file.read(16)) is not None
@@ -73,8 +82,18 @@ def open_image(path: str | os.PathLike[str], *, alpha: bool = False) -> Image.Im
         raise InputError(f"cannot be read: {reason}", source=name) from None
 
 
+def _opened(path: str | os.PathLike[str], formats: tuple[str, ...]) -> Image.Image:
+    """An image's header, by the readers of these formats alone, those that this Pillow has."""
+    Image.init()
+    return Image.open(path, formats=[name for name in formats if name in Image.OPEN])
+
+
+def _too_large(name: str) -> InputError:
+    return InputError(f"has more than {MAX_PIXELS:,} pixels; scale it down", source=name)
+
+
 def _to_eight_bits(image: Image.Image, name: str, kind: str | None, bits: int) -> Image.Image:
-    """An image as 8-bit RGB, or RGBA with transparency.
+    """An image with 8 bits a channel, of 16 the upper ones, rounded.
 
     Args:
         name: the file's, for messages.
@@ -82,15 +101,20 @@ def _to_eight_bits(image: Image.Image, name: str, kind: str | None, bits: int) -
         bits: the bits of a channel's values, for images of more than 8.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):  # convert() would clip at 255
-        values = np.asarray(image, np.float64)
-        rgb = Image.fromarray((values / (2**bits - 1) * 255).round().astype(np.uint8)).convert("RGB")
+        values, most = np.asarray(image), 2**bits - 1
+        table = (np.arange(most + 1) / most * 255).round().astype(np.uint8)
+        levels = np.empty(values.shape, np.uint8)
+        for top in range(0, len(values), ROWS):  # indices take eight bytes each
+            levels[top : top + ROWS] = table[np.clip(values[top : top + ROWS], 0, most)]
+        grey = Image.fromarray(levels)
         if "transparency" in image.info:  # the one value that means transparent
-            opaque = (values != image.info["transparency"]).astype(np.uint8) * 255
-            rgb.putalpha(Image.fromarray(opaque))
-        return rgb
+            grey.putalpha(Image.fromarray((values != image.info["transparency"]).astype(np.uint8) * 255))
+        if "icc_profile" in image.info:
+            grey.info["icc_profile"] = image.info["icc_profile"]
+        return grey
     if image.mode in ("I", "F"):
         raise InputError("cannot be read: its values have no known range; save it with 8 or 16 bits", source=name)
-    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+    return image
 
 
 def check_output(path: Path) -> None:
@@ -127,7 +151,7 @@ def check_preview(path: Path) -> None:
     check_output(path)
     if os.path.lexists(path):
         try:
-            with Image.open(path) as image:
+            with _opened(path, ("PNG",)) as image:
                 is_preview = PREVIEW_KEY in image.info
         except Exception:  # no image, or a damaged one
             is_preview = False
@@ -140,10 +164,12 @@ def save_preview(image: Image.Image, path: Path) -> None:
     info = PngImagePlugin.PngInfo()
     info.add_text(PREVIEW_KEY, "")
     with atomic_write(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
+        image.save(temporary, format="PNG", pnginfo=info, icc_profile=None)
 
 
-def save_image(image: Image.Image, path: str | os.PathLike[str], metadata: Mapping[str, Any], parameters: str) -> Path:
+def save_image(
+    image: Image.Image, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None, parameters: str = ""
+) -> Path:
     """Write an image with its settings as metadata; never over an existing file, never half a file.
 
     PNG carries both texts as text chunks; JPEG and WebP carry the JSON as ImageDescription and the line as
@@ -152,7 +178,7 @@ def save_image(image: Image.Image, path: str | os.PathLike[str], metadata: Mappi
     Args:
         image: 8-bit RGB.
         path: the file; its suffix sets the format. "-2", "-3", ... is added to a name that exists.
-        metadata: the settings, written as JSON.
+        metadata: the settings, written as JSON; None for a file without any.
         parameters: the settings in the line that other tools read.
 
     Returns:
@@ -165,7 +191,9 @@ def save_image(image: Image.Image, path: str | os.PathLike[str], metadata: Mappi
     check_output(path)
     kind, options = FORMATS[path.suffix.lower()]
     text = json.dumps(metadata, ensure_ascii=True)
-    if kind == "PNG":
+    if metadata is None:
+        image = Image.frombytes(image.mode, image.size, image.tobytes())  # without what it carries itself
+    elif kind == "PNG":
         info = PngImagePlugin.PngInfo()
         info.add_text(METADATA_KEY, text)
         info.add_itxt("parameters", parameters)
@@ -180,7 +208,7 @@ def save_image(image: Image.Image, path: str | os.PathLike[str], metadata: Mappi
             exif = Image.Exif()
         options = {**options, "exif": exif}
     with atomic_write(path) as temporary:
-        image.save(temporary, format=kind, **options)
+        image.save(temporary, format=kind, icc_profile=None, **options)  # none is sRGB
         sync(temporary)  # before it gets its name, so that a power cut does not empty it
         return move_to_free_name(temporary, path)
 
@@ -192,13 +220,13 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         InputError: for a file that is no image, or has no settings of this package.
     """
     try:
-        with Image.open(path) as image:
+        with _opened(path, tuple(kind for kind, _ in FORMATS.values())) as image:
             text = image.info.get(METADATA_KEY) or image.getexif().get(ExifTags.Base.ImageDescription)
     except Exception as error:  # a damaged image makes Pillow raise errors of many kinds
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an image"
         raise InputError(f"cannot be read: {reason}", source=os.fspath(path)) from None
     try:
-        metadata = json.loads(text) if isinstance(text, str) else None
+        metadata = json.loads(text) if isinstance(text, str) and len(text) <= MAX_METADATA else None
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):

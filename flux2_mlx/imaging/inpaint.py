@@ -17,12 +17,11 @@ from PIL import Image, ImageFilter, ImageOps
 
 from ..errors import InputError
 from ..sampling.latents import PIXELS_PER_TOKEN
-from .preprocess import flatten, image_array, init_array, reference_size
+from .preprocess import MAX_PIXELS, flatten, image_array, init_array, reference_size
 
 ALPHA = "alpha"  # given for a mask: inpaint where the image is transparent
 SIDES = ("left", "top", "right", "bottom")
 MAX_MARGIN = 10_000  # pixels added on one side
-MAX_PIXELS = 2**28  # most pixels of an image with outpainting's margins
 
 
 @dataclass(frozen=True)

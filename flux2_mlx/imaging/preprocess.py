@@ -14,6 +14,7 @@ from ..sampling.latents import PIXELS_PER_TOKEN
 REFERENCE_MIN_SIDE = 64
 REFERENCE_MAX_ASPECT = 8
 REFERENCE_MAX_PIXELS = 1024 * 1024
+MAX_PIXELS = 2**26  # of an image that is read, or extended: 200 MB of RGB, and a few times that while it is converted
 
 
 def to_unit(decoded: mx.array) -> mx.array:

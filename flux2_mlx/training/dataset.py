@@ -2,13 +2,14 @@
 
     folder -> read_dataset -> examples, each with its size -> BatchSampler: the examples of pass 0, 1, 2, ...
 
-A folder has images, each with its caption in a .txt file of the same name; or a metadata.jsonl, one object a line:
+A folder has images, each with its caption in a .txt or .caption file of the same name; or a metadata.jsonl, one object
+a line:
 
     {"file_name": "1.png", "text": "a red fox in the snow"}
     {"file_name": "after.png", "text": "make it night", "reference": "before.png"}
 
 "file_name" and "text" are the keys of Hugging Face's image folders; "reference" is the image to edit, or a list of
-images. Paths are within the folder.
+images. Paths are within the folder. What lies beside them and is not read is told, in warnings.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..errors import InputError
+from ..errors import InputError, summarize
 from ..imaging.files import open_image
 from ..imaging.preprocess import image_array, reference_size
 from ..sampling.latents import PIXELS_PER_TOKEN
@@ -34,6 +37,10 @@ from ..sampling.latents import PIXELS_PER_TOKEN
 METADATA = "metadata.jsonl"
 KEYS = ("file_name", "text", "reference")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif")
+CAPTIONS = (".txt", ".caption")
+_OTHER_METADATA = re.compile(r"(metadata|captions?|meta_cap|meta_lat|dataset)\.(csv|json|jsonl|parquet|toml|tsv)")
+# Keys of other trainers for the caption, which must not be passed over as columns of something else.
+_CAPTION_KEYS = ("caption", "captions", "prompt", "prompts", "description", "additional_feature")
 MIN_IMAGES = 3
 MIN_SIDE = 64  # pixels of a training image
 MAX_CAPTION_BYTES = 100_000  # a caption is truncated to 512 tokens in any case
@@ -103,10 +110,16 @@ def read_dataset(folder: Path, resolution: int, trigger: str = "") -> list[Examp
     if not folder.is_dir():
         raise DataError(folder, ["there is no such folder"])
     faults: list[str] = []
+    try:
+        names = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(folder, [error.strerror or str(error)]) from None
     metadata = folder / METADATA
-    entries = _from_metadata(metadata, faults) if metadata.is_file() else _from_captions(folder, faults)
+    entries = _from_metadata(metadata, faults) if metadata.is_file() else _from_captions(names, faults)
+    subfolders = _subfolders(names, {path.parent for entry in entries for path in (entry.image, *entry.references)})
     if not entries and not faults:
-        faults.append(f"no images ({', '.join(SUFFIXES[:4])}, ...) and no {METADATA}")
+        more = f"; subfolders are not read, give one of them: {summarize(subfolders)}" if subfolders else ""
+        faults.append(f"no images ({', '.join(SUFFIXES[:4])}, ...) and no {METADATA}{more}")
     elif len(entries) < MIN_IMAGES and not faults:
         count = "1 image" if len(entries) == 1 else f"{len(entries)} images"
         faults.append(f"{count}, and at least {MIN_IMAGES} are needed")
@@ -115,7 +128,9 @@ def read_dataset(folder: Path, resolution: int, trigger: str = "") -> list[Examp
     for entry in entries:
         caption = _with_trigger(entry.caption, trigger)
         if not caption:
-            faults.append(f"{entry.label}: the caption is empty; write one, or give a trigger word")
+            unread = [path.name for path in names if path.stem == entry.image.stem and not _is_read(path)]
+            more = f" ({summarize(unread)} {'is' if len(unread) == 1 else 'are'} not read)" if unread else ""
+            faults.append(f"{entry.label}: the caption is empty; write one, or give a trigger word{more}")
         for path in (entry.image, *entry.references):
             if path not in sizes:
                 sizes[path] = _size(folder, path, faults)
@@ -126,7 +141,57 @@ def read_dataset(folder: Path, resolution: int, trigger: str = "") -> list[Examp
             examples.append(Example(entry.image, caption, entry.references, target, reference_sizes))
     if faults:
         raise DataError(folder, faults)
+    _tell_what_is_left_out(folder, names, subfolders, entries, set(sizes))
     return examples
+
+
+def _is_read(path: Path) -> bool:
+    return path.suffix.lower() in (*SUFFIXES, *CAPTIONS) or path.is_dir()
+
+
+def _subfolders(names: Iterable[Path], used: set[Path]) -> list[str]:
+    """Subfolders with images in them, and how many, but for those that are used."""
+    found = []
+    for path in names:
+        if path.is_dir() and not any(path == other or path in other.parents for other in used):
+            try:
+                count = sum(file.suffix.lower() in SUFFIXES for file in path.iterdir())
+            except OSError:
+                continue
+            if count:
+                found.append(f"{path.name} ({count} image{'s' * (count > 1)})")
+    return found
+
+
+def _tell_what_is_left_out(
+    folder: Path, names: Sequence[Path], subfolders: list[str], entries: Sequence[_Entry], images: set[Path]
+) -> None:
+    """Warn of what a folder has and the data set has not."""
+
+    def tell(found: Iterable[str], what: str) -> None:
+        found = list(found)
+        if found:
+            warnings.warn(f"{folder}: {what}: {summarize(found)}", stacklevel=4)
+
+    stems = {entry.image.stem for entry in entries}
+    is_listed = (folder / METADATA).is_file()
+    tell(subfolders, "subfolders are not read")
+    tell(
+        (entry.label for entry in entries if not entry.caption), "without a caption, trained on the trigger word alone"
+    )
+    tell(
+        (path.name for path in names if _OTHER_METADATA.fullmatch(path.name) and path.name != METADATA),
+        f"not read, captions are in {' or '.join(CAPTIONS)} files or {METADATA}",
+    )
+    tell(
+        (path.name for path in names if path.stem in stems and not _is_read(path)),
+        f"not read, captions are {' or '.join(CAPTIONS)}",
+    )
+    if is_listed:
+        captions = (path.name for path in names if path.suffix.lower() in CAPTIONS and path.stem in stems)
+        tell(captions, f"not read, {METADATA} has the captions")
+        unused = (path.name for path in names if path.suffix.lower() in SUFFIXES and path not in images)
+        tell(unused, f"images that {METADATA} does not name are left out")
 
 
 def _with_trigger(caption: str, trigger: str) -> str:
@@ -152,24 +217,28 @@ def _size(folder: Path, path: Path, faults: list[str]) -> Size | None:
     return image.height, image.width
 
 
-def _from_captions(folder: Path, faults: list[str]) -> list[_Entry]:
-    files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    images = [path for path in files if path.suffix.lower() in SUFFIXES]
-    stems = {path.stem for path in images}
-    faults += [f"{path.name}: there is no image of this name" for path in files if _is_stray(path, stems)]
-    return [_Entry(path.name, path, _caption(path.with_suffix(".txt"), faults)) for path in images]
-
-
-def _is_stray(path: Path, stems: set[str]) -> bool:
-    return path.suffix.lower() == ".txt" and path.stem not in stems
+def _from_captions(names: Sequence[Path], faults: list[str]) -> list[_Entry]:
+    images = [path for path in names if path.suffix.lower() in SUFFIXES]
+    captions: dict[str, list[Path]] = {path.stem: [] for path in images}
+    for path in names:
+        if path.suffix.lower() in CAPTIONS and path.is_file():
+            if path.stem in captions:
+                captions[path.stem].append(path)
+            else:
+                faults.append(f"{path.name}: there is no image of this name")
+    faults += [
+        f"{' and '.join(path.name for path in paths)}: captions of one image; keep one of them"
+        for paths in captions.values()
+        if len(paths) > 1
+    ]
+    read = {stem: _caption(paths[0], faults) if paths else "" for stem, paths in captions.items()}
+    return [_Entry(path.name, path, read[path.stem]) for path in images]
 
 
 def _caption(path: Path, faults: list[str]) -> str:
-    """The text of a file, "" for a missing one. A file that cannot be read adds a fault, and its name
-    stands for the text, or the caption would count as empty too.
+    """The text of a file. A file that cannot be read adds a fault, and its name stands for the text, or the caption
+    would count as empty too.
     """
-    if not path.is_file():
-        return ""
     try:
         if path.stat().st_size > MAX_CAPTION_BYTES:
             raise InputError(f"{path.stat().st_size:,} bytes are no caption")
@@ -191,24 +260,28 @@ def _from_metadata(path: Path, faults: list[str]) -> list[_Entry]:
         faults.append(f"{path.name}: {error.strerror}")
         return []
     entries = []
+    unknown: dict[str, None] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         label = f"{path.name}, line {number}"
         try:
-            entries.append(_parse_entry(path.parent, label, line))
+            entries.append(_parse_entry(path.parent, label, line, unknown.setdefault))
         except InputError as error:
             faults.append(f"{label}: {error}")
     if not entries and not faults:
         faults.append(f"{path.name} is empty: one JSON object a line")
+    if unknown and not faults:
+        columns = summarize([repr(name) for name in unknown])
+        warnings.warn(f"{path}: keys that are not read: {columns} (known are {', '.join(KEYS)})", stacklevel=4)
     return entries
 
 
-def _parse_entry(folder: Path, label: str, line: str) -> _Entry:
-    """One line of metadata.
+def _parse_entry(folder: Path, label: str, line: str, tell: Callable[[str], object]) -> _Entry:
+    """One line of metadata; ``tell`` gets the keys that mean nothing here.
 
     Raises:
-        InputError: for a line of another form.
+        InputError: for a line of another form, and for a key that is a known one misspelt, or another trainer's.
     """
     try:
         values = json.loads(line)
@@ -217,9 +290,14 @@ def _parse_entry(folder: Path, label: str, line: str) -> _Entry:
     if not isinstance(values, dict):
         raise InputError(f"an object is expected, got {line.strip()[:40]}")
     for name in values:
-        if name not in KEYS:
-            near = difflib.get_close_matches(name, KEYS, n=1)
-            raise InputError(f"unknown key {name!r}; " + (f"{near[0]}?" if near else f"known are {', '.join(KEYS)}"))
+        if name in KEYS:
+            continue
+        near = difflib.get_close_matches(name, [key for key in KEYS if key not in values], n=1)
+        if "text" not in values and name.lower() in _CAPTION_KEYS:
+            near = ["text"]
+        if near:
+            raise InputError(f"unknown key {name!r}; {near[0]}?")
+        tell(name)
     caption, references = values.get("text", ""), values.get("reference") or []
     references = [references] if isinstance(references, str) else references
     if not isinstance(caption, str) or len(caption) > MAX_CAPTION_BYTES or _has_surrogates(caption):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ..writing import atomic_write
 from .dataset import Example, Size, fit_image
 
 ENCODED_AT_ONCE = 16  # captions in a call of the text encoder
+COLOURS = "sRGB"  # of latents; those of earlier versions are of the file's bare numbers
 
 
 class LatentCache:
@@ -70,7 +72,10 @@ class LatentCache:
             if read_array(file) is None:
                 activation_bytes = encoder_bytes(config, *size, self.pipe.vae_dtype)
                 with memory_limit(self.pipe.memory_limit, activation_bytes):
-                    latents = autoencoder.encoder(fit_image(open_image(path), size))
+                    with warnings.catch_warnings():  # what there is to tell was told when the data set was checked
+                        warnings.simplefilter("ignore", UserWarning)
+                        image = open_image(path)
+                    latents = autoencoder.encoder(fit_image(image, size))
                     _write(file, autoencoder.bn.normalize(pack_latents(latents)))
             yield 1
         self.pipe.unload("autoencoder")
@@ -89,7 +94,7 @@ class LatentCache:
             source = self.pipe.checkpoint.sources["vae"]
             files = [*source.files, *([source.decoder] if source.decoder else [])]
             environment = self._environment(self.pipe.vae_dtype)
-            key = environment, source.config, size, hashlib.sha256(path.read_bytes()).hexdigest()
+            key = environment, COLOURS, source.config, size, hashlib.sha256(path.read_bytes()).hexdigest()
             self._files[path, size] = self.folder / f"{digest_of(files, key)}.safetensors"
         return self._files[path, size]
 

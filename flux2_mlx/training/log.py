@@ -31,9 +31,9 @@ class Log:
 
     def truncate(self, step: int) -> None:
         """Drop the lines after ``step`` steps: of steps that were not saved before the run was killed."""
-        with contextlib.suppress(OSError, ValueError):
-            lines = [json.loads(line) for line in self.path.read_text().splitlines()]
-            self.lines = [line for line in lines if line["step"] <= step]
+        with contextlib.suppress(OSError):
+            text = self.path.read_text(encoding="utf-8", errors="replace")
+            self.lines = [line for line in map(_parse, text.splitlines()) if line and line["step"] <= step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def add(self, report: StepReport, seconds: float) -> None:
@@ -64,6 +64,16 @@ class Log:
     def plot(self, path: Path) -> None:
         """Write the curve of the loss and its running mean as a PNG."""
         write_image(path, plot_losses([line["loss"] for line in self.lines]))
+
+
+def _parse(text: str) -> dict[str, float] | None:
+    """A line of the log, or None for what is none, as a full disk or a power cut leaves it."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    is_step = isinstance(line, dict) and all(type(line.get(name)) in (int, float) for name in ("step", "loss"))
+    return line if is_step else None
 
 
 def plot_losses(losses: Sequence[float], size: tuple[int, int] = (960, 480)) -> Image.Image:

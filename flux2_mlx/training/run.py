@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
 import signal
 import time
 from collections import Counter
@@ -37,6 +39,7 @@ from .validation import Validation
 
 CONFIG, LORA, LOG, CURVE = "config.json", "lora.safetensors", "log.jsonl", "loss.png"
 CHECKPOINTS = "checkpoints"
+LOCK = "lock"
 STATE = f"{CHECKPOINTS}/state.safetensors"  # beside lora.safetensors it would make the folder one of two LoRAs
 
 
@@ -95,35 +98,65 @@ def train(
     validation = Validation.of(options, pipe)
     output = Path(options.output)
     (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    for folder in (output, output / CHECKPOINTS, output / "cache"):
-        remove_partials(folder)
-    cache = LatentCache(pipe, output / "cache")
-    prompts = {"": None, **dict.fromkeys([*(example.caption for example in examples), *preserved])}
-    images = [sized for example in examples for sized in sized_images(example)]
-    if validation is not None:
-        prompts[validation.prompt] = None
-        images += validation.references
-    shows_bars = progress and is_first
-    with tqdm(desc="encoding", total=len(set(images)) + len(prompts), leave=False, disable=not shows_bars) as bar:
-        for count in cache.encode(prompts, images):
-            bar.update(count)
-    load_transformer(pipe, shows_bars)
-    trainer = Trainer(pipe.transformer, options, examples, cache, preserved, group)
-    log = Log(output / LOG)
-    if resume:
-        trainer.load(output / STATE, identity)
-    if is_first:
-        log.truncate(trainer.step)
-        write_text(output / CONFIG, json.dumps(options.metadata(), indent=2) + "\n")
-    activation_bytes = plan.stages[-1].activation_bytes
-    with (
-        wired_limit(pipe.memory_limit),
-        memory_limit(pipe.memory_limit, activation_bytes),
-        catch_interrupts() as interrupts,
-    ):
-        is_interrupted = _take_steps(trainer, log, identity, validation, interrupts, shows_bars, is_first)
+    with lock(output) if is_first else contextlib.nullcontext():
+        cache = LatentCache(pipe, output / "cache")
+        prompts = {"": None, **dict.fromkeys([*(example.caption for example in examples), *preserved])}
+        images = [sized for example in examples for sized in sized_images(example)]
+        if validation is not None:
+            prompts[validation.prompt] = None
+            images += validation.references
+        shows_bars = progress and is_first
+        with tqdm(desc="encoding", total=len(set(images)) + len(prompts), leave=False, disable=not shows_bars) as bar:
+            for count in cache.encode(prompts, images):
+                bar.update(count)
+        load_transformer(pipe, shows_bars)
+        trainer = Trainer(pipe.transformer, options, examples, cache, preserved, group)
+        log = Log(output / LOG)
+        if resume:
+            trainer.load(output / STATE, identity)
+        if is_first:
+            log.truncate(trainer.step)
+            write_text(output / CONFIG, json.dumps(options.metadata(), indent=2) + "\n")
+        activation_bytes = plan.stages[-1].activation_bytes
+        with (
+            wired_limit(pipe.memory_limit),
+            memory_limit(pipe.memory_limit, activation_bytes),
+            catch_interrupts() as interrupts,
+        ):
+            is_interrupted = _take_steps(trainer, log, identity, validation, interrupts, shows_bars, is_first)
     ended_by = (interrupts or [signal.SIGINT])[0] if is_interrupted else None
     return TrainingResult(trainer.step, ended_by, output / LORA if is_first else None)
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keep a run's folder to this process, and remove what a killed one left half written. The lock ends with the
+    process, however that ends.
+
+    Raises:
+        InputError: where another process trains there.
+    """
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            pid = file.read(20).strip()
+            raise InputError(
+                f"{folder} is trained in by another process ({pid}); wait for it, or give another --output"
+            ) from None
+        except OSError:  # a file system without locks
+            yield
+            return
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        for part in (".", CHECKPOINTS, "cache", "samples"):
+            remove_partials(folder / part)
+        try:
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
 
 
 def _take_steps(
@@ -146,8 +179,10 @@ def _take_steps(
     is_stopped = False
     mx.reset_peak_memory()
     with tqdm(desc="training", total=options.steps, initial=trainer.step, disable=not shows_bars, unit="step") as bar:
-        if is_first and validation is not None and trainer.step == 0:
+        if is_first and validation is not None and validation.is_due(trainer, again=trainer.step > 0):
             validation.generate(trainer)
+        if is_first and trainer.step == options.steps and log.lines:  # the last run may have been killed before it
+            log.plot(output / CURVE)
         while trainer.step < options.steps and not is_stopped:
             started = time.perf_counter()
             try:
@@ -168,7 +203,7 @@ def _take_steps(
                 trainer.save_lora(output / CHECKPOINTS / f"step-{trainer.step:06}.safetensors")
             if trainer.step % options.save_every == 0 or is_last or is_stopped:
                 save()
-            if validation is not None and not is_stopped and (trainer.step % options.validate_every == 0 or is_last):
+            if validation is not None and not is_stopped and validation.is_due(trainer):
                 validation.generate(trainer)
     return is_stopped and trainer.step < options.steps
 

@@ -258,8 +258,8 @@ class Trainer:
             with safe_open(path, framework="numpy") as file:
                 note = json.loads((file.metadata() or {})["flux2_mlx_training"])
             arrays = cast("dict[str, mx.array]", mx.load(str(path)))
-            step, options, data = int(note["step"]), note["options"], note["data"]
-        except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, TypeError) as error:
+            step, options, data = int(note["step"]), dict(note["options"]), note["data"]
+        except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, TypeError, OverflowError) as error:
             raise CheckpointError(f"{path} is no checkpoint of a training run, or is damaged ({error})") from None
         now = self.options.metadata()
         changed = [name for name in now if name not in RESUMABLE and options.get(name) != now[name]]

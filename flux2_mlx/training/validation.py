@@ -63,11 +63,21 @@ class Validation:
         steps = options.validation_steps or min(variant.num_steps, MAX_STEPS)
         return cls(options.validation_prompt, references, size, steps, variant.guidance)
 
+    def is_due(self, trainer: Trainer, *, again: bool = False) -> bool:
+        """Whether the step that the trainer is at has an image; ``again``, of a run that was stopped there, and yet
+        lacks it.
+        """
+        is_due = trainer.step % trainer.options.validate_every == 0 or trainer.step == trainer.options.steps
+        return is_due and not (again and self.path(trainer).is_file())
+
+    def path(self, trainer: Trainer) -> Path:
+        """The file of the image at the trainer's step, as samples/step-000250.png of the run's folder."""
+        return Path(trainer.options.output) / "samples" / f"step-{trainer.step:06}.png"
+
     def generate(self, trainer: Trainer) -> None:
-        """Generate it with what has been learned, as samples/step-000250.png of the run's folder."""
-        folder = Path(trainer.options.output) / "samples"
-        folder.mkdir(exist_ok=True)
-        write_image(folder / f"step-{trainer.step:06}.png", self._image(trainer))
+        """Generate it with what has been learned."""
+        self.path(trainer).parent.mkdir(exist_ok=True)
+        write_image(self.path(trainer), self._image(trainer))
 
     def _image(self, trainer: Trainer) -> Image.Image:
         cache, (height, width) = trainer.cache, self.size
