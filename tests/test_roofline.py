@@ -1,6 +1,5 @@
 """FLOP of every stage, as counted in the references' modules and in ours, and what becomes of them."""
 
-import json
 import re
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flux2_mlx import AutoEncoderConfig, Flux2Pipeline, FluxKleinParams, Quantization, Qwen3Config
 from flux2_mlx.device import weight_bytes
+from flux2_mlx.disk_cache import read_table, write_table
 from flux2_mlx.generate import main
 from flux2_mlx.models.autoencoder import AutoEncoder
 from flux2_mlx.models.flux2 import FluxKlein
@@ -325,11 +325,9 @@ def test_speeds_are_kept_for_each_dtype(folder, monkeypatch):
 def test_a_damaged_table_is_none(folder, monkeypatch, damage):
     monkeypatch.setattr(roofline, "measure_speeds", lambda dtype: SPEEDS)
     measure(mx.float32)
-    file = folder / "speeds.json"
-    table = json.loads(file.read_text())
+    table = read_table("speeds")
     (key,) = table
-    table[key] = damage if damage in (3, {}) else table[key] | damage
-    file.write_text(json.dumps(table))
+    write_table("speeds", {key: damage if damage in (3, {}) else table[key] | damage})
     assert known_speeds(mx.float32) is None
 
 
