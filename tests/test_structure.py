@@ -16,7 +16,8 @@ ROOT = PACKAGE.parent
 # Packages and modules at the top of flux2_mlx, each importing from those of earlier lines alone, or from itself.
 ORDER = [
     {"_version", "errors"},
-    {"lazy", "collectives", "fields", "paths", "writing"},
+    {"paths"},
+    {"lazy", "collectives", "fields", "writing"},
     {"disk_cache"},
     {"device"},
     {"models"},

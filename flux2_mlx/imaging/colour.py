@@ -76,7 +76,8 @@ def _is_identity(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
     """Whether a transform leaves the numbers of sRGB as they are, but for rounding."""
     levels = np.linspace(0, 255, 16).round().astype(np.uint8)
     grid = levels[:, None] if mode == "L" else np.stack(np.meshgrid(levels, levels, levels), -1).reshape(256, 16, 3)
-    probe, result = Image.fromarray(grid), Image.new("RGB", grid.shape[1::-1])
+    probe = Image.fromarray(grid)
+    result = Image.new("RGB", probe.size)
     transform.apply(probe, result)
     off = np.asarray(result, np.int16) - np.asarray(probe.convert("RGB"), np.int16)
     return bool(np.abs(off).max() <= _TOLERANCE)
