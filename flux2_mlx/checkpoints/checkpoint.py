@@ -17,9 +17,12 @@ from typing import Any
 from ..errors import CheckpointError, InputError
 from ..families import NANO, PARTS, RELEASED, RELEASES, TRANSFORMER, Part, find_release, release_of_size
 from ..models.config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
-from .files import load_files, read_json
-from .folder import Found, Source, open_folder, weight_files
+from ..models.names.qwen3 import NEEDED_QWEN3, is_qwen3_vl
+from .files import load_files
+from .folder import SLOW_TOKENIZER, Found, Source, open_folder, weight_files
+from .formats.unread import unread_storage
 from .hub import HUB_FILE, HUB_ID, download, download_file, download_part, fetching, local_path
+from .reading import read_json
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def open_checkpoint(
 
 def _tokenizer_folder(folder: Path) -> Path:
     if not (folder / "tokenizer.json").is_file():
-        raise CheckpointError(f"{folder} has no tokenizer.json")
+        raise CheckpointError(f"{folder} has no tokenizer.json; {SLOW_TOKENIZER}")
     return folder
 
 
@@ -237,6 +240,10 @@ def _parts_in(path: Path) -> list[Part]:
         looks = "; it looks like a LoRA"
     elif any(name.startswith(("model.diffusion_model.input_blocks.", "down_blocks.")) for name in names):
         looks = "; it looks like Stable Diffusion"
+    elif is_qwen3_vl(names):
+        looks = f"; it is Qwen3-VL, and {NEEDED_QWEN3}"
+    elif (storage := unread_storage(names)) is not None:
+        looks = f"; its weights are stored as {storage} has them, which is not read"
     shown = ", ".join(sorted(names)[:3])
     raise CheckpointError(f"{path} holds no part of a FLUX.2 [klein] model{looks} (its first weights: {shown})")
 
