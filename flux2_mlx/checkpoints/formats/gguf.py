@@ -26,6 +26,7 @@ from .blocks import BLOCKS
 MAGIC = b"GGUF"
 _MAX_TENSORS = 65536
 _MAX_DIMENSIONS = 4
+_MAX_SIDE = 2**31  # MLX counts in 32 bits
 _MAX_STRINGS = 1 << 20  # in the header's arrays; a vocabulary and its merges are a third
 _ALIGNMENT = "general.alignment"
 
@@ -139,6 +140,8 @@ def _read(path: Path, _modified: int, _size: int) -> tuple[dict[str, Any], dict[
         length = math.prod(shape) // block * size
         if start + offset + length > len(content):
             raise CheckpointError(f"{path} is cut short or damaged: {name} ends beyond its {len(content):,} bytes")
+        if max(shape) >= _MAX_SIDE:
+            raise CheckpointError(f"{path} is damaged: {name} is {shape}")
         raw = content[start + offset : start + offset + length].reshape(-1, shape[-1] // block * size)  # (rows, bytes)
         decoded = _decode_tensor(name, shape, kind, raw, to_floats)
         if decoded.keys() & weights.keys():

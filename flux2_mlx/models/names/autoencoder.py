@@ -160,7 +160,7 @@ def autoencoder_config(weights: Mapping[str, Any]) -> AutoEncoderConfig:
         if latents != AutoEncoderConfig.latent_channels:
             raise CheckpointError(
                 f"the autoencoder has {latents} latent channels and FLUX.2's has {AutoEncoderConfig.latent_channels}"
-                + ("; 16 are FLUX.1's" if latents == 16 else "")
+                + {16: "; 16 are FLUX.1's", 4: "; 4 are Stable Diffusion's"}.get(latents, "")
             )
         return AutoEncoderConfig(
             latent_channels=latents,
