@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import struct
+import sys
 
 import gguf
 import huggingface_hub
@@ -30,6 +31,7 @@ from flux2_mlx import (
 )
 from flux2_mlx.checkpoints.files import load_files
 from flux2_mlx.checkpoints.formats import decode as decoding
+from flux2_mlx.checkpoints.formats.blocks import BLOCKS
 from flux2_mlx.checkpoints.formats.gguf import read_gguf
 from flux2_mlx.checkpoints.formats.marks import Format
 from flux2_mlx.checkpoints.load import (
@@ -312,10 +314,27 @@ def test_every_other_type_of_gguf(tmp_path, kind):
     np.testing.assert_array_equal(found, gguf.quants.dequantize(raw, kind).reshape(3, 2 * block))
 
 
+@pytest.mark.parametrize("kind", sorted(BLOCKS), ids=lambda kind: gguf.GGMLQuantizationType(kind).name)
+def test_types_that_need_no_package(tmp_path, monkeypatch, kind):
+    """Of all values of each byte, and to the bit; three dimensions, since some matrices stay packed."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(kind).integers(0, 256, (12, 2, size), np.uint8)
+    for at in {2: [0], 3: [0, 2], 7: [0, 2], 10: [80, 82], 11: [108], 12: [0, 2], 13: [0, 2], 14: [208]}.get(kind, [0]):
+        raw[:, :, at + 1] &= 0b10111011  # finite scales
+    expected = gguf.quants.dequantize(raw.reshape(12, -1), kind).reshape(4, 3, 2 * block)
+    (tmp_path / "w").write_bytes(gguf_bytes("img_in.weight", (4, 3, 2 * block), int(kind), raw.tobytes()))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    found = np.array(read_gguf(tmp_path / "w")["img_in.weight"].load())
+    np.testing.assert_array_equal(found, expected)
+
+
 # ------------------------------------------------------------------------------------------------ text encoder
 
 
-@pytest.mark.parametrize("prefix", ["", "text_encoders.qwen3_4b.transformer."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "text_encoders.qwen3_4b.transformer.", "text_encoders.llm.", "text_encoder.", "qwen3_8b.transformer."],
+)
 def test_text_encoder_file(whole, tensors, tmp_path, prefix):
     written = {prefix + name: t for name, t in tensors["text_encoder"].items()}
     file = formats.save(written, tmp_path / "qwen.safetensors")
@@ -715,9 +734,9 @@ def test_a_replaced_transformer_must_say_what_it_is(whole, tensors, tmp_path):
 
 
 def test_a_gguf_type_without_the_package(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     file = tmp_path / "w.gguf"
-    file.write_bytes(gguf_bytes("w", (2, 256), 12, bytes(288)))
+    file.write_bytes(gguf_bytes("w", (2, 256), 19, bytes(100)))  # IQ1_S
     refused("pip install 'flux2-mlx[gguf]'", model=file, distilled=True)
 
 

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from ..checkpoints.files import load_files, starts_with
-from ..checkpoints.formats.gguf import MAGIC
+from ..checkpoints.files import is_gguf, load_files
 from ..checkpoints.hub import PEFT_PREFIX
 from ..errors import CheckpointError, summarize
 from ..lazy import INTEGERS, LazyTensor, array_of, derive, read, sources_of
@@ -202,7 +201,7 @@ def read_layers(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> Read:
     Raises:
         CheckpointError: for a checkpoint, and for what read_alphas refuses.
     """
-    if starts_with(file, MAGIC):
+    if is_gguf(file):
         raise CheckpointError(f"{file} is GGUF, and no LoRA is read from that; get a safetensors file")
     layers = lora_layers({path: shape[0] for path, shape in shapes.items()}, shapes["x_embedder"][0])
     underscored = {name.replace(".", "_"): name for name in layers}

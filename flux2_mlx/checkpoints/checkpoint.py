@@ -17,10 +17,13 @@ from typing import Any
 from ..errors import CheckpointError, InputError
 from ..families import NANO, PARTS, RELEASED, RELEASES, TRANSFORMER, Part, find_release, release_of_size
 from ..models.config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
+from ..models.names.qwen3 import NEEDED_QWEN3, is_qwen3_vl
 from ..paths import expand
-from .files import load_files, read_json
-from .folder import Found, Source, open_folder, weight_files
+from .files import load_files
+from .folder import SLOW_TOKENIZER, Found, Source, open_folder, weight_files
+from .formats.unread import unread_storage
 from .hub import HUB_FILE, HUB_ID, download, download_file, download_part, fetching, local_path
+from .reading import WEIGHT_SUFFIXES, read_json
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,12 @@ def open_checkpoint(
     found = _find_model(name, revision, needed, tokenizer is None, distilled)
     sources = {**found.sources, **whole}
     if own.keys() - whole.keys():  # a decoder alone
+        own["vae"].shape()  # refuses another model's under its own name
         sources["vae"] = replace(sources["vae"], decoder=own["vae"].files[0])
     if transformer is not None:
         found = replace(found, has_kv_cache=None)
     is_distilled, has_kv_cache = _variant_of(name, found, distilled, kv_cache)
-    folder = _tokenizer_folder(found.folder / "tokenizer" if tokenizer is None else Path(expand(tokenizer)))
+    folder = _tokenizer_folder(str(found.folder / "tokenizer") if tokenizer is None else expand(tokenizer))
     shapes = {key: sources[key].shape() for key in PARTS}
     _check_pairing(sources, **shapes)
     return Checkpoint(
@@ -121,9 +125,10 @@ def open_checkpoint(
     )
 
 
-def _tokenizer_folder(folder: Path) -> Path:
-    if not (folder / "tokenizer.json").is_file():
-        raise CheckpointError(f"{folder} has no tokenizer.json")
+def _tokenizer_folder(name: str) -> Path:
+    folder = local_path(name)
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(f"{name} has no tokenizer.json; {SLOW_TOKENIZER}")
     return folder
 
 
@@ -185,6 +190,8 @@ def _find_model(
             return _open_file(path, parts, with_tokenizer, distilled)
         except OSError as error:
             raise CheckpointError(f"{name} cannot be read: {error.strerror}") from None
+    if path is None and Path(name).suffix in WEIGHT_SUFFIXES:
+        raise CheckpointError(f"no model {name!r}: there is no such file")
     if name not in RELEASED and not HUB_ID.fullmatch(name):
         known = (*RELEASED, NANO)
         near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4) or known
@@ -238,6 +245,10 @@ def _parts_in(path: Path) -> list[Part]:
         looks = "; it looks like a LoRA"
     elif any(name.startswith(("model.diffusion_model.input_blocks.", "down_blocks.")) for name in names):
         looks = "; it looks like Stable Diffusion"
+    elif is_qwen3_vl(names):
+        looks = f"; it is Qwen3-VL, and {NEEDED_QWEN3}"
+    elif (storage := unread_storage(names)) is not None:
+        looks = f"; its weights are stored as {storage} has them, which is not read"
     shown = ", ".join(sorted(names)[:3])
     raise CheckpointError(f"{path} holds no part of a FLUX.2 [klein] model{looks} (its first weights: {shown})")
 
@@ -261,8 +272,8 @@ def _find_part(part: Part, name: str) -> Source:
 
 
 def has_encoder(source: Source) -> bool:
-    """Whether an autoencoder is more than a decoder: its statistics of latents are beside the encoder."""
-    return "bn.running_mean" in source.weights()
+    """Whether an autoencoder is more than a decoder."""
+    return any(name.startswith("encoder.") for name in source.weights())
 
 
 def _check_pairing(

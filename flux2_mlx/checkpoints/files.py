@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from threading import Event
@@ -16,22 +15,18 @@ import mlx.core as mx
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ..errors import CheckpointError, summarize
+from ..errors import CheckpointError, one_line, summarize
 from ..lazy import Derived, LazyTensor, array_of
 from .formats.gguf import MAGIC, read_gguf
 from .formats.marks import MARK, format_of, mark
+from .reading import read_json, read_start, refetch_hint
 
 READ_BLOCK = 1 << 23  # bytes
+MAX_TENSORS = 65536
+_MAX_HEADER = 1 << 24  # bytes, with a trainer's notes or a whole workflow in it
+_MAX_DIMENSION = 2**31  # MLX counts in 32 bits
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")  # torch's archives, and bare pickles
-
-
-def refetch_hint(path: Path) -> str:
-    """How to get a file again: the command for one in the Hub's cache, else a hint."""
-    cached = re.search(r"models--([^/]+)/snapshots/[^/]+/(.+)$", path.as_posix())
-    if cached:
-        return f"fetch it again: hf download {cached[1].replace('--', '/', 1)} {cached[2]} --force-download"
-    return "fetch or copy it again"
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch's archives, bare pickles
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -43,41 +38,32 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     Raises:
         CheckpointError: for a file that is missing, cut short, corrupt, or no safetensors file at all.
     """
+    start, size = read_start(path, 9)
+    length = int.from_bytes(start[:8], "little")
+    # A length of 640, 896, 1,152 or 1,408 begins as a pickle does; what follows tells.
+    is_safetensors = start[8:] == b"{" and 8 + length <= size
+    if path.suffix in PICKLES or (start.startswith(_PICKLE_STARTS) and not is_safetensors):
+        raise CheckpointError(f"{path} is a pickle, which can run code and is never loaded; get the .safetensors file")
+    if is_safetensors and length > _MAX_HEADER:
+        raise CheckpointError(f"{path} is damaged: its header has {length:,} bytes, more than {_MAX_HEADER:,}")
     try:
-        with path.open("rb") as raw:  # a file without permission raises another error than a missing one
-            start, size = raw.read(4), raw.seek(0, os.SEEK_END)
-        if path.suffix in PICKLES or start.startswith(_PICKLE_STARTS):
-            raise CheckpointError(
-                f"{path} is a pickle, which can run code and is never loaded; get the .safetensors file"
-            )
         with safe_open(path, framework="numpy") as file:
             header = {}
             for name in file.keys():  # noqa: SIM118  (not a mapping)
                 tensor = file.get_slice(name)
                 header[name] = (str(tensor.get_dtype()), tuple(tensor.get_shape()))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; {refetch_hint(path)}") from None
     except SafetensorError as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
         fault = f"is cut short or damaged: {reason} ({size:,} bytes)" if size else "is empty"
         raise CheckpointError(f"{path} {fault}; {refetch_hint(path)}") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    if len(header) > MAX_TENSORS:
+        raise CheckpointError(f"{path} is damaged: its header claims {len(header):,} tensors")
+    beyond = [name for name, (_, shape) in header.items() if any(side >= _MAX_DIMENSION for side in shape)]
+    if beyond:
+        raise CheckpointError(f"{path} is damaged: it has shapes that cannot be: {summarize(beyond)}")
     return header
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; {refetch_hint(path)}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); {refetch_hint(path)}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a JSON object; {refetch_hint(path)}")
-    return content
 
 
 def read_index(index: Path) -> dict[str, Path]:
@@ -86,8 +72,8 @@ def read_index(index: Path) -> dict[str, Path]:
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map of names to files; {refetch_hint(index)}")
     for file in weight_map.values():
-        if Path(file).name != file or file in ("", ".", "..") or "\\" in file:
-            raise CheckpointError(f"{index} names the shard {file!r}, which is outside its folder; refused")
+        if not file or Path(file).name != file or file.startswith(".") or not file.isprintable() or "\\" in file:
+            raise CheckpointError(f"{index} names the shard {file!r}, which is outside its folder or hidden; refused")
     return {name: index.parent / file for name, file in weight_map.items()}
 
 
@@ -136,7 +122,7 @@ def open_safetensors(path: str | os.PathLike[str] | Iterable[str | os.PathLike[s
         raise CheckpointError(f"{path} is GGUF or has F8_E5M2, which open_checkpoint and Flux2Pipeline read")
     absent = sorted(names - weights.keys())
     if absent:
-        raise CheckpointError(f"{path} names weights that its shards do not have: {', '.join(absent)}")
+        raise CheckpointError(f"{path} names weights that its shards do not have: {summarize(absent)}")
     return weights
 
 
@@ -146,20 +132,16 @@ def load_files(files: Sequence[Path]) -> dict[str, Any]:
         raise CheckpointError("no files to load weights from")
     weights: dict[str, Any] = {}
     for file in files:
-        loaded = read_gguf(file) if starts_with(file, MAGIC) else _load_file(file)
+        loaded = read_gguf(file) if is_gguf(file) else _load_file(file)
         twice = sorted(loaded.keys() & weights.keys())
         if twice:
-            raise CheckpointError(f"{file} repeats weights of another shard: {', '.join(twice)}; {refetch_hint(file)}")
+            raise CheckpointError(f"{file} repeats weights of another shard: {summarize(twice)}; {refetch_hint(file)}")
         weights |= loaded
     return weights
 
 
-def starts_with(file: Path, magic: bytes) -> bool:
-    try:
-        with file.open("rb") as raw:
-            return raw.read(len(magic)) == magic
-    except OSError:
-        return False  # read_header raises the error that explains it
+def is_gguf(file: Path) -> bool:
+    return read_start(file, len(MAGIC))[0] == MAGIC
 
 
 def _load_file(file: Path) -> dict[str, Any]:
@@ -175,7 +157,9 @@ def _load_file(file: Path) -> dict[str, Any]:
         )
     try:
         loaded = mx.load(str(file), format="safetensors")
-    except RuntimeError:  # a dtype that MLX does not know, and then none of the file: F8_E5M2, before 0.32 F8_E8M0 too
+    except RuntimeError as error:  # a dtype that MLX does not know, and then none of the file: F8_E5M2, once F8_E8M0
+        if {dtype for dtype, _ in header.values()} <= _DTYPES.keys() - {"F8_E5M2", "F8_E8M0"}:
+            raise CheckpointError(f"{file} cannot be read: {one_line(error)}") from None
         weights = _load_mapped(file, header)
     else:
         assert isinstance(loaded, dict)

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import CheckpointError, InputError, OtherModelError
+from ..errors import CheckpointError, InputError, OtherModelError, summarize
 from ..families import PARTS, RELEASED_NAMES, TEXT_ENCODER, Part, check_scheduler_config
 from ..models.config import Qwen3Config
-from .files import PICKLES, load_files, read_index, read_json, starts_with
-from .formats.gguf import MAGIC, gguf_values
+from .files import PICKLES, is_gguf, load_files, read_index
+from .formats.gguf import gguf_values
 from .formats.marks import MARK, mark
 from .formats.nvfp4 import MODELOPT_MARK
+from .formats.unread import refuse_unread
+from .reading import read_json, weight_names
 from .sanitize import sanitize
 
-_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+_SHARD = re.compile(r"(.+?)-(\d{5})-of-(\d{5})(\.[\w-]+)?\.safetensors")
 SCHEDULER = "scheduler/scheduler_config.json"
 TOKENIZER = "tokenizer/tokenizer.json"
+SLOW_TOKENIZER = "give a folder with tokenizer.json as --tokenizer (vocab.json and merges.txt alone are not read)"
 
 
 class WeightChange(Protocol):
@@ -85,6 +88,7 @@ class Source:
             CheckpointError: for a bad file or a storage format that is not read.
         """
         loaded = load_files(self.files)
+        refuse_unread(loaded, self.config, self.name)
         if self._is_modelopt():
             layers = [name.removesuffix(".weight_scale_2") for name in loaded if name.endswith(".weight_scale_2")]
             loaded |= {f"{layer}.{MARK}": mark(MODELOPT_MARK) for layer in layers}
@@ -108,6 +112,7 @@ class Source:
             CheckpointError: for another architecture.
         """
         if self.config is not None and self.decoder is None:
+            refuse_unread((), self.config, self.name)
             with config_faults(self.name):
                 return self.part.config.from_config(self.config)
         weights = self.weights()
@@ -120,8 +125,18 @@ class Source:
         return isinstance(quantization, Mapping) and quantization.get("quant_method") == "modelopt"
 
     def _as_header_says(self, shape: Qwen3Config) -> Qwen3Config:
-        """The config with a GGUF header's numbers, which no shape has: a long-context Qwen3 has another RoPE base."""
-        values = gguf_values(self.files[0]) if starts_with(self.files[0], MAGIC) else {}
+        """The config with a GGUF header's numbers, which no shape has: a long-context Qwen3 has another RoPE base.
+
+        Raises:
+            CheckpointError: for another architecture, or positions that are scaled.
+        """
+        values = gguf_values(self.files[0]) if is_gguf(self.files[0]) else {}
+        kind = values.get("general.architecture") or "qwen3"
+        if kind != "qwen3":
+            raise CheckpointError(f"a GGUF of the architecture {kind!r}; FLUX.2 [klein] needs a Qwen3 (4B or 8B)")
+        scaling = values.get("qwen3.rope.scaling.type") or "none"
+        if scaling != "none":
+            raise CheckpointError(f"its positions are scaled ({scaling!r}), and FLUX.2 [klein]'s are not")
         written = {
             "rope_theta": values.get("qwen3.rope.freq_base"),
             "rms_norm_eps": values.get("qwen3.attention.layer_norm_rms_epsilon"),
@@ -141,42 +156,83 @@ def stems_of(part: Part) -> list[str]:
 
 def weight_files(folder: Path, part: Part) -> tuple[Path, ...]:
     """Weight files in a part's folder: an index's shards, the single file, or shards alone, under the names that
-    diffusers, transformers, mlx-lm ("model") and mflux ("0") give them.
+    diffusers, transformers, mlx-lm ("model") and mflux ("0") give them; else the only variant that is there.
 
     Raises:
-        CheckpointError: where there are none, or shards are missing; the message says what was looked for.
+        CheckpointError: where there are none, several variants, or shards are missing; the message says what was
+            looked for.
     """
     named = [folder / f"{stem}.safetensors" for stem in stems_of(part)]
     index = next((path for file in named if (path := file.with_name(f"{file.name}.index.json")).is_file()), None)
     single = next((file for file in named if file.is_file()), None)
     if index is None and single is not None:
         return (single,)
-    files = _numbered_shards(folder) if index is None else needed_shards(index, part)
+    files = _set_without_index(folder, part) if index is None else needed_shards(index, part)
     if not files and index is None:
         raise _no_weights(folder, part)
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise CheckpointError(f"{len(missing)} of {len(files)} shards missing: {', '.join(missing)}", source=folder)
+        raise CheckpointError(f"{len(missing)} of {len(files)} shards missing: {summarize(missing)}", source=folder)
     return tuple(files)
 
 
-def _numbered_shards(folder: Path) -> list[Path]:
-    """Shards without an index: those that are there, and those that their names say there should be."""
-    files = [file for file in folder.glob("*.safetensors") if _SHARD.fullmatch(file.name) or file.stem.isdecimal()]
-    series = {(match[1], match[3]) for file in files if (match := _SHARD.fullmatch(file.name))}
+def variant_of(name: str, part: Part) -> str | None:
+    """The variant in a weight file's name, "bf16" in model.bf16.safetensors and in its shards' names; "" in the names
+    of shards without one; None in others.
+    """
+    shard = _SHARD.fullmatch(name)
+    stem = shard[1] if shard else name.removesuffix(".safetensors")
+    if shard and shard[4]:
+        return shard[4][1:]  # as diffusers once wrote it
+    known = next((known for known in stems_of(part) if stem.startswith(f"{known}.")), None)
+    if known is not None:
+        return stem.removeprefix(f"{known}.")
+    return "" if shard or stem.isdecimal() else None
+
+
+def only_variant(names: Iterable[str], part: Part, source: object) -> list[str]:
+    """The weight files without a variant in their names, else those of the only one.
+
+    Raises:
+        CheckpointError: for several variants.
+    """
+    sets: dict[str, list[str]] = {}
+    for name in names:
+        variant = variant_of(name, part)
+        if variant is not None:
+            sets.setdefault(variant, []).append(name)
+    if "" in sets or len(sets) < 2:
+        return sets.get("") or next(iter(sets.values()), [])
+    raise CheckpointError(f"has several variants, {', '.join(sorted(sets))}; keep one, or name its file", source=source)
+
+
+def _set_without_index(folder: Path, part: Part) -> list[Path]:
+    """The files of a part that no index names: those that are there, and those that shards' names say there should
+    be.
+    """
+    names = only_variant(weight_names(folder, "*.safetensors"), part, folder)
+    whole = [name for name in names if not _SHARD.fullmatch(name) and not Path(name).stem.isdecimal()]
+    if whole:
+        return [folder / whole[0]]
+    series = {(match[1], match[3], match[4] or "") for name in names if (match := _SHARD.fullmatch(name))}
     expected = [
-        folder / f"{stem}-{i + 1:05}-of-{count}.safetensors" for stem, count in series for i in range(int(count))
+        f"{stem}-{i + 1:05}-of-{count}{variant}.safetensors"
+        for stem, count, variant in series
+        for i in range(int(count))
     ]
-    return sorted({*files, *expected})
+    return [folder / name for name in sorted({*names, *expected})]
 
 
 def _no_weights(folder: Path, part: Part) -> CheckpointError:
-    others = sorted(path.name for path in folder.glob("*") if path.suffix in (*PICKLES, ".safetensors"))
-    found = f"found only {', '.join(others)}" if others else "found no weights"
-    pickles = "; pickles are never loaded" if any(name.endswith(PICKLES) for name in others) else ""
+    pickles = [path.name for path in folder.glob("*") if path.suffix in PICKLES and not path.name.startswith(".")]
+    others = sorted([*weight_names(folder), *pickles])
+    found = f"found only {summarize(others)}" if others else "found no weights"
+    refused = "; pickles are never loaded" if pickles else ""
+    own = folder / part.key
+    hint = f"; its {part.label} is in {own}: give that folder" if own.is_dir() else ""
     return CheckpointError(
         f"looked for {part.stem}.safetensors.index.json, {part.stem}.safetensors or "
-        f"{part.stem}-00001-of-0000N.safetensors, {found}{pickles}",
+        f"{part.stem}-00001-of-0000N.safetensors, {found}{refused}{hint}",
         source=folder,
     )
 
@@ -195,8 +251,8 @@ def open_folder(folder: Path, parts: Sequence[Part], with_tokenizer: bool) -> Fo
     """A folder with a folder for each part: in the diffusers layout, or without configs, as mflux saves one."""
     index = folder / "model_index.json"
     if not index.is_file() and not any((folder / key).is_dir() for key in PARTS):
-        files = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf"))
-        hint = f"; to use a file of it, name the file: {', '.join(files)}" if files else ""
+        files = weight_names(folder)
+        hint = f"; to use a file of it, name the file: {summarize(files)}" if files else ""
         raise CheckpointError(
             f"{folder} is no FLUX.2 [klein] checkpoint in the diffusers layout: no model_index.json, and no folder "
             f"transformer, text_encoder or vae{hint}"
@@ -218,8 +274,9 @@ def read_model_index(folder: Path, parts: Sequence[Part], with_tokenizer: bool) 
     files += [TOKENIZER] if with_tokenizer else []
     absent = [file for file in files if not (folder / file).is_file()]
     if absent:
+        hint = f"; {SLOW_TOKENIZER}" if TOKENIZER in absent else ""
         raise CheckpointError(
-            f"{folder} is no FLUX.2 [klein] checkpoint in the diffusers layout: no {', '.join(absent)}"
+            f"{folder} is no FLUX.2 [klein] checkpoint in the diffusers layout: no {', '.join(absent)}{hint}"
         )
     index = read_json(folder / "model_index.json")
     kind = index.get("_class_name")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +14,18 @@ from huggingface_hub import errors as hub_errors
 from ..errors import CheckpointError, one_line, summarize
 from ..families import NANO, RELEASED, RELEASED_NAMES, Part
 from ..paths import expand
-from .files import read_header, read_json
-from .folder import SCHEDULER, TOKENIZER, config_faults, needed_shards, read_model_index, stems_of
+from .files import read_header
+from .folder import (
+    SCHEDULER,
+    TOKENIZER,
+    config_faults,
+    needed_shards,
+    only_variant,
+    read_model_index,
+    stems_of,
+)
+from .formats.unread import refuse_unread
+from .reading import is_weight_file, read_json, weight_names
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILE = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]*/[\w.-]+/[\w./-]+\.(safetensors|gguf)")
@@ -46,7 +56,7 @@ def lora_file(source: str) -> Path:
     if path is None:
         raise CheckpointError(f"no LoRA {source!r}: there is no such file or folder")
     if path.is_dir():
-        return path / _only_lora(source, sorted(file.name for file in path.glob("*.safetensors")))
+        return path / _only_lora(source, weight_names(path, "*.safetensors"))
     return path
 
 
@@ -76,7 +86,7 @@ def _download_lora(repo: str) -> Path:
         raise
     except Exception:  # of the HTTP library: nobody answers, and snapshot_download knows what is cached
         files = _cached_files(repo)
-    name = _only_lora(repo, [file for file in files if file.endswith(".safetensors")])
+    name = _only_lora(repo, [file for file in files if is_weight_file(file) and file.endswith(".safetensors")])
     beside = str(Path(name).with_name(PEFT_CONFIG))
     return _snapshot(repo, None, [name, beside]) / name
 
@@ -127,6 +137,10 @@ def is_cached(source: str, revision: str | None = None) -> bool:
         return False
 
 
+def _weights_on_hub(repo: str, revision: str | None = None) -> list[str]:
+    return [file for file in huggingface_hub.list_repo_files(repo, revision=revision) if is_weight_file(file)]
+
+
 def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
     return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
 
@@ -150,7 +164,8 @@ def download(name: str, repo: str, revision: str | None, parts: Sequence[Part], 
             return _snapshot(repo, folder.name, [f"{part.key}/*.safetensors" for part in parts])
         read_model_index(folder, parts, with_tokenizer)
         patterns = [pattern for part in parts for pattern in _weight_patterns(repo, folder, part)]
-        return _snapshot(repo, folder.name, patterns)  # the same commit
+        folder = _snapshot(repo, folder.name, patterns)  # the same commit
+        return _with_variants(repo, folder, {f"{part.key}/": part for part in parts})
 
     return fetching(name, repo, revision, fetch)
 
@@ -162,6 +177,7 @@ def _weight_patterns(repo: str, folder: Path, part: Part) -> list[str]:
         CheckpointError: for another model's config.
     """
     config = read_json(folder / part.key / "config.json")
+    refuse_unread((), config, f"{repo}/{part.key}")
     with config_faults(f"{repo}/{part.key}"):
         part.config.from_config(config)
     index = folder / part.key / f"{part.stem}.safetensors.index.json"
@@ -178,12 +194,28 @@ def download_part(repo: str, part: Part) -> Path:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{repo} has no config.json at its top{_files_hint(repo)}")
     files = [shard.name for shard in needed_shards(indices[0], part)] if indices else []
-    return _snapshot(repo, folder.name, files or [f"{stem}.safetensors" for stem in stems])
+    folder = _snapshot(repo, folder.name, files or [f"{stem}.safetensors" for stem in stems])
+    return _with_variants(repo, folder, {"": part})
+
+
+def _with_variants(repo: str, folder: Path, parts: Mapping[str, Part]) -> Path:
+    """The snapshot's folder, of parts without a weight file in it the repository's only variant fetched too.
+
+    Args:
+        parts: by the beginning of their files' names.
+    """
+    lacking = {start: part for start, part in parts.items() if not weight_names(folder / start, "*.safetensors")}
+    names = _weights_on_hub(repo, folder.name) if lacking else []
+    wanted = []
+    for start, part in lacking.items():
+        own = [name.removeprefix(start) for name in names if name.startswith(start) and name.endswith(".safetensors")]
+        wanted += [start + name for name in only_variant(own, part, f"{repo}/{start}")]
+    return _snapshot(repo, folder.name, wanted) if wanted else folder
 
 
 def _files_hint(repo: str) -> str:
     """The files of a repository that can be named one by one."""
-    files = [file for file in huggingface_hub.list_repo_files(repo) if file.endswith((".safetensors", ".gguf"))]
+    files = _weights_on_hub(repo)
     return f"; to use a file of it, name the file: {summarize([f'{repo}/{file}' for file in files])}" if files else ""
 
 

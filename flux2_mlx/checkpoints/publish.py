@@ -11,12 +11,14 @@ import huggingface_hub
 import mlx.core as mx
 
 from .._version import __version__
-from ..errors import CheckpointError, InputError, one_line
+from ..errors import CheckpointError, InputError, one_line, summarize
 from ..families import RELEASED, Licence, release_of_size
+from ..lazy import read
 from .checkpoint import Checkpoint, open_checkpoint
-from .files import read_header
+from .files import load_files, read_header
 from .hub import HUB_ID
 from .load import load_autoencoder, load_text_encoder, load_transformer
+from .reading import read_text, weight_names
 
 CHECKSUMS = "SHA256SUMS"
 
@@ -65,13 +67,13 @@ def check(folder: Path) -> Iterator[str]:
     """
     recorded = {}
     if (folder / CHECKSUMS).is_file():
-        for line in (folder / CHECKSUMS).read_text().splitlines():
+        for line in read_text(folder / CHECKSUMS).splitlines():
             digest, _, name = line.partition("  ")
             recorded[name] = digest
-    files = sorted(folder.rglob("*.safetensors"))
+    files = [folder / name for name in weight_names(folder, "**/*.safetensors")]
     missing = sorted(set(recorded) - {file.relative_to(folder).as_posix() for file in files})
     if missing:
-        raise CheckpointError(f"{folder} has no {', '.join(missing)}")
+        raise CheckpointError(f"{folder} has no {summarize(missing)}")
     if not files:
         raise CheckpointError(f"{folder} has no safetensors files")
     for file in files:
@@ -81,11 +83,9 @@ def check(folder: Path) -> Iterator[str]:
             digest = sha256(file)
             if digest != recorded[name]:
                 raise CheckpointError(f"{file} is not what was written: its SHA-256 is {digest}, not {recorded[name]}")
-        arrays = mx.load(str(file), format="safetensors")
-        assert isinstance(arrays, dict)
-        for weight in sorted(arrays):
-            array = arrays.pop(weight)
-            mx.eval(array)  # on its own: see lazy
+        weights = load_files([file])
+        for weight in sorted(weights):
+            array = read(weights.pop(weight))
             if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
                 raise CheckpointError(f"{file}: {weight} has values that are not finite")
         yield f"{name}: {len(header)} tensors, {file.stat().st_size:,} bytes"

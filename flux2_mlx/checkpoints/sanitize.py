@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..errors import InputError
 from ..families import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, Part
 from ..lazy import array_of
 from .formats.decode import decode, dequantize_square
@@ -15,7 +16,10 @@ def sanitize(part: Part, weights: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         CheckpointError: for a storage format that is not read.
+        InputError: for a path instead of weights.
     """
+    if not isinstance(weights, Mapping):
+        raise InputError(f"weights must be arrays by name, as load_safetensors(path) gives them, got {weights!r:.80}")
     decoded = decode(part.names.select(weights))
     return part.names.rename(decoded if part.can_be_packed else dequantize_square(decoded))
 

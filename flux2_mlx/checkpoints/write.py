@@ -39,6 +39,16 @@ from .publish import CHECKSUMS, model_card
 
 LAYOUTS = ("diffusers", "bfl")
 SHARD_BYTES = 5 * 10**9
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 NUMBER_TYPES = {
     mx.float32: "F32",
     mx.float16: "F16",
@@ -294,10 +304,26 @@ def _write_folder(
             (unfinished / name).write_text(content, encoding="utf-8")
         tokenizer = unfinished / "tokenizer"
         tokenizer.mkdir()
-        for file in sorted(checkpoint.tokenizer.iterdir()):
-            if file.suffix in (".json", ".jinja", ".txt") and file.is_file():
-                shutil.copyfile(file, tokenizer / file.name)
+        for file in tokenizer_files(checkpoint.tokenizer):
+            shutil.copyfile(file, tokenizer / file.name)
         (unfinished / CHECKSUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a tokenizer's folder that belong to a tokenizer.
+
+    Raises:
+        CheckpointError: for a link to anything but a file of the same name, or a blob of the folder's own repository
+            in the Hub's cache: a folder from a stranger could have a private file copied, and published.
+    """
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    here = folder.resolve()
+    for file in files:
+        target = file.resolve()
+        is_blob = target.parent.name == "blobs" and target.parent.parent in here.parents
+        if target.name != file.name and not is_blob:
+            raise CheckpointError(f"{file} is a link to {target}; put the file itself there")
+    return files
 
 
 def _texts(

@@ -6,21 +6,34 @@ enable_thinking=False)``, then ``padding="max_length", truncation=True``, as dif
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 from tokenizers import Tokenizer
 
-from ..errors import CheckpointError
+from ..checkpoints.reading import read_json, read_text
+from ..errors import CheckpointError, one_line
 from ..families import MAX_SEQUENCE_LENGTH
 
 PROMPT_PREFIX = "<|im_start|>user\n"
 PROMPT_SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 PAD = "<|endoftext|>"
+_MOST_BYTES = 1 << 26  # of tokenizer.json; Qwen3's has a sixth
+
+
+@contextmanager
+def _tokenizer_faults(path: Path) -> Iterator[None]:
+    """The library's errors as CheckpointErrors; where Rust panics, they are no Exceptions."""
+    try:
+        yield
+    except (CheckpointError, KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise CheckpointError(f"{path} cannot be used as a tokenizer ({one_line(error)}); fetch it again") from None
 
 
 class Qwen3Tokenizer:
@@ -38,11 +51,10 @@ class Qwen3Tokenizer:
     """
 
     def __init__(self, folder: Path):
-        path = folder / "tokenizer.json"
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exceptions
-            raise CheckpointError(f"{path} cannot be used as a tokenizer ({error}); fetch it again") from None
+        self._path = path = folder / "tokenizer.json"
+        content = read_text(path, _MOST_BYTES)
+        with _tokenizer_faults(path):
+            self._tokenizer = Tokenizer.from_str(content)
         pad = self._tokenizer.token_to_id(PAD)
         specials = [PAD, "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
         missing = [token for token in specials if self._tokenizer.token_to_id(token) is None]
@@ -66,7 +78,8 @@ class Qwen3Tokenizer:
         ids = np.full((len(prompts), max_sequence_length), self._pad, np.int32)
         mask = np.zeros_like(ids)
         for row, prompt in enumerate(prompts):
-            encoding = self._tokenizer.encode(PROMPT_PREFIX + prompt + PROMPT_SUFFIX, add_special_tokens=False)
+            with _tokenizer_faults(self._path):
+                encoding = self._tokenizer.encode(PROMPT_PREFIX + prompt + PROMPT_SUFFIX, add_special_tokens=False)
             tokens = encoding.ids[:max_sequence_length]
             if len(encoding.ids) > max_sequence_length:
                 start = encoding.offsets[max_sequence_length][0] - len(PROMPT_PREFIX)
@@ -84,16 +97,12 @@ class Qwen3Tokenizer:
 
 def _default_length(path: Path) -> int:
     """MAX_SEQUENCE_LENGTH, or model_max_length of this tokenizer_config.json where that is less; it may be missing."""
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         return MAX_SEQUENCE_LENGTH
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; fetch it again") from None
-    longest = config.get("model_max_length") if isinstance(config, dict) else None
+    longest = read_json(path).get("model_max_length")
     if longest is None:
         return MAX_SEQUENCE_LENGTH
-    if not isinstance(longest, (int, float)) or longest < 1:
+    if not isinstance(longest, (int, float)) or not longest >= 1:
         raise CheckpointError(f"{path}: model_max_length must be a positive number, got {longest!r}")
     return int(min(longest, MAX_SEQUENCE_LENGTH))  # transformers writes 1e30 for "no limit"
 

@@ -15,7 +15,7 @@ and ``post_quant_conv`` inside Decoder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import mlx.core as mx
@@ -286,7 +286,23 @@ class UpBlock(nn.Module):
         return self.upsamplers[0](tiles, most) if "upsamplers" in self else tiles
 
 
-class Encoder(nn.Module):
+class Half(nn.Module):
+    """The encoder or the decoder. Its ``load_weights`` takes the whole autoencoder's too, as sanitize_vae_weights gives
+    them, and of these its own.
+    """
+
+    def load_weights(
+        self, file_or_weights: str | Mapping[str, mx.array] | Sequence[tuple[str, mx.array]], strict: bool = True
+    ) -> nn.Module:
+        if isinstance(file_or_weights, str):
+            return super().load_weights(file_or_weights, strict)
+        weights = dict(file_or_weights)
+        prefix = f"{type(self).__name__.lower()}."
+        own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+        return super().load_weights(list((own or weights).items()), strict)
+
+
+class Encoder(Half):
     """Image to latent: (B, H, W, 3) in -1..1 to the mean of the posterior, (B, H/8, W/8, latent_channels). Tiles have
     at most ``tile_bytes``, TILE_BYTES unless given.
     """
@@ -317,7 +333,7 @@ class Encoder(nn.Module):
         return mean
 
 
-class Decoder(nn.Module):
+class Decoder(Half):
     """Latent to image: z (B, h, w, latent_channels) to (B, 8h, 8w, 3), about -1..1.
 
     z is what the encoder gives; latents of the sampler are brought there by LatentStatistics.denormalize first. Tiles

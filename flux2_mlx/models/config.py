@@ -6,9 +6,10 @@ wrote and refuses another architecture by name, so that a FLUX.1 or FLUX.2-dev f
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from reprlib import repr as shown
 from typing import Any
 
 from ..errors import CheckpointError, InputError, OtherModelError
@@ -18,6 +19,8 @@ TAPPED_LAYERS = (8, 17, 26)
 
 # More blocks of a kind than any model of this family has; a config beyond is damaged.
 MAX_BLOCKS = 256
+MAX_LAYERS_PER_BLOCK = 16  # of the autoencoder, which has 2
+MAX_WIDTH = 2**20  # of any layer; the vocabulary, its widest, has a seventh
 
 
 def _require(config: Mapping[str, Any], keys: tuple[str, ...], what: str) -> None:
@@ -33,15 +36,16 @@ def refuse_changes(config: Mapping[str, Any], expected: Mapping[str, Any], what:
     changed = {name: value for name, value in found.items() if value != expected[name]}
     if changed:
         raise CheckpointError(
-            f"the {what} config has {changed}; FLUX.2 [klein] has { {name: expected[name] for name in changed} }"
+            f"the {what} config has {shown(changed)}; FLUX.2 [klein] has { {name: expected[name] for name in changed} }"
         )
 
 
 def refuse_other_class(config: Mapping[str, Any], expected: str, what: str) -> None:
     found = config.get("_class_name", expected)
     if found != expected:
-        named = {"FluxTransformer2DModel": " (FLUX.1)", "AutoencoderKL": " (FLUX.1 or Stable Diffusion)"}.get(found, "")
-        raise CheckpointError(f"the {what} is a {found}{named}, not the {expected} of FLUX.2 [klein]")
+        known = {"FluxTransformer2DModel": " (FLUX.1)", "AutoencoderKL": " (FLUX.1 or Stable Diffusion)"}
+        named = known.get(str(found), "")
+        raise CheckpointError(f"the {what} is a {str(found)[:80]}{named}, not the {expected} of FLUX.2 [klein]")
 
 
 class _Config:
@@ -52,14 +56,14 @@ class _Config:
             value, default = getattr(self, field.name), field.default
             values = value if isinstance(value, tuple) else (value,)
             if isinstance(default, float):
-                fits = type(value) in (int, float) and 0 < value < math.inf
+                fits = type(value) in (int, float) and 0 < value <= sys.float_info.max
             elif default is None and value is None:
                 fits = True
             else:
-                fits = bool(values) and all(type(v) is int and 0 < v < 2**31 for v in values)
+                fits = bool(values) and all(type(v) is int and 0 < v <= MAX_WIDTH for v in values)
                 fits &= isinstance(value, tuple) == isinstance(default, (tuple, type(None)))
             if not fits:
-                raise InputError(f"{field.name} cannot be {value!r} in a {type(self).__name__}")
+                raise InputError(f"{field.name} cannot be {shown(value)} in a {type(self).__name__}")
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class FluxKleinParams(_Config):
                 f"axes_dims_rope must be four even sizes that sum to head_dim {self.head_dim}, "
                 f"got {self.axes_dims_rope}"
             )
-        if max(self.depth, self.depth_single) > MAX_BLOCKS or not 1 <= self.hidden_size * self.mlp_ratio < 2**31:
+        if max(self.depth, self.depth_single) > MAX_BLOCKS or not 1 <= self.hidden_size * self.mlp_ratio <= MAX_WIDTH:
             raise InputError(
                 f"{self.depth} double and {self.depth_single} single blocks with mlp_ratio {self.mlp_ratio} are no "
                 "FLUX.2 [klein], which has 5 and 20 or 8 and 24, and 3.0"
@@ -128,6 +132,8 @@ class FluxKleinParams(_Config):
         in_channels = config.get("in_channels", 128)
         refuse_changes(config, {"patch_size": 1, "out_channels": in_channels}, "transformer")
         heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
+        if type(heads) is not int or type(head_dim) is not int:
+            raise InputError(f"{shown(heads)} heads of {shown(head_dim)} are no whole numbers")
         return cls(
             in_channels=in_channels,
             hidden_size=heads * head_dim,
@@ -184,6 +190,8 @@ class Qwen3Config(_Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.num_attention_heads * self.head_dim > MAX_WIDTH:
+            raise InputError(f"num_attention_heads {self.num_attention_heads} of head_dim {self.head_dim} cannot be")
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
             raise InputError(
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
@@ -213,7 +221,7 @@ class Qwen3Config(_Config):
         """
         if config.get("model_type", "qwen3") != "qwen3":
             raise CheckpointError(
-                f"the text encoder is a {config['model_type']!r} model; FLUX.2 [klein] needs a Qwen3 (4B or 8B)"
+                f"the text encoder is a {shown(config['model_type'])} model; FLUX.2 [klein] needs a Qwen3 (4B or 8B)"
             )
         keys = (
             "vocab_size",
@@ -231,7 +239,7 @@ class Qwen3Config(_Config):
             )
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if not isinstance(rope, Mapping):
-            raise CheckpointError(f"the text encoder config has rope parameters {rope!r}; an object is expected")
+            raise CheckpointError(f"the text encoder config has rope parameters {shown(rope)}; an object is expected")
         expected = {"rope_type": "default", "attention_bias": False, "use_sliding_window": False, "hidden_act": "silu"}
         found = {"rope_type": rope.get("rope_type") or rope.get("type"), **config}
         refuse_changes(found, expected, "text encoder")
@@ -290,6 +298,8 @@ class AutoEncoderConfig(_Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.layers_per_block > MAX_LAYERS_PER_BLOCK:
+            raise InputError(f"layers_per_block is at most {MAX_LAYERS_PER_BLOCK}, got {self.layers_per_block}")
         for channels in (self.block_out_channels, self.decoder_channels):
             if len(channels) != 4 or any(c % self.norm_num_groups for c in channels):
                 raise InputError(

@@ -70,7 +70,15 @@ def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     Args:
         x: (B, heads, N, head_dim).
         cos, sin: (B or 1, N, head_dim / 2) from rope_table.
+
+    Raises:
+        InputError: for tables of another head_dim.
     """
+    if 2 * cos.shape[-1] != x.shape[-1]:
+        raise InputError(
+            f"the rotation tables are for a head_dim of {2 * cos.shape[-1]}, and the model's is {x.shape[-1]}; give "
+            "compute_rope the model's axes_dims (params.axes_dims_rope)"
+        )
     pairs = x.reshape(*x.shape[:-1], -1, 2)
     cos, sin = cos[:, None, :, :, None], sin[:, None, :, :, None]
     return _rotate_pairs(pairs[..., :1], pairs[..., 1:], cos, sin, IS_EVEN).reshape(x.shape)

@@ -1,7 +1,8 @@
 """GGUF files: the header, and each tensor as a weight that is read and converted when its turn comes.
 
-Floats are read as they are. Q4_0, Q4_1 and Q8_0 become MLX's packed layers of the same bits in groups of 32: the codes
-are the file's own. All other types are converted to floats by the ``gguf`` package (extra "gguf"), tensor by tensor.
+Floats are read as they are. Q4_0, Q4_1 and Q8_0 matrices become MLX's packed layers of the same bits in groups of 32:
+the codes are the file's own. All other types are converted to floats, some rows at a time: those of blocks.py here, the
+rest (IQ1 to IQ3, TQ and others that are rare) by the ``gguf`` package (extra "gguf").
 
 Reference: the format's specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
@@ -20,10 +21,13 @@ import numpy as np
 
 from ...errors import CheckpointError
 from ...lazy import LazyTensor
+from .blocks import BLOCKS
 
 MAGIC = b"GGUF"
 _MAX_TENSORS = 65536
 _MAX_DIMENSIONS = 4
+_MAX_SIDE = 2**31  # MLX counts in 32 bits
+_MAX_STRINGS = 1 << 20  # in the header's arrays; a vocabulary and its merges are a third
 _ALIGNMENT = "general.alignment"
 
 # Bytes of the header's scalar values by type number; 8 is a string, 9 an array.
@@ -41,7 +45,7 @@ class _Reader:
     """The header, front to back; nothing is read past the file's end, whatever lengths it claims."""
 
     def __init__(self, content: np.ndarray, path: Path):
-        self.content, self.path, self.at = content, path, 0
+        self.content, self.path, self.at, self.strings = content, path, 0, 0
 
     def bytes(self, count: int) -> bytes:
         if count > len(self.content) - self.at:
@@ -67,6 +71,9 @@ class _Reader:
         if inner in _SCALARS:
             self.bytes(count * struct.calcsize(f"<{_SCALARS[inner]}"))
         elif inner == _STRING:
+            self.strings += count
+            if self.strings > _MAX_STRINGS:
+                raise CheckpointError(f"{self.path} is damaged: its header claims {self.strings:,} strings")
             for _ in range(count):  # ends with the file at the latest
                 self.bytes(self.number("Q"))
         else:
@@ -127,14 +134,19 @@ def _read(path: Path, _modified: int, _size: int) -> tuple[dict[str, Any], dict[
     start = -(-reader.at // alignment) * alignment
     weights: dict[str, Any] = {}
     for name, (shape, kind, offset) in entries.items():
-        block, size, package_type = _block_of(path, name, shape, kind)
+        block, size, to_floats = _block_of(path, name, shape, kind)
         if shape[-1] % block or math.prod(shape) == 0:
             raise CheckpointError(f"{path} is damaged: {name} is {shape} in blocks of {block}")
         length = math.prod(shape) // block * size
         if start + offset + length > len(content):
             raise CheckpointError(f"{path} is cut short or damaged: {name} ends beyond its {len(content):,} bytes")
+        if max(shape) >= _MAX_SIDE:
+            raise CheckpointError(f"{path} is damaged: {name} is {shape}")
         raw = content[start + offset : start + offset + length].reshape(-1, shape[-1] // block * size)  # (rows, bytes)
-        weights |= _decode_tensor(name, shape, kind, raw, package_type)
+        decoded = _decode_tensor(name, shape, kind, raw, to_floats)
+        if decoded.keys() & weights.keys():
+            raise CheckpointError(f"{path} is damaged: {min(decoded.keys() & weights.keys())} is there twice")
+        weights |= decoded
     return weights, values
 
 
@@ -152,21 +164,28 @@ def _read_entries(reader: _Reader, count: int) -> dict[str, tuple[tuple[int, ...
     return entries
 
 
-def _block_of(path: Path, name: str, shape: tuple[int, ...], kind: int) -> tuple[int, int, Any]:
-    """(values, bytes) of a type's blocks, and for the package's types its name there."""
+Converter = Callable[[np.ndarray], np.ndarray]
+
+
+def _block_of(path: Path, name: str, shape: tuple[int, ...], kind: int) -> tuple[int, int, Converter | None]:
+    """(values, bytes) of a type's blocks, and what makes floats of rows of them, where they do not stay as they are."""
     if kind in _FLOATS:
         return 1, np.dtype(_FLOATS[kind][0]).itemsize, None
     if kind in _PACKED and len(shape) == 2 and name.endswith(".weight"):
         return _GROUP, _PACKED[kind][1], None
+    if kind in BLOCKS:
+        block, size, convert = BLOCKS[kind]
+        return block, size, lambda rows: convert(rows.reshape(-1, size)).reshape(len(rows), -1)
     return _package_block(path, name, kind)
 
 
-def _package_block(path: Path, name: str, kind: int) -> tuple[int, int, Any]:
+def _package_block(path: Path, name: str, kind: int) -> tuple[int, int, Converter]:
     try:
         import gguf
     except ImportError:
         raise CheckpointError(
-            f"{path}: {name} is of GGUF type {kind}, which needs the gguf package: pip install 'flux2-mlx[gguf]'"
+            f"{path}: {name} is of GGUF type {kind}, which needs the gguf package: pip install 'flux2-mlx[gguf]'; "
+            "Q2_K to Q8_0, IQ4_NL and IQ4_XS need none"
         ) from None
     try:
         package_type = gguf.GGMLQuantizationType(kind)
@@ -174,14 +193,16 @@ def _package_block(path: Path, name: str, kind: int) -> tuple[int, int, Any]:
         gguf.quants.dequantize(np.zeros((1, size), np.uint8), package_type)  # raises for a type that it cannot read
     except (ValueError, KeyError, NotImplementedError):
         raise CheckpointError(f"{path}: {name} is of GGUF type {kind}, which the gguf package does not read") from None
-    return block, size, package_type
+    return block, size, lambda rows: gguf.quants.dequantize(rows, package_type)
 
 
-def _decode_tensor(name: str, shape: tuple[int, ...], kind: int, raw: np.ndarray, package_type: Any) -> dict[str, Any]:
+def _decode_tensor(
+    name: str, shape: tuple[int, ...], kind: int, raw: np.ndarray, to_floats: Converter | None
+) -> dict[str, Any]:
     if kind in _FLOATS:
         numpy_dtype, dtype = _FLOATS[kind]
         return {name: _lazy_tensor(shape, dtype, raw, lambda rows: mx.array(rows.view(numpy_dtype)).view(dtype))}
-    if package_type is None:
+    if to_floats is None:
         bits, size, has_offset = _PACKED[kind]
         layer, (rows, columns) = name.removesuffix(".weight"), shape
 
@@ -211,12 +232,7 @@ def _decode_tensor(name: str, shape: tuple[int, ...], kind: int, raw: np.ndarray
             f"{layer}.biases": part(biases, mx.float16, columns // _GROUP),
         }
 
-    def dequantize_rows(rows: np.ndarray) -> mx.array:
-        import gguf
-
-        return mx.array(gguf.quants.dequantize(rows, package_type))
-
-    return {name: _lazy_tensor(shape, mx.float32, raw, dequantize_rows)}
+    return {name: _lazy_tensor(shape, mx.float32, raw, lambda rows: mx.array(to_floats(rows)))}
 
 
 def _lazy_tensor(

@@ -21,6 +21,7 @@ SCALES = ("weight_scale", "scale_weight", "weight_scale_inv", "weight_scale_2")
 UNUSED = ("input_scale", "scale_input")  # scales of the activations, for hardware that multiplies in FP8
 
 MARK = "comfy_quant"  # ComfyUI's array of JSON beside a weight that names the layer's storage format
+MOST_MARK = 4096  # bytes of it
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,18 @@ def marked_format(layer: str, array: mx.array) -> str:
         CheckpointError: where it names none.
     """
     try:
+        if isinstance(array, LazyTensor) or array.size > MOST_MARK:
+            raise ValueError
         return format_of(json.loads(bytes(np.array(array))))
-    except (ValueError, AttributeError, TypeError, KeyError):
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
         raise CheckpointError(f"{layer}.{MARK} does not say a format") from None
 
 
 def times_scales(layer: StoredLayer, scale: mx.array) -> Any:
     """A weight (out, in) in float32, multiplied by scales: one, (out, 1), or one for each block of equal size."""
     scale, shape = scale.astype(mx.float32), layer.weight.shape
+    if scale.size == 0:
+        raise CheckpointError(f"{layer.name} is {shape} and its scales {scale.shape}; they do not belong together")
     scale = scale.reshape(()) if scale.size == 1 else _spread_scales(layer.name, scale.reshape(len(scale), -1), shape)
     scale = mx.broadcast_to(scale, shape)
     return by_rows(layer.weight, scale, lambda rows, scale: rows.astype(mx.float32) * scale)

@@ -44,7 +44,9 @@ def decode(layer: StoredLayer) -> Any:
     elif scale.shape != (rows, blocks):
         raise CheckpointError(f"{layer.name}: scales {scale.shape} for {rows} x {columns} weights of NVFP4")
     tensor_scale = scales["weight_scale_2"].astype(mx.float32)
-    scale = mx.repeat(scale.astype(mx.float32) * tensor_scale, 16, axis=1)[:, :columns]
+    if tensor_scale.size != 1:
+        raise CheckpointError(f"{layer.name}: weight_scale_2 is {tensor_scale.shape}, and one number is expected")
+    scale = mx.repeat(scale.astype(mx.float32) * tensor_scale.reshape(()), 16, axis=1)[:, :columns]
 
     def convert(weight: mx.array, scale: mx.array) -> mx.array:
         upper, lower = weight >> 4, weight & 15

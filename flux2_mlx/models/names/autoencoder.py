@@ -6,6 +6,7 @@ through. No weight is read.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,7 @@ import mlx.core as mx
 from ...errors import CheckpointError
 from ...lazy import derive
 from ..config import AutoEncoderConfig
-from .common import Names, block_count
+from .common import NUMBER, Names, block_count, gather
 
 # The modules' names and BFL's of the same parts, # for a number; one that begins with a letter begins the name.
 _VAE_NAMES = (
@@ -38,7 +39,7 @@ _VAE_NAMES = (
 
 def _renaming(old: str, new: str) -> tuple[re.Pattern[str], str]:
     anchor = "" if old.startswith(".") else "^"
-    return re.compile(anchor + re.escape(old).replace(r"\#", r"(\d+)")), new.replace("#", r"\1")
+    return re.compile(anchor + re.escape(old).replace(r"\#", f"({NUMBER})")), new.replace("#", r"\1")
 
 
 _FROM_BFL_VAE = (
@@ -48,7 +49,7 @@ _FROM_BFL_VAE = (
     (re.compile(r"(\.attentions\.0\.to_out)\.(?=weight|bias)"), r"\1.0."),  # mflux's
 )
 _TO_BFL_VAE = tuple(_renaming(ours, bfl) for ours, bfl in _VAE_NAMES)
-_UP_STAGE = re.compile(r"^decoder\.up\.(\d+)\.")
+_UP_STAGE = re.compile(rf"^decoder\.up\.({NUMBER})\.")
 _ATTENTION = re.compile(r"\.attentions\.0\.to_(?:q|k|v|out\.0)\.weight$")
 
 
@@ -62,17 +63,19 @@ def rename_autoencoder(weights: Mapping[str, Any]) -> dict[str, Any]:
     stages = [int(stage[1]) for name in weights if (stage := _UP_STAGE.match(name))]
     first = weights.get("decoder.conv_in.weight")
     channels_first = first is not None and first.ndim == 4 and first.shape[1:3] != (3, 3)
-    sanitized: dict[str, Any] = {}
+    renamed: list[tuple[str, Any]] = []
     for name, weight in weights.items():
         stage = _UP_STAGE.match(name)
         if stage:  # BFL counts from the image's side
             name = f"decoder.up.{max(stages) - int(stage[1])}.{name[stage.end() :]}"
         for pattern, replacement in _FROM_BFL_VAE:
             name = pattern.sub(replacement, name)
-        sanitized[name] = weight
+        renamed.append((name, weight))
+    sanitized = gather(renamed)
     for name, weight in sanitized.items():
         if _ATTENTION.search(name) and weight.ndim == 4:
-            sanitized[name] = derive(lambda matrix: matrix.reshape(matrix.shape[0], -1), weight)
+            inputs = math.prod(weight.shape[1:])
+            sanitized[name] = derive(lambda matrix, inputs=inputs: matrix.reshape(matrix.shape[0], inputs), weight)
     if channels_first:
         for name, weight in sanitized.items():
             if weight.ndim == 4:
@@ -110,7 +113,7 @@ def sanitize_taef2_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-_TAEF2 = re.compile(r"(?:taesd_)?(?:decoder\.)?(?:layers\.)?(\d+)\.(.+)")
+_TAEF2 = re.compile(rf"(?:taesd_)?(?:decoder\.)?(?:layers\.)?({NUMBER})\.(.+)")
 
 
 def diffusers_vae(weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,7 +160,7 @@ def autoencoder_config(weights: Mapping[str, Any]) -> AutoEncoderConfig:
         if latents != AutoEncoderConfig.latent_channels:
             raise CheckpointError(
                 f"the autoencoder has {latents} latent channels and FLUX.2's has {AutoEncoderConfig.latent_channels}"
-                + ("; 16 are FLUX.1's" if latents == 16 else "")
+                + {16: "; 16 are FLUX.1's", 4: "; 4 are Stable Diffusion's"}.get(latents, "")
             )
         return AutoEncoderConfig(
             latent_channels=latents,

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from ...errors import CheckpointError
+
+NUMBER = r"\d{1,6}"  # of a block in a weight's name
 
 Renaming = Callable[[Mapping[str, Any]], dict[str, Any]]
 
@@ -46,9 +50,23 @@ class Names:
         return any(prefix + mark in names for prefix in ("", *self.prefixes) for mark in self.marks)
 
 
+def gather(renamed: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Renamed weights by their names.
+
+    Raises:
+        CheckpointError: where two weights of a file are the same one, under names of two programs.
+    """
+    weights: dict[str, Any] = {}
+    for name, weight in renamed:
+        if name in weights:
+            raise CheckpointError(f"{name} is there twice, under two names")
+        weights[name] = weight
+    return weights
+
+
 def block_count(weights: Mapping[str, Any], prefix: str) -> int:
     """How many blocks have weights whose names begin with the prefix and the block's number."""
-    numbers = [int(match[1]) for name in weights if (match := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))]
+    numbers = [int(match[1]) for name in weights if (match := re.match(rf"{re.escape(prefix)}\.({NUMBER})\.", name))]
     return max(numbers, default=-1) + 1
 
 

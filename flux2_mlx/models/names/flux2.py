@@ -16,7 +16,7 @@ import mlx.core as mx
 from ...errors import CheckpointError, InputError, OtherModelError
 from ...lazy import array_of, concat_rows, slice_rows
 from ..config import FluxKleinParams
-from .common import Names, block_count, dense_columns
+from .common import NUMBER, Names, block_count, dense_columns, gather
 
 _BFL = {
     "img_in": ("x_embedder",),
@@ -52,7 +52,7 @@ _BFL_BLOCKS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 _BLOCKS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
-_BFL_BLOCK = re.compile(r"(double_blocks|single_blocks)\.(\d+)\.(.+)")
+_BFL_BLOCK = re.compile(rf"(double_blocks|single_blocks)\.({NUMBER})\.(.+)")
 
 # mflux's names of the same modules.
 _MFLUX = (
@@ -78,27 +78,32 @@ def _swap_halves(weight: Any) -> Any:
 def rename_transformer(weights: Mapping[str, Any]) -> dict[str, Any]:
     """A transformer's weights under the modules' names: diffusers' stay, BFL's, ComfyUI's and mflux's are renamed,
     fused q, k, v split by rows, and the final modulation turned from (shift, scale) to (scale, shift).
+
+    Raises:
+        CheckpointError: for a weight that is there under two names, and for a number where a matrix is expected.
     """
     weights = dict(weights)
     if "time_guidance_embed.linear_1.weight" in weights:  # mflux's: a bias that some of its versions made up
         weights.pop("norm_out.linear.bias", None)
-    sanitized: dict[str, Any] = {}
-    for name, weight in weights.items():
-        module, _, kind = name.rpartition(".")
-        targets = _diffusers_modules(module)
-        if targets == (module,):
-            for pattern, replacement in _MFLUX:
-                name = pattern.sub(replacement, name)
-            sanitized[name] = weight
-            continue
-        kind = "weight" if kind == "scale" else kind  # BFL calls a norm's weight scale
-        if module == "final_layer.adaLN_modulation.1":
-            weight = _swap_halves(weight)
-        third = weight.shape[0] // 3
-        for k, target in enumerate(targets):
-            part = weight if len(targets) == 1 else slice_rows(weight, k * third, (k + 1) * third)
-            sanitized[f"{target}.{kind}"] = part
-    return sanitized
+    return gather(renamed for name, weight in weights.items() for renamed in _renamed(name, weight))
+
+
+def _renamed(name: str, weight: Any) -> list[tuple[str, Any]]:
+    module, _, kind = name.rpartition(".")
+    targets = _diffusers_modules(module)
+    if targets == (module,):
+        for pattern, replacement in _MFLUX:
+            name = pattern.sub(replacement, name)
+        return [(name, weight)]
+    kind = "weight" if kind == "scale" else kind  # BFL calls a norm's weight scale
+    if weight.ndim == 0 and (len(targets) > 1 or module == "final_layer.adaLN_modulation.1"):
+        raise CheckpointError(f"{name} is a single number, and a matrix is expected")
+    if module == "final_layer.adaLN_modulation.1":
+        weight = _swap_halves(weight)
+    if len(targets) == 1:
+        return [(f"{targets[0]}.{kind}", weight)]
+    third = weight.shape[0] // 3
+    return [(f"{target}.{kind}", slice_rows(weight, k * third, (k + 1) * third)) for k, target in enumerate(targets)]
 
 
 # What trainers and converters of LoRAs call the same layers.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ...errors import CheckpointError
 from ..config import TAPPED_LAYERS, Qwen3Config
-from .common import Names, block_count
+from .common import NUMBER, Names, block_count, gather
 
-_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.|blk\.(\d+)\.")
+NEEDED_QWEN3 = "FLUX.2 [klein] needs a Qwen3 for text alone: Qwen3-4B, or for the 9B models Qwen3-8B"
+
+_LAYER = re.compile(rf"(?:model\.)?layers\.({NUMBER})\.|blk\.({NUMBER})\.")
+_VISION = re.compile(r"(?:model\.)?(?:visual|language_model)\.")
 _LLAMA = {
     "token_embd": "embed_tokens",
     "output_norm": "norm",
@@ -33,18 +36,29 @@ def is_read_by_klein(name: str) -> bool:
     layer = _LAYER.match(name)
     if layer:
         return int(layer[1] or layer[2]) <= TAPPED_LAYERS[-1]
-    if name.endswith("rotary_emb.inv_freq"):  # a table that mflux saves
+    if name.endswith("rotary_emb.inv_freq") or name == "rope_freqs.weight":  # tables of mflux's and llama.cpp's
         return False
     return name.rpartition(".")[0] not in ("model.norm", "norm", "lm_head", "output_norm", "output")
 
 
+def is_qwen3_vl(names: Iterable[str]) -> bool:
+    """Whether weights are those of Qwen3-VL, or another model that sees, by their names."""
+    return any(_VISION.match(name) for name in names)
+
+
 def rename_text_encoder(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """A text encoder's weights under transformers' names; llama.cpp's and mflux's are renamed."""
-    return {_transformers_name(name): weight for name, weight in weights.items()}
+    """A text encoder's weights under transformers' names; llama.cpp's and mflux's are renamed.
+
+    Raises:
+        CheckpointError: for Qwen3-VL's, and for a weight that is there under two names.
+    """
+    if is_qwen3_vl(weights):
+        raise CheckpointError(f"these are weights of Qwen3-VL; {NEEDED_QWEN3}")
+    return gather((_transformers_name(name), weight) for name, weight in weights.items())
 
 
 def _transformers_name(name: str) -> str:
-    llama = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(\w+)", name)
+    llama = re.fullmatch(rf"(?:blk\.({NUMBER})\.)?(\w+)\.(\w+)", name)
     if llama and llama[2] in _LLAMA:
         layer = f"layers.{llama[1]}." if llama[1] else ""
         return f"model.{layer}{_LLAMA[llama[2]]}.{llama[3]}"
@@ -81,7 +95,14 @@ def qwen3_config(weights: Mapping[str, Any]) -> Qwen3Config:
 
 
 NAMES = Names(
-    prefixes=("text_encoders.qwen3_4b.transformer.", "text_encoders.qwen3_8b.transformer."),
+    prefixes=(
+        "text_encoders.qwen3_4b.transformer.",
+        "text_encoders.qwen3_8b.transformer.",
+        "text_encoders.llm.",
+        "text_encoder.",
+        "qwen3_4b.transformer.",
+        "qwen3_8b.transformer.",
+    ),
     marks=("model.embed_tokens.weight", "embed_tokens.weight", "token_embd.weight"),
     rename=rename_text_encoder,
     infer=qwen3_config,
