@@ -21,7 +21,7 @@ from ..checkpoints.hub import PEFT_PREFIX
 from ..errors import CheckpointError, summarize
 from ..lazy import INTEGERS, LazyTensor, array_of, derive, read, sources_of
 from ..models.names.flux2 import Rows, bfl_lora, lora_layers
-from .alphas import read_alphas
+from .alphas import Alphas, read_alphas
 from .deltas import Delta, DoRADelta, FullDelta, LoKrDelta, LoRADelta, place_rows, spans_of
 from .unread import TEXT_ENCODER, checkpoint_part, explain, printable
 
@@ -259,7 +259,8 @@ def read_layers(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> Read:
             fitting.append(LoraLayer(name, own, rows, 1.0, sources))
             if "alpha" in own:
                 own_alphas[name] = float(np.array(read(stored["alpha"]).astype(mx.float32)).reshape(-1)[0])
-    alphas = read_alphas(file, opened, {rank for layer in fitting if (rank := rank_of(layer.arrays)) is not None})
+    ranks = {rank for layer in fitting if (rank := rank_of(layer.arrays)) is not None}
+    alphas = read_alphas(file, opened, ranks) if fitting else Alphas()  # another form's config may say of ranks of 0
     found = []
     for layer in fitting:
         if "diff" in layer.arrays:

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from flux2_mlx import CheckpointError
@@ -229,6 +229,12 @@ def test_configs_that_cannot_be_read(ours, tmp_path, config):
     with pytest.raises(CheckpointError, match=BROKEN[config]) as fault:
         open_lora(str(tmp_path), ours, dict)
     assert "\n" not in str(fault.value)
+
+
+def test_pefts_oft_is_named(ours, tmp_path):
+    by_peft(OFTConfig(r=0, oft_block_size=32, init_weights=False, **TARGETS), tmp_path)
+    with pytest.raises(CheckpointError, match=r"2 keys are not used, of a form that is not read \(OFT\)"):
+        open_lora(str(tmp_path), ours, dict)
 
 
 def test_an_alpha_of_null_is_the_rank(ours, base, tmp_path):
