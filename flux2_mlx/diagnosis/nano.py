@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from ..checkpoints.checkpoint import open_checkpoint
-from ..checkpoints.load import load_autoencoder, load_text_encoder, load_transformer, load_weights
+from ..checkpoints.load import load_all, load_autoencoder, load_text_encoder, load_transformer
 from ..conditioning.tokenizer import Qwen3Tokenizer
 from ..device import on_gpu
 from ..families import NANO
@@ -66,20 +64,13 @@ class Nano:
     def compute(self, stage: str, dtype: mx.Dtype, inputs: Sequence[mx.array]) -> mx.array:
         """What a stage gives for these inputs in a dtype on the default device."""
         if stage == "text encoder":
-            out = loaded(load_text_encoder(self.checkpoint, dtype))(*inputs)
+            out = load_all(load_text_encoder(self.checkpoint, dtype))(*inputs)
         elif stage == "transformer":
-            out = loaded(load_transformer(self.checkpoint, dtype)).forward_with_rope(*inputs)
+            out = load_all(load_transformer(self.checkpoint, dtype)).forward_with_rope(*inputs)
         else:
-            out = loaded(load_autoencoder(self.checkpoint, dtype))[stage](*inputs)
+            out = load_all(load_autoencoder(self.checkpoint, dtype))[stage](*inputs)
         mx.eval(out)
         return out
-
-
-def loaded(module: nn.Module) -> Any:
-    """The module with its weights in memory."""
-    for _ in load_weights(module):
-        pass
-    return module
 
 
 def drawing(side: int) -> mx.array:
