@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import signal
 import sys
 from types import SimpleNamespace
@@ -59,6 +58,17 @@ def test_every_command_has_the_net(module, capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("error: Panic: a panic; a damaged file, or a fault of flux2_mlx")
 
 
+@pytest.fixture
+def as_in_a_terminal():
+    """No signal is ignored, as SIGINT is in a shell's background job and SIGHUP under nohup."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("as_in_a_terminal")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signals_end_as_ctrl_c_does(number, code, capsys):
     before = signal.getsignal(number)
@@ -66,8 +76,7 @@ def test_signals_end_as_ctrl_c_does(number, code, capsys):
 
     def run():
         try:
-            os.kill(os.getpid(), number)
-            signal.pause()
+            signal.raise_signal(number)
         finally:
             kept.append("what a finally does")
 
@@ -80,7 +89,7 @@ def test_signals_end_as_ctrl_c_does(number, code, capsys):
 def test_an_ignored_hang_up_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        assert run_command(lambda: os.kill(os.getpid(), signal.SIGHUP)) == 0
+        assert run_command(lambda: signal.raise_signal(signal.SIGHUP)) == 0
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -90,9 +99,10 @@ def test_an_interrupt_says_what_is_left(capsys):
     assert capsys.readouterr().err == "interrupted; x is whole\n"
 
 
+@pytest.mark.usefixtures("as_in_a_terminal")
 def test_a_session_ends_with_sigterm_and_not_with_ctrl_c(capsys, monkeypatch):
     numbers = iter([signal.SIGINT, signal.SIGTERM])
-    monkeypatch.setattr("builtins.input", lambda _: os.kill(os.getpid(), next(numbers)) or signal.pause())
+    monkeypatch.setattr("builtins.input", lambda _: signal.raise_signal(next(numbers)))
     assert run_command(lambda: converse(Session(raising(ValueError)))) == 143
     assert capsys.readouterr().err == "interrupted\ninterrupted\n"
 

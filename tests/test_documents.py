@@ -147,7 +147,7 @@ def test_command_examples_run(command, klein, tmp_path, capsys):
     assert ("memory: " if "--plan" in command else "seed ") in capsys.readouterr().out
 
 
-class Taken(BaseException):
+class Taken(SystemExit):
     """A parser took a command line."""
 
 

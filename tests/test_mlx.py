@@ -16,10 +16,10 @@ from flux2_mlx.models.rope import rotate
 
 def test_the_least_mlx_has_no_known_fault():
     """Before 0.32.1 compiled kernels read negative strides out of bounds, packed products of more than 32,768 rows were
-    wrong, and convolutions overflowed (ml-explore/mlx 3716, 3631, 4258).
+    wrong, and convolutions overflowed (ml-explore/mlx 3716, 3631, 4258); before 0.32.3 NaN in FP8 was read as 480.
     """
     needs = re.findall(r'"mlx(.*?);', (Path(__file__).parent.parent / "pyproject.toml").read_text())
-    assert needs == [">=0.32.1,<0.33", "[cpu]>=0.32.1,<0.33", "[cuda13]>=0.32.1,<0.33"]
+    assert needs == [">=0.32.3,<0.33", "[cpu]>=0.32.3,<0.33", "[cuda13]>=0.32.3,<0.33"]
 
 
 @pytest.mark.parametrize(("given", "kept"), [(None, "0"), ("1", "1")])

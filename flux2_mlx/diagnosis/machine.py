@@ -42,7 +42,7 @@ def describe_machine() -> Finding:
 
 
 def wanted_mlx() -> str:
-    """The versions of MLX that this package needs, as pip takes them: "mlx>=0.32.1,<0.33"; "" where nothing says it."""
+    """The versions of MLX that this package needs, as pip takes them: "mlx>=0.32.3,<0.33"; "" where nothing says it."""
     try:
         lines = [line.partition(";")[0].strip() for line in requires("flux2-mlx") or ()]
     except PackageNotFoundError:
