@@ -607,7 +607,7 @@ def test_what_a_kill_leaves_is_made_up_for(pictures, tmp_path):
         path.unlink()
     rubbish = ["[1]", "{}", '{"step": 1}', '{"step": "1", "loss": 2}', "[" * 100_000, "\ufffd", lines[1][:20]]
     (run / "log.jsonl").write_text("\n".join([lines[0], *rubbish, lines[1], '{"st']))
-    half = run / ".lora-abcd_123.safetensors"
+    half = run / ".lora.partial-abcd_123.safetensors"
     half.write_bytes(b"half")
     assert main(["--resume", str(run), "--quiet"]) == 0
     assert [path.read_bytes() for path in made] == before
@@ -632,7 +632,7 @@ def test_one_process_trains_in_a_folder(pictures, tmp_path, capsys):
     with lock(tmp_path / "run"):
         assert train(pictures, tmp_path / "run", "--steps", 1) == 2
     assert f"is trained in by another process ({os.getpid()}); wait for it" in capsys.readouterr().err
-    (tmp_path / "run" / "lock").write_text("1")  # of one that was killed
+    (tmp_path / "run" / ".lock").write_text("1")  # of one that was killed
     assert train(pictures, tmp_path / "run", "--steps", 1) == 0
 
 

@@ -18,13 +18,14 @@ import numpy as np
 
 from ..checkpoints.files import is_gguf, load_files
 from ..checkpoints.hub import PEFT_PREFIX
-from ..errors import CheckpointError, summarize
+from ..errors import CheckpointError, printable, summarize
 from ..lazy import INTEGERS, LazyTensor, array_of, derive, read, sources_of
 from ..models.names.flux2 import Rows, bfl_lora, lora_layers
 from .alphas import Alphas, read_alphas
 from .deltas import Delta, DoRADelta, FullDelta, LoKrDelta, LoRADelta, place_rows, spans_of
-from .unread import TEXT_ENCODER, checkpoint_part, explain, printable
+from .unread import TEXT_ENCODER, checkpoint_part, explain
 
+MOST_OF_KEY = 200  # characters of a key in a message
 _KINDS = {
     "lora_A": "down",
     "lora_down": "down",
@@ -229,7 +230,7 @@ def read_layers(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> Read:
             continue
         kind = "bias" if match[3] == ".bias" else _KINDS.get(match[2], match[2])
         if kind in weights.setdefault(name, {}):
-            faults.append(f"{printable(key)} is there twice, under two names")
+            faults.append(f"{printable(key, MOST_OF_KEY)} is there twice, under two names")
         if weight.ndim == 4 and weight.shape[2:] == (1, 1):
             weight = derive(lambda array: array.reshape(array.shape[:2]), weight)
         weights[name][kind], raw[name] = weight, match[1]
@@ -237,7 +238,7 @@ def read_layers(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> Read:
         strange = {}  # what is zero changes nothing
     for reason, keys in explain(strange, layers, find):
         verb = "key is not used" if len(keys) == 1 else "keys are not used"
-        faults.append(f"{len(keys)} {verb}, {reason}: {summarize([printable(key) for key in keys], 3)}")
+        faults.append(f"{len(keys)} {verb}, {reason}: {summarize([printable(key, MOST_OF_KEY) for key in keys], 3)}")
     fitting = []
     own_alphas: dict[str, float] = {}
     misfits = []

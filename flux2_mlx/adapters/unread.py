@@ -85,9 +85,3 @@ def checkpoint_part(keys: Collection[str]) -> tuple[str, str] | None:
         if part.names.are_in(keys):
             return part.label, f"--{part.key.replace('_', '-')}"
     return None
-
-
-def printable(name: str) -> str:
-    """A stranger's name as a terminal may print it, and not without end."""
-    shown = name if name.isprintable() else ascii(name)[1:-1]
-    return shown if len(shown) <= 200 else f"{shown[:200]}..."

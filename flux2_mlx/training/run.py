@@ -39,7 +39,7 @@ from .validation import Validation
 
 CONFIG, LORA, LOG, CURVE = "config.json", "lora.safetensors", "log.jsonl", "loss.png"
 CHECKPOINTS = "checkpoints"
-LOCK = "lock"
+LOCK = ".lock"
 STATE = f"{CHECKPOINTS}/state.safetensors"  # beside lora.safetensors it would make the folder one of two LoRAs
 
 
@@ -131,7 +131,8 @@ def train(
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Keep a run's folder to this process, and remove what a killed one left half written. The lock ends with the
-    process, however that ends.
+    process, however that ends; its file stays, since a process that waits for a removed one's would lock what nobody
+    else sees.
 
     Raises:
         InputError: where another process trains there.
@@ -153,10 +154,7 @@ def lock(folder: Path) -> Iterator[None]:
         file.flush()
         for part in (".", CHECKPOINTS, "cache", "samples"):
             remove_partials(folder / part)
-        try:
-            yield
-        finally:
-            (folder / LOCK).unlink(missing_ok=True)
+        yield
 
 
 def _take_steps(
