@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -88,3 +89,13 @@ def opened(monkeypatch) -> list[str]:
         classmethod(lambda cls, model, **options: models.append(model) or open_pipeline(cls, model, **options)),
     )
     return models
+
+
+@pytest.fixture
+def as_in_a_terminal():
+    """No signal is ignored, as SIGINT is in a shell's background job and SIGHUP under nohup."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

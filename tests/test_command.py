@@ -58,16 +58,6 @@ def test_every_command_has_the_net(module, capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("error: Panic: a panic; a damaged file, or a fault of flux2_mlx")
 
 
-@pytest.fixture
-def as_in_a_terminal():
-    """No signal is ignored, as SIGINT is in a shell's background job and SIGHUP under nohup."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.usefixtures("as_in_a_terminal")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signals_end_as_ctrl_c_does(number, code, capsys):

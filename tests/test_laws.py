@@ -211,4 +211,5 @@ def test_the_memory_that_is_planned_is_enough(opened, way, memory, monkeypatch):
     monkeypatch.setattr(pipe, "memory_limit", pipe.plan(*sizes, way.references, **caches).peak)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert close(image(pipe, way), image(opened(way), way))
+        generated = image(pipe, way)
+    assert close(generated, image(opened(way), way))

@@ -577,12 +577,13 @@ def test_going_on_is_never_having_stopped(pictures, tmp_path, capsys):
     assert (tmp_path / "whole" / LORA).read_bytes() == (tmp_path / "parts" / LORA).read_bytes()
 
 
+@pytest.mark.usefixtures("as_in_a_terminal")
 def test_an_interrupt_saves(pictures, tmp_path, capsys, monkeypatch):
     step = Trainer.take_step
 
     def pressed(trainer):
         if trainer.step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return step(trainer)
 
     monkeypatch.setattr(Trainer, "take_step", pressed)
