@@ -1,4 +1,8 @@
-"""Checkpoints, parts and LoRAs on the Hub, each fault in one line with the way out."""
+"""Checkpoints, parts and LoRAs on the Hub, each fault in one line with the way out.
+
+The client's errors are imported where they are needed: an HTTP library comes with them, a seventh of the time that a
+command takes to start.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import errors as hub_errors
 
 from ..errors import CheckpointError, one_line, summarize
 from ..families import NANO, RELEASED, RELEASED_NAMES, Part
@@ -62,6 +65,8 @@ def lora_file(source: str) -> Path:
 
 def _with_config(file: Path, source: str) -> Path:
     """A file of PEFT's on the Hub, its config fetched, if it has one; the cache knows of those that have none."""
+    from huggingface_hub import errors
+
     owner, name, inside = source.split("/", 2)
     repo, config = f"{owner}/{name}", str(Path(inside).with_name(PEFT_CONFIG))
 
@@ -69,9 +74,9 @@ def _with_config(file: Path, source: str) -> Path:
         if huggingface_hub.try_to_load_from_cache(repo, config) is None:
             try:
                 huggingface_hub.hf_hub_download(repo, config)
-            except hub_errors.LocalEntryNotFoundError:
+            except errors.LocalEntryNotFoundError:
                 raise
-            except hub_errors.EntryNotFoundError:
+            except errors.EntryNotFoundError:
                 pass
         return file
 
@@ -79,10 +84,12 @@ def _with_config(file: Path, source: str) -> Path:
 
 
 def _download_lora(repo: str) -> Path:
+    from huggingface_hub import errors
+
     try:
         found = huggingface_hub.model_info(repo).siblings  # list_repo_files would try again for half a minute
         files = [file.rfilename for file in found or ()]
-    except hub_errors.HfHubHTTPError:
+    except errors.HfHubHTTPError:
         raise
     except Exception:  # of the HTTP library: nobody answers, and snapshot_download knows what is cached
         files = _cached_files(repo)
@@ -92,10 +99,12 @@ def _download_lora(repo: str) -> Path:
 
 
 def _cached_files(repo: str) -> list[str]:
+    from huggingface_hub import errors
+
     folder = _snapshot(repo, None, [PEFT_CONFIG])
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors")]
     if not files:
-        raise hub_errors.LocalEntryNotFoundError(f"no file of {repo} is cached")
+        raise errors.LocalEntryNotFoundError(f"no file of {repo} is cached")
     return files
 
 
@@ -123,6 +132,8 @@ def local_path(name: str) -> Path | None:
 
 def is_cached(source: str, revision: str | None = None) -> bool:
     """Whether the Hub's cache has weights of a repository, or a file of it, at this revision; the Hub is not asked."""
+    from huggingface_hub import errors
+
     try:
         if HUB_FILE.fullmatch(source):
             owner, repo, file = source.split("/", 2)
@@ -133,7 +144,7 @@ def is_cached(source: str, revision: str | None = None) -> bool:
             return False
         folder = huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True)
         return any(Path(folder).rglob("*.safetensors"))
-    except (hub_errors.HFValidationError, hub_errors.LocalEntryNotFoundError, OSError):
+    except (errors.HFValidationError, errors.LocalEntryNotFoundError, OSError):
         return False
 
 
@@ -229,25 +240,27 @@ def download_file(name: str, revision: str | None, kind: str = "model") -> Path:
 
 def fetching(name: str, repo: str, revision: str | None, fetch: Callable[[], Path], kind: str = "model") -> Path:
     """The result of ``fetch``; each of the Hub's errors becomes a CheckpointError of one line with the way out."""
+    from huggingface_hub import errors
+
     is_model = kind == "model"
     try:
         return fetch()
     except CheckpointError:
         raise
-    except hub_errors.GatedRepoError:
+    except errors.GatedRepoError:
         raise CheckpointError(
             f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then log in with "
             "`hf auth login` or set HF_TOKEN"
         ) from None
-    except hub_errors.RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         raise CheckpointError(f"{repo} has no revision {revision!r}; leave it out for the newest") from None
-    except hub_errors.RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         raise CheckpointError(
             f"no {kind} {name!r}: no such folder here, and the Hub shows no such repository (if it is private or "
             "gated, log in with `hf auth login` or set HF_TOKEN)"
             + (f"; released models: {RELEASED_NAMES}" if is_model else "")
         ) from None
-    except (hub_errors.LocalEntryNotFoundError, ConnectionError) as error:
+    except (errors.LocalEntryNotFoundError, ConnectionError) as error:
         fault = answer_of(error) or (
             "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
         )
@@ -257,7 +270,7 @@ def fetching(name: str, repo: str, revision: str | None, fetch: Callable[[], Pat
             f"cannot fetch {repo}: {fault} and the cache has not all of it{cached}; connect, or "
             + (way_out if is_model else f"give the {kind} as a file")
         ) from None
-    except hub_errors.EntryNotFoundError:
+    except errors.EntryNotFoundError:
         raise CheckpointError(f"{repo} has no file {name.removeprefix(repo).strip('/')}") from None
     except Exception as error:  # the Hub's client, its transfer library and its HTTP library each raise their own
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -283,8 +296,10 @@ def answer_of(error: BaseException | None) -> str:
 
 def cached_releases() -> list[str]:
     """The released models of which anything is in the Hub's cache."""
+    from huggingface_hub import errors
+
     try:
         present = {repo.repo_id for repo in huggingface_hub.scan_cache_dir().repos}
-    except hub_errors.CacheNotFound:
+    except errors.CacheNotFound:
         return []
     return [name for name, repo in RELEASED.items() if repo in present]
