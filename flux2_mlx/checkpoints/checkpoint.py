@@ -107,11 +107,8 @@ def open_checkpoint(
     if transformer is not None:
         found = replace(found, has_kv_cache=None)
         if distilled is None and found.is_distilled is not None:
-            kind, other = (
-                ("distilled", "False (--no-distilled)")
-                if found.is_distilled
-                else ("a base model", "True (--distilled)")
-            )
+            kind = "distilled" if found.is_distilled else "a base model"
+            other = "False (--no-distilled)" if found.is_distilled else "True (--distilled)"
             warnings.warn(
                 f"{given['transformer']} is taken for {kind}, as {name} is; else say distilled={other}", stacklevel=2
             )

@@ -100,10 +100,12 @@ def generate(
         saves: whether this process saves the images; of several processes one does.
         on_saved: called with each image and its settings once the image is saved.
     """
-    protocol = detect_protocol(os.environ) if task.show == "auto" else task.show
+    protocol = task.show
+    if task.show == "auto":
+        protocol = detect_protocol(os.environ) if sys.stdout.isatty() else None
     if task.show and protocol is None:
         warnings.warn(
-            f"this terminal is not known to show images; try one of --show {', --show '.join(PROTOCOLS)}",
+            f"standard output is not known to show images; try one of --show {', --show '.join(PROTOCOLS)}",
             stacklevel=2,
         )
     saved: list[int] = []
