@@ -261,7 +261,7 @@ def test_pictures_are_shown(checkpoint, tmp_path, monkeypatch, capsys):
         captured = capsys.readouterr()
         assert captured.out.count("\n") == 1
         assert captured.err == (
-            "warning: standard output is not known to show images; try one of --show kitty, --show iterm2, --show sixel\n"
+            "warning: nothing is known to show images here; try one of --show kitty, --show iterm2, --show sixel\n"
         )
 
 

@@ -105,7 +105,7 @@ def generate(
         protocol = detect_protocol(os.environ) if sys.stdout.isatty() else None
     if task.show and protocol is None:
         warnings.warn(
-            f"standard output is not known to show images; try one of --show {', --show '.join(PROTOCOLS)}",
+            f"nothing is known to show images here; try one of --show {', --show '.join(PROTOCOLS)}",
             stacklevel=2,
         )
     saved: list[int] = []
