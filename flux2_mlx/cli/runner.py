@@ -46,7 +46,8 @@ def use_loras(pipe: Flux2Pipeline, task: Task) -> None:
 def start(task: Task, pipe: Flux2Pipeline) -> Iterator[Step]:
     """Load the LoRAs, print the memory plan and begin to generate: the steps of the images."""
     use_loras(pipe, task)
-    for folder in {output.parent for output in task.outputs}:
+    written = [*task.outputs, *([] if task.preview is None else [task.preview])]
+    for folder in {path.parent for path in written}:
         remove_partials(folder)
     if not task.quiet:
         print(plan_of(pipe, task).summary(), file=sys.stderr)

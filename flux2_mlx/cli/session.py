@@ -27,6 +27,7 @@ from ..options import BatchOptions, GenerationOptions, ModelOptions, OutputOptio
 from ..paths import expand
 from ..request import Settings
 from ..runtime.distributed import random_seed
+from ..writing import remove_partials
 from .arguments import Task, check, complete
 from .command import Terminated, tell, tell_fault
 from .runner import generate, open_pipeline, start
@@ -272,6 +273,7 @@ class Session:
         if saved.settings is None:
             raise InputError("that image was loaded, and is a file already")
         texts = (saved.settings.metadata(), saved.settings.parameters())
+        remove_partials(Path(expand(path)).parent)
         return str(save_image(image, expand(path), *(texts if self.options.get("write_metadata", True) else ())))
 
 
