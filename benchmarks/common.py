@@ -339,6 +339,7 @@ def figures_of(seconds: Sequence[float], peaks: Iterable[tuple[int | None, int |
     rest = rest or [first]
     peaks = list(peaks)
     return {
+        "turns": len(rest),
         "first_s": first,
         "median_s": statistics.median(rest),
         "min_s": min(rest),
@@ -349,7 +350,9 @@ def figures_of(seconds: Sequence[float], peaks: Iterable[tuple[int | None, int |
 
 
 def ratio(own: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds over another's, in medians and in the shortest."""
+    """Seconds over another's, in medians and in the shortest; none of one turn, which says nothing of a ratio."""
+    if own["turns"] < 2:
+        return {}
     return {key: own[key] / other[key] for key in FIGURES[:2]}
 
 

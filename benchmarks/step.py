@@ -202,7 +202,8 @@ def measure_stage(stage: str, module: Any, case: Case, given: dict[str, mx.array
         print_row(name, (own[column] for column in COLUMNS))
     ratios = over(figures)
     for name, own in ratios.items():
-        print(f"  {name}: {own['median_s']:.3f}, of the shortest {own['min_s']:.3f}")
+        if own:
+            print(f"  {name}: {own['median_s']:.3f}, of the shortest {own['min_s']:.3f}")
     for shape, fewest in packed.get("rows", {}).items():
         print(f"  {shape:28} unpacked from {fewest} rows")
     return {"stages": figures, "ratios": ratios, "packed": {stage: packed} if packed else {}}

@@ -176,7 +176,7 @@ def against(name: str, params: FluxKleinParams, options: TrainingOptions, length
         print_row(row, (figures[key] for key in (*FIGURES, "beside_gb")))
     found = ratio(rows["flux2_mlx"], rows[name])
     found["beside_gb"] = rows["flux2_mlx"]["beside_gb"] / rows[name]["beside_gb"]
-    print_row(f"flux2_mlx over {name}", (found["median_s"], found["min_s"], "", "", found["beside_gb"]))
+    print_row(f"flux2_mlx over {name}", (*(found.get(key) for key in FIGURES[:2]), "", "", found["beside_gb"]))
     return {**rows, "ratio": found, "error": error, name + " version": version(name)}
 
 

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     found: list[tuple[str, Finding]] = []
     if arguments.report is not None and arguments.report.exists() and not is_report(arguments.report):
         raise InputError(f"{arguments.report} exists and is no report; give --report another file")
-    silence_downloads()
+    silence_downloads(quiet=True)
     for check in [*quick_checks(), *(full_checks() if arguments.full else ())]:
         if arguments.report is not None:  # before each check, since a GPU's fault may end the process
             arguments.report.write_text(markdown([*found, (check.name, CUT_OFF)]), encoding="utf-8")

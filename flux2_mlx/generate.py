@@ -28,8 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         arguments = build_parser().parse_args(argv)
-        if arguments.quiet:
-            silence_downloads()
+        silence_downloads(arguments.quiet)
         if arguments.interactive:
             interact(arguments)
             return 0

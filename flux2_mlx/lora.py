@@ -20,7 +20,8 @@ from typing import Any
 
 from ._version import __version__
 from .cli.command import run_command, tell
-from .cli.common import Parser, path
+from .cli.common import Parser, path, silence_downloads
+from .cli.streams import shows_bars
 from .device import machine_memory
 from .errors import InputError
 from .families import MAX_SEQUENCE_LENGTH
@@ -153,7 +154,7 @@ def print_plan(options: TrainingOptions, run: argparse.Namespace) -> None:
     release = options.release
     if release is None:
         allow = bool(run.allow_distilled) or run.resume is not None
-        pipe = open_pipeline(options, allow_distilled=allow, limit=run.memory_limit, progress=not run.quiet)
+        pipe = open_pipeline(options, allow_distilled=allow, limit=run.memory_limit, progress=shows_bars(run.quiet))
         modules = pipe.text_encoder, pipe.transformer, pipe.autoencoder
         print(plan_training(modules, options, pipe.dtype, pipe.tokenizer.default_length, shapes, pipe.memory_limit))
         return
@@ -173,7 +174,7 @@ def run_training(options: TrainingOptions, run: argparse.Namespace) -> int:
         resume=run.resume is not None,
         allow_distilled=bool(run.allow_distilled),
         limit=run.memory_limit,
-        progress=not run.quiet,
+        progress=shows_bars(run.quiet),
         report=None if run.quiet else lambda text: print(text, file=sys.stderr),
     )
     if result.lora is not None and result.ended_by is not None:
@@ -205,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             options, own = parse(argv)
             check(options, own.resume is not None)
+            silence_downloads(own.quiet)
             if own.plan:
                 print_plan(options, own)
                 return 0

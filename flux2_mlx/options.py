@@ -161,7 +161,7 @@ class GenerationOptions(Options):
     )  # fmt: skip
     schedule: str = option(
         "flux2",
-        "noise schedule (scheduler): flux2 (official), linear (not shifted), comfy (ComfyUI's)",
+        "noise schedule (scheduler): flux2 (official), linear (not shifted), comfy (ComfyUI's), power (flux2.c's)",
         group=SAMPLING,
         choices=SCHEDULES,
         also=("--scheduler",),

@@ -408,7 +408,7 @@ class Flux2Pipeline:
             num_images: images of each prompt.
             batch_size: the most images in one pass through the transformer, where memory allows; None takes one, and
                 as many as fit where the transformer is streamed, which is then read once for them.
-            schedule: noise schedule, "flux2" (the official one), "linear" or "comfy".
+            schedule: noise schedule, "flux2" (the official one), "linear", "comfy" or "power".
             sigmas: a noise schedule of your own instead, shifted as diffusers does.
             noise: "torch" equals torch's CPU generator; "mlx" takes mx.random.
             max_sequence_length: tokens that a prompt is padded or cut to; None takes 512, or the tokenizer's most.

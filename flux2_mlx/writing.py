@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import itertools
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,6 +121,16 @@ def remove_partials(folder: Path) -> None:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             finally:
                 os.close(handle)
+
+
+def tell_unlocked_partials(target: Path) -> None:
+    """Warn of what earlier versions left unfinished beside a folder's place: without a lock, so that nothing tells
+    whether one of them is still at work there.
+    """
+    left = [path for path in target.absolute().parent.glob(f".{glob.escape(target.name)}.????????") if path.is_dir()]
+    if left:
+        names = ", ".join(map(str, sorted(left)))
+        warnings.warn(f"unfinished folders of an earlier version are left: {names}; delete them", stacklevel=2)
 
 
 def sync(path: Path) -> None:

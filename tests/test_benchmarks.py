@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from benchmarks import compare, gpu, kernels, parity, plan, quality, step, training
+from benchmarks.common import figures_of, ratio
 
 TINY = ["--random", "tiny", "--size", "64", "--text-length", "16", "--repeats", "1"]
 # Of a step of klein-4b, 1024 x 1024: a change that needs more says so here.
@@ -74,11 +75,17 @@ def test_parity_compares_both_sides(damaged, capsys):
     assert 0 < report["relative_error"] < 1e-4
 
 
+def test_one_turn_says_nothing_of_a_ratio():
+    once, twice = figures_of([3.0, 1.0]), figures_of([3.0, 1.0, 2.0])
+    assert ratio(once, once) == {}
+    assert ratio(twice, twice) == {"median_s": 1.0, "min_s": 1.0}
+
+
 @pytest.mark.nightly
 def test_compare_compares_with_diffusers(checkpoint, tmp_path, capsys):
     """Stage by stage and in whole images, and what is written makes a page."""
     options = ["--model", str(checkpoint), "--width", "64", "--height", "96", "--text-length", "16", "--steps", "1"]
-    options += ["--repeats", "1", "--dtype", "float32", "--output", str(tmp_path)]
+    options += ["--repeats", "2", "--dtype", "float32", "--output", str(tmp_path)]
     report = run(compare, [*options, "--against", "torch", "--against", "floor"], capsys)
     assert list(report["stages"]) == ["text_encoder", "step", "decode", "loop", "cold start", "next image"]
     assert report["stages"]["step"].keys() == {"flux2_mlx", "torch", "floor"}

@@ -727,10 +727,12 @@ def test_some_layers_packed_and_others_dense(whole, tensors, tmp_path):
         assert_equal(loaded(checkpoint, "transformer"), expected)
 
 
-def test_a_replaced_transformer_must_say_what_it_is(whole, tensors, tmp_path):
+def test_a_replaced_transformer_is_taken_for_what_the_model_is(whole, tensors, tmp_path):
     file = formats.save(formats.bfl_transformer(tensors["transformer"]), tmp_path / "w.safetensors")
-    refused(str(file), "does not say whether", model=whole[1], transformer=file)
-    assert not open_checkpoint(whole[1], transformer=file, distilled=False).is_distilled
+    says = json.loads((whole[1] / "model_index.json").read_text())["is_distilled"]
+    with pytest.warns(UserWarning, match=r"w\.safetensors is taken for .* else say distilled=(True|False)"):
+        assert open_checkpoint(whole[1], transformer=file).is_distilled == says
+    assert open_checkpoint(whole[1], transformer=file, distilled=not says).is_distilled != says
 
 
 def test_a_gguf_type_without_the_package(tmp_path, monkeypatch):

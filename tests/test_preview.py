@@ -5,6 +5,7 @@ import gc
 import io
 import json
 import re
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -243,6 +244,7 @@ def test_pictures_are_shown(checkpoint, tmp_path, monkeypatch, capsys):
     for name in ("TMUX", "KITTY_WINDOW_ID", "TERM_PROGRAM", "LC_TERMINAL"):
         monkeypatch.delenv(name, raising=False)
     small = ["--width", "80", "--height", "64", "--steps", "1", "--max-sequence-length", "16"]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     command = ["a", "--model", str(checkpoint), *small, "--quiet", "--show"]
     for term, more, begins in (
         ("xterm-kitty", [], "\033_G"),
@@ -252,10 +254,28 @@ def test_pictures_are_shown(checkpoint, tmp_path, monkeypatch, capsys):
         monkeypatch.setenv("TERM", term)
         assert main([*command, *more]) == 0
         assert capsys.readouterr().out.splitlines()[1].startswith(begins)
-    monkeypatch.setenv("TERM", "dumb")
+    for term, is_terminal in (("dumb", True), ("foot", False)):
+        monkeypatch.setenv("TERM", term)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        assert main(command) == 0
+        captured = capsys.readouterr()
+        assert captured.out.count("\n") == 1
+        assert captured.err == (
+            "warning: nothing is known to show images here; try one of --show kitty, --show iterm2, --show sixel\n"
+        )
+
+
+def test_bars_are_for_terminals_and_one_at_a_time(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ["--width", "80", "--height", "64", "--steps", "1", "--max-sequence-length", "16", "--num-images", "2"]
+    command = ["a", "--model", str(checkpoint), *small, "--memory", "staged"]
     assert main(command) == 0
-    captured = capsys.readouterr()
-    assert captured.out.count("\n") == 1
-    assert captured.err == (
-        "warning: this terminal is not known to show images; try one of --show kitty, --show iterm2, --show sixel\n"
-    )
+    written = capsys.readouterr().err
+    assert "\r" not in written
+    assert "\033" not in written
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
+    assert main(command) == 0
+    written = capsys.readouterr().err
+    assert all(bar in written for bar in ("\rloading text encoder: ", "\rgenerating: ", "\rloading autoencoder: "))
+    assert "\033[A" not in written  # which goes up a line, from a bar below another one

@@ -428,6 +428,9 @@ def test_rows_that_the_environment_says(clock, monkeypatch):
     monkeypatch.setenv("FLUX2_MLX_DENSE_ROWS", "3")
     assert tuned() == [3, 3, 3]
     assert clock.rows == []
+    monkeypatch.setenv("FLUX2_MLX_DENSE_ROWS", "9" * 5000)
+    with pytest.raises(InputError, match="FLUX2_MLX_DENSE_ROWS must be a number of rows, got '999"):
+        tuned()
     monkeypatch.setenv("FLUX2_MLX_DENSE_ROWS", "many")
     with pytest.raises(InputError, match="FLUX2_MLX_DENSE_ROWS must be a number of rows, got 'many'"):
         tuned()

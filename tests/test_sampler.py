@@ -69,7 +69,8 @@ def test_other_schedules():
     assert schedule_sigmas("linear", 4, 1024) == linear_sigmas(4)
     assert schedule_sigmas("comfy", 4, 1024) == comfy_sigmas(4)
     assert schedule_sigmas("flux2", 4, 1024) == flux2_sigmas(4, 1024)
-    with pytest.raises(InputError, match="schedule must be one of flux2, linear, comfy, got 'karras'"):
+    assert schedule_sigmas("power", 4, 1024) == [1, 0.9375, 0.75, 0.4375, 0]  # flux2.c's --power
+    with pytest.raises(InputError, match="schedule must be one of flux2, linear, comfy, power, got 'karras'"):
         schedule_sigmas("karras", 4, 1024)
 
 
@@ -124,3 +125,4 @@ def test_every_schedule_begins_at_one():
     counts = range(1, 60)
     assert all(flux2_sigmas(steps, tokens)[0] == 1.0 for steps in counts for tokens in range(16, 4097, 16))
     assert all(comfy_sigmas(steps)[0] == 1.0 for steps in counts)
+    assert all(schedule_sigmas("power", steps, 1024)[0] == 1.0 for steps in counts)

@@ -1,6 +1,7 @@
 """A session: what a line means, what a fault costs, and the whole of it with a small model."""
 
 import io
+import re
 import sys
 
 import numpy as np
@@ -39,12 +40,44 @@ def test_a_line_is_generated(session):
 
 @pytest.mark.parametrize(
     "text",
-    ["seed packets on a table", "size matters", "steps of a temple", "again and again", "load bearing wall", "save 5",
-     "save the whales", "help me", "quit smoking", "seed -1", "size 64", "Steps 4"],
+    ["seed packets on a table", "size matters in this picture", "steps of a temple", "the size of a house", "fox",
+     "sea", "loading a ship with tea", "help me find my hat", "quit smoking at the beach", "a 4", "road to rome"],
 )  # fmt: skip
-def test_what_is_not_exactly_a_command_is_a_prompt(session, text):
+def test_what_is_no_command_is_a_prompt(session, text):
     session.handle(text)
     assert session.asked == [(text, [], NOTHING)]
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("size 96 96", "size W x H"), ("size 96 by 96", "size W x H"), ("size foo", "size W x H"),
+        ("size 64", "size W x H"), ("sizes 96x96", "size W x H"), ("size " + "9" * 5000 + "x96", "size W x H"),
+        ("Steps 4", "steps N"), ("stpes 4", "steps N"), ("seed -1", "seed N"), ("seed " + "9" * 5000, "seed N"),
+        ("steps " + "9" * 5000, "steps N"), ("agian", "again"), ("again!", "again"),
+        ("set guidence 3", "set NAME VALUE"), ("guidance 3", "set guidance VALUE"), ("lora style", "lora FILE[:SCALE]"),
+        ("load fox", "load FILE"), ("save 5", "save [N] FILE"),
+        ("undo", None), ("exit now", None), ("help me", "help, quit"),
+    ],
+)  # fmt: skip
+def test_what_is_nearly_a_command_is_generated_only_the_second_time(session, text, meant):
+    usage = "no command; help lists them" if meant is None else f"no command, which is typed {meant};"
+    with pytest.raises(InputError, match=re.escape(usage)):
+        session.handle(text)
+    assert session.asked == []
+    session.handle(text)
+    assert session.asked == [(text, [], NOTHING)]
+
+
+def test_older_images_are_not_kept_beyond_a_bound(session, monkeypatch):
+    monkeypatch.setattr("flux2_mlx.cli.session.MOST_BYTES", 3 * 64 * 64 * 2)
+    for prompt in "abc":
+        session.handle(prompt)
+    assert [image.image is None for image in session.images] == [True, False, False]
+    for line in ("a fox in the hat of $1", "save 1 a.png"):
+        with pytest.raises(InputError, match="image 1 is no longer kept, 0 MB are; load FILE loads it again"):
+            session.handle(line)
+    assert session.handle("$2 and $3") == "image 4"
 
 
 def test_settings_stay_until_they_are_taken_back(session):
@@ -90,8 +123,10 @@ def test_images_are_referred_to_by_their_numbers(session):
     assert references == [session.images[2].image, session.images[0].image]
     session.handle("again")
     assert session.asked[-1][:2] == (prompt, references)
-    for text in ("$6", "$0"):
-        with pytest.raises(InputError, match=r"there is no image \d \(the last is 5\); a dollar sign is written \$\$"):
+    for text in ("$6", "$0", "$" + "9" * 5000):
+        with pytest.raises(
+            InputError, match=r"there is no image \d{1,9} \(the last is 5\); a dollar sign is written \$\$"
+        ):
             session.handle(text)
     assert len(session.asked) == 5
     with pytest.raises(InputError, match=r"there is no image 1 \(there is none yet\)"):

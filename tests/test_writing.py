@@ -11,7 +11,7 @@ import pytest
 
 from flux2_mlx import InputError, writing
 from flux2_mlx import disk_cache as cache
-from flux2_mlx.writing import atomic_folder, atomic_write, move_to_free_name, remove_partials
+from flux2_mlx.writing import atomic_folder, atomic_write, move_to_free_name, remove_partials, tell_unlocked_partials
 
 
 @pytest.mark.parametrize("name", ["replace", "fsync"])
@@ -85,6 +85,16 @@ def test_what_a_killed_program_left_goes_and_what_another_writes_stays(tmp_path)
         file.touch()
     assert {path.name for path in tmp_path.iterdir()} == {".a.mine.png", "b.png", "c"}
     remove_partials(tmp_path / "nowhere")
+
+
+def test_what_earlier_versions_left_is_named(tmp_path):
+    """It has no lock, so that it may still be written."""
+    for name in (".model.abcd1234", ".model.too_long_1", ".model2.abcd1234", ".model.a"):
+        (tmp_path / name).mkdir()
+    with pytest.warns(UserWarning, match=r"earlier version are left: \S+\.model\.abcd1234; delete") as told:
+        tell_unlocked_partials(tmp_path / "model")
+    assert len(told) == 1
+    tell_unlocked_partials(tmp_path / "nowhere" / "model")
 
 
 def test_a_free_name_is_never_another_file(tmp_path):

@@ -28,7 +28,7 @@ from ..device import weights_of
 from ..errors import CheckpointError, InputError
 from ..lazy import INTEGERS, LazyTensor, read, read_rows, sources_of
 from ..models.flux2 import FluxKlein
-from ..models.layers import Linear
+from ..models.layers import Linear, random_state_kept
 from ..quantization.packing import PACKED, dequantize
 from ..quantization.recipes import packed_recipe
 from .deltas import ADAPTED, Delta, DoRADelta, LoRADelta, weight_shape
@@ -241,7 +241,9 @@ def _dense_rows(weights: Mapping[str, Any], path: str, shape: tuple[int, ...]) -
     """Rows of a layer's weight in float32, from one up to another."""
     weight = weights[f"{path}.weight"]
     mx.eval(sources_of(weight))
-    spec = packed_recipe(weights)(path, Linear(shape[1], shape[0]))
+    with random_state_kept():
+        layer = Linear(shape[1], shape[0])
+    spec = packed_recipe(weights)(path, layer)
     if spec is None:
         return lambda start, stop: read_rows(weight, start, stop).astype(mx.float32)
     packed = {kind: read(weights[f"{path}.{kind}"]) for kind in PACKED if f"{path}.{kind}" in weights}

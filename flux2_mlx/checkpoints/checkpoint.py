@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,7 +84,8 @@ def open_checkpoint(
         transformer, text_encoder, vae: instead of the model's own: a file, a folder with config.json and weights, a Hub
             id of such a folder, or "owner/name/file". A vae may be a decoder alone.
         tokenizer: a folder with tokenizer.json.
-        distilled: whether the transformer generates in few steps without CFG, where the model does not say it.
+        distilled: whether the transformer generates in few steps without CFG, where the model does not say it; what
+            the model says goes for another transformer, too, with a UserWarning.
         kv_cache: whether the transformer was trained to cache its references, where the model does not say it.
 
     Raises:
@@ -93,8 +95,6 @@ def open_checkpoint(
     paths = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
     given = {option: None if path is None else os.fspath(path) for option, path in paths.items()}
     own = {key: _find_part(part, path) for key, part in PARTS.items() if (path := given[key]) is not None}
-    if transformer is not None and distilled is None:
-        raise missing_variant(given["transformer"])
     if kv_cache and transformer is None:
         check_kv_support(name)
     whole = {key: source for key, source in own.items() if key != "vae" or has_encoder(source)}
@@ -106,7 +106,13 @@ def open_checkpoint(
         sources["vae"] = replace(sources["vae"], decoder=own["vae"].files[0])
     if transformer is not None:
         found = replace(found, has_kv_cache=None)
-    is_distilled, has_kv_cache = _variant_of(name, found, distilled, kv_cache)
+        if distilled is None and found.is_distilled is not None:
+            kind = "distilled" if found.is_distilled else "a base model"
+            other = "False (--no-distilled)" if found.is_distilled else "True (--distilled)"
+            warnings.warn(
+                f"{given['transformer']} is taken for {kind}, as {name} is; else say distilled={other}", stacklevel=2
+            )
+    is_distilled, has_kv_cache = _variant_of(given["transformer"] or name, found, distilled, kv_cache)
     folder = _tokenizer_folder(str(found.folder / "tokenizer") if tokenizer is None else expand(tokenizer))
     shapes = {key: sources[key].shape() for key in PARTS}
     _check_pairing(sources, **shapes)

@@ -31,7 +31,7 @@ from ..quantization.layers import QuantizedEmbedding, QuantizedLinear, dense_lay
 from ..quantization.packing import PACKED, quantize_rtn, quantize_weight
 from ..quantization.recipes import mixed_precision, packed_recipe
 from ..quantization.spec import Quantization
-from ..writing import atomic_folder, remove_partials
+from ..writing import atomic_folder, remove_partials, tell_unlocked_partials
 from .checkpoint import Checkpoint
 from .files import read_header
 from .load import load_autoencoder, load_text_encoder, load_transformer
@@ -219,6 +219,7 @@ def convert(
     if not parent.is_dir():
         raise InputError(f"{parent} is no folder")
     remove_partials(parent)
+    tell_unlocked_partials(target)
     # The modules check names and shapes; none of their lazy weights is computed.
     load_transformer(checkpoint, mx.bfloat16)
     load_text_encoder(checkpoint, mx.bfloat16)

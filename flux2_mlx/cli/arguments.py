@@ -40,6 +40,7 @@ from ..paths import HIDDEN, expand
 from ..request import Settings, Size, image_sizes, paths_of
 from ..runtime.distributed import random_seed
 from .common import Parser, given_options, path
+from .streams import shows_bars
 
 DEFAULT_OUTPUT = "flux2-{seed}.png"
 OUTPUT_TEMPLATE = re.compile(r"(?:[^{}]|\{(?:seed|index)(?::\d{1,2})?\}|\{prompt\})+")
@@ -241,7 +242,7 @@ def complete(
         inputs=images,
         inpaint=images.inpaint(options),
         model=model,
-        runtime=RuntimeOptions.collect(values | {"progress": not arguments.quiet}),
+        runtime=RuntimeOptions.collect(values | {"progress": shows_bars(arguments.quiet)}),
         output=arguments.output or DEFAULT_OUTPUT,
         write_metadata=OutputOptions.collect(values).write_metadata,
         preview=arguments.preview,

@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..fields import default_of, flag_of, nearest, parser_of, type_of
 from ..options import CheckpointOptions
 from ..paths import expand
+from .streams import shows_bars
 
 MODEL_HELP = CheckpointOptions.field("model").metadata["help"]
 
@@ -108,12 +109,15 @@ def write_model(arguments: argparse.Namespace, loras: Sequence[str] = (), partia
     Raises:
         InputError: for what cannot be used.
     """
+    silence_downloads(arguments.quiet)
     options = CheckpointOptions.collect(given_options(arguments))
     layout, quantization = arguments.layout, options.quantization()
     checkpoint = fuse(open_checkpoint(**options.source), [parse_lora(text) for text in loras], partial)
     existed = arguments.target.exists()
     try:
-        convert(checkpoint, arguments.target, layout=layout, quantization=quantization, progress=not arguments.quiet)
+        convert(
+            checkpoint, arguments.target, layout=layout, quantization=quantization, progress=shows_bars(arguments.quiet)
+        )
     except KeyboardInterrupt:
         if arguments.target.exists() and not existed:  # it came as the folder had its name
             raise KeyboardInterrupt(f"{arguments.target} is written, and whole") from None
@@ -121,8 +125,12 @@ def write_model(arguments: argparse.Namespace, loras: Sequence[str] = (), partia
     print(arguments.target)
 
 
-def silence_downloads() -> None:
+def silence_downloads(quiet: bool) -> None:
+    """Have the Hub's client show bars only where bars are wanted, and where all is to be quiet no warnings either."""
+    if shows_bars(quiet):
+        return
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if quiet:
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -46,7 +46,8 @@ def use_loras(pipe: Flux2Pipeline, task: Task) -> None:
 def start(task: Task, pipe: Flux2Pipeline) -> Iterator[Step]:
     """Load the LoRAs, print the memory plan and begin to generate: the steps of the images."""
     use_loras(pipe, task)
-    for folder in {output.parent for output in task.outputs}:
+    written = [*task.outputs, *([] if task.preview is None else [task.preview])]
+    for folder in {path.parent for path in written}:
         remove_partials(folder)
     if not task.quiet:
         print(plan_of(pipe, task).summary(), file=sys.stderr)
@@ -100,10 +101,12 @@ def generate(
         saves: whether this process saves the images; of several processes one does.
         on_saved: called with each image and its settings once the image is saved.
     """
-    protocol = detect_protocol(os.environ) if task.show == "auto" else task.show
+    protocol = task.show
+    if task.show == "auto":
+        protocol = detect_protocol(os.environ) if sys.stdout.isatty() else None
     if task.show and protocol is None:
         warnings.warn(
-            f"this terminal is not known to show images; try one of --show {', --show '.join(PROTOCOLS)}",
+            f"nothing is known to show images here; try one of --show {', --show '.join(PROTOCOLS)}",
             stacklevel=2,
         )
     saved: list[int] = []

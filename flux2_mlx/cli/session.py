@@ -1,16 +1,18 @@
 """A session: each line that is typed is a prompt, or a command; the model stays loaded, and images can be referred to.
 
-A line is a command where it matches one exactly, else a prompt.
+A line is a command where it matches one exactly, else a prompt; but what is nearly a command is generated only where it
+is typed a second time, since a model takes minutes to show that "sise 96x96" was meant otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from ..options import BatchOptions, GenerationOptions, ModelOptions, OutputOptio
 from ..paths import expand
 from ..request import Settings
 from ..runtime.distributed import random_seed
+from ..writing import remove_partials
 from .arguments import Task, check, complete
 from .command import Terminated, tell, tell_fault
 from .runner import generate, open_pipeline, start
@@ -51,23 +54,43 @@ NAMES = {name.replace("_", "-"): f.name for _, f in SETTABLE.values() for name i
 _NAMES = "|".join(re.escape(name).replace("\\-", "[-_]") for name in NAMES)
 COMMANDS = {
     "again": re.compile(r"again"),
-    "seed": re.compile(r"seed(?: +(\d+))?"),
-    "size": re.compile(r"size(?: +(\d+) *[x×] *(\d+))?"),
-    "steps": re.compile(r"steps(?: +(\d+))?"),
+    "seed": re.compile(r"seed(?: +(\d{1,40}))?"),
+    "size": re.compile(r"size(?: +(\d{1,9}) *[x×] *(\d{1,9}))?"),
+    "steps": re.compile(r"steps(?: +(\d{1,9}))?"),
     "lora": re.compile(r"lora(?: +((?:.+\.safetensors|[\w.-]+(?:/[\w.-]+)+)(?::-?[\d.]+)?))?"),
     "set": re.compile(rf"set(?: +({_NAMES})(?: +(.+))?)?"),
     "load": re.compile(r"load +(.+\.\w+)"),
-    "save": re.compile(rf"save(?: +(\d+))? +(.+\.(?:{_SUFFIXES}))", re.IGNORECASE),
+    "save": re.compile(rf"save(?: +(\d{{1,9}}))? +(.+\.(?:{_SUFFIXES}))", re.IGNORECASE),
     "help": re.compile(r"help|\?"),
     "quit": re.compile(r"quit|exit"),
 }
+FOREIGN = ("clear", "delete", "exit", "list", "redo", "repeat", "reset", "retry", "show", "stop", "undo")  # elsewhere's
+SHORT = 3  # most words of a line that may be a command by its first word alone
+MOST_BYTES = 2**29  # of the images that a session keeps: 170 of a megapixel
+
+
+def meant_command(text: str) -> str | None:
+    """What may be meant by a line that is nearly a command: how that one is typed, or "" for none that is known; None
+    for a prompt.
+    """
+    first, _, rest = text.partition(" ")
+    word, rest = first.lower(), rest.strip()
+    if len(text.split()) > SHORT and not re.match(r"[-+]?\d", rest):
+        return None
+    near = difflib.get_close_matches(word, [*COMMANDS, *FOREIGN], n=1, cutoff=0.8)
+    if word.replace("_", "-") in NAMES and word not in COMMANDS:
+        return f"set {word} VALUE"
+    if not near:
+        return None
+    usages = (line[2:20].rstrip() for line in HELP.splitlines()[1:])
+    return next((usage for usage in usages if re.match(rf"{near[0]}\b", usage)), "")
 
 
 @dataclass(frozen=True)
 class SessionImage:
-    """An image of the session, and the settings that it was generated with; None for one that was loaded."""
+    """An image of the session, None where it is no longer kept, and its settings, None for one that was loaded."""
 
-    image: Image.Image
+    image: Image.Image | None
     settings: Settings | None
 
 
@@ -86,6 +109,7 @@ class Session:
         last: the last prompt as it was typed.
         count: how many images the last prompt gave.
         is_new_seed: whether the seed was set after them, so that ``again`` takes it as it is.
+        doubted: the line before, where it was nearly a command.
     """
 
     generate: Generate
@@ -94,6 +118,7 @@ class Session:
     last: str = ""
     count: int = 1
     is_new_seed: bool = False
+    doubted: str = ""
 
     def handle(self, line: str) -> str | None:
         """Run a command, or generate a prompt.
@@ -123,13 +148,46 @@ class Session:
             match = pattern.fullmatch(text)
             if match is not None:
                 return handlers[name](*match.groups())
+        meant = None if text == self.doubted else meant_command(text)
+        self.doubted = "" if meant is None else text
+        if meant is not None:
+            usage = f", which is typed {meant}" if meant else "; help lists them"
+            raise InputError(f"{text!r} is no command{usage}; type it again to generate it as a prompt")
         return self._prompt(text)
+
+    def add(self, image: SessionImage) -> None:
+        """Add an image; beyond MOST_BYTES the oldest ones are no longer kept."""
+        self.images.append(image)
+        kept = 0
+        for k in reversed(range(len(self.images))):
+            old = self.images[k].image
+            if old is None:
+                break
+            kept += old.width * old.height * len(old.getbands())
+            if kept > MOST_BYTES and k < len(self.images) - 1:
+                self.images[k] = replace(self.images[k], image=None)
+
+    def image(self, number: int) -> Image.Image:
+        """Image ``number`` of the session.
+
+        Raises:
+            InputError: where there is none, or it is no longer kept.
+        """
+        if not 1 <= number <= len(self.images):
+            which = f"the last is {len(self.images)}" if self.images else "there is none yet"
+            raise InputError(f"there is no image {number} ({which}); a dollar sign is written $$")
+        image = self.images[number - 1].image
+        if image is None:
+            raise InputError(
+                f"image {number} is no longer kept, {MOST_BYTES // 2**20} MB are; load FILE loads it again"
+            )
+        return image
 
     def _prompt(self, text: str) -> str:
         prompt, references = self.resolve_references(text)
         self.last = text
         first = len(self.images) + 1
-        self.generate(prompt, references, dict(self.options), self.images.append)
+        self.generate(prompt, references, dict(self.options), self.add)
         self.count, self.is_new_seed = len(self.images) + 1 - first, False
         return f"image {first}" if self.count == 1 else f"images {first} to {len(self.images)}"
 
@@ -148,15 +206,13 @@ class Session:
             if match[0] == "$$":
                 return "$"
             number = int(match[1])
-            if not 1 <= number <= len(self.images):
-                which = f"the last is {len(self.images)}" if self.images else "there is none yet"
-                raise InputError(f"there is no image {number} ({which}); a dollar sign is written $$")
+            self.image(number)
             if number not in numbers:
                 numbers.append(number)
             return f"image {numbers.index(number) + 1}"
 
-        prompt = re.sub(r"\$\$|\$(\d+)", replace_reference, text)
-        return prompt, [self.images[number - 1].image for number in numbers]
+        prompt = re.sub(r"\$\$|\$(\d{1,9})", replace_reference, text)
+        return prompt, [self.image(number) for number in numbers]
 
     def _again(self) -> str:
         if not self.last:
@@ -206,17 +262,19 @@ class Session:
         return f"{name} {'default' if text is None else text}"
 
     def _load(self, path: str) -> str:
-        self.images.append(SessionImage(open_image(expand(path)), None))
+        self.add(SessionImage(open_image(expand(path)), None))
         return f"image {len(self.images)}"
 
     def _save(self, number: str | None, path: str) -> str:
         if not self.images or (number is not None and not 1 <= int(number) <= len(self.images)):
             raise InputError(f"there is no image {number or 'yet'}")
-        saved = self.images[-1 if number is None else int(number) - 1]
+        place = len(self.images) if number is None else int(number)
+        image, saved = self.image(place), self.images[place - 1]
         if saved.settings is None:
             raise InputError("that image was loaded, and is a file already")
         texts = (saved.settings.metadata(), saved.settings.parameters())
-        return str(save_image(saved.image, expand(path), *(texts if self.options.get("write_metadata", True) else ())))
+        remove_partials(Path(expand(path)).parent)
+        return str(save_image(image, expand(path), *(texts if self.options.get("write_metadata", True) else ())))
 
 
 def complete_word(text: str, state: int) -> str | None:
@@ -264,7 +322,8 @@ def interact(given: argparse.Namespace) -> None:
     session = Session(generate_prompt, options={"seed": defaults.seed} if is_seeded else {})
     if defaults.model.lora:
         session.options["lora"] = defaults.model.lora
-    session.images += [SessionImage(open_reference(path), None) for path in references]
+    for path in references:
+        session.add(SessionImage(open_reference(path), None))
     if not given.quiet:
         print(HELP)
     converse(session, first)

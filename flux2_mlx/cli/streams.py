@@ -43,6 +43,11 @@ class Stream:
         return getattr(self.stream, name)
 
 
+def shows_bars(quiet: bool) -> bool:
+    """Whether progress bars are wanted: never in a pipe or a file, which would keep their cursor codes."""
+    return not quiet and sys.stderr.isatty()
+
+
 @contextlib.contextmanager
 def guarded_streams() -> Iterator[Stream]:
     """Put guarded streams in the place of Python's while the body runs; yields that of standard output.

@@ -22,6 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import AutoEncoderConfig
+from .layers import random_state_kept
 
 # Attention scores that exist at one time, in elements: 256 MB in float32.
 SCORES_AT_ONCE = 2**26
@@ -307,6 +308,7 @@ class Encoder(Half):
     at most ``tile_bytes``, TILE_BYTES unless given.
     """
 
+    @random_state_kept()
     def __init__(self, config: AutoEncoderConfig):
         super().__init__()
         channels = config.block_out_channels
@@ -340,6 +342,7 @@ class Decoder(Half):
     have at most ``tile_bytes``, TILE_BYTES unless given.
     """
 
+    @random_state_kept()
     def __init__(self, config: AutoEncoderConfig):
         super().__init__()
         channels = config.decoder_channels[::-1]
@@ -388,6 +391,7 @@ class LatentStatistics(nn.Module):
 class AutoEncoder(nn.Module):
     """Encoder, decoder and latent statistics of one checkpoint."""
 
+    @random_state_kept()
     def __init__(self, config: AutoEncoderConfig):
         super().__init__()
         self.config = config

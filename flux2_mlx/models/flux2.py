@@ -24,7 +24,7 @@ from .attention import attention
 from .config import FluxKleinParams
 from .first_block_cache import FirstBlockCache
 from .kv_cache import KV, BlockKV, FrozenKV, KVReader, KVRecorder
-from .layers import BlockRunner, Linear, RMSNorm, outputs, run_block
+from .layers import BlockRunner, Linear, RMSNorm, outputs, random_state_kept, run_block
 from .rope import four_axes, rope_table, rotate
 
 FLOAT16_MAX = 65504.0
@@ -301,6 +301,7 @@ class FluxKlein(nn.Module):
         block_runner: calls the blocks; streaming and training replace it.
     """
 
+    @random_state_kept()
     def __init__(self, params: FluxKleinParams):
         super().__init__()
         self.params = params

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave MLX's random state as it was: ``nn.Linear`` and others draw initial weights that nobody evaluates, so each
+    building would change the caller's random numbers, and make the state grow by the splits it is to be made of.
+    """
+    high, low = map(int, np.array(cast("list[mx.array]", mx.random.state)[0]))
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)  # the seed whose key is that state
 
 
 class BlockRunner(Protocol):

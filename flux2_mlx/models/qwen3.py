@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from .attention import attention
 from .config import Qwen3Config
-from .layers import BlockRunner, Linear, run_block
+from .layers import BlockRunner, Linear, random_state_kept, run_block
 
 
 class Attention(nn.Module):
@@ -84,6 +84,7 @@ class Qwen3TextEncoder(nn.Module):
         block_runner: calls the layers; streaming replaces it.
     """
 
+    @random_state_kept()
     def __init__(self, config: Qwen3Config):
         super().__init__()
         self.config = config

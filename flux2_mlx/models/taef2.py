@@ -12,6 +12,8 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
+from .layers import random_state_kept
+
 CHANNELS, LATENT_CHANNELS = 64, 32
 POOLED, POOL_GROUPS = 4 * CHANNELS, 4
 
@@ -55,6 +57,7 @@ class Block(nn.Module):
 class TinyDecoder(nn.Module):
     """Normalized latents (B, h, w, 32) to RGB (B, 8h, 8w, 3) in about 0..1."""
 
+    @random_state_kept()
     def __init__(self) -> None:
         super().__init__()
         self.layers: list[nn.Module] = [Clamp(), conv(LATENT_CHANNELS, CHANNELS), nn.ReLU()]

@@ -155,7 +155,7 @@ def autotune(module: nn.Module, dtype: mx.Dtype, wanted: Callable[[str], bool] =
     layers = [layer for path, layer in module.named_modules() if isinstance(layer, QuantizedLinear) and wanted(path)]
     given = os.environ.get("FLUX2_MLX_DENSE_ROWS")
     if given is not None:
-        if not given.isdecimal():
+        if not given.isdecimal() or len(given) > 19:
             raise InputError(f"FLUX2_MLX_DENSE_ROWS must be a number of rows, got {given!r}")
         for layer in layers:
             layer.dense_rows = int(given)

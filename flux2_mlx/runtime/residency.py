@@ -85,7 +85,7 @@ class Stages:
     State of its own: ``_modules``, the stages by name, their weights lazy or loaded; ``_loaded``, of each stage the ids
     of the modules that are in memory (the whole stage, or encoder and decoder of the autoencoder); ``_thread``, of each
     stage the thread that opened it, since MLX evaluates lazy weights only in the thread that made them; ``_lock``, held
-    by the thread whose turn it is.
+    by the thread whose turn it is; ``_bar`` and ``_shown``, the progress bar that is shown and what it says.
     """
 
     def __init__(
@@ -107,6 +107,8 @@ class Stages:
         self.progress = progress
         self.loras: dict[str, Lora] = {}
         self._lock = RLock()
+        self._bar: tqdm | None = None
+        self._shown = ""
         self.evict: Callable[[], None] = lambda: None
         self._modules: dict[str, nn.Module] = {}
         self._loaded: dict[str, set[int]] = {name: set() for name in STAGES}
@@ -307,9 +309,26 @@ class Stages:
         """Whether a stage, or a part of one, is in memory."""
         return id(self._module(name, part)) in self._loaded[name]
 
-    def bar(self, what: str, total: int, **options: Any) -> tqdm:
-        """A progress bar on standard error, unless ``progress`` is off."""
-        return tqdm(desc=what, total=total, leave=False, disable=not self.progress, **options)
+    @contextmanager
+    def bar(self, what: str, total: int, **options: Any) -> Iterator[tqdm]:
+        """A progress bar on standard error, unless ``progress`` is off. Within another one, as where the autoencoder is
+        loaded for a first image of several, none is shown: the other one says ``what`` meanwhile.
+        """
+        outer = self._bar
+        with tqdm(
+            desc=what, total=total, leave=False, disable=not self.progress or outer is not None, **options
+        ) as bar:
+            if outer is None:
+                self._bar, self._shown = bar, what
+            else:
+                outer.set_description(what)
+            try:
+                yield bar
+            finally:
+                if outer is None:
+                    self._bar = None
+                else:
+                    outer.set_description(self._shown)
 
     # ------------------------------------------------------------------------------------------------ room
 

@@ -52,6 +52,14 @@ def comfy_sigmas(num_steps: int) -> list[float]:
     return shift_sigmas(linear_sigmas(num_steps), COMFY_MU)
 
 
+def power_sigmas(num_steps: int) -> list[float]:
+    """1 - (i/n)^2: more steps at high noise, not shifted.
+
+    Source: flux2.c (antirez/flux2.c, --power, whose exponent is 2 unless it is given).
+    """
+    return [1 - (i / num_steps) ** 2 for i in range(num_steps)] + [0.0]
+
+
 def custom_sigmas(sigmas: Sequence[float], num_tokens: int) -> list[float]:
     """A caller's sigmas, shifted by empirical_mu and closed with 0, as diffusers does with them."""
     return [*shift_sigmas(sigmas, empirical_mu(num_tokens, len(sigmas))), 0.0]
@@ -71,7 +79,7 @@ def check_sigmas(sigmas: Sequence[float]) -> None:
         raise InputError(f"sigmas must fall strictly within 1 to 0, both ends above 0 (0 is added), got {values}")
 
 
-SCHEDULES = ("flux2", "linear", "comfy")
+SCHEDULES = ("flux2", "linear", "comfy", "power")
 
 
 def schedule_sigmas(schedule: str, num_steps: int, num_tokens: int) -> list[float]:
@@ -86,6 +94,8 @@ def schedule_sigmas(schedule: str, num_steps: int, num_tokens: int) -> list[floa
         return linear_sigmas(num_steps)
     if schedule == "comfy":
         return comfy_sigmas(num_steps)
+    if schedule == "power":
+        return power_sigmas(num_steps)
     raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
 
 
