@@ -136,7 +136,7 @@ def test_lines_of_a_file(tmp_path):
 def test_what_is_missing(tmp_path):
     paths = [tmp_path / str(k) for k in range(6)]
     for k in (0, 3):
-        paths[k].touch()
+        paths[k].write_bytes(b"an image")
     assert missing_runs(paths) == [range(1, 3), range(4, 6)]
     assert missing_runs(paths[:1]) == []
 
@@ -229,7 +229,7 @@ def test_what_was_generated_before_a_fault_is_counted(run, monkeypatch):
     monkeypatch.setattr(Flux2Pipeline, "stream", failing)
     code, _, err = run({"prompt": "a", "num_images": 3}, {"prompt": "b"})
     assert code == 1
-    assert "error: line 1: out of memory" in err
+    assert "error: line 1: RuntimeError: out of memory" in err
     assert "jobs: 3 images generated, 2 lines failed: 1, 2" in err
 
 

@@ -39,7 +39,8 @@ def classify(target: Target, folder: Path, common: Path) -> tuple[str, str]:
     """("accepted" | "refused" | "find", what it was) of one input."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
+            warnings.simplefilter("error")
+            warnings.simplefilter("ignore", UserWarning)  # what a user is told of
             target.run(folder, common)
     except EXPECTED as error:
         text = str(error)

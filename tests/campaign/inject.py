@@ -10,6 +10,7 @@ cc), so that what MLX writes is disturbed too. Then, undisturbed, a second run: 
 
 import argparse
 import ctypes
+import importlib
 import json
 import os
 import random
@@ -21,6 +22,8 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+
+from PIL import Image
 
 from tests.campaign import material
 from tests.campaign.workloads import CACHED, WORKLOADS, Facts, Workload, is_partial
@@ -52,6 +55,9 @@ class Stage:
         self.work = Path(os.path.realpath(tempfile.mkdtemp(prefix="campaign-")))
         self.model = self.work / "model"
         self.child(lambda: material.write_checkpoint(self.model))
+        Image.init()  # imports that each child would do again
+        importlib.import_module("huggingface_hub.utils")
+        importlib.import_module("multiprocessing.synchronize")
         self.library = ctypes.CDLL(os.environ["FLUX2_MLX_SHIM"])
         self.library.campaign_kinds.restype = ctypes.c_char_p
         self.library.campaign_count.restype = ctypes.c_long
@@ -109,7 +115,7 @@ class Stage:
 
         def run() -> int:
             os.chdir(folder)
-            cache = folder / "cache" if name in CACHED else os.devnull
+            cache = (folder if name in CACHED else self.work) / "cache"  # outside of the folder it is not disturbed
             os.environ |= {"FLUX2_MLX_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
             if name not in CACHED:
                 os.environ["FLUX2_MLX_DENSE_ROWS"] = "128"
