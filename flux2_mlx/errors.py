@@ -21,9 +21,16 @@ def printable(text: str, most: int = 2000) -> str:
     """A text for a terminal: what does not print, escape sequences and line breaks too, as Python writes it within
     quotes, and of a long one the beginning and the end.
     """
-    if len(text) > most:
-        text = f"{text[: most * 3 // 4]} ... {text[-most // 4 :]}"
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    shown = abridge(text, most)
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in shown)
+
+
+def abridge(text: str, most: int) -> str:
+    """A text, or of one with more letters the beginning and the end."""
+    return text if len(text) <= most else f"{text[: most * 3 // 4]} ... {text[-most // 4 :]}"
+
+
+MOST_LETTERS = 10_000  # of a message: files may hold names and values of any length
 
 
 class InputError(ValueError):
@@ -35,8 +42,8 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str, *, source: object = None):
-        self.message, self.source = message, source
-        super().__init__(message if source is None else f"{source}: {message}")
+        self.message, self.source = abridge(message, MOST_LETTERS), source
+        super().__init__(self.message if source is None else f"{source}: {self.message}")
 
 
 class CheckpointError(InputError):

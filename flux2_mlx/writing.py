@@ -12,8 +12,8 @@ import fcntl
 import glob
 import itertools
 import os
+import secrets
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,23 +37,14 @@ def atomic_write(path: Path, *, lasting: bool = False) -> Iterator[Path]:
     Raises:
         InputError: for a full disk or another failure to write.
     """
-    with _write_errors(path):
-        temporary, handle = _partial(path, is_folder=False)
-        try:
-            mask = os.umask(0)
-            os.umask(mask)
-            temporary.chmod(0o666 & ~mask)  # mkstemp made it private
-            yield temporary
-            if temporary.exists():
-                if lasting:
-                    sync(temporary)
-                temporary.replace(path)
+    with _write_errors(path), _partial(path, is_folder=False) as temporary:
+        yield temporary
+        if temporary.exists():
             if lasting:
-                sync(path.parent)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
-            os.close(handle)
+                sync(temporary)
+            temporary.replace(path)
+        if lasting:
+            sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -64,18 +55,12 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     Raises:
         InputError: for a full disk or another failure to write.
     """
-    with _write_errors(target):
-        unfinished, handle = _partial(target, is_folder=True)
-        try:
-            unfinished.chmod(0o755)  # mkdtemp made it private
-            yield unfinished
-            for file in (*unfinished.rglob("*"), unfinished):
-                sync(file)
-            unfinished.rename(target)
-            sync(target.absolute().parent)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            os.close(handle)
+    with _write_errors(target), _partial(target, is_folder=True) as unfinished:
+        yield unfinished
+        for file in (*unfinished.rglob("*"), unfinished):
+            sync(file)
+        unfinished.rename(target)
+        sync(target.absolute().parent)
 
 
 @contextlib.contextmanager
@@ -94,20 +79,27 @@ def _write_errors(path: Path) -> Iterator[None]:
         raise InputError(f"cannot write {path}: the disk is full, or refuses; choose another file") from None
 
 
-def _partial(path: Path, *, is_folder: bool) -> tuple[Path, int]:
-    """A temporary file or folder beside a path, and the descriptor that holds its lock."""
-    prefix = f".{path.stem[:40]}{PARTIAL}"
-    while True:
-        if is_folder:
-            name = tempfile.mkdtemp(prefix=prefix, suffix=path.suffix, dir=path.absolute().parent)
-            handle = os.open(name, os.O_RDONLY)
-        else:
-            handle, name = tempfile.mkstemp(prefix=prefix, suffix=path.suffix, dir=path.parent)
-        with contextlib.suppress(OSError):  # a file system without locks, whose partial files nobody removes
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        if os.path.lexists(name):  # another program's remove_partials may have come before the lock
-            return Path(name), handle
-        os.close(handle)
+@contextlib.contextmanager
+def _partial(path: Path, *, is_folder: bool) -> Iterator[Path]:
+    """A temporary file or folder beside a path, locked; whatever of it is still there at the end is removed.
+
+    Its name is chosen before it is there, so that a signal that comes as it is created leaves nothing.
+    """
+    name = path.parent / f".{path.stem[:40]}{PARTIAL}{secrets.token_hex(8)}{path.suffix}"
+    handles: list[int] = []
+    try:
+        while not os.path.lexists(name):  # another program's remove_partials may come before the lock
+            if is_folder:
+                name.mkdir(0o755)
+            handles.append(os.open(name, os.O_RDONLY if is_folder else os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
+            with contextlib.suppress(OSError):  # a file system without locks, whose partial files nobody removes
+                fcntl.flock(handles[-1], fcntl.LOCK_EX)
+        yield name
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(name, ignore_errors=True) if is_folder else name.unlink()
+        for handle in handles:
+            os.close(handle)
 
 
 def remove_partials(folder: Path) -> None:

@@ -180,6 +180,10 @@ def test_messages_hold_neither_escape_sequences_nor_books(capsys):
     assert told.startswith("error: shard, ")
     assert told.endswith("the way out\n")
     assert len(told) < 2100
+    error = InputError("weight, " * 10**6 + "the way out", source="file")  # of a file's names, in Python too
+    assert str(error).startswith("file: weight, ")
+    assert str(error).endswith("the way out")
+    assert len(str(error)) < 10_100
 
 
 # ------------------------------------------------------------------------------------------------ jobs

@@ -296,6 +296,23 @@ def test_gguf_scales_cannot_be_replaced(tmp_path):
         (tmp_path / "w.gguf").unlink()
 
 
+@pytest.mark.parametrize(("kind", "scale"), [("Q8_0", 65504), ("Q5_1", np.nan), ("Q6_K", np.inf)])
+def test_numbers_that_a_damaged_gguf_has_give_no_warning(tmp_path, kind, scale):
+    """NumPy would tell of overflow with a line of code; what is not finite is refused where it is met."""
+    package_type = gguf.GGMLQuantizationType[kind]
+    raw = gguf.quants.quantize(np.ones((1, 256), np.float32), package_type).reshape(-1).copy()
+    at = {"Q8_0": 0, "Q5_1": 0, "Q6_K": 208}[kind]
+    raw[at : at + 2] = np.array([scale], np.float16).view(np.uint8)
+    writer = gguf.GGUFWriter(str(tmp_path / "w.gguf"), "flux")
+    writer.add_tensor("l.weight", raw.reshape(1, -1), raw_dtype=package_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    weights = {name: np.array(read(weight)) for name, weight in read_gguf(tmp_path / "w.gguf").items()}
+    assert not all(np.isfinite(array).all() for array in weights.values())
+
+
 def test_a_gguf_header_of_many_empty_strings(tmp_path):
     count = 2**20 + 1
     value = struct.pack("<Q1sIIQ", 1, b"x", 9, 8, count)

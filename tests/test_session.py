@@ -212,7 +212,7 @@ def test_completion(tmp_path, monkeypatch):
     assert every("fo") == ["folder/", "forest.webp", "fox.png"]
     assert every("folder/") == ["folder/a.png"]
     assert every(f"{tmp_path}/fox") == [f"{tmp_path}/fox.png"]
-    assert every("nowhere/") == every("") == []
+    assert every("nowhere/") == every("") == every("a\0b/") == []
 
 
 def test_a_session(checkpoint, pipe, tmp_path, monkeypatch, capsys, opened):

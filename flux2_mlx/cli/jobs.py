@@ -29,7 +29,7 @@ from ..runtime.distributed import any_process, launched
 from .arguments import Task, build_parser, check, complete
 from .command import tell, tell_fault
 from .common import Parser
-from .runner import generate, identity, open_pipeline, start
+from .runner import generate, identity, open_pipeline, remove_unfinished, start
 
 # Options whose flag is repeated for each file, and options that concern the whole run.
 SEVERAL = ("image", *(f.name for f in fields(ModelOptions) if type_of(ModelOptions, f.name) == tuple[str, ...]))
@@ -213,6 +213,8 @@ class Jobs:
                 raise InputError(f"line {writer} writes {output} too; with --resume each job needs files of its own")
         runs = missing_runs(outputs) if self.given.resume else [range(count)]
         self.skipped += count - sum(map(len, runs))
+        if not runs:
+            remove_unfinished(task)  # which is done where an image is begun
         for run in runs:
             for output in outputs[run.start : run.stop] if self.given.resume else ():
                 output.unlink(missing_ok=True)  # an empty one

@@ -46,12 +46,17 @@ def use_loras(pipe: Flux2Pipeline, task: Task) -> None:
 def start(task: Task, pipe: Flux2Pipeline) -> Iterator[Step]:
     """Load the LoRAs, print the memory plan and begin to generate: the steps of the images."""
     use_loras(pipe, task)
-    written = [*task.outputs, *([] if task.preview is None else [task.preview])]
-    for folder in {path.parent for path in written}:
-        remove_partials(folder)
+    remove_unfinished(task)
     if not task.quiet:
         print(plan_of(pipe, task).summary(), file=sys.stderr)
     return pipe.stream(**vars(task.inputs), **vars(task.options), **vars(task.batch))
+
+
+def remove_unfinished(task: Task) -> None:
+    """Remove what killed programs left half written where the images and the preview go."""
+    written = [*task.outputs, *([] if task.preview is None else [task.preview])]
+    for folder in {path.parent for path in written}:
+        remove_partials(folder)
 
 
 def open_pipeline(task: Task, group: mx.distributed.Group | None = None) -> Flux2Pipeline:

@@ -283,7 +283,7 @@ def complete_word(text: str, state: int) -> str | None:
     path = Path(expand(text))
     folder = path if text.endswith("/") else path.parent
     stem = "" if text.endswith("/") else path.name
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # a null character
         files = sorted(file for file in folder.iterdir() if file.name.startswith(stem))
         images = [file for file in files if file.is_dir() or file.suffix.lower() in FORMATS]
         typed = text[: len(text) - len(stem)]

@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..checkpoints.reading import read_json, read_text
-from ..errors import CheckpointError, one_line
+from ..errors import CheckpointError, abridge, one_line
 from ..families import MAX_SEQUENCE_LENGTH
 
 PROMPT_PREFIX = "<|im_start|>user\n"
@@ -84,7 +84,7 @@ class Qwen3Tokenizer:
             if len(encoding.ids) > max_sequence_length:
                 start = encoding.offsets[max_sequence_length][0] - len(PROMPT_PREFIX)
                 cut = prompt[max(start, 0) :]
-                what = f"cut off: {_abridge(cut)!r}" if cut else "the end-of-turn tokens were cut off"
+                what = f"cut off: {abridge(cut, 80)!r}" if cut else "the end-of-turn tokens were cut off"
                 warnings.warn(
                     f"the prompt has {len(encoding.ids)} tokens and max_sequence_length is "
                     f"{max_sequence_length}; {what}",
@@ -105,8 +105,3 @@ def _default_length(path: Path) -> int:
     if not isinstance(longest, (int, float)) or not longest >= 1:
         raise CheckpointError(f"{path}: model_max_length must be a positive number, got {longest!r}")
     return int(min(longest, MAX_SEQUENCE_LENGTH))  # transformers writes 1e30 for "no limit"
-
-
-def _abridge(text: str, length: int = 80) -> str:
-    """A text with its middle left out where it is longer than ``length``."""
-    return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"

@@ -242,8 +242,9 @@ def _lazy_tensor(
     each = math.prod(shape[1:-1]) if len(shape) > 1 else 1
 
     def read(start: int, stop: int) -> mx.array:
-        if len(shape) == 1:
-            return function(raw).reshape(shape)[start:stop]
-        return function(raw[start * each : stop * each]).reshape(stop - start, *shape[1:])
+        with np.errstate(all="ignore"):  # of a damaged file; what is not finite is told where it is met
+            if len(shape) == 1:
+                return function(raw).reshape(shape)[start:stop]
+            return function(raw[start * each : stop * each]).reshape(stop - start, *shape[1:])
 
     return LazyTensor(shape, dtype, read)
