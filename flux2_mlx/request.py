@@ -272,6 +272,8 @@ def warn_of_sampling(options: GenerationOptions, sampling: Sampling, name: str) 
             f"{name} is distilled and generates without CFG; guidance {options.guidance:g} is ignored "
             "(force_guidance, --force-guidance apply it)"
         )
+    elif options.negative_prompt and sampling.guidance <= 1:
+        warn(f"{name} generates without CFG here, which a negative prompt needs; negative_prompt is ignored")
     if sampling.guidance > 1 and not any(step.is_guided for step in steps):
         sigmas = ", ".join(f"{step.sigma:.3g}" for step in steps[:8])
         warn(f"no step's noise level (sigma) is in guidance_interval: {sigmas}; CFG is not applied")

@@ -71,8 +71,6 @@ def test_a_prompt_becomes_a_picture(run, pipe, tmp_path):
     assert re.search(
         r"s in all \(load .* s  text_encoder .* s  denoise .* s  decode .* s\), peak memory \d+\.\d\d GB", err
     )
-    assert "generating:" in err
-    assert "loading transformer" in err
     expected = pipe("a red fox", seed=5, width=80, height=64, num_steps=2, max_sequence_length=16).images[0]
     with Image.open(tmp_path / "flux2-5.png") as picture:
         assert np.array_equal(np.asarray(picture), np.asarray(expected))

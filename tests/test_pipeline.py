@@ -219,6 +219,8 @@ def test_a_checkpoint_says_how_large_and_how_long(damaged):
 
 def test_guidance_of_a_distilled_model_is_ignored_with_a_warning(pipe):
     expected = pipe("a", seed=1, **SMALL)
+    with pytest.warns(UserWarning, match="without CFG here, which a negative prompt needs; negative_prompt is ignored"):
+        pipe("a", seed=1, negative_prompt="rain", **SMALL)
     with pytest.warns(UserWarning, match=r"distilled and generates without CFG; guidance 3\.5 is ignored"):
         ours = pipe("a", seed=1, guidance_scale=3.5, **SMALL)
     assert same(ours.images[0], expected.images[0])
