@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from ..writing import atomic_write
 from .trainer import StepReport
 
+LARGEST = float(np.finfo(np.float32).max)  # loss that a step can have
 SMOOTHED = 50  # steps in the running mean of the loss
 
 
@@ -62,8 +63,9 @@ class Log:
         }
 
     def plot(self, path: Path) -> None:
-        """Write the curve of the loss and its running mean as a PNG."""
-        write_image(path, plot_losses([line["loss"] for line in self.lines]))
+        """Write the curve of the loss and its running mean as a PNG, if there is any: a log may have been lost."""
+        if self.lines:
+            write_image(path, plot_losses([line["loss"] for line in self.lines]))
 
 
 def _parse(text: str) -> dict[str, float] | None:
@@ -72,7 +74,10 @@ def _parse(text: str) -> dict[str, float] | None:
         line = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    is_step = isinstance(line, dict) and all(type(line.get(name)) in (int, float) for name in ("step", "loss"))
+    if not isinstance(line, dict):
+        return None
+    values = [line.get(name) for name in ("step", "loss")]
+    is_step = all(type(value) in (int, float) and abs(value) <= LARGEST for value in values)  # no NaN either
     return line if is_step else None
 
 
