@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -74,11 +75,12 @@ def _parse(text: str) -> dict[str, float] | None:
         line = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(line, dict):
-        return None
-    values = [line.get(name) for name in ("step", "loss")]
-    is_step = all(type(value) in (int, float) and abs(value) <= LARGEST for value in values)  # no NaN either
-    return line if is_step else None
+    return line if isinstance(line, dict) and all(_is_number(line.get(name)) for name in ("step", "loss")) else None
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it can be drawn: NaN cannot, nor an integer of hundreds of digits."""
+    return type(value) in (int, float) and abs(value) <= LARGEST
 
 
 def plot_losses(losses: Sequence[float], size: tuple[int, int] = (960, 480)) -> Image.Image:
