@@ -210,4 +210,6 @@ def test_any_fault_of_a_job_costs_its_line_alone(error, checkpoint, tmp_path, mo
     assert generate.main(["--jobs", "jobs.jsonl", "--resume", "--quiet", "--model", str(checkpoint)]) == 1
     assert "error: line 1: " in capsys.readouterr().err
     assert (tmp_path / "fox.png").stat().st_size > 0
+    (tmp_path / ".fox.partial-abc.png").touch()  # a kill's, once the image had its name: goes where all is skipped, too
+    assert generate.main(["--jobs", "jobs.jsonl", "--resume", "--quiet", "--model", str(checkpoint)]) == 1
     assert len(list(tmp_path.iterdir())) == 2

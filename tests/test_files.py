@@ -36,6 +36,7 @@ from flux2_mlx.checkpoints.load import load_text_encoder, load_transformer
 from flux2_mlx.checkpoints.publish import check
 from flux2_mlx.checkpoints.write import tokenizer_files
 from flux2_mlx.families import AUTOENCODER, TEXT_ENCODER, TRANSFORMER
+from flux2_mlx.lazy import read
 from tests import formats, tiny
 from tests.test_weights import edit_config, refused
 

@@ -607,6 +607,7 @@ def test_what_a_kill_leaves_is_made_up_for(pictures, tmp_path):
     for path in made:
         path.unlink()
     rubbish = ["[1]", "{}", '{"step": 1}', '{"step": "1", "loss": 2}', "[" * 100_000, "\ufffd", lines[1][:20]]
+    rubbish += [f'{{"step": 1, "loss": {loss}}}' for loss in ("NaN", "-Infinity", "1e300", "9" * 400)]
     (run / "log.jsonl").write_text("\n".join([lines[0], *rubbish, lines[1], '{"st']))
     half = run / ".lora.partial-abcd_123.safetensors"
     half.write_bytes(b"half")

@@ -65,6 +65,23 @@ def test_nothing_is_left_of_half_a_folder(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("write", [atomic_write, atomic_folder])
+@pytest.mark.parametrize("name", ["open", "mkdir"])
+def test_a_signal_as_a_file_is_created_leaves_nothing(tmp_path, monkeypatch, write, name):
+    """Python raises in whatever comes next, as here once the system's call is done."""
+    create = getattr(os, name)
+
+    def interrupted(*given, **options):
+        create(*given, **options)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, name, interrupted)
+    with pytest.raises(KeyboardInterrupt), write(tmp_path / "a"):
+        raise KeyboardInterrupt  # a file makes no folder
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_that_the_body_reads_is_not_blamed_on_writing(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "model"):
         (tmp_path / "nowhere" / "weights").read_bytes()

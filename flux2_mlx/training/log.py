@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image, ImageDraw
 from ..writing import atomic_write
 from .trainer import StepReport
 
+LARGEST = float(np.finfo(np.float32).max)  # loss that a step can have
 SMOOTHED = 50  # steps in the running mean of the loss
 
 
@@ -62,8 +64,9 @@ class Log:
         }
 
     def plot(self, path: Path) -> None:
-        """Write the curve of the loss and its running mean as a PNG."""
-        write_image(path, plot_losses([line["loss"] for line in self.lines]))
+        """Write the curve of the loss and its running mean as a PNG, if there is any: a log may have been lost."""
+        if self.lines:
+            write_image(path, plot_losses([line["loss"] for line in self.lines]))
 
 
 def _parse(text: str) -> dict[str, float] | None:
@@ -72,8 +75,12 @@ def _parse(text: str) -> dict[str, float] | None:
         line = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    is_step = isinstance(line, dict) and all(type(line.get(name)) in (int, float) for name in ("step", "loss"))
-    return line if is_step else None
+    return line if isinstance(line, dict) and all(_is_number(line.get(name)) for name in ("step", "loss")) else None
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it can be drawn: NaN cannot, nor an integer of hundreds of digits."""
+    return type(value) in (int, float) and abs(value) <= LARGEST
 
 
 def plot_losses(losses: Sequence[float], size: tuple[int, int] = (960, 480)) -> Image.Image:

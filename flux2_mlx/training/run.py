@@ -179,7 +179,7 @@ def _take_steps(
     with tqdm(desc="training", total=options.steps, initial=trainer.step, disable=not shows_bars, unit="step") as bar:
         if is_first and validation is not None and validation.is_due(trainer, again=trainer.step > 0):
             validation.generate(trainer)
-        if is_first and trainer.step == options.steps and log.lines:  # the last run may have been killed before it
+        if is_first and trainer.step == options.steps:  # the last run may have been killed before it
             log.plot(output / CURVE)
         while trainer.step < options.steps and not is_stopped:
             started = time.perf_counter()

@@ -1,1 +1,1 @@
-"""A campaign against the project: fuzzed inputs, injected faults of files, kills at random moments; docs/robustness.md."""
+"""A campaign against the project: fuzzed inputs, faults of files, kills at random moments; see docs/robustness.md."""

@@ -44,7 +44,11 @@ def classify(target: Target, folder: Path, common: Path) -> tuple[str, str]:
             target.run(folder, common)
     except EXPECTED as error:
         text = str(error)
-        return ("refused", one_line(error)) if len(text) <= MESSAGE else ("find", f"a message of {len(text):,} characters: {text[:200]!r}")
+        return (
+            ("refused", one_line(error))
+            if len(text) <= MESSAGE
+            else ("find", f"a message of {len(text):,} characters: {text[:200]!r}")
+        )
     except SystemExit as end:
         return ("accepted", "") if end.code in (0, None) else ("find", f"SystemExit {end.code}")
     except BaseException as error:
@@ -68,7 +72,10 @@ class Reader:
         rng = random.Random(f"{self.name} {seed}")
         k = rng.randrange(len(self.seeds))
         names = sorted(name for name in self.seeds[k] if name.startswith(self.target.mutated))
-        changed = {name: mutate(rng, name, self.seeds[k][name]) for name in rng.sample(names, min(len(names), rng.choice((1, 1, 1, 2))))}
+        changed = {
+            name: mutate(rng, name, self.seeds[k][name])
+            for name in rng.sample(names, min(len(names), rng.choice((1, 1, 1, 2))))
+        }
         return k, changed
 
     def read(self, seed: int) -> tuple[str, str]:
@@ -91,7 +98,7 @@ class Reader:
 
 def child(name: str, seeds: range, work: Path, pipe: int) -> None:
     """Read inputs, and tell the parent of each: that it begins, and what came of it."""
-    sys.stdin = open(os.devnull)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ |= {"FLUX2_MLX_CACHE": os.devnull, "FLUX2_MLX_DENSE_ROWS": "128", "HF_HUB_OFFLINE": "1"}
     reader = Reader(name, work)
     for k in range(len(reader.seeds)):  # a seed that is refused tests little

@@ -109,7 +109,9 @@ class Stage:
         WORKLOADS[name].prepare(folder)
         return folder
 
-    def run(self, name: str, folder: Path, argv: list[str], at: int = -1, mode: int = 0, kill_after: float | None = None):
+    def run(
+        self, name: str, folder: Path, argv: list[str], at: int = -1, mode: int = 0, kill_after: float | None = None
+    ):
         """(exit code, what was told, the kinds of the operations) of one run of a command."""
         kinds = self.work / "kinds.txt"
 
@@ -189,7 +191,7 @@ def inject(stage: Stage, name: str, modes: list[str], every: int, rng: random.Ra
     stage.run(name, folder, workload.argv)  # compiles kernels
     folder = stage.folder(name)
     code, told, kinds = stage.run(name, folder, workload.argv)
-    assert code == 0 and kinds, told
+    assert code == 0, told
     expected = workload.results(folder)
     counts["operations"] = len(kinds)
     for number, mode in enumerate(MODES, 1):

@@ -39,7 +39,9 @@ def random_arrays(module, rng: np.random.Generator) -> dict[str, np.ndarray]:
     }
 
 
-def named(arrays: dict[str, np.ndarray], names: Callable[[dict[str, mx.array]], dict[str, Any]]) -> dict[str, np.ndarray]:
+def named(
+    arrays: dict[str, np.ndarray], names: Callable[[dict[str, mx.array]], dict[str, Any]]
+) -> dict[str, np.ndarray]:
     """Arrays under the names, and in the layout, of files."""
     weights = names({name: mx.array(array) for name, array in arrays.items()})
     return {name: np.array(read(weight)) for name, weight in weights.items()}

@@ -8,15 +8,16 @@ from pathlib import PurePath
 from typing import Any
 
 NUMBERS = (
-    0, -1, 1, 2, 7, 127, 128, 255, 256, 65535, 65536, 2**31 - 1, 2**31, -(2**31), 2**32 - 1, 2**32, 2**53 + 1, 2**63 - 1,
-    2**63, 2**64 - 1, 2**64, 10**20, 10**400, 0.0, -0.0, 0.5, 1e-320, 1e30, 1e308, -1e308, float("nan"), float("inf"),
-    float("-inf"),
+    0, -1, 1, 2, 7, 127, 128, 255, 256, 65535, 65536, 2**31 - 1, 2**31, -(2**31), 2**32 - 1, 2**32, 2**53 + 1,
+    2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**20, 10**400, 0.0, -0.0, 0.5, 1e-320, 1e30, 1e308, -1e308, float("nan"),
+    float("inf"), float("-inf"),
 )  # fmt: skip
 TEXTS = (
-    "", " ", "a", "\0", "a\0b", "\n", "\r\n", "\x1b]0;owned\x07\x1b[2J", "\ud800", "\udfff", "😀", "é", "\u202e", "\ufeff",
-    "..", "../..", "/etc/passwd", "~", "~nobody", "~/x", "$HOME", "${X}", "%s%n", "{seed}", "{0}", "{seed:99999}", "-", "--",
-    "--help", "null", "nan", "inf", "1e999", "0x10", "1_000", "٣", "²", "9" * 400, "9" * 5000, "-" * 300, "a" * 5000,
-    "a" * 200_000, "owner/name", "klein-4b", "nano", "True", "[", "(", "*", "|", "lora:1e9", "a:nan", "x.safetensors:2",
+    "", " ", "a", "\0", "a\0b", "\n", "\r\n", "\x1b]0;owned\x07\x1b[2J", "\ud800", "\udfff", "😀", "é", "\u202e",
+    "\ufeff", "..", "../..", "/etc/passwd", "~", "~nobody", "~/x", "$HOME", "${X}", "%s%n", "{seed}",
+    "{0}", "{seed:99999}", "-", "--", "--help", "null", "nan", "inf", "1e999", "0x10", "1_000", "٣", "²", "9" * 400,
+    "9" * 5000, "-" * 300, "a" * 5000, "a" * 200_000, "owner/name", "klein-4b", "nano", "True", "[", "(", "*", "|",
+    "lora:1e9", "a:nan", "x.safetensors:2",
 )  # fmt: skip
 LARGE = 1 << 24  # bytes that no input has more of
 WHOLE = 0.3  # the share of mutations that work on bare bytes whatever the content is
@@ -107,8 +108,10 @@ def mutate_json(rng: random.Random, root: Any) -> Any:
         other, its = rng.choice(places)
         if its in other if isinstance(other, dict) else its < len(other):
             node[key], other[its] = other[its], value
-    elif action == 3 and isinstance(value, (int, float)) and not isinstance(value, bool):
-        node[key] = rng.choice((value + 1, value - 1, value * 2, -value, str(value), [value], value * 1000, float(value)))
+    elif action == 3 and type(value) in (int, float) and abs(value) < 1e300:
+        node[key] = rng.choice(
+            (value + 1, value - 1, value * 2, -value, str(value), [value], value * 1000, float(value))
+        )
     elif action == 4 and isinstance(value, str):
         at = rng.randrange(len(value) + 1)
         node[key] = value[:at] + rng.choice(TEXTS) + value[at + rng.randrange(3) :]
@@ -189,13 +192,12 @@ def _safetensors(rng: random.Random, content: bytes) -> bytes:
     if action == 2 and isinstance(header, dict):  # values of a number's odd kinds, where they stand in the data
         size = rng.choice((2, 4))
         at = rng.randrange(max(1, len(data) // size)) * size
-        odd = rng.choice((b"\xff\xff\xff\xff", b"\0\0\x80\x7f", b"\0\0\xc0\x7f", b"\xff\xff\x7f\x7f", b"\0\0\0\0"))[:size]
+        odd = rng.choice((b"\xff\xff\xff\xff", b"\0\0\x80\x7f", b"\0\0\xc0\x7f", b"\xff\xff\x7f\x7f", b"\0\0\0\0"))[
+            :size
+        ]
         return content[: 8 + length] + data[:at] + odd + data[at + size :]
-    if action <= 6 and isinstance(header, dict):
-        header = _retyped(rng, header)
-    else:
-        header = mutate_json(rng, header)
-    text = dump(rng, header)
+    is_retyped = action <= 6 and isinstance(header, dict)
+    text = dump(rng, (_retyped if is_retyped else mutate_json)(rng, header))
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + data
 
@@ -227,7 +229,9 @@ def _retyped(rng: random.Random, header: dict[str, Any]) -> dict[str, Any]:
         parts[at] = number if parts[at].isdecimal() or rng.random() < 0.3 else rng.choice(names).split(".")[-1]
         header[".".join(parts)] = header.pop(name)
     else:
-        suffix = rng.choice(("scales", "biases", "weight_scale", "weight_scale_2", "input_scale", "comfy_quant", "alpha"))
+        suffix = rng.choice(
+            ("scales", "biases", "weight_scale", "weight_scale_2", "input_scale", "comfy_quant", "alpha")
+        )
         header = {other: header.pop(other) for other in list(header) if other != name} | {
             name.rpartition(".")[0] + "." + suffix: entry
         }

@@ -1,4 +1,4 @@
-"""What the injector disturbs: a command line of each command on the smallest checkpoint, and what must hold after it."""
+"""What the injector disturbs: a command line of each command on the smallest checkpoint, and what must hold."""
 
 import hashlib
 import json
@@ -52,7 +52,12 @@ def arrays_digest(path: Path) -> str:
     """Of the arrays of a file, whatever their order."""
     with safe_open(path, framework="numpy") as file:
         names = sorted(file.keys())
-        return digest(b"".join(f"{name} {file.get_slice(name).get_dtype()}".encode() + file.get_tensor(name).tobytes() for name in names))
+        return digest(
+            b"".join(
+                f"{name} {file.get_slice(name).get_dtype()}".encode() + file.get_tensor(name).tobytes()
+                for name in names
+            )
+        )
 
 
 def is_partial(path: Path) -> bool:
@@ -86,7 +91,9 @@ def write_jobs(folder: Path) -> None:
 
 def written_folder(folder: Path) -> Facts:
     target = folder / "new"
-    return {file.relative_to(target).as_posix(): digest(file.read_bytes()) for file in target.rglob("*") if file.is_file()}
+    return {
+        file.relative_to(target).as_posix(): digest(file.read_bytes()) for file in target.rglob("*") if file.is_file()
+    }
 
 
 def write_lora(folder: Path) -> None:
@@ -97,7 +104,9 @@ def unless_there(argv: list[str]) -> Callable[[Path], list[str] | None]:
     return lambda folder: None if (folder / "new").exists() else argv
 
 
-def writing(main: Callable[[list[str]], int], *more: str, prepare: Callable[[Path], object] = lambda _: None) -> Workload:
+def writing(
+    main: Callable[[list[str]], int], *more: str, prepare: Callable[[Path], object] = lambda _: None
+) -> Workload:
     argv = ["model", "new", "--quiet", *more]
     return Workload(main, argv, unless_there(argv), written_folder, prepare)
 
@@ -158,7 +167,9 @@ WORKLOADS: Mapping[str, Workload] = {
     "convert-4bit": writing(convert.main, "--quantize", "4", "--group-size", "32"),
     "convert-bfl": writing(convert.main, "--layout", "bfl"),
     "fuse": writing(fuse.main, "--lora", "l.safetensors", prepare=write_lora),
-    "training": Workload(lora.main, TRAIN, train_again, run_folder, lambda folder: material.write_dataset(folder / "data")),
+    "training": Workload(
+        lora.main, TRAIN, train_again, run_folder, lambda folder: material.write_dataset(folder / "data")
+    ),
 }
 # Of these the prompt cache and tables are in the folder too, and disturbed as the results are.
 CACHED = ("cache",)
