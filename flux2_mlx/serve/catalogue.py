@@ -58,13 +58,14 @@ class Catalogue:
     def __init__(self, model: ModelOptions, others: Sequence[str] = (), lora_dir: Path | None = None):
         self.models: dict[str, ModelOptions] = {name_of(model.transformer or model.model): model}
         self.default = next(iter(self.models))
-        parts = dict.fromkeys(("revision", "transformer", "text_encoder", "vae", "tokenizer"))
+        own = ("model", "revision", "transformer", "text_encoder", "vae", "tokenizer", "distilled", "kv_cache", "lora")
+        shared = {name: value for name, value in vars(model).items() if name not in own}
         for text in others:
             name, _, source = text.rpartition("=")
             name = name or name_of(source)
             if name in self.models:
                 raise InputError(f"two models are called {name!r}; --models NAME=SOURCE gives another name")
-            self.models[name] = replace(model, model=source, distilled=None, kv_cache=None, lora=(), **parts)
+            self.models[name] = ModelOptions(model=source, **shared)
         self.loras: dict[str, str] = {}
         if lora_dir is not None and not lora_dir.is_dir():
             raise InputError(f"--lora-dir {lora_dir} is no folder")
