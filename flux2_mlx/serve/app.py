@@ -16,7 +16,7 @@ from starlette.staticfiles import StaticFiles
 
 from ..cli.command import tell_fault
 from ..errors import InputError
-from . import native
+from . import a1111, native, ollama, openai
 from .answers import fault_answer
 from .events import Failure
 from .security import Guard, Rules, TooLarge
@@ -64,6 +64,27 @@ ROUTES: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
     ("GET", "/api/info", native.info),
     ("POST", "/api/images", native.draw),
     ("POST", "/api/settings", native.settings),
+    ("GET", "/v1/models", openai.models),
+    ("GET", "/v1/models/{name:path}", openai.model),
+    ("POST", "/v1/images/generations", openai.generations),
+    ("POST", "/v1/images/edits", openai.edits),
+    ("POST", "/sdapi/v1/txt2img", a1111.txt2img),
+    ("POST", "/sdapi/v1/img2img", a1111.img2img),
+    ("GET", "/sdapi/v1/options", a1111.get_options),
+    ("POST", "/sdapi/v1/options", a1111.set_options),
+    ("GET", "/sdapi/v1/sd-models", a1111.models),
+    ("GET", "/sdapi/v1/samplers", a1111.samplers),
+    ("GET", "/sdapi/v1/schedulers", a1111.schedulers),
+    ("GET", "/sdapi/v1/loras", a1111.loras),
+    ("GET", "/sdapi/v1/upscalers", a1111.nothing),
+    ("GET", "/sdapi/v1/latent-upscale-modes", a1111.nothing),
+    ("GET", "/sdapi/v1/sd-vae", a1111.nothing),
+    ("GET", "/sdapi/v1/progress", a1111.progress),
+    ("POST", "/sdapi/v1/interrupt", a1111.interrupt),
+    ("POST", "/sdapi/v1/png-info", a1111.png_info),
+    ("POST", "/api/generate", ollama.generate),
+    ("GET", "/api/tags", ollama.tags),
+    ("POST", "/api/show", ollama.show),
 ]
 
 

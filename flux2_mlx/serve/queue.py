@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..cli.arguments import Task
-from .events import Event, Failure, Queued
+from .events import Event, Failure, Queued, StepDone
 
 
 @dataclass(eq=False)
@@ -25,6 +25,7 @@ class Order:
         keep_alive: seconds that the model stays loaded afterwards; None for the server's.
         is_cancelled: whether the client has gone.
         position: orders that come before it, as it was told last.
+        last_step: the last that was done of it.
     """
 
     client: str
@@ -36,6 +37,12 @@ class Order:
     keep_alive: float | None = None
     is_cancelled: bool = field(default=False, init=False)
     position: int | None = field(default=None, init=False)
+    last_step: StepDone | None = field(default=None, init=False)
+
+    def interrupt(self) -> None:
+        """Stop at the next step, as somebody else than the one who waits for it wants."""
+        self.is_cancelled = True
+        self.emit(Failure("interrupted", 409))
 
     def move(self, position: int) -> None:
         """Tell the client where in the queue it is, if that changed."""

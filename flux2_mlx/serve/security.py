@@ -86,15 +86,16 @@ class Rules:
         """Whether a request bears the key: as a bearer's, as the password of Basic, or in X-Api-Key."""
         if self.api_key is None:
             return True
-        kind, _, given = authorization.partition(" ")
+        kind, _, text = authorization.partition(" ")
+        given = text.strip().encode("latin-1")  # as the header's bytes were
         if kind.lower() == "basic":
             try:
-                given = base64.b64decode(given, validate=True).decode("utf-8", "replace").partition(":")[2]
+                given = base64.b64decode(given, validate=True).partition(b":")[2]
             except (binascii.Error, ValueError):
-                given = ""
+                given = b""
         elif kind.lower() != "bearer":
-            given = key
-        return hmac.compare_digest(given.strip().encode(), self.api_key.encode())
+            given = key.encode("latin-1")
+        return hmac.compare_digest(given, self.api_key.encode())
 
 
 def is_address(name: str) -> bool:

@@ -130,7 +130,8 @@ class Worker:
             else:
                 each = (now - begun) / done
             preview = step.preview() if _shows(step.index, own, order.previews) else None
-            order.emit(StepDone(step.image, step.index, own, step.sigma, each * (total - done - 1), preview))
+            order.last_step = StepDone(step.image, step.index, own, step.sigma, each * (total - done - 1), None)
+            order.emit(replace(order.last_step, preview=preview))
             if step.is_last:
                 order.emit(self._picture(order, step, started, told))
 
