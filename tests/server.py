@@ -9,6 +9,7 @@ import time
 
 import httpx
 import numpy as np
+import pytest
 import uvicorn
 from PIL import Image
 
@@ -17,7 +18,7 @@ from flux2_mlx.serve.app import build_app
 from flux2_mlx.serve.arguments import build_parser, rules_of, studio_of
 
 PROMPT = "a large red circle on the left, white background"
-FAST = {"prompt": PROMPT, "steps": 1, "seed": 3, "preview": "none"}
+FAST = {"prompt": PROMPT, "width": 64, "height": 64, "steps": 1, "seed": 3, "preview": "none"}
 
 
 class Server:
@@ -86,6 +87,14 @@ class Server:
         """Until nothing runs or waits."""
         queue = self.worker.queue
         self.wait(lambda: queue.running is None and not len(queue))
+
+
+@contextlib.contextmanager
+def nano_server():
+    """nano, with previews that cost nothing: of what they show, other tests speak."""
+    with pytest.MonkeyPatch.context() as patch, Server("--model", "nano", "--queue", "4") as server:
+        patch.setattr("flux2_mlx.decoding.preview_map", lambda *_: np.full((129, 12), 0.01, np.float32))
+        yield server
 
 
 def events(lines):

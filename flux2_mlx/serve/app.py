@@ -31,6 +31,11 @@ async def health(request: Request) -> Response:
     return JSONResponse({"status": "ok", "waiting": len(queue), "running": queue.running is not None})
 
 
+async def unknown(request: Request) -> Response:
+    """What no API has."""
+    raise Failure(f"there is no {request.method} {request.url.path[:100]} here; see /docs", 404)
+
+
 async def answer_failure(request: Request, error: Exception) -> Response:
     """A refusal in the form of the API that was asked."""
     studio: Studio = request.app.state.studio
@@ -97,6 +102,8 @@ def build_app(studio: Studio, rules: Rules) -> Starlette:
         studio.worker.queue.close()
 
     routes: list[Route | Mount] = [Route(path, guarded(handler), methods=[method]) for method, path, handler in ROUTES]
+    for prefix in ("api", "v1", "sdapi"):
+        routes.append(Route(f"/{prefix}/{{rest:path}}", guarded(unknown), methods=["GET", "POST"]))
     routes.append(Mount("/", StaticFiles(directory=PAGE, html=True)))
     app = Starlette(
         routes=routes,
