@@ -36,9 +36,9 @@ README = PAGES["README.md"]
 # Whose links are followed.
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-SCRIPTS = dict(re.findall(r'^(flux2-\w+) = "(flux2_mlx\.\w+):main"$', PROJECT, re.MULTILINE))
+SCRIPTS = dict(re.findall(r'^(flux2-\w+) = "(flux2_mlx[.\w]+):main"$', PROJECT, re.MULTILINE))
 
-BENCHMARKS = ("compare", "step", "plan", "quality", "training", "kernels", "parity", "gpu")
+BENCHMARKS = ("compare", "step", "plan", "quality", "training", "kernels", "parity", "gpu", "serve")
 
 # Sizes of the documents, cut down so that reference BLAS computes them in a moment.
 SMALLER = {
@@ -72,7 +72,7 @@ def commands(*languages: str) -> list[str]:
     """This package's command lines in the documents' blocks of these languages, each once."""
     text = "".join(block for page in PAGES.values() for language in languages for block in blocks(language, page))
     lines = re.split(r"\n| && ", text.replace("\\\n", " "))
-    one = re.compile(r"(?:^|(?<=\s))(?:python -m (?:flux2_mlx|benchmarks)\.\w+|flux2-\w+) .*")
+    one = re.compile(r"(?:^|(?<=\s))(?:python -m (?:flux2_mlx|benchmarks)\.\w+|flux2-\w+)(?= |$).*")
     found = [one.search(line) for line in lines]
     return list(dict.fromkeys(match[0] for match in found if match))
 
@@ -80,7 +80,9 @@ def commands(*languages: str) -> list[str]:
 def split(command: str) -> tuple[str, list[str]]:
     """The module of a command line, and its arguments."""
     words = shlex.split(command, comments=True)
-    return (words[2], words[3:]) if words[0] == "python" else (SCRIPTS[words[0]], words[1:])
+    if words[0] != "python":
+        return SCRIPTS[words[0]], words[1:]
+    return (f"{words[2]}.__main__" if words[2] == "flux2_mlx.serve" else words[2]), words[3:]
 
 
 def is_run(command: str) -> bool:

@@ -36,10 +36,11 @@ ORDER = [
     {"pipeline"},
     {"training", "cli", "diagnosis"},
     {"generate", "convert", "fuse", "lora", "doctor"},
+    {"serve"},
 ]
 RUNTIME = {"mlx", "numpy", "safetensors", "huggingface_hub", "tokenizers", "PIL", "tqdm", "flux2_mlx"}
 # An extra, and a module that Python has from 3.11 on, each imported where it is needed.
-OPTIONAL = {"checkpoints.formats.gguf": {"gguf"}, "lora": {"tomllib"}}
+OPTIONAL = {"checkpoints.formats.gguf": {"gguf"}, "lora": {"tomllib"}, "serve": {"starlette", "uvicorn", "mcp"}}
 
 MAX_LINES, MAX_FUNCTION, MAX_ARGUMENTS = 460, 80, 12
 PUBLIC = {"stream", "from_pretrained"}  # whose signatures list every option
@@ -118,7 +119,9 @@ def test_an_option_of_sampling_alone_is_written_in_few_places():
 
 @pytest.mark.parametrize("path", modules(), ids=module_name)
 def test_only_the_runtime_dependencies_are_imported(path):
-    assert imports(path)[1] <= RUNTIME | OPTIONAL.get(module_name(path), set()) | set(sys.stdlib_module_names)
+    name = module_name(path)
+    optional = OPTIONAL.get(name, OPTIONAL.get(name.partition(".")[0], set()))
+    assert imports(path)[1] <= RUNTIME | optional | set(sys.stdlib_module_names)
 
 
 def test_sampling_knows_neither_images_nor_memory():

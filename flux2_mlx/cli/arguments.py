@@ -363,10 +363,19 @@ def check(task: Task) -> None:
     Raises:
         InputError: naming the value.
     """
-    if task.inputs.images or task.inputs.init_image is not None:
-        task.sizes(AutoEncoderConfig.sample_size)  # a model's own side, which is not needed here
-    check_prompt(task.inputs.prompt)
+    check_inputs(task)
     for output in task.outputs:
         check_output(output)
     if task.preview is not None:
         check_preview(task.preview)
+
+
+def check_inputs(task: Task) -> None:
+    """Refuse what can be refused without the model, whatever becomes of the images.
+
+    Raises:
+        InputError: naming the value.
+    """
+    if task.inputs.images or task.inputs.init_image is not None:
+        task.sizes(AutoEncoderConfig.sample_size)  # a model's own side, which is not needed here
+    check_prompt(task.inputs.prompt)

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -65,23 +65,34 @@ class Job:
             raise InputError(f"no JSON ({error})") from None
         if not isinstance(values, dict):
             raise InputError(f"a job must be a JSON object, got {self.text[:40]}")
-        arguments = copy.copy(given)
-        prompt = values.pop("prompt", given.prompt)
-        if not isinstance(prompt, (str, type(None))):
-            raise InputError(f"a prompt must be a string, got {prompt!r}")
-        words: list[str] = []
-        for name, value in values.items():
-            option = name.replace("_", "-")
-            if option in COMMAND_ALONE:
-                raise InputError(f"--{option} is for the command line, not for a job")
-            if value is not None and option in ("steps", "num-steps", "schedule"):
-                arguments.sigmas = None  # the command line's: the job's steps or schedule replace them
-            if value is not None and option in SEVERAL:
-                setattr(arguments, option, None)  # the job's list replaces the command line's
-            words += command_words(option, value)
-        arguments = parser.parse_args(words, arguments)
-        arguments.prompt = prompt
-        return arguments
+        return arguments_of(values, parser, given)
+
+
+def arguments_of(values: Mapping[str, Any], parser: Parser, given: argparse.Namespace) -> argparse.Namespace:
+    """Options as JSON has them, on top of those that are given.
+
+    Raises:
+        InputError: for what is no option, or not its value.
+    """
+    arguments = copy.copy(given)
+    prompt = values.get("prompt", given.prompt)
+    if not isinstance(prompt, (str, type(None))):
+        raise InputError(f"a prompt must be a string, got {prompt!r}")
+    words: list[str] = []
+    for name, value in values.items():
+        option = name.replace("_", "-")
+        if option == "prompt":
+            continue
+        if option in COMMAND_ALONE:
+            raise InputError(f"--{option} is for the command line, not for a job")
+        if value is not None and option in ("steps", "num-steps", "schedule"):
+            arguments.sigmas = None  # the command line's: the job's steps or schedule replace them
+        if value is not None and option in SEVERAL:
+            setattr(arguments, option, None)  # the job's list replaces the command line's
+        words += command_words(option, value)
+    arguments = parser.parse_args(words, arguments)
+    arguments.prompt = prompt
+    return arguments
 
 
 def command_words(option: str, value: Any) -> list[str]:

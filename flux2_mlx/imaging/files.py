@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -28,6 +29,8 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
     ".webp": ("WEBP", {"quality": 95, "method": 6}),
 }
+ImageFile = str | os.PathLike | bytes  # a file, or its content
+
 METADATA_KEY = "flux2_mlx"
 PREVIEW_KEY = "flux2_mlx preview"
 JPEG_EXIF_BYTES = 65_533
@@ -41,10 +44,11 @@ ROWS = 256  # of an image of 16 bits, converted at a time
 _HEIC = re.compile(rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1)", re.DOTALL)
 
 
-def open_image(path: str | os.PathLike[str], *, alpha: bool = False, as_data: bool = False) -> Image.Image:
+def open_image(path: ImageFile, *, alpha: bool = False, as_data: bool = False) -> Image.Image:
     """Read an image as 8-bit RGB in sRGB, rotated as its EXIF orientation says; transparent pixels become white.
 
     Args:
+        path: the file, or its content.
         alpha: return RGBA for a file with transparency.
         as_data: take the numbers as they are, whatever colours an embedded profile means by them: a mask's.
 
@@ -52,7 +56,7 @@ def open_image(path: str | os.PathLike[str], *, alpha: bool = False, as_data: bo
         InputError: with the file as ``source``; for a file that is no image, or is damaged, animated, of 32-bit values,
             or of more than MAX_PIXELS.
     """
-    name = os.fspath(path)
+    name = _name(path)
     try:
         with _opened(path, READ) as image:
             if getattr(image, "is_animated", False) and image.format in ANIMATED:
@@ -65,7 +69,7 @@ def open_image(path: str | os.PathLike[str], *, alpha: bool = False, as_data: bo
             with contextlib.suppress(SyntaxError, ValueError, TypeError):  # a damaged EXIF block is ignored
                 image = ImageOps.exif_transpose(image)
             image = _to_eight_bits(image, name, kind, bits)
-            image = without_profile(image) if as_data else to_srgb(image, name)
+            image = without_profile(image) if as_data else to_srgb(image, name or "the image")
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
             return image if alpha else flatten(image)
     except InputError:
@@ -73,7 +77,7 @@ def open_image(path: str | os.PathLike[str], *, alpha: bool = False, as_data: bo
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # far above MAX_PIXELS
         raise _too_large(name) from None
     except UnidentifiedImageError:
-        with open(path, "rb") as file:
+        with io.BytesIO(path) if isinstance(path, bytes) else open(path, "rb") as file:
             is_heic = _HEIC.match(file.read(16)) is not None
         way_out = " but HEIC; on a Mac, sips -s format png FILE --out FILE.png makes a PNG of it" if is_heic else ""
         raise InputError(f"cannot be read: it is no image of a known format{way_out}", source=name) from None
@@ -82,17 +86,35 @@ def open_image(path: str | os.PathLike[str], *, alpha: bool = False, as_data: bo
         raise InputError(f"cannot be read: {reason}", source=name) from None
 
 
-def _opened(path: str | os.PathLike[str], formats: tuple[str, ...]) -> Image.Image:
+def pixels_of(path: ImageFile) -> int:
+    """The pixels of an image, by its header; 0 for what is no image, which open_image tells."""
+    try:
+        with _opened(path, READ) as image:
+            return image.width * image.height
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return MAX_PIXELS + 1
+    except Exception:  # a damaged image makes Pillow raise errors of many kinds
+        return 0
+
+
+def _name(path: ImageFile) -> str | None:
+    """A file's name for messages; None for a content."""
+    return None if isinstance(path, bytes) else os.fspath(path)
+
+
+def _opened(path: ImageFile, formats: tuple[str, ...]) -> Image.Image:
     """An image's header, by the readers of these formats alone, those that this Pillow has."""
     Image.init()
-    return Image.open(path, formats=[name for name in formats if name in Image.OPEN])
+    return Image.open(
+        io.BytesIO(path) if isinstance(path, bytes) else path, formats=[name for name in formats if name in Image.OPEN]
+    )
 
 
-def _too_large(name: str) -> InputError:
+def _too_large(name: str | None) -> InputError:
     return InputError(f"has more than {MAX_PIXELS:,} pixels; scale it down", source=name)
 
 
-def _to_eight_bits(image: Image.Image, name: str, kind: str | None, bits: int) -> Image.Image:
+def _to_eight_bits(image: Image.Image, name: str | None, kind: str | None, bits: int) -> Image.Image:
     """An image with 8 bits a channel, of 16 the upper ones, rounded.
 
     Args:
@@ -189,7 +211,39 @@ def save_image(
     """
     path = Path(path)
     check_output(path)
-    kind, options = FORMATS[path.suffix.lower()]
+    image, options = _with_settings(image, path.suffix, metadata, parameters, str(path))
+    with atomic_write(path) as temporary:
+        image.save(temporary, **options)
+        sync(temporary)  # before it gets its name, so that a power cut does not empty it
+        return move_to_free_name(temporary, path)
+
+
+def encode_image(
+    image: Image.Image,
+    suffix: str,
+    metadata: Mapping[str, Any] | None = None,
+    parameters: str = "",
+    quality: int | None = None,
+) -> bytes:
+    """The content of the file that save_image writes.
+
+    Args:
+        suffix: one of FORMATS.
+        quality: 0 to 100, of JPEG and WebP; None takes that of files.
+    """
+    image, options = _with_settings(image, suffix, metadata, parameters, "the image")
+    if quality is not None and options["format"] != "PNG":
+        options["quality"] = quality
+    buffer = io.BytesIO()
+    image.save(buffer, **options)
+    return buffer.getvalue()
+
+
+def _with_settings(
+    image: Image.Image, suffix: str, metadata: Mapping[str, Any] | None, parameters: str, name: str
+) -> tuple[Image.Image, dict[str, Any]]:
+    """An image and the options of Pillow that write it, with its settings, where there are any."""
+    kind, options = FORMATS[suffix.lower()]
     text = json.dumps(metadata, ensure_ascii=True)
     if metadata is None:
         image = Image.frombytes(image.mode, image.size, image.tobytes())  # without what it carries itself
@@ -204,17 +258,14 @@ def save_image(
         comment = b"UNICODE\0" + parameters.encode("utf-16-be")
         exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
         if kind == "JPEG" and len(exif.tobytes()) > JPEG_EXIF_BYTES:
-            warnings.warn(f"{path} is written without its settings: the prompt is too long for a JPEG", stacklevel=2)
+            warnings.warn(f"{name} is written without its settings: the prompt is too long for a JPEG", stacklevel=3)
             exif = Image.Exif()
         options = {**options, "exif": exif}
-    with atomic_write(path) as temporary:
-        image.save(temporary, format=kind, icc_profile=None, **options)  # none is sRGB
-        sync(temporary)  # before it gets its name, so that a power cut does not empty it
-        return move_to_free_name(temporary, path)
+    return image, {**options, "format": kind, "icc_profile": None}  # no profile is sRGB
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings that save_image wrote into an image's file.
+def read_metadata(path: ImageFile) -> dict[str, Any]:
+    """The settings that save_image wrote into an image's file, or its content.
 
     Raises:
         InputError: for a file that is no image, or has no settings of this package.
@@ -224,13 +275,13 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
             text = image.info.get(METADATA_KEY) or image.getexif().get(ExifTags.Base.ImageDescription)
     except Exception as error:  # a damaged image makes Pillow raise errors of many kinds
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an image"
-        raise InputError(f"cannot be read: {reason}", source=os.fspath(path)) from None
+        raise InputError(f"cannot be read: {reason}", source=_name(path)) from None
     try:
         metadata = json.loads(text) if isinstance(text, str) and len(text) <= MAX_METADATA else None
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
         raise InputError(
-            "has no settings of flux2_mlx; only images that it wrote can be generated again", source=os.fspath(path)
+            "has no settings of flux2_mlx; only images that it wrote can be generated again", source=_name(path)
         )
     return metadata
