@@ -27,10 +27,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     unfinished: list[bool] = []
     code = run_command(lambda: serve(argv, unfinished))
-    if any(unfinished):  # a step that MLX computes cannot be interrupted, and the process would abort at its end
+    end(code, unfinished)
+    return code
+
+
+def end(code: int, unfinished: Sequence[bool]) -> None:
+    """End the process at once where its thread of MLX is still at work: a step cannot be interrupted, and the process
+    would abort.
+    """
+    if any(unfinished):
         sys.stderr.flush()
         os._exit(code)
-    return code
 
 
 def serve(argv: Sequence[str] | None, unfinished: list[bool]) -> int:

@@ -66,7 +66,7 @@ from .answers import data_uri, encoded, encoded_preview, events_answer, sse
 from .events import Event, Failure, Picture, Queued, StepDone
 from .orders import MAX_IMAGES, MAX_PICTURES, Pictures, decode_picture
 from .security import MAX_BODY
-from .studio import Studio, json_of
+from .studio import Studio, client_of, json_of
 
 FORMATS = {"png": ".png", "jpeg": ".jpg", "jpg": ".jpg", "webp": ".webp"}
 PICTURES = ("image", "init_image", "mask")
@@ -143,7 +143,7 @@ async def draw(request: Request) -> Response:
     check_choice("format", kind, tuple(FORMATS))
     check_choice("preview", preview, ("webp", "jpeg", "none"))
     quality, previews = number_of(values, "quality", 100), number_of(values, "previews", 1000)
-    order = await studio.order(request, values, pictures, previews=0 if preview == "none" else previews)
+    order = await studio.order(client_of(request), values, pictures, previews=0 if preview == "none" else previews)
 
     async def lines(event: Event) -> str:
         if isinstance(event, Queued):

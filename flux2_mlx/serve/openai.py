@@ -23,7 +23,7 @@ from .events import Event, Failure, Picture, StepDone
 from .native import FORMATS, form_of, is_multipart, number_of
 from .orders import MAX_PICTURES, OPTIONS, Pictures, decode_picture
 from .queue import Order
-from .studio import Studio, json_of
+from .studio import Studio, client_of, json_of
 
 MAX_PARTIAL = 3
 MASKED_SIZE = "size is left out: with a mask the image keeps its own size"
@@ -137,7 +137,7 @@ async def answer(request: Request, values: dict[str, Any], pictures: Pictures, k
     if pictures.mask is not None and options.pop("size", None) is not None:
         told.append(MASKED_SIZE)
     previews = partial if wish.streams else 0
-    order = await studio.order(request, options, pictures, previews=previews, warnings=tuple(told))
+    order = await studio.order(client_of(request), options, pictures, previews=previews, warnings=tuple(told))
     if wish.streams:
         return await stream(studio, order, wish)
     created = int(time.time())
