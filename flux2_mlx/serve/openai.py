@@ -26,6 +26,7 @@ from .queue import Order
 from .studio import Studio, client_of, json_of
 
 MAX_PARTIAL = 3
+QUALITIES = ("low", "medium", "high", "xhigh", "max", "standard", "hd")  # taken, and without effect
 MASKED_SIZE = "size is left out: with a mask the image keeps its own size"
 OPAQUE = "background is left out: images are opaque"
 
@@ -75,7 +76,7 @@ def wish_of(values: dict[str, Any], kind: str) -> Wish:
     output = values.get("output_format") or "png"
     check_choice("output_format", output, tuple(FORMATS))
     echoed = {"output_format": "jpeg" if output == "jpg" else output, "background": "opaque"}
-    echoed["quality"] = str(values.get("quality") or "auto")
+    echoed["quality"] = values["quality"] if values.get("quality") in QUALITIES else "auto"
     return Wish(
         kind,
         FORMATS[output],

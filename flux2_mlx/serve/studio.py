@@ -41,7 +41,7 @@ class Studio:
             InputError: for what cannot be drawn.
         """
         options = dict(values)
-        model, other = self.catalogue.model_named(options.pop("model", None))
+        model, other = self.catalogue.model_named(options.pop("model", None), self.worker.state.model)
         task = await run_in_threadpool(self.reader.task, model, options, pictures)
         told = (*warnings, other) if other else warnings
         return Order(client, model, task, lambda event: None, previews, told, keep_alive)
