@@ -20,7 +20,7 @@ from flux2_mlx import InputError
 from flux2_mlx.generate import main as generate
 from flux2_mlx.imaging.files import read_metadata
 from flux2_mlx.options import BatchOptions, GenerationOptions
-from flux2_mlx.serve import security
+from flux2_mlx.serve import mcp, security
 from flux2_mlx.serve.__main__ import main
 from flux2_mlx.serve.app import build_app
 from flux2_mlx.serve.arguments import build_parser, duration, rules_of
@@ -298,6 +298,7 @@ def test_a_full_queue_says_when_to_come_back(server):
     [
         (RuntimeError("[metal] /home/me/secret/x failed"), 500, "RuntimeError: [metal] x failed"),
         (MemoryError(), 500, "MemoryError: MemoryError"),
+        (SystemExit("told to end"), 500, "SystemExit: told to end"),
         (FloatingPointError("not finite"), 500, "not finite"),
         (InputError("no such thing"), 400, "no such thing"),
     ],
@@ -552,6 +553,7 @@ def test_images_carry_names_in_the_place_of_paths(checkpoint, tmp_path):
         assert info.json()["models"] == ["nano", "house"]
         assert info.json()["loras"] == ["fox"]
         plain = server.image(model="house", **small)
+        assert server.image(model="gpt-image-1", **small)["settings"]["model"] == "house"  # which is loaded
         styled = server.image(model="house", lora={"fox": 0.5}, **small)
         assert styled["settings"]["model"] == "house"
         assert styled["settings"]["lora"] == ["fox:0.5"]
@@ -605,6 +607,13 @@ def test_without_the_extra_one_line_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main([]) == 2
     assert capsys.readouterr().err == 'error: flux2-serve needs uvicorn: pip install "flux2_mlx[serve]"\n'
+
+
+def test_without_the_extra_assistants_have_no_tools_either(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "flux2_mlx.serve.tools", raising=False)
+    monkeypatch.setitem(sys.modules, "mcp.server.mcpserver", None)
+    assert mcp.main([]) == 2
+    assert capsys.readouterr().err == 'error: flux2-mcp needs mcp, version 2: pip install "flux2_mlx[mcp]"\n'
 
 
 def test_ctrl_c_ends_it_in_the_middle_of_an_image():

@@ -1,9 +1,13 @@
 """The server's APIs, asked by OpenAI's own client and by what other clients send, read from their sources."""
 
+import asyncio
 import base64
 import json
+import os
+import sys
 import threading
 
+import mcp
 import numpy as np
 import openai
 import pytest
@@ -330,3 +334,57 @@ def test_clients_of_all_apis_at_once(server):
     for k, text in found.items():
         assert np.array_equal(pixels(text), pixels(server.image(**FAST | {"seed": k})["data"])), k
     assert len(found) == 3
+
+
+def test_the_document_has_every_path_and_option(server):
+    document = server.client.get("/openapi.json").json()
+    assert set(document["paths"]["/v1/images/edits"]) == {"post"}
+    assert set(document["paths"]["/sdapi/v1/options"]) == {"get", "post"}
+    schema = document["paths"]["/api/images"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert {"prompt", "mask", "guidance_rescale"} <= set(schema["properties"])
+    page = server.client.get("/docs")
+    assert "/v1/images/edits" in page.text
+    assert "http" not in page.text.replace("http-", "")
+
+
+# ------------------------------------------------------------------------------------------------ MCP
+
+
+def test_an_assistant_generates_and_edits(tmp_path):
+    """Over standard input and output, with MCP's own client."""
+    outside = tmp_path / "outside.png"
+    RED.save(outside)
+    folder = tmp_path / "images"
+    words = ["-m", "flux2_mlx.serve.mcp", "--model", "nano", "--output", str(folder)]
+    small = {"prompt": PROMPT, "seed": 3, "steps": 1}
+
+    async def talk():
+        parameters = mcp.StdioServerParameters(command=sys.executable, args=words, env=dict(os.environ))
+        async with mcp.Client(parameters) as client:
+            tools = (await client.list_tools()).tools
+            drawn = await client.call_tool("generate_image", {**small, "width": 64, "options": {"height": 64}})
+            first = str(folder / "flux2-3.png")
+            edited = await client.call_tool("edit_image", {**small, "images": [first], "options": {"size": "64x64"}})
+            refused = [
+                await client.call_tool("edit_image", {**small, "images": [str(outside)]}),
+                await client.call_tool("generate_image", {**small, "width": 100}),
+                await client.call_tool("generate_image", {**small, "options": {"output": "x.png"}}),
+            ]
+            return tools, drawn, edited, refused
+
+    tools, drawn, edited, refused = asyncio.run(talk())
+    assert [tool.name for tool in tools] == ["generate_image", "edit_image"]
+    assert "guidance_rescale" in tools[0].description
+    image, text = drawn.content
+    assert opened(image.data).size == (64, 64)
+    assert image.mime_type == "image/jpeg"
+    assert text.text == f"{folder / 'flux2-3.png'}  seed 3"
+    with Image.open(folder / "flux2-3.png") as written:
+        assert np.array_equal(np.asarray(written), command(tmp_path, "--size", "64x64"))
+    assert edited.content[1].text == f"{folder / 'flux2-3-2.png'}  seed 3"
+    words = ["--size", "64x64", "--image", str(folder / "flux2-3.png")]
+    with Image.open(folder / "flux2-3-2.png") as written:
+        assert np.array_equal(np.asarray(written), command(tmp_path, *words))
+    for answer, message in zip(refused, ["is in none of the folders", "multiple of 16", "unknown option"], strict=True):
+        assert answer.is_error
+        assert message in answer.content[0].text

@@ -12,10 +12,10 @@ import webbrowser
 from collections.abc import Sequence
 
 from ..cli.command import run_command, tell
-from ..cli.common import silence_downloads
 from ..errors import InputError
 
-PATIENCE = 1.5  # seconds that the threads have to end
+PATIENCE = 1.0  # seconds that the threads have to end
+CONNECTIONS = 100  # beside those that wait; others are refused, since each may bring MAX_BODY
 NEEDED = ("starlette", "uvicorn", "python_multipart")
 
 
@@ -27,10 +27,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     unfinished: list[bool] = []
     code = run_command(lambda: serve(argv, unfinished))
-    if any(unfinished):  # a step that MLX computes cannot be interrupted, and the process would abort at its end
+    end(code, unfinished)
+    return code
+
+
+def end(code: int, unfinished: Sequence[bool]) -> None:
+    """End the process at once where its thread of MLX is still at work: a step cannot be interrupted, and the process
+    would abort.
+    """
+    if any(unfinished):
         sys.stderr.flush()
         os._exit(code)
-    return code
 
 
 def serve(argv: Sequence[str] | None, unfinished: list[bool]) -> int:
@@ -52,7 +59,6 @@ def serve(argv: Sequence[str] | None, unfinished: list[bool]) -> int:
             raise
         raise InputError(f'flux2-serve needs {error.name}: pip install "flux2_mlx[serve]"') from None
     arguments = build_parser().parse_args(argv)
-    silence_downloads()
     rules = rules_of(arguments)
     studio = studio_of(arguments)
     with listen(arguments.host, arguments.port) as listener:
@@ -61,6 +67,7 @@ def serve(argv: Sequence[str] | None, unfinished: list[bool]) -> int:
             log_level="error",
             access_log=False,
             timeout_graceful_shutdown=1,
+            limit_concurrency=arguments.queue + CONNECTIONS,
             server_header=False,
         )
         server = uvicorn.Server(config)

@@ -52,7 +52,7 @@ async def img2img(request: Request) -> Response:
 async def answer(request: Request, values: Mapping[str, Any], pictures: Pictures) -> Response:
     studio: Studio = request.app.state.studio
     options, told = options_of(values, studio, pictures)
-    order = await studio.order(request, options, pictures, warnings=tuple(told))
+    order = await studio.order(client_of(request), options, pictures, warnings=tuple(told))
     images = await pictures_of(request, studio.worker, order)
     first, last = images[0], images[-1]
     info = {

@@ -10,13 +10,13 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from ..cli.command import tell_fault
 from ..errors import InputError
-from . import a1111, native, ollama, openai
+from . import a1111, native, ollama, openai, openapi
 from .answers import fault_answer
 from .events import Failure
 from .security import Guard, Rules, TooLarge
@@ -34,6 +34,16 @@ async def health(request: Request) -> Response:
 async def unknown(request: Request) -> Response:
     """What no API has."""
     raise Failure(f"there is no {request.method} {request.url.path[:100]} here; see /docs", 404)
+
+
+async def openapi_json(_: Request) -> Response:
+    """All of this, as OpenAPI describes it."""
+    return JSONResponse(openapi.describe(ROUTES))
+
+
+async def docs(_: Request) -> Response:
+    """The same to read."""
+    return HTMLResponse(openapi.page(openapi.describe(ROUTES)))
 
 
 async def answer_failure(request: Request, error: Exception) -> Response:
@@ -66,6 +76,8 @@ def guarded(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Requ
 
 ROUTES: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
     ("GET", "/health", health),
+    ("GET", "/docs", docs),
+    ("GET", "/openapi.json", openapi_json),
     ("GET", "/api/info", native.info),
     ("POST", "/api/images", native.draw),
     ("POST", "/api/settings", native.settings),

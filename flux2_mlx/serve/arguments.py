@@ -54,7 +54,7 @@ def add_model_options(parser: Parser) -> None:
         action="extend",
         default=[],
         metavar="[NAME=]MODEL",
-        help="further models that requests may name; any other name is answered by --model",
+        help="further models that requests may name; any other name is answered by the model that is loaded",
     )
     group.add_argument("--lora-dir", type=path, metavar="DIR", help="folder of LoRAs that requests may name")
     group.add_argument(

@@ -43,7 +43,7 @@ class Catalogue:
     """The models and LoRAs that requests may name.
 
     Args:
-        model: the command line's model, which answers for every name that is not listed.
+        model: the command line's model, which draws where a request names none.
         others: further models, each SOURCE or NAME=SOURCE.
         lora_dir: a folder whose safetensors files are LoRAs.
 
@@ -75,13 +75,16 @@ class Catalogue:
             if self.loras.setdefault(name, source) != source:
                 raise InputError(f"two LoRAs are called {name!r}, {self.loras[name]} and {source}; rename one")
 
-    def model_named(self, name: Any) -> tuple[str, str | None]:
-        """The model that answers for a name, and what is to be told where that is another one."""
-        if name is None or name in ("", self.default):
+    def model_named(self, name: Any, loaded: str | None = None) -> tuple[str, str | None]:
+        """The model that answers for a name, and what is to be told where that is another one: the one that is loaded,
+        since clients name models of their own services.
+        """
+        if name is None or name == "":
             return self.default, None
         if isinstance(name, str) and name in self.models:
             return name, None
-        return self.default, f"there is no model {str(name)[:80]!r} here; {self.default} drew this"
+        other = loaded or self.default
+        return other, f"there is no model {str(name)[:80]!r} here; {other} drew this"
 
     def lora_words(self, given: Any) -> list[str]:
         """LoRAs as the command line takes them, of a request's: a name, "name:strength", a list of them, or strengths

@@ -6,7 +6,7 @@ POST /api/images draws. The body is JSON, or multipart with the same names. Answ
     any option      of docs/options.md by its Python name or a flag's ("num_steps" or "steps", "guidance", "seed",
                     "width", "height", "size": "512x768", "num_images" up to 10, "negative_prompt", "strength",
                     "mask_blur", "mask_padding", "expand": {"left": 64}, ...); null for its default
-    model           a name of GET /api/info; another one is answered by the first, and "warnings" says so
+    model           a name of GET /api/info; any other is answered by the model that is loaded, as "warnings" tells
     lora            a name, "name:0.8", a list of them, or {"name": 0.8}; absent for the server's own, [] too
     image           references: a picture or a list; in multipart a file part for each, all called "image"
     init_image      picture: img2img, inpainting, outpainting
@@ -66,7 +66,7 @@ from .answers import data_uri, encoded, encoded_preview, events_answer, sse
 from .events import Event, Failure, Picture, Queued, StepDone
 from .orders import MAX_IMAGES, MAX_PICTURES, Pictures, decode_picture
 from .security import MAX_BODY
-from .studio import Studio, json_of
+from .studio import Studio, client_of, json_of
 
 FORMATS = {"png": ".png", "jpeg": ".jpg", "jpg": ".jpg", "webp": ".webp"}
 PICTURES = ("image", "init_image", "mask")
@@ -143,7 +143,7 @@ async def draw(request: Request) -> Response:
     check_choice("format", kind, tuple(FORMATS))
     check_choice("preview", preview, ("webp", "jpeg", "none"))
     quality, previews = number_of(values, "quality", 100), number_of(values, "previews", 1000)
-    order = await studio.order(request, values, pictures, previews=0 if preview == "none" else previews)
+    order = await studio.order(client_of(request), values, pictures, previews=0 if preview == "none" else previews)
 
     async def lines(event: Event) -> str:
         if isinstance(event, Queued):

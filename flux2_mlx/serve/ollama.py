@@ -18,7 +18,7 @@ from .answers import encoded, events_answer, pictures_of
 from .arguments import duration
 from .events import Event, Failure, Picture, StepDone
 from .native import pictures_in
-from .studio import Studio, json_of
+from .studio import Studio, client_of, json_of
 
 OPTIONS = ("seed", "steps", "width", "height", "negative_prompt", "guidance")  # also within "options"
 NANOSECONDS = 10**9
@@ -41,7 +41,7 @@ async def generate(request: Request) -> Response:
     if not values.get("prompt"):  # as clients load and unload a model
         return JSONResponse(line(studio.catalogue.default, done=True, done_reason="load", response=""))
     options = {"prompt": values["prompt"], **given, **named}
-    order = await studio.order(request, options, pictures, keep_alive=keep_alive)
+    order = await studio.order(client_of(request), options, pictures, keep_alive=keep_alive)
     started = time.perf_counter()
 
     def last(image: Picture, text: str) -> dict[str, Any]:

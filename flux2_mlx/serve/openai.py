@@ -23,9 +23,10 @@ from .events import Event, Failure, Picture, StepDone
 from .native import FORMATS, form_of, is_multipart, number_of
 from .orders import MAX_PICTURES, OPTIONS, Pictures, decode_picture
 from .queue import Order
-from .studio import Studio, json_of
+from .studio import Studio, client_of, json_of
 
 MAX_PARTIAL = 3
+QUALITIES = ("low", "medium", "high", "xhigh", "max", "standard", "hd")  # taken, and without effect
 MASKED_SIZE = "size is left out: with a mask the image keeps its own size"
 OPAQUE = "background is left out: images are opaque"
 
@@ -75,7 +76,7 @@ def wish_of(values: dict[str, Any], kind: str) -> Wish:
     output = values.get("output_format") or "png"
     check_choice("output_format", output, tuple(FORMATS))
     echoed = {"output_format": "jpeg" if output == "jpg" else output, "background": "opaque"}
-    echoed["quality"] = str(values.get("quality") or "auto")
+    echoed["quality"] = values["quality"] if values.get("quality") in QUALITIES else "auto"
     return Wish(
         kind,
         FORMATS[output],
@@ -137,7 +138,7 @@ async def answer(request: Request, values: dict[str, Any], pictures: Pictures, k
     if pictures.mask is not None and options.pop("size", None) is not None:
         told.append(MASKED_SIZE)
     previews = partial if wish.streams else 0
-    order = await studio.order(request, options, pictures, previews=previews, warnings=tuple(told))
+    order = await studio.order(client_of(request), options, pictures, previews=previews, warnings=tuple(told))
     if wish.streams:
         return await stream(studio, order, wish)
     created = int(time.time())

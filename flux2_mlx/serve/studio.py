@@ -27,7 +27,7 @@ class Studio:
 
     async def order(
         self,
-        request: Request,
+        client: str,
         values: Mapping[str, Any],
         pictures: Pictures,
         *,
@@ -35,16 +35,16 @@ class Studio:
         warnings: tuple[str, ...] = (),
         keep_alive: float | None = None,
     ) -> Order:
-        """The order of a request, checked.
+        """The order of a client's request, checked.
 
         Raises:
             InputError: for what cannot be drawn.
         """
         options = dict(values)
-        model, other = self.catalogue.model_named(options.pop("model", None))
+        model, other = self.catalogue.model_named(options.pop("model", None), self.worker.state.model)
         task = await run_in_threadpool(self.reader.task, model, options, pictures)
         told = (*warnings, other) if other else warnings
-        return Order(client_of(request), model, task, lambda event: None, previews, told, keep_alive)
+        return Order(client, model, task, lambda event: None, previews, told, keep_alive)
 
 
 def client_of(request: Request) -> str:

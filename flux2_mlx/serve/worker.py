@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import warnings
@@ -194,7 +195,8 @@ class Worker:
             return Failure(message, 503)
         if isinstance(error, (FloatingPointError, OSError)):
             return Failure(message, 500)
-        tell_fault(error)
+        with contextlib.suppress(KeyboardInterrupt, SystemExit, GeneratorExit):  # nor do these end this thread
+            tell_fault(error)
         return Failure(f"{type(error).__name__}: {message}", 500)
 
 
