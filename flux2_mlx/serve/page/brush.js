@@ -150,7 +150,7 @@ export class Brush {
     context.lineCap = context.lineJoin = "round";
     context.beginPath();
     context.moveTo(this.at.x, this.at.y);
-    context.lineTo(to.x, to.y);
+    context.lineTo(to.x + 0.01, to.y); // a line of no length is not drawn
     context.stroke();
     context.restore();
     this.at = to;

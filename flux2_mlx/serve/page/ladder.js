@@ -88,11 +88,11 @@ export class Times {
  */
 export function rungsTo(chosen, quick, native) {
   const last = Math.sqrt(chosen.width * chosen.height);
-  const sides = [Math.max(quick, Math.min(native, SMALLEST)), MIDDLE];
+  const draft = Math.max(quick, Math.min(native, SMALLEST));
   /** @type {Rung[]} */
   const rungs = [{ ...chosen, isDraft: false, waits: false }];
   let next = last;
-  for (const side of sides.reverse()) {
+  for (const side of draft < MIDDLE ? [MIDDLE, draft] : [draft]) {
     if (side > WORTH * next) continue;
     rungs.unshift({ ...scaled(chosen, side), isDraft: true, waits: false });
     next = side;

@@ -31,7 +31,10 @@ const stage = new Stage();
 const times = new Times();
 const settings = new Settings(changed);
 const references = new References(changed);
-const editor = new Editor(stage, changed);
+const editor = new Editor(stage, () => {
+  references.show();
+  changed();
+});
 const history = new History({ show: goBack, reuse: (image) => reuse(image, false) });
 /** @type {import("./history.js").Made | null} what is seen, as far as it is no preview */
 let shown = null;

@@ -1,5 +1,6 @@
 /** Pictures that a request brings: references, and the one that it starts from. */
 
+import { Refusal } from "./api.js";
 import { byId, icon, make, uriOf } from "./dom.js";
 
 export const MOST = 4; // references
@@ -26,7 +27,7 @@ const TYPES = ["image/png", "image/jpeg", "image/webp"];
  */
 export async function readPicture(file, name) {
   const bitmap = await createImageBitmap(file).catch(() => {
-    throw new Error(`${name} is no picture that this browser can open.`);
+    throw new Refusal(`${name} is no picture that this browser can open.`, 0);
   });
   let { width, height } = bitmap;
   let content = file;
@@ -65,7 +66,7 @@ export class References {
    */
   async add(files, { isStart = false, name = "" } = {}) {
     for (const file of files) {
-      if (this.others.length >= MOST && !isStart) throw new Error(`At most ${MOST} references; remove one first.`);
+      if (this.others.length >= MOST && !isStart) throw new Refusal(`At most ${MOST} references; remove one first.`, 0);
       const own = file instanceof File ? file.name : "";
       const picture = await readPicture(file, name || own || "picture");
       this.pictures.push(picture);
@@ -93,14 +94,14 @@ export class References {
 
   /** @param {Picture | null} picture */
   startFrom(picture) {
-    if (picture === null && this.others.length >= MOST) throw new Error(`At most ${MOST} references; remove one first.`);
+    if (picture === null && this.others.length >= MOST) throw new Refusal(`At most ${MOST} references; remove one first.`, 0);
     this.start = picture;
     this.show();
     this.changed();
   }
 
   show() {
-    this.row.hidden = this.pictures.length === 0;
+    byId("pictures").hidden = this.pictures.length === 0;
     this.row.replaceChildren(...this.pictures.map((picture, k) => this.tile(picture, k + 1)));
   }
 
@@ -114,7 +115,7 @@ export class References {
     const start = make("button", {
       type: "button",
       className: "start",
-      textContent: "Start",
+      textContent: isStart && picture.mask ? "Masked" : "Start",
       title: "Start from this picture (img2img, mask, outpainting) instead of from noise",
       "aria-pressed": String(isStart),
       "aria-label": `Start from ${picture.name}`,

@@ -5,7 +5,7 @@ import { scaled, toMultiple } from "./ladder.js";
 
 const ASPECTS = { "1:1": 1, "4:3": 4 / 3, "3:2": 3 / 2, "16:9": 16 / 9, "3:4": 3 / 4, "2:3": 2 / 3, "9:16": 9 / 16 };
 const SHARES = [0.5, 0.75, 1, 1.25, 1.5]; // of the side that a model was made for
-const SEEDS = 2 ** 31;
+const SEEDS = 1_000_000; // few digits, to read and to say
 /** @typedef {import("./ladder.js").Size} Size */
 
 export class Settings {
@@ -34,7 +34,7 @@ export class Settings {
     for (const name of ["prompt", "seed", "steps", "guidance", "negative", "strength"]) {
       byId(name).addEventListener("input", changed);
     }
-    byId("strength").addEventListener("input", () => this.showStrength());
+    for (const name of ["strength", "steps"]) byId(name).addEventListener("input", () => this.showStrength());
     for (const name of ["model", "soft-edge"]) byId(name).addEventListener("change", changed);
     byId("new-seed").addEventListener("click", () => {
       this.newSeed();
@@ -92,7 +92,7 @@ export class Settings {
   offerLoras(names) {
     byId("loras-part").hidden = names.length === 0;
     byId("loras").replaceChildren(...names.map((name, k) => {
-      const told = make("output", { textContent: "off" });
+      const told = make("span", { className: "value", textContent: "off" });
       const slider = make("input", {
         type: "range", id: `lora-${k}`, name, min: "-1", max: "2", step: "0.05", value: "0",
         oninput: () => {

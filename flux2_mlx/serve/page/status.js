@@ -44,7 +44,7 @@ export class Status {
   /** @param {boolean} isBusy */
   busy(isBusy) {
     if (!isBusy) this.bar.hidden = true;
-    document.body.classList.toggle("is-busy", isBusy);
+    byId("stage").setAttribute("aria-busy", String(isBusy));
     byId("stop").hidden = !isBusy;
   }
 }
