@@ -43,6 +43,7 @@ class Studio:
 
     Attributes:
         bodies: of the requests for images, in order.
+        hung_up: bodies of those that were hung up.
         faults: what the console told, and requests to other hosts.
         expected: words of faults that a test brings about.
     """
@@ -51,7 +52,7 @@ class Studio:
         self.page, self.server = page, server
         self.bodies, self.hung_up, self.faults, self.expected = [], [], [], None
         page.on("request", self._note)
-        page.on("requestfailed", lambda request: self.hung_up.append(request.url))
+        page.on("requestfailed", lambda request: self.hung_up.append(request.post_data_json))
         page.on("console", lambda message: self.faults.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: self.faults.append(str(error)))
         page.goto(server.address)

@@ -86,9 +86,11 @@ export async function* draw(body, signal) {
 async function* readEvents(stream, signal) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
+  let isOpen = true;
   try {
     for (;;) {
       const { done, value } = await reader.read();
+      isOpen = !done;
       if (done) return;
       rest += value;
       for (let end = rest.indexOf("\n\n"); end >= 0; end = rest.indexOf("\n\n")) {
@@ -101,7 +103,7 @@ async function* readEvents(stream, signal) {
     if (signal.aborted) throw error;
     throw new Refusal("The connection to the server broke.", 0);
   } finally {
-    reader.cancel().catch(() => {}); // it was read to its end, or aborted
+    if (isOpen) reader.cancel().catch(() => {}); // an aborted one
   }
 }
 
