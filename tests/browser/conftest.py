@@ -1,5 +1,6 @@
 """A browser and a server for the session, a page of its own for each test."""
 
+import contextlib
 import json
 from urllib.parse import urlsplit
 
@@ -26,8 +27,11 @@ def browser():
     if program is None:
         pytest.skip("no chromium or Chrome is installed (apt-get install chromium)")
     playwright = pytest.importorskip("playwright.sync_api", reason='playwright is not there (pip install -e ".[dev]")')
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("LD_PRELOAD", raising=False)  # OpenBLAS is for MLX
+            started = stack.enter_context(playwright.sync_playwright())
+            opened = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield opened
         opened.close()
 
