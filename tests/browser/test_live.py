@@ -1,4 +1,4 @@
-"""When what is drawn: the page's logic alone, with a clock of the test's own. Reference: issue, "As you type"."""
+"""What is drawn when: the page's logic alone, with a clock of the tests' own."""
 
 import pytest
 
@@ -14,7 +14,8 @@ def page(browser, server):
     opened.close()
 
 
-# Runs a script of [ms, action]: "want NAME", "now NAME", "stop", "hurry", "done", "full"; tells what was begun, and when.
+# Runs a script of [ms, action]: "want NAME", "now NAME", "stop", "hurry", "done", "full", "fault"; tells what was begun,
+# and when.
 RUN = """async ([script, quick, sizes]) => {
   const { Live } = await import("/live.js");
   let time = 0, timers = [], told = [];

@@ -55,7 +55,7 @@ def test_the_newest_prompt_wins(studio):
     assert {alt for kind, alt, *_ in before if kind == "preview"} == {"a large red circle (preview)"}
     assert ("preview", "a large red circle (preview)", True) in {one[:3] for one in after}
     assert "a large red circle" not in {alt for _, alt, *_ in before + after}
-    assert ("image", "a large green circle", False) == after[-1][:3]
+    assert after[-1][:3] == ("image", "a large green circle", False)
     assert studio.hung_up[0] == studio.bodies[0]
     assert studio.page.get_by_role("listitem").count() == 1
     studio.server.settle()
