@@ -14,8 +14,8 @@ def page(browser, server):
     opened.close()
 
 
-# Runs a script of [ms, action]: "want NAME", "now NAME", "stop", "hurry", "done", "full", "fault"; tells what was begun,
-# and when.
+# Runs a script of [ms, action]: "want NAME", "now NAME", "stop", "hurry", "done", "full", "fault"; tells what was
+# begun, and when.
 RUN = """async ([script, quick, sizes]) => {
   const { Live } = await import("/live.js");
   let time = 0, timers = [], told = [];

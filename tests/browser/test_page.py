@@ -33,7 +33,7 @@ def test_a_prompt_is_drawn_as_it_is_typed(studio):
     download = studio.download()
     seed = int(studio.page.get_by_role("spinbutton", name="Seed").input_value())
     assert download.suggested_filename == f"a-large-red-circle-on-the-left-white-background-{seed}.png"
-    expected = studio.server.image(prompt=PROMPT, seed=seed, steps=None)
+    expected = studio.server.image(prompt=PROMPT, seed=seed, steps=None, width=128, height=128)
     np.testing.assert_array_equal(contents(download), pixels(expected["data"]))
     settings = studio.server.client.post("/api/settings", content=download.path().read_bytes()).json()["settings"]
     assert (settings["prompt"], settings["seed"]) == (PROMPT, seed)
