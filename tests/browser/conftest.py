@@ -1,4 +1,8 @@
-"""A browser and a server for the session, a page of its own for each test."""
+"""A browser and a server for these tests, a page of its own for each.
+
+Playwright keeps an event loop running in the tests' thread, so that nothing else there could run one: it ends with the
+last of these tests, before any other.
+"""
 
 import contextlib
 import json
@@ -21,7 +25,7 @@ WATCH = """() => {
 DONE = "#stage[aria-busy=false][data-shows=image]:not(.is-old)"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser():
     program = find_browser()
     if program is None:
@@ -36,7 +40,7 @@ def browser():
         opened.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server():
     with Server("--model", "nano") as running:
         yield running

@@ -23,6 +23,7 @@ def contents(download):
 def test_a_prompt_is_drawn_as_it_is_typed(studio):
     """Keys one by one; nothing else is pressed. Previews come before the image, which is that of its settings."""
     assert studio.page.title() == "flux2_mlx"
+    studio.set_steps(2)
     studio.prompt.press_sequentially(PROMPT)
     studio.picture(PROMPT).wait_for()
     studio.wait_drawn()
@@ -33,7 +34,7 @@ def test_a_prompt_is_drawn_as_it_is_typed(studio):
     download = studio.download()
     seed = int(studio.page.get_by_role("spinbutton", name="Seed").input_value())
     assert download.suggested_filename == f"a-large-red-circle-on-the-left-white-background-{seed}.png"
-    expected = studio.server.image(prompt=PROMPT, seed=seed, steps=None, width=128, height=128)
+    expected = studio.server.image(prompt=PROMPT, seed=seed, steps=2, width=128, height=128)
     np.testing.assert_array_equal(contents(download), pixels(expected["data"]))
     settings = studio.server.client.post("/api/settings", content=download.path().read_bytes()).json()["settings"]
     assert (settings["prompt"], settings["seed"]) == (PROMPT, seed)
@@ -59,6 +60,29 @@ def test_the_newest_prompt_wins(studio):
     assert studio.hung_up[0] == studio.bodies[0]
     assert studio.page.get_by_role("listitem").count() == 1
     studio.server.settle()
+
+
+def test_a_draft_comes_before_a_large_image(studio):
+    """Which begins from it once typing rests, and is the one that is kept."""
+    studio.set_steps(1)
+    for name in ("Width", "Height"):
+        field = studio.page.get_by_role("spinbutton", name=name)
+        field.fill("368")
+        field.press("Tab")
+    studio.prompt.fill(PROMPT)
+    studio.picture(PROMPT).wait_for()
+    studio.wait_drawn()
+    draft, image = studio.bodies
+    assert [(body["width"], body["height"], body["preview"]) for body in studio.bodies] == [
+        (256, 256, "webp"),
+        (368, 368, "none"),
+    ]
+    assert "init_image" not in draft
+    assert (opened(image["init_image"]).size, image["strength"], image["seed"]) == ((256, 256), 0.5, draft["seed"])
+    shown = [(kind, alt) for kind, alt, *_ in studio.seen() if alt]
+    assert shown.index(("draft", f"{PROMPT} (draft)")) < shown.index(("image", PROMPT))
+    assert studio.page.get_by_role("listitem").count() == 1
+    assert contents(studio.download()).shape == (368, 368, 3)
 
 
 def test_an_edit_keeps_what_is_not_masked(studio):
@@ -315,7 +339,7 @@ def test_what_a_base_model_and_loras_add(studio):
     info = studio.server.client.get("/api/info").json()
     studio.expected = "status of 400"
     info["model"] |= {"is_distilled": False, "steps": 50, "guidance": 4.0}
-    info |= {"loras": ["watercolour", "ink"], "models": ["nano", "klein-base-4b"]}
+    info |= {"loras": ["watercolour", "ink", "fox"], "lora": {"fox": 0.6}, "models": ["nano", "klein-base-4b"]}
     studio.page.route("**/api/info", lambda route: route.fulfill(json=info))
     studio.page.route("**/api/images", lambda route: route.fulfill(status=400, json={"error": {"message": "seen"}}))
     studio.page.reload()
@@ -333,7 +357,7 @@ def test_what_a_base_model_and_loras_add(studio):
         "negative_prompt": "blue",
         "guidance": 3.5,
         "model": "klein-base-4b",
-        "lora": {"ink": 0.8},
+        "lora": {"ink": 0.8, "fox": 0.6},
         "width": 160,
         "height": 112,
     }

@@ -1,13 +1,13 @@
 /** The page: what its parts say to one another. */
 
 import { draw, getInfo, readSettings, Refusal, useKey } from "./api.js";
-import { blackAndWhite } from "./brush.js";
 import { blobOf, byId, inSeconds, isWriting } from "./dom.js";
 import { takeFiles } from "./drop.js";
 import { Editor } from "./editor.js";
 import { History } from "./history.js";
-import { QUICK, rungsTo, scaled, STRENGTH, Times } from "./ladder.js";
+import { QUICK, rungsTo, STRENGTH, Times } from "./ladder.js";
 import { Live } from "./live.js";
+import { orderOf } from "./order.js";
 import { References } from "./references.js";
 import { Settings } from "./settings.js";
 import { Stage } from "./stage.js";
@@ -15,16 +15,6 @@ import { Status } from "./status.js";
 
 const DRAFT_STEPS = 12; // at most; base models take 50
 const PATIENCE = 3; // seconds after which a full queue is asked again, where it does not say
-
-/**
- * @typedef {object} Order
- * @property {string} key what it depends on; equal orders draw equal images
- * @property {Record<string, any>} body of the request, without a size
- * @property {import("./ladder.js").Size} size
- * @property {boolean} isOfPicture the server takes the size from the picture
- * @property {boolean} isLive with drafts
- * @property {string} kind on which its time depends, beside its size
- */
 
 const status = new Status();
 const stage = new Stage();
@@ -40,19 +30,14 @@ const history = new History({ show: goBack, reuse: (image) => reuse(image, false
 let shown = null;
 let doneKey = "";
 
-/** @type {Live<Order, string>} */
+/** @type {Live<import("./order.js").Order, string>} */
 const live = new Live({
-  rungs: (order) => (order.isLive ? rungsTo(order.size, times.quickSide(order.kind), settings.native) : [whole(order)]),
+  rungs: (order) => (order.isLive ? rungsTo(order.size, times.quickSide(order.kind), settings.native) : [{ ...order.size, isDraft: false, waits: false }]),
   draw: drawRung,
   quick: quickDraft,
   fail,
   busy: (isBusy) => status.busy(isBusy),
 });
-
-/** @param {Order} order */
-function whole(order) {
-  return { ...order.size, isDraft: false, waits: false };
-}
 
 /** Milliseconds that a draft takes, where they are few. */
 function quickDraft() {
@@ -61,39 +46,6 @@ function quickDraft() {
   const [first] = live.hands.rungs(order);
   const seconds = times.foresee(order.kind, first.width * first.height);
   return seconds <= QUICK ? 1000 * seconds : null;
-}
-
-/** @returns {Order | null} what the page says now */
-function order() {
-  const values = settings.values();
-  if (!values.prompt) return null;
-  const { start, others } = references;
-  /** @type {Record<string, any>} */
-  const body = { ...values };
-  if (others.length) body.image = others.map((picture) => picture.uri);
-  let size = settings.size;
-  if (start) {
-    body.init_image = start.uri;
-    const added = Object.fromEntries(Object.entries(start.expand).filter(([, pixels]) => pixels));
-    if (start.mask) body.mask = blackAndWhite(start.mask);
-    if (Object.keys(added).length) body.expand = added;
-    if ((body.mask || body.expand) && editor.blur) body.mask_blur = editor.blur;
-    if (settings.strength !== null) body.strength = settings.strength;
-  }
-  if (settings.isOfPicture) size = sizeOfPicture(start ?? others[0]);
-  const isLive = byId("live").checked;
-  const kind = `${values.model} ${settings.steps} ${others.length} ${start !== null}`;
-  const { isOfPicture } = settings;
-  return { key: JSON.stringify([body, size, isLive]), body, size, isOfPicture, isLive, kind };
-}
-
-/**
- * The size at which the server draws anew what was made of this.
- * @param {import("./references.js").Picture} picture
- */
-function sizeOfPicture({ width, height, expand }) {
-  const size = { width: width + expand.left + expand.right, height: height + expand.top + expand.bottom };
-  return scaled(size, Math.min(1024, Math.sqrt(size.width * size.height)));
 }
 
 /** Something of the form changed. */
@@ -108,7 +60,7 @@ function changed() {
 
 /** Draw what the page says, if it is not drawn yet. */
 function want(isNow = false) {
-  const wanted = order();
+  const wanted = orderOf(settings, references, editor.blur);
   if (wanted === null || wanted.key === doneKey) {
     live.stop();
     stage.undim();
@@ -125,7 +77,7 @@ function want(isNow = false) {
 
 /**
  * Draw one size; what comes back is its image, for the next size to begin from.
- * @param {Order} wanted
+ * @param {import("./order.js").Order} wanted
  * @param {import("./ladder.js").Rung} rung
  * @param {string | null} before
  * @param {AbortSignal} signal
@@ -158,7 +110,7 @@ async function drawRung(wanted, rung, before, signal) {
 }
 
 /**
- * @param {Order} wanted
+ * @param {import("./order.js").Order} wanted
  * @param {import("./ladder.js").Rung} rung
  * @param {any} data of the image event
  */
@@ -174,6 +126,7 @@ function finish(wanted, rung, data) {
     history.add(shown);
     status.say([`Done in ${inSeconds(data.seconds)}: ${width} × ${height}, seed ${seed}`, ...data.warnings].join(". "));
   }
+  if (wanted.body.model && wanted.body.model !== settings.info?.model.name) void learn(); // another one is loaded
   offerTools();
 }
 
@@ -225,7 +178,7 @@ function goBack(image) {
   history.mark(image);
   const { width, height, seed } = image;
   status.say(`${width} × ${height}, seed ${seed}, ${image.settings.num_steps} steps`);
-  doneKey = order()?.key ?? "";
+  doneKey = orderOf(settings, references, editor.blur)?.key ?? "";
 }
 
 /**
@@ -311,6 +264,12 @@ settings.prompt.addEventListener("keydown", (/** @type {KeyboardEvent} */ event)
   event.preventDefault();
   byId("composer").requestSubmit();
 });
+if (!CSS.supports("field-sizing", "content")) {
+  settings.prompt.addEventListener("input", () => {
+    settings.prompt.style.height = "auto";
+    settings.prompt.style.height = `${settings.prompt.scrollHeight}px`;
+  });
+}
 byId("live").addEventListener("change", () => {
   byId("draw").hidden = byId("live").checked;
   if (byId("live").checked) changed();

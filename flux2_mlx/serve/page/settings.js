@@ -31,10 +31,11 @@ export class Settings {
         changed();
       });
     }
+    byId("strength").addEventListener("input", () => (byId("strength").dataset.isSet = "yes"));
+    for (const name of ["strength", "steps"]) byId(name).addEventListener("input", () => this.showStrength());
     for (const name of ["prompt", "seed", "steps", "guidance", "negative", "strength"]) {
       byId(name).addEventListener("input", changed);
     }
-    for (const name of ["strength", "steps"]) byId(name).addEventListener("input", () => this.showStrength());
     for (const name of ["model", "soft-edge"]) byId(name).addEventListener("change", changed);
     byId("new-seed").addEventListener("click", () => {
       this.newSeed();
@@ -75,7 +76,7 @@ export class Settings {
     const models = info.models.map((/** @type {string} */ name) => make("option", { value: name, textContent: name }));
     if (byId("model").options.length !== models.length) byId("model").replaceChildren(...models);
     byId("model-part").hidden = models.length < 2;
-    if (byId("loras").childElementCount !== info.loras.length) this.offerLoras(info.loras);
+    if (byId("loras").childElementCount !== info.loras.length) this.offerLoras(info.loras, info.lora);
     this.showStrength();
   }
 
@@ -88,17 +89,19 @@ export class Settings {
     this.setSize({ width: this.native, height: this.native });
   }
 
-  /** @param {string[]} names */
-  offerLoras(names) {
+  /**
+   * @param {string[]} names
+   * @param {Record<string, number>} own strengths of those that the server has without being asked
+   */
+  offerLoras(names, own) {
     byId("loras-part").hidden = names.length === 0;
     byId("loras").replaceChildren(...names.map((name, k) => {
-      const told = make("span", { className: "value", textContent: "off" });
-      const slider = make("input", {
-        type: "range", id: `lora-${k}`, name, min: "-1", max: "2", step: "0.05", value: "0",
-        oninput: () => {
-          told.textContent = slider.valueAsNumber ? slider.valueAsNumber.toFixed(2) : "off";
-          this.changed();
-        },
+      const told = make("span", { className: "value" });
+      const slider = make("input", { type: "range", id: `lora-${k}`, name, min: "-1", max: "2", step: "0.05" });
+      setStrength(slider, told, own[name] ?? 0);
+      slider.addEventListener("input", () => {
+        setStrength(slider, told, slider.valueAsNumber);
+        this.changed();
       });
       return make("div", { className: "field" }, make("label", { for: slider.id, textContent: name }), slider, told);
     }));
@@ -167,7 +170,6 @@ export class Settings {
 
   showStrength() {
     const slider = byId("strength");
-    if (document.activeElement === slider) slider.dataset.isSet = "yes";
     // Of few steps only whole ones can be left out.
     slider.step = slider.min = this.steps <= 10 ? 1 / this.steps : 0.05;
     byId("strength-told").textContent = slider.dataset.isSet ? slider.valueAsNumber.toFixed(2) : "auto";
@@ -184,7 +186,8 @@ export class Settings {
       if (byId("negative").value) values.negative_prompt = byId("negative").value;
     }
     if (byId("model").value) values.model = byId("model").value;
-    const loras = [...byId("loras").querySelectorAll("input")].filter((slider) => slider.valueAsNumber);
+    const own = this.info?.lora ?? {};
+    const loras = [...byId("loras").querySelectorAll("input")].filter((slider) => slider.valueAsNumber || slider.name in own);
     if (loras.length) values.lora = Object.fromEntries(loras.map((slider) => [slider.name, slider.valueAsNumber]));
     return values;
   }
@@ -210,8 +213,18 @@ export class Settings {
     const pairs = (settings.lora ?? []).map((/** @type {string} */ text) => /^(.*?)(?::(-?[\d.]+))?$/.exec(text) ?? []);
     const loras = new Map(pairs.map((/** @type {any} */ [, name, scale]) => [name, Number(scale ?? 1)]));
     for (const slider of byId("loras").querySelectorAll("input")) {
-      slider.value = loras.get(slider.name) ?? 0;
-      slider.nextElementSibling.textContent = loras.get(slider.name)?.toFixed(2) ?? "off";
+      setStrength(slider, slider.nextElementSibling, loras.get(slider.name) ?? 0);
     }
   }
+}
+
+/**
+ * Set a LoRA's slider and what is told of it.
+ * @param {HTMLInputElement} slider
+ * @param {Element} told
+ * @param {number} strength
+ */
+function setStrength(slider, told, strength) {
+  slider.value = String(strength);
+  told.textContent = strength ? strength.toFixed(2) : "off";
 }
