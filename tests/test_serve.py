@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from flux2_mlx import InputError
 from flux2_mlx.generate import main as generate
 from flux2_mlx.imaging.files import read_metadata
-from flux2_mlx.options import BatchOptions, GenerationOptions
+from flux2_mlx.options import BatchOptions, GenerationOptions, ModelOptions
 from flux2_mlx.serve import mcp, security
 from flux2_mlx.serve.__main__ import main
 from flux2_mlx.serve.app import build_app
 from flux2_mlx.serve.arguments import build_parser, duration, rules_of
+from flux2_mlx.serve.catalogue import Catalogue
 from flux2_mlx.serve.events import Failure, Queued
 from flux2_mlx.serve.orders import MAX_IMAGES, OPTIONS
 from flux2_mlx.serve.queue import Order, Queue
@@ -146,6 +147,7 @@ def test_what_is_no_json_is_refused(server, body):
 
 
 def test_info_names_every_option(server):
+    server.wait(lambda: server.worker.state.model)
     info = server.client.get("/api/info").json()
     assert set(info["options"]) == {f.name for cls in (GenerationOptions, BatchOptions) for f in fields(cls)}
     assert info["options"]["guidance"] | {"description": ""} == {
@@ -567,6 +569,13 @@ def test_images_carry_names_in_the_place_of_paths(checkpoint, tmp_path):
             assert str(checkpoint) not in text
         ((_, answer),) = server.draw(lora="foks")
         assert answer.json()["error"]["message"] == "there is no LoRA 'foks' here; did you mean fox?"
+
+
+def test_the_servers_own_loras_are_told():
+    """The page's sliders begin there."""
+    server = Catalogue(ModelOptions(model="nano", lora=("~/styles/fox.safetensors:0.5", "ink")), ["klein-4b"])
+    assert server.own_loras("nano") == {"fox": 0.5, "ink": 1.0}
+    assert server.own_loras("klein-4b") == {}
 
 
 # ------------------------------------------------------------------------------------------------ the command

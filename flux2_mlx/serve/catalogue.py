@@ -109,6 +109,11 @@ class Catalogue:
             check_scale(scale)
         return [f"{self.loras[name]}:{scale:g}" for name, scale in pairs]
 
+    def own_loras(self, model: str) -> dict[str, float]:
+        """The strengths of the LoRAs that a model has where a request names none."""
+        by_source = {source: name for name, source in self.loras.items()}
+        return {by_source[source]: scale for source, scale in map(parse_lora, self.models[model].lora)}
+
     def public(self, settings: Settings, model: str) -> Settings:
         """An image's settings with the names of this server in the place of paths."""
         own = {name: getattr(settings, name) for name in paths_of(type(settings))}

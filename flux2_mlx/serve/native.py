@@ -31,9 +31,9 @@ the queue, one that is drawn stops at its next step. What is refused before it h
 Host or Origin, 413 for a body that is too large, 429 with Retry-After where the queue is full.
 
 GET /api/info: {"version", "status": "opening" | "ready" | "unloaded" | "failed", "fault", "model": {"name",
-"is_distilled", "side", "steps", "guidance"} with nulls until it is open, "models", "loras": names, "options": {name:
-{"type", "default", "help", "minimum", "maximum", "choices"}}, "limits": {"images", "pictures", "pixels", "body"},
-"queue": {"running", "waiting", "places"}}.
+"is_distilled", "side", "steps", "guidance"} with nulls until it is open, "models", "loras": names, "lora": {name:
+strength} of those that the server has without being asked, "options": {name: {"type", "default", "help", "minimum",
+"maximum", "choices"}}, "limits": {"images", "pictures", "pixels", "body"}, "queue": {"running", "waiting", "places"}}.
 
 POST /api/settings: an image's file as the body; answers {"settings", "parameters"}, to draw it again: settings has the
 options by the names above, with prompt; "lora" and "model" name what the image was drawn with. 400 for other images.
@@ -224,6 +224,7 @@ async def info(request: Request) -> Response:
             },
             "models": list(studio.catalogue.models),
             "loras": list(studio.catalogue.loras),
+            "lora": studio.catalogue.own_loras(studio.catalogue.default),
             "options": options_schema(),
             "limits": {
                 "images": MAX_IMAGES,

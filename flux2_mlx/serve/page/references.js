@@ -1,0 +1,135 @@
+/** Pictures that a request brings: references, and the one that it starts from. */
+
+import { Refusal } from "./api.js";
+import { byId, icon, make, uriOf } from "./dom.js";
+
+export const MOST = 4; // references
+const MAX_BYTES = 8 * 1024 * 1024; // of a file that is sent as it is
+const MAX_SIDE = 2048; // of a larger one, which is scaled down here
+const TYPES = ["image/png", "image/jpeg", "image/webp"];
+
+/**
+ * @typedef {object} Picture
+ * @property {string} name
+ * @property {string} uri its file as a data URI
+ * @property {string} url for the page
+ * @property {number} width
+ * @property {number} height
+ * @property {HTMLCanvasElement | null} mask
+ * @property {Record<"left" | "top" | "right" | "bottom", number>} expand
+ */
+
+/**
+ * A file as a picture; one that is large, or of a type of few programs, is written anew.
+ * @param {Blob} file
+ * @param {string} name
+ * @returns {Promise<Picture>}
+ */
+export async function readPicture(file, name) {
+  const bitmap = await createImageBitmap(file).catch(() => {
+    throw new Refusal(`${name} is no picture that this browser can open.`, 0);
+  });
+  let { width, height } = bitmap;
+  let content = file;
+  if (file.size > MAX_BYTES || !TYPES.includes(file.type)) {
+    const scale = Math.min(1, MAX_SIDE / Math.max(width, height));
+    [width, height] = [Math.round(width * scale), Math.round(height * scale)];
+    const canvas = make("canvas", { width, height });
+    canvas.getContext("2d").drawImage(bitmap, 0, 0, width, height);
+    content = await new Promise((resolve) => canvas.toBlob(resolve, "image/webp", 0.95));
+  }
+  bitmap.close();
+  const expand = { left: 0, top: 0, right: 0, bottom: 0 };
+  return { name, uri: await uriOf(content), url: URL.createObjectURL(content), width, height, mask: null, expand };
+}
+
+/** The row of pictures under the prompt. */
+export class References {
+  /** @param {() => void} changed */
+  constructor(changed) {
+    this.changed = changed;
+    this.row = byId("references");
+    /** @type {Picture[]} */
+    this.pictures = [];
+    /** @type {Picture | null} one of them */
+    this.start = null;
+  }
+
+  /** Those that are references alone. */
+  get others() {
+    return this.pictures.filter((picture) => picture !== this.start);
+  }
+
+  /**
+   * @param {Iterable<Blob>} files
+   * @param {{isStart?: boolean, name?: string}} [how]
+   */
+  async add(files, { isStart = false, name = "" } = {}) {
+    for (const file of files) {
+      if (this.others.length >= MOST && !isStart) throw new Refusal(`At most ${MOST} references; remove one first.`, 0);
+      const own = file instanceof File ? file.name : "";
+      const picture = await readPicture(file, name || own || "picture");
+      this.pictures.push(picture);
+      if (isStart) this.start = picture;
+    }
+    this.show();
+    this.changed();
+  }
+
+  /** @param {Picture} picture */
+  remove(picture) {
+    this.pictures = this.pictures.filter((one) => one !== picture);
+    if (this.start === picture) this.start = null;
+    URL.revokeObjectURL(picture.url);
+    this.show();
+    this.changed();
+  }
+
+  clear() {
+    for (const picture of this.pictures) URL.revokeObjectURL(picture.url);
+    this.pictures = [];
+    this.start = null;
+    this.show();
+  }
+
+  /** @param {Picture | null} picture */
+  startFrom(picture) {
+    if (picture === null && this.others.length >= MOST) throw new Refusal(`At most ${MOST} references; remove one first.`, 0);
+    this.start = picture;
+    this.show();
+    this.changed();
+  }
+
+  show() {
+    byId("pictures").hidden = this.pictures.length === 0;
+    this.row.replaceChildren(...this.pictures.map((picture, k) => this.tile(picture, k + 1)));
+  }
+
+  /**
+   * @param {Picture} picture
+   * @param {number} number
+   */
+  tile(picture, number) {
+    const isStart = picture === this.start;
+    const name = `${isStart ? "start image" : "reference"} ${number}, ${picture.name}`;
+    const start = make("button", {
+      type: "button",
+      className: "start",
+      textContent: isStart && picture.mask ? "Masked" : "Start",
+      title: "Start from this picture (img2img, mask, outpainting) instead of from noise",
+      "aria-pressed": String(isStart),
+      "aria-label": `Start from ${picture.name}`,
+      onclick: () => this.startFrom(isStart ? null : picture),
+    });
+    const remove = make("button", {
+      type: "button",
+      className: "remove",
+      title: "Remove",
+      "aria-label": `Remove ${name}`,
+      onclick: () => this.remove(picture),
+    });
+    remove.append(icon("close"));
+    return make("li", { className: isStart ? "tile is-start" : "tile" },
+      make("img", { src: picture.url, alt: name }), start, remove);
+  }
+}
