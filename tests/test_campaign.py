@@ -15,7 +15,7 @@ from tests.campaign.targets import TARGETS
 from tests.campaign.workloads import WORKLOADS
 
 ROOT = Path(__file__).parents[1]
-SHARES = {"images": 40, "jobs": 40, "cache": 40, "training": 150}  # one of so many operations; of the others of 300
+EVERY = {"images": 40, "fuse": 400}  # one of so many operations
 
 
 def campaign(module: str, *words: object) -> list[dict]:
@@ -50,12 +50,12 @@ def test_an_input_is_told_by_its_seed():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the faults come from a library that is loaded as on Linux")
 @pytest.mark.parametrize(
-    "command", ["images", "training", *(pytest.param(name, marks=pytest.mark.nightly) for name in WORKLOADS)]
+    "command", ["images", "fuse", *(pytest.param(name, marks=pytest.mark.nightly) for name in WORKLOADS)]
 )
 def test_faults_of_the_disk_lose_nothing(command, request):
     """Nor do signals; and nothing half written stays."""
     is_nightly = request.node.get_closest_marker("nightly") is not None
-    (figures,) = campaign("inject", command, "--every", 3 if is_nightly else SHARES[command])
+    (figures,) = campaign("inject", command, "--every", 8 if is_nightly else EVERY[command])
     assert figures["operations"] > 10
     if is_nightly:
         (figures,) = campaign("inject", command, "--kills", 20)

@@ -597,6 +597,18 @@ def test_an_interrupt_saves(pictures, tmp_path, capsys, monkeypatch):
     assert [line["step"] for line in log(tmp_path / "run")] == [1, 2, 3]
 
 
+def test_an_interrupt_in_the_last_step_leaves_its_image_to_the_next_run(pictures, tmp_path, monkeypatch):
+    """It is no success, as the image is not there."""
+    step, run = Trainer.take_step, tmp_path / "run"
+    monkeypatch.setattr(Trainer, "take_step", lambda trainer: os.kill(os.getpid(), signal.SIGTERM) or step(trainer))
+    words = ["--steps", 1, "--validation-prompt", "a red circle", "--validation-steps", 1]
+    assert train(pictures, run, *words) == 143
+    assert [path.name for path in run.glob("samples/*")] == ["step-000000.png"]
+    monkeypatch.setattr(Trainer, "take_step", step)
+    assert main(["--resume", str(run), "--quiet"]) == 0
+    assert (run / "samples" / "step-000001.png").is_file()
+
+
 def test_what_a_kill_leaves_is_made_up_for(pictures, tmp_path):
     """Between the last save and the last image and curve; half a line, and what is no line, in the log; half a file."""
     run = tmp_path / "run"

@@ -166,7 +166,7 @@ def _take_steps(
     shows_bars: bool,
     is_first: bool,
 ) -> bool:
-    """Take the remaining steps; returns whether an interrupt left some of them out."""
+    """Take the remaining steps; returns whether an interrupt left some of them out, or the last one's image."""
     options, output = trainer.options, Path(trainer.options.output)
 
     def save() -> None:
@@ -174,7 +174,7 @@ def _take_steps(
         trainer.save(output / STATE, identity)
         log.plot(output / CURVE)
 
-    is_stopped = False
+    is_stopped = lacks_image = False
     mx.reset_peak_memory()
     with tqdm(desc="training", total=options.steps, initial=trainer.step, disable=not shows_bars, unit="step") as bar:
         if is_first and validation is not None and validation.is_due(trainer, again=trainer.step > 0):
@@ -201,9 +201,10 @@ def _take_steps(
                 trainer.save_lora(output / CHECKPOINTS / f"step-{trainer.step:06}.safetensors")
             if trainer.step % options.save_every == 0 or is_last or is_stopped:
                 save()
-            if validation is not None and not is_stopped and validation.is_due(trainer):
+            lacks_image = validation is not None and validation.is_due(trainer)
+            if validation is not None and lacks_image and not is_stopped:
                 validation.generate(trainer)
-    return is_stopped and trainer.step < options.steps
+    return is_stopped and (trainer.step < options.steps or lacks_image)
 
 
 def open_pipeline(

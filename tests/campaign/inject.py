@@ -184,6 +184,12 @@ def again(stage: Stage, name: str, folder: Path, expected: Facts) -> list[str]:
     return [*faults, f"left after the second run: {left}"] if left and argv is not None else faults
 
 
+def tell(where: str, faults: list[str]) -> list[str]:
+    for fault in faults:
+        print(f"  {where}: {fault}", flush=True)
+    return faults
+
+
 def inject(stage: Stage, name: str, modes: list[str], every: int, rng: random.Random) -> tuple[Counter, list[str]]:
     """Disturb each operation, or one of ``every``, of a command in each mode."""
     workload, counts, finds = WORKLOADS[name], Counter(), []
@@ -205,7 +211,7 @@ def inject(stage: Stage, name: str, modes: list[str], every: int, rng: random.Ra
             faults = faults_of(workload, folder, expected, code, told, mode)
             faults += again(stage, name, folder, expected)
             counts[mode] += 1
-            finds += [f"{name} {mode} at {at} ({kind}): {fault}" for fault in faults]
+            finds += tell(f"{name} {mode} at {at} ({kind})", faults)
     return counts, finds
 
 
@@ -224,7 +230,7 @@ def kill(stage: Stage, name: str, times: int, rng: random.Random) -> tuple[Count
         code, told, _ = stage.run(name, folder, workload.argv, kill_after=moment)
         faults = faults_of(workload, folder, expected, code, told, "kill") + again(stage, name, folder, expected)
         counts["kills" if code == -signal.SIGKILL else "ended before"] += 1
-        finds += [f"{name} killed after {moment:.3f} s: {fault}" for fault in faults]
+        finds += tell(f"{name} killed after {moment:.3f} s", faults)
     return counts, finds
 
 
@@ -247,8 +253,6 @@ def main() -> int:
                 counts, finds = kill(stage, name, arguments.kills, rng)
             seconds = round(time.perf_counter() - started, 1)
             print(json.dumps({"command": name, **counts, "finds": len(finds), "seconds": seconds}), flush=True)
-            for find in finds:
-                print(f"  {find}", flush=True)
             found += len(finds)
     finally:
         shutil.rmtree(stage.work, ignore_errors=True)
