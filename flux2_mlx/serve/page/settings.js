@@ -103,7 +103,7 @@ export class Settings {
         setStrength(slider, told, slider.valueAsNumber);
         this.changed();
       });
-      return make("div", { className: "field" }, make("label", { for: slider.id, textContent: name }), slider, told);
+      return make("div", { className: "field" }, make("label", { for: slider.id, textContent: name, title: name }), slider, told);
     }));
   }
 
