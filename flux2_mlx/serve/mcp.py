@@ -65,7 +65,7 @@ def serve(argv: Sequence[str] | None, unfinished: list[bool]) -> int:
             raise
         raise InputError('flux2-mcp needs mcp, version 2: pip install "flux2_mlx[mcp]"') from None
     arguments = build_parser().parse_args(argv)
-    silence_downloads()
+    silence_downloads(quiet=True)
     studio = studio_of(arguments)
     make_folder(arguments.output)
     studio.worker.start()
