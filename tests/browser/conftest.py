@@ -136,7 +136,7 @@ def new_studio(browser, server):
     contexts = []
 
     def open_studio(**how):
-        context = browser.new_context(viewport={"width": 1100, "height": 800}, **how)
+        context = browser.new_context(viewport={"width": 900, "height": 700}, **how)
         contexts.append(context)
         studio = Studio(context.new_page(), server)
         contexts[-1:] = [(context, studio)]

@@ -2,6 +2,7 @@
 
 import { byId, inSeconds } from "./dom.js";
 
+const SHORT = 400; // ms of waiting that are not told: the request before this one is at its last step
 const SELDOM = 1000; // ms between two lines about steps, so that a reader is not flooded
 
 export class Status {
@@ -9,6 +10,7 @@ export class Status {
     this.line = byId("status");
     this.bar = byId("progress");
     this.told = -Infinity;
+    this.timer = 0;
   }
 
   /**
@@ -16,6 +18,7 @@ export class Status {
    * @param {boolean} isFault
    */
   say(text, isFault = false) {
+    clearTimeout(this.timer);
     if (this.line.textContent !== text) this.line.textContent = text;
     this.line.classList.toggle("is-fault", isFault);
     this.told = isFault ? -Infinity : performance.now();
@@ -23,8 +26,9 @@ export class Status {
 
   /** @param {number} position */
   queued(position) {
-    if (position === 0) return this.say("Starting");
-    this.say(`Waiting: ${position === 1 ? "1 image comes" : `${position} images come`} before this one`);
+    const before = position === 1 ? "1 image comes" : `${position} images come`;
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.say(position ? `Waiting: ${before} before this one` : "Starting"), SHORT);
   }
 
   /**
@@ -32,6 +36,7 @@ export class Status {
    * @param {import("./ladder.js").Rung} rung
    */
   step({ index, steps, seconds_left: left }, rung) {
+    clearTimeout(this.timer);
     this.bar.hidden = false;
     this.bar.max = steps;
     this.bar.value = index;
@@ -43,7 +48,10 @@ export class Status {
 
   /** @param {boolean} isBusy */
   busy(isBusy) {
-    if (!isBusy) this.bar.hidden = true;
+    if (!isBusy) {
+      this.bar.hidden = true;
+      clearTimeout(this.timer);
+    }
     byId("stage").setAttribute("aria-busy", String(isBusy));
     byId("stop").hidden = !isBusy;
   }
