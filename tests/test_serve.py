@@ -23,7 +23,7 @@ from flux2_mlx.options import BatchOptions, GenerationOptions, ModelOptions
 from flux2_mlx.serve import mcp, security
 from flux2_mlx.serve.__main__ import main
 from flux2_mlx.serve.app import build_app
-from flux2_mlx.serve.arguments import build_parser, duration, rules_of
+from flux2_mlx.serve.arguments import build_parser, duration, rules_of, studio_of
 from flux2_mlx.serve.catalogue import Catalogue
 from flux2_mlx.serve.events import Failure, Queued
 from flux2_mlx.serve.orders import MAX_IMAGES, OPTIONS
@@ -42,6 +42,12 @@ def server():
 
 
 # ------------------------------------------------------------------------------------------------ the native API
+
+
+@pytest.mark.parametrize(("words", "cached"), [([], False), (["--cache"], True)])
+def test_half_typed_prompts_are_not_kept_on_disk_unless_asked(words, cached):
+    arguments = build_parser().parse_args(["--model", "nano", *words])
+    assert studio_of(arguments).reader.task("nano", {"prompt": "a fo"}).runtime.cache is cached
 
 
 def test_a_prompt_is_drawn_step_by_step(server):

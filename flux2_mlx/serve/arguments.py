@@ -46,7 +46,12 @@ def port(text: str) -> int:
 def add_model_options(parser: Parser) -> None:
     """What serves a model, whoever asks."""
     parser.add_options(ModelOptions)
-    parser.add_options(RuntimeOptions)
+    parser.add_options(RuntimeOptions, skip=("cache",))
+    parser.titles[MEMORY].add_argument(
+        "--cache",
+        action=argparse.BooleanOptionalAction,
+        help="cache prompt embeddings on disk, those of half-typed prompts too (off)",
+    )
     group = parser.titles[SERVER]
     group.add_argument(
         "--models",
@@ -108,7 +113,7 @@ def studio_of(arguments: argparse.Namespace) -> Studio:
     Raises:
         InputError: for what cannot be used.
     """
-    given = given_options(arguments)
+    given = {"cache": False} | given_options(arguments)
     runtime = RuntimeOptions.collect(given)
     catalogue = Catalogue(ModelOptions.collect(given), arguments.models, arguments.lora_dir)
     reader = Reader(catalogue, runtime)
