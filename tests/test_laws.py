@@ -104,6 +104,7 @@ WAYS = {
 pytestmark = [
     pytest.mark.parametrize("way", WAYS.values(), ids=WAYS),
     pytest.mark.filterwarnings("ignore:the .* needs about"),  # where memory_limit is 1
+    pytest.mark.filterwarnings("ignore:.*negative_prompt is ignored"),  # where guidance is 1
 ]
 
 

@@ -497,7 +497,7 @@ def test_a_run_writes_what_it_says(pictures, tmp_path, capsys):
     assert train(pictures, output, *words, "--ema", 0.5, "--learning-rate", 0.05, "--warmup", 0) == 0
     assert capsys.readouterr().out == f"{output / LORA}\n"
     files = {"config.json", "log.jsonl", "lora.safetensors", "loss.png"}
-    assert {path.name for path in output.iterdir()} == files | {"cache", "checkpoints", "samples"}
+    assert {path.name for path in output.iterdir()} == files | {"cache", "checkpoints", "samples", ".lock"}
     kept = {path.name for path in (output / "checkpoints").iterdir()}
     assert kept == {"step-000002.safetensors", "state.safetensors"}
     samples = sorted((output / "samples").iterdir())

@@ -585,7 +585,7 @@ def test_estimates_grow_with_the_work(pipe):
         ({"force_guidance": "no"}, "force_guidance must be true or false, got 'no'"),
         ({"guidance": float("nan")}, "guidance must be a number from 0 to 100, got nan"),
         ({"noise": "cuda"}, "noise must be one of torch, mlx, got 'cuda'"),
-        ({"schedule": "karras"}, "schedule must be one of flux2, linear, comfy, got 'karras'"),
+        ({"schedule": "karras"}, "schedule must be one of flux2, linear, comfy, power, got 'karras'"),
         ({"max_sequence_length": 0}, "max_sequence_length must be a whole number from 1 to 40960, got 0"),
         ({"sigmas": [0.5, 0.9]}, "sigmas must fall"),
         ({"sigmas": [1.0, 0.5], "num_steps": 3}, "num_steps is 3, but 2 sigmas are given"),
