@@ -631,6 +631,19 @@ def test_without_the_extra_assistants_have_no_tools_either(monkeypatch, capsys):
     assert capsys.readouterr().err == 'error: flux2-mcp needs mcp, version 2: pip install "flux2_mlx[mcp]"\n'
 
 
+def test_the_page_is_opened_in_the_browser(monkeypatch, capsys):
+    pages = []
+
+    def open_page(address):
+        pages.append(httpx.get(address).text)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("webbrowser.open", open_page)
+    assert main(["--model", "nano", "--port", "0", "--open"]) == 130
+    assert ">flux2_mlx</title>" in pages[0]
+    assert capsys.readouterr().err.endswith("Ctrl-C ends it\ninterrupted\n")
+
+
 def test_ctrl_c_ends_it_in_the_middle_of_an_image():
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "from flux2_mlx.serve.__main__ import main; sys.exit(main(sys.argv[1:]))"
