@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import safe_open
 
 from ..checkpoints.hub import PEFT_CONFIG, PEFT_WEIGHTS, is_peft
+from ..checkpoints.reading import read_json
 from ..errors import CheckpointError
 
 LARGEST = 1e38  # of float32, in which factors are multiplied
@@ -105,7 +106,7 @@ def read_alphas(file: Path, keys: Collection[str], ranks: Collection[int]) -> Al
         return Alphas(note=note)
     try:
         if source == str(config):
-            return _own_config(file, _parse(source, json.loads(config.read_bytes())), ranks)
+            return _own_config(file, _parse(source, read_json(config)), ranks)
         if "lora_adapter_metadata" in header:
             values = json.loads(header["lora_adapter_metadata"])
             return _parse(source, {name.removeprefix("transformer."): value for name, value in values.items()})

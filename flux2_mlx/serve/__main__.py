@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..cli.command import run_command, tell
 from ..errors import InputError
@@ -25,19 +25,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code; see run_command.
     """
-    unfinished: list[bool] = []
-    code = run_command(lambda: serve(argv, unfinished))
-    end(code, unfinished)
-    return code
+    return run_server(lambda unfinished: serve(argv, unfinished))
 
 
-def end(code: int, unfinished: Sequence[bool]) -> None:
-    """End the process at once where its thread of MLX is still at work: a step cannot be interrupted, and the process
-    would abort.
+def run_server(run: Callable[[list[bool]], int]) -> int:
+    """Run a command that has a thread of MLX, and end the process at once where that is still at work: a step cannot be
+    interrupted, and the process would abort.
+
+    Args:
+        run: does it; puts into its argument whether the thread was still at work at the end.
+
+    Returns:
+        The exit code; see run_command.
     """
+    unfinished: list[bool] = []
+    code = run_command(lambda: run(unfinished))
     if any(unfinished):
         sys.stderr.flush()
         os._exit(code)
+    return code
 
 
 def serve(argv: Sequence[str] | None, unfinished: list[bool]) -> int:

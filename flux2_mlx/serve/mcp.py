@@ -6,10 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..cli.command import run_command
 from ..cli.common import Parser, path, silence_downloads
 from ..errors import InputError
-from .__main__ import PATIENCE, end
+from .__main__ import PATIENCE, run_server
 
 FOLDER = "~/Pictures/flux2"
 
@@ -20,10 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code; see run_command.
     """
-    unfinished: list[bool] = []
-    code = run_command(lambda: serve(argv, unfinished))
-    end(code, unfinished)
-    return code
+    return run_server(lambda unfinished: serve(argv, unfinished))
 
 
 def build_parser() -> Parser:
