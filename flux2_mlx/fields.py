@@ -110,6 +110,12 @@ def _tuple_of(convert: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]
     return convert_all
 
 
+def _one_or_more(value: Any) -> str | tuple[str, ...]:
+    """A string, also of a list that has one; else a tuple of them."""
+    several = (_str(value),) if isinstance(value, (str, os.PathLike)) else _tuple_of(_str)(value)
+    return several[0] if len(several) == 1 else several
+
+
 def _pixels(value: Any) -> dict[str, int]:
     if not isinstance(value, Mapping):
         raise TypeError
@@ -132,6 +138,7 @@ KINDS: dict[Any, Kind] = {
     int | str: Kind("a whole number or a string", _int_or_str, str),
     tuple[float, ...]: Kind("a list of numbers", _tuple_of(_float), numbers),
     tuple[str, ...]: Kind("a list of strings", _tuple_of(_str), str),
+    str | tuple[str, ...]: Kind("a string or a list of strings", _one_or_more, str),
     Mapping[str, int]: Kind("pixels by sides", _pixels, sides),
 }
 
@@ -207,7 +214,7 @@ def convert_option(cls: type, f: Field[Any], value: Any) -> Any:
         raise InputError(f"{f.name} must be {KINDS[kind].name}{_number_range(ge, gt, le)}, got {value!r}{hint}")
     if not meta.get("is_path"):
         return converted
-    return expand(converted) if kind is str else tuple(map(expand, converted))
+    return expand(converted) if isinstance(converted, str) else tuple(map(expand, converted))
 
 
 def is_of_type(cls: type, f: Field[Any], value: Any) -> bool:

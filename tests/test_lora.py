@@ -142,10 +142,10 @@ def test_what_is_left_out_is_told(tmp_path):
     folder = write_pictures(tmp_path / "data")
     for name in ("0.json", "1.tags", "metadata.csv", "notes.md", ".DS_Store"):
         (folder / name).write_text("x")
-    write_pictures(folder / "10_sks fox")
+    write_pictures(folder / "sks fox")
     (folder / "empty").mkdir()
     assert left_out(folder) == [
-        "subfolders are not read: 10_sks fox (4 images)",
+        "subfolders are not read: sks fox (4 images)",
         "not read, captions are in .txt or .caption files or metadata.jsonl: metadata.csv",
         "not read, captions are .txt or .caption: 0.json, 1.tags",
     ]
@@ -170,8 +170,8 @@ def test_what_metadata_leaves_out_is_told(tmp_path):
 
 def test_a_folder_of_folders_is_told(tmp_path):
     (tmp_path / "data").mkdir()
-    write_pictures(tmp_path / "data" / "10_sks fox")
-    with pytest.raises(DataError, match=r"subfolders are not read, give one of them: 10_sks fox \(4 images\)"):
+    write_pictures(tmp_path / "data" / "sks fox")
+    with pytest.raises(DataError, match=r"subfolders are not read, give one of them: sks fox \(4 images\)"):
         read_dataset(tmp_path / "data", 64)
 
 
@@ -467,7 +467,7 @@ def test_a_file_of_options(tmp_path):
         ('{"data": "a", "output": "b", "targets": "to_q"}', "targets must be a list of strings, got 'to_q'"),
         ('{"data": "a", "output": "b", "targets": [1]}', "targets must be a list of strings"),
         ('{"data": "a", "output": "b", "dtype": "float16"}', "dtype must be one of bfloat16, float32, got 'float16'"),
-        ('{"data": 5, "output": "b"}', "data must be a string, got 5"),
+        ('{"data": 5, "output": "b"}', "data must be a string or a list of strings, got 5"),
         ('{"data": "a", "output": "b", "quantize": [4]}', "quantize must be a whole number or a string"),
     ],
 )  # fmt: skip

@@ -77,7 +77,7 @@ class Parser(argparse.ArgumentParser):
             argument["metavar"] = "N" if kind in (int, float) else None
             argument |= {name: meta[name] for name in ("metavar", "choices", "nargs") if meta.get(name) is not None}
             argument["type"] = parser_of(cls, f)
-            if kind == tuple[str, ...] and "nargs" not in argument:
+            if kind in (tuple[str, ...], str | tuple[str, ...]) and "nargs" not in argument:
                 argument["action"] = "append"
         group.add_argument(f"--{flag_of(f)}", help=meta["help"] + (f" ({shown})" if shown else ""), **argument)
         if meta.get("also"):

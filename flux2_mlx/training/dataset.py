@@ -1,63 +1,32 @@
-"""The data set of a LoRA: a folder, checked as a whole, becomes examples of a few sizes, sampled in batches.
+"""The data set of a LoRA: folders, checked as a whole, become examples of a few sizes, sampled in batches.
 
-    folder -> read_dataset -> examples, each with its size -> BatchSampler: the examples of pass 0, 1, 2, ...
+    folders -> read_datasets -> examples, each with its size -> PassSampler: the examples of pass 0, 1, 2, ...
 
-A folder has images, each with its caption in a .txt or .caption file of the same name; or a metadata.jsonl, one object
-a line:
-
-    {"file_name": "1.png", "text": "a red fox in the snow"}
-    {"file_name": "after.png", "text": "make it night", "reference": "before.png"}
-
-"file_name" and "text" are the keys of Hugging Face's image folders; "reference" is the image to edit, or a list of
-images. Paths are within the folder. What lies beside them and is not read is told, in warnings.
+Several folders are data sets that take turns by their weights. What a folder may have, says folder.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import json
 import math
-import re
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..errors import InputError, summarize
+from ..errors import InputError
 from ..imaging.files import open_image
 from ..imaging.preprocess import image_array, reference_size
 from ..sampling.latents import PIXELS_PER_TOKEN
+from .folder import MAX_CAPTION_BYTES, DataError, read_folder, tell_what_is_left_out
 
-METADATA = "metadata.jsonl"
-KEYS = ("file_name", "text", "reference")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif")
-CAPTIONS = (".txt", ".caption")
-_OTHER_METADATA = re.compile(r"(metadata|captions?|meta_cap|meta_lat|dataset)\.(csv|json|jsonl|parquet|toml|tsv)")
-# Keys of other trainers for the caption, which must not be passed over as columns of something else.
-_CAPTION_KEYS = ("caption", "captions", "prompt", "prompts", "description", "additional_feature")
-MIN_IMAGES = 3
 MIN_SIDE = 64  # pixels of a training image
-MAX_CAPTION_BYTES = 100_000  # a caption is truncated to 512 tokens in any case
+MAX_WEIGHT = 1000
 
 Size = tuple[int, int]  # height, width in pixels
-
-
-class DataError(InputError):
-    """A data set that cannot be trained on.
-
-    Attributes:
-        faults: all faults of the folder or file ``source``, one line each.
-    """
-
-    def __init__(self, source: Path, faults: Sequence[str]):
-        self.faults = list(faults)
-        super().__init__("; ".join(self.faults), source=source)
 
 
 @dataclass(frozen=True)
@@ -70,6 +39,9 @@ class Example:
         references: files of the reference images of an edit.
         size: the size that the image is trained at; see bucket.
         reference_sizes: the sizes of the references.
+        repeats: how often it counts an epoch of its data set.
+        dataset: the number of its data set.
+        weight: the weight of its data set; see PassSampler.
     """
 
     image: Path
@@ -77,6 +49,9 @@ class Example:
     references: tuple[Path, ...]
     size: Size
     reference_sizes: tuple[Size, ...]
+    repeats: int = 1
+    dataset: int = 0
+    weight: float = 1.0
 
     @property
     def shape(self) -> tuple[Size, ...]:
@@ -84,17 +59,50 @@ class Example:
         return (self.size, *self.reference_sizes)
 
 
-# ---------------------------------------------------------------------------------------------------- the folder
+def parse_data(data: str | Sequence[str]) -> list[tuple[Path, float]]:
+    """(folder, weight) of each data set: of "folder" or "folder:weight", as commands take one.
+
+    Raises:
+        InputError: for a weight that is none.
+    """
+    return [_parse_data(text) for text in ([data] if isinstance(data, str) else data)]
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """An image as the folder names it; ``label`` names the entry in messages about its caption."""
+def _parse_data(text: str) -> tuple[Path, float]:
+    folder, _, number = text.rpartition(":")
+    try:
+        weight = float(number) if folder and not Path(text).exists() else None
+    except ValueError:
+        weight = None
+    if weight is None:
+        return Path(text), 1.0
+    if not 0 < weight <= MAX_WEIGHT:
+        raise InputError(
+            f"the weight of a data set must be a number above 0, up to {MAX_WEIGHT}, got {number} for {folder}"
+        )
+    return Path(folder), weight
 
-    label: str
-    image: Path
-    caption: str
-    references: tuple[Path, ...] = ()
+
+def read_datasets(data: str | Sequence[str], resolution: int, trigger: str = "") -> list[Example]:
+    """The examples of one data set or of several; see parse_data and read_dataset.
+
+    Raises:
+        DataError: with all faults of all folders.
+    """
+    examples: list[Example] = []
+    errors: list[DataError] = []
+    for number, (folder, weight) in enumerate(parse_data(data)):
+        try:
+            read = read_dataset(folder, resolution, trigger)
+            examples += [replace(example, dataset=number, weight=weight) for example in read]
+        except DataError as error:
+            errors.append(error)
+    if len(errors) > 1:
+        faults = [f"{error.source}: {fault}" for error in errors for fault in error.faults]
+        raise DataError("the data", faults)
+    if errors:
+        raise errors[0]
+    return examples
 
 
 def read_dataset(folder: Path, resolution: int, trigger: str = "") -> list[Example]:
@@ -110,88 +118,27 @@ def read_dataset(folder: Path, resolution: int, trigger: str = "") -> list[Examp
     if not folder.is_dir():
         raise DataError(folder, ["there is no such folder"])
     faults: list[str] = []
-    try:
-        names = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise DataError(folder, [error.strerror or str(error)]) from None
-    metadata = folder / METADATA
-    entries = _from_metadata(metadata, faults) if metadata.is_file() else _from_captions(names, faults)
-    subfolders = _subfolders(names, {path.parent for entry in entries for path in (entry.image, *entry.references)})
-    if not entries and not faults:
-        more = f"; subfolders are not read, give one of them: {summarize(subfolders)}" if subfolders else ""
-        faults.append(f"no images ({', '.join(SUFFIXES[:4])}, ...) and no {METADATA}{more}")
-    elif len(entries) < MIN_IMAGES and not faults:
-        count = "1 image" if len(entries) == 1 else f"{len(entries)} images"
-        faults.append(f"{count}, and at least {MIN_IMAGES} are needed")
+    listings = read_folder(folder, faults)
     sizes: dict[Path, Size | None] = {}
     examples = []
-    for entry in entries:
-        caption = _with_trigger(entry.caption, trigger)
-        if not caption:
-            unread = [path.name for path in names if path.stem == entry.image.stem and not _is_read(path)]
-            more = f" ({summarize(unread)} {'is' if len(unread) == 1 else 'are'} not read)" if unread else ""
-            faults.append(f"{entry.label}: the caption is empty; write one, or give a trigger word{more}")
-        for path in (entry.image, *entry.references):
-            if path not in sizes:
-                sizes[path] = _size(folder, path, faults)
-        size, *others = (sizes[path] for path in (entry.image, *entry.references))
-        reference_sizes = tuple(bucket(*other, resolution) for other in others if other is not None)
-        if size is not None:
-            target = bucket(*size, resolution)
-            examples.append(Example(entry.image, caption, entry.references, target, reference_sizes))
+    for listing in listings:
+        for entry in listing.entries:
+            caption = _with_trigger(entry.caption, trigger)
+            if not caption:
+                more = listing.unread_beside(entry.image)
+                faults.append(f"{entry.label}: the caption is empty; write one, or give a trigger word{more}")
+            for path in entry.images:
+                if path not in sizes:
+                    sizes[path] = _size(folder, path, faults)
+            size, *others = (sizes[path] for path in entry.images)
+            reference_sizes = tuple(bucket(*other, resolution) for other in others if other is not None)
+            if size is not None:
+                target = bucket(*size, resolution)
+                examples.append(Example(entry.image, caption, entry.references, target, reference_sizes, entry.repeats))
     if faults:
         raise DataError(folder, faults)
-    _tell_what_is_left_out(folder, names, subfolders, entries, set(sizes))
+    tell_what_is_left_out(listings)
     return examples
-
-
-def _is_read(path: Path) -> bool:
-    return path.suffix.lower() in (*SUFFIXES, *CAPTIONS) or path.is_dir()
-
-
-def _subfolders(names: Iterable[Path], used: set[Path]) -> list[str]:
-    """Subfolders with images in them, and how many, but for those that are used."""
-    found = []
-    for path in names:
-        if path.is_dir() and not any(path == other or path in other.parents for other in used):
-            try:
-                count = sum(file.suffix.lower() in SUFFIXES for file in path.iterdir())
-            except OSError:
-                continue
-            if count:
-                found.append(f"{path.name} ({count} image{'s' * (count > 1)})")
-    return found
-
-
-def _tell_what_is_left_out(
-    folder: Path, names: Sequence[Path], subfolders: list[str], entries: Sequence[_Entry], images: set[Path]
-) -> None:
-    """Warn of what a folder has and the data set has not."""
-
-    def tell(found: Iterable[str], what: str) -> None:
-        found = list(found)
-        if found:
-            warnings.warn(f"{folder}: {what}: {summarize(found)}", stacklevel=4)
-
-    stems = {entry.image.stem for entry in entries}
-    is_listed = (folder / METADATA).is_file()
-    tell(subfolders, "subfolders are not read")
-    tell(
-        (entry.label for entry in entries if not entry.caption), "without a caption, trained on the trigger word alone"
-    )
-    tell(
-        (path.name for path in names if _OTHER_METADATA.fullmatch(path.name) and path.name != METADATA),
-        f"not read, captions are in {' or '.join(CAPTIONS)} files or {METADATA}",
-    )
-    tell(
-        (path.name for path in names if path.stem in stems and not _is_read(path)),
-        f"not read, captions are {' or '.join(CAPTIONS)}",
-    )
-    if is_listed:
-        captions = (path.name for path in names if path.suffix.lower() in CAPTIONS and path.stem in stems)
-        tell(captions, f"not read, {METADATA} has the captions")
-        unused = (path.name for path in names if path.suffix.lower() in SUFFIXES and path not in images)
-        tell(unused, f"images that {METADATA} does not name are left out")
 
 
 def _with_trigger(caption: str, trigger: str) -> str:
@@ -215,111 +162,6 @@ def _size(folder: Path, path: Path, faults: list[str]) -> Size | None:
         faults.append(f"{name}: {error.strerror or error}")
         return None
     return image.height, image.width
-
-
-def _from_captions(names: Sequence[Path], faults: list[str]) -> list[_Entry]:
-    images = [path for path in names if path.suffix.lower() in SUFFIXES]
-    captions: dict[str, list[Path]] = {path.stem: [] for path in images}
-    for path in names:
-        if path.suffix.lower() in CAPTIONS and path.is_file():
-            if path.stem in captions:
-                captions[path.stem].append(path)
-            else:
-                faults.append(f"{path.name}: there is no image of this name")
-    faults += [
-        f"{' and '.join(path.name for path in paths)}: captions of one image; keep one of them"
-        for paths in captions.values()
-        if len(paths) > 1
-    ]
-    read = {stem: _caption(paths[0], faults) if paths else "" for stem, paths in captions.items()}
-    return [_Entry(path.name, path, read[path.stem]) for path in images]
-
-
-def _caption(path: Path, faults: list[str]) -> str:
-    """The text of a file. A file that cannot be read adds a fault, and its name stands for the text, or the caption
-    would count as empty too.
-    """
-    try:
-        if path.stat().st_size > MAX_CAPTION_BYTES:
-            raise InputError(f"{path.stat().st_size:,} bytes are no caption")
-        return path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        faults.append(f"{path.name}: not UTF-8 text ({error.reason})")
-    except (InputError, OSError) as error:
-        faults.append(f"{path.name}: {getattr(error, 'strerror', None) or error}")
-    return path.name
-
-
-def _from_metadata(path: Path, faults: list[str]) -> list[_Entry]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON strings may hold other line breaks
-    except UnicodeDecodeError as error:
-        faults.append(f"{path.name}: not UTF-8 text ({error.reason})")
-        return []
-    except OSError as error:
-        faults.append(f"{path.name}: {error.strerror}")
-        return []
-    entries = []
-    unknown: dict[str, None] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        label = f"{path.name}, line {number}"
-        try:
-            entries.append(_parse_entry(path.parent, label, line, unknown.setdefault))
-        except InputError as error:
-            faults.append(f"{label}: {error}")
-    if not entries and not faults:
-        faults.append(f"{path.name} is empty: one JSON object a line")
-    if unknown and not faults:
-        columns = summarize([repr(name) for name in unknown])
-        warnings.warn(f"{path}: keys that are not read: {columns} (known are {', '.join(KEYS)})", stacklevel=4)
-    return entries
-
-
-def _parse_entry(folder: Path, label: str, line: str, tell: Callable[[str], object]) -> _Entry:
-    """One line of metadata; ``tell`` gets the keys that mean nothing here.
-
-    Raises:
-        InputError: for a line of another form, and for a key that is a known one misspelt, or another trainer's.
-    """
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"no JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise InputError(f"an object is expected, got {line.strip()[:40]}")
-    for name in values:
-        if name in KEYS:
-            continue
-        near = difflib.get_close_matches(name, [key for key in KEYS if key not in values], n=1)
-        if "text" not in values and name.lower() in _CAPTION_KEYS:
-            near = ["text"]
-        if near:
-            raise InputError(f"unknown key {name!r}; {near[0]}?")
-        tell(name)
-    caption, references = values.get("text", ""), values.get("reference") or []
-    references = [references] if isinstance(references, str) else references
-    if not isinstance(caption, str) or len(caption) > MAX_CAPTION_BYTES or _has_surrogates(caption):
-        raise InputError(f"text must be a caption, got {str(caption)[:40]!r}")
-    if not isinstance(references, list):
-        raise InputError(f"reference must be a file or a list of files, got {references!r}")
-    image, *others = (_path_within(folder, name) for name in (values.get("file_name"), *references))
-    return _Entry(label, image, caption.strip(), tuple(others))
-
-
-def _path_within(folder: Path, name: Any) -> Path:
-    if not isinstance(name, str) or not name or "\0" in name or _has_surrogates(name):
-        raise InputError(f"a file's name is expected, got {name!r}")
-    path = folder / name
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise InputError(f"{name!r} is outside of the folder")
-    return path
-
-
-def _has_surrogates(text: str) -> bool:
-    """Whether a text has lone surrogates, which JSON can write and UTF-8 cannot encode."""
-    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def read_captions(path: Path, examples: Sequence[Example]) -> list[str]:
@@ -348,11 +190,12 @@ def read_captions(path: Path, examples: Sequence[Example]) -> list[str]:
 
 
 def fingerprint(examples: Sequence[Example], preserved: Sequence[str] = ()) -> str:
-    """A hash of a data set and the captions to preserve: of images, captions, sizes and their order."""
+    """A hash of data sets and the captions to preserve: of images, captions, sizes, repeats and their order."""
     digest = hashlib.sha256(repr(list(preserved)).encode() if preserved else b"")
     for example in examples:
         images = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (example.image, *example.references)]
-        digest.update(repr((images, example.caption, example.shape)).encode())
+        counted = () if (example.repeats, example.dataset) == (1, 0) else (example.repeats, example.dataset)
+        digest.update(repr((images, example.caption, example.shape, *counted)).encode())
     return digest.hexdigest()
 
 
@@ -379,8 +222,8 @@ def fit_image(image: Image.Image, size: Size) -> mx.array:
 
 
 class BatchSampler:
-    """The endless order of training: batch k has the indices of the examples of pass k. Each epoch has an order of its
-    own, which depends on the arguments alone.
+    """The endless order of a data set: batch k has the indices of its examples. In each epoch an example counts
+    ``repeats`` times; each has an order of its own, which depends on the arguments alone.
 
     Args:
         batch_size: examples in a batch, all of one shape; the last batch of a shape in an epoch may have fewer.
@@ -388,7 +231,9 @@ class BatchSampler:
 
     def __init__(self, examples: Sequence[Example], batch_size: int, seed: int):
         self.shapes = [example.shape for example in examples]
+        self.numbers = [number for number, example in enumerate(examples) for _ in range(example.repeats)]
         self.batch_size, self.seed = batch_size, seed
+        self.dataset = examples[0].dataset if examples else 0
         self.batches_per_epoch = len(self._epoch(0))
         self._latest: tuple[int, list[list[int]]] = -1, []
 
@@ -399,10 +244,43 @@ class BatchSampler:
         return self._latest[1][index]
 
     def _epoch(self, epoch: int) -> list[list[int]]:
-        rng = np.random.default_rng([self.seed, epoch])
+        rng = np.random.default_rng([self.seed, epoch, self.dataset])
         groups: dict[tuple[Size, ...], list[int]] = {}
-        for number in rng.permutation(len(self.shapes)):
-            groups.setdefault(self.shapes[number], []).append(int(number))
+        for place in rng.permutation(len(self.numbers)):
+            number = self.numbers[place]
+            groups.setdefault(self.shapes[number], []).append(number)
         size = self.batch_size
         batches = [group[k : k + size] for group in groups.values() for k in range(0, len(group), size)]
         return [batches[k] for k in rng.permutation(len(batches))]
+
+
+class PassSampler:
+    """The endless order of training: pass k has the indices of its examples, all of one data set, each of which is
+    gone through as by a BatchSampler of its own.
+
+    Data sets take turns: of the passes each gets the share that its weight has in the sum of weights, and of the first
+    n passes what is nearest to that, as Webster's method apportions seats: the next one is that of the largest
+    weight / (2 passes so far + 1), of equals the first.
+    """
+
+    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int):
+        numbers: dict[int, list[int]] = {}
+        for number, example in enumerate(examples):
+            numbers.setdefault(example.dataset, []).append(number)
+        self.members = list(numbers.values())
+        self.weights = [examples[members[0]].weight for members in self.members]
+        self.batches = [BatchSampler([examples[k] for k in members], batch_size, seed) for members in self.members]
+        self._taken = [0] * len(self.members)
+        self._turns: list[tuple[int, int]] = []  # of each pass the data set, and how many passes it had before
+
+    def __getitem__(self, k: int) -> list[int]:
+        while len(self._turns) <= k:
+            place = max(range(len(self.weights)), key=lambda i: self.weights[i] / (2 * self._taken[i] + 1))
+            self._turns.append((place, self._taken[place]))
+            self._taken[place] += 1
+        place, turn = self._turns[k]
+        return [self.members[place][number] for number in self.batches[place][turn]]
+
+    def share(self, place: int) -> float:
+        """The share of the passes that a data set gets."""
+        return self.weights[place] / sum(self.weights)

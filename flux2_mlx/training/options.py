@@ -11,6 +11,7 @@ from ..device import default_dtype
 from ..errors import InputError
 from ..fields import changed, option
 from ..options import MODEL, CheckpointOptions
+from .dataset import parse_data
 
 TIMESTEPS = ("logit-normal", "uniform", "shifted", "four")
 DECAYS = ("cosine", "constant")
@@ -23,8 +24,9 @@ VALIDATION, RUN = "validation", "memory and speed"
 class TrainingOptions(CheckpointOptions):
     """The options of a training run; the command's flags have these names."""
 
-    data: str = option(
-        help="folder of images and captions", group=DATA, metavar="FOLDER", is_path=True,
+    data: str | tuple[str, ...] = option(
+        help="folder of images and captions; repeat it for several, which take turns by their weights (1)", group=DATA,
+        metavar="FOLDER[:WEIGHT]", is_path=True,
         also=("--dataset", "--train-data-dir", "--instance-data-dir"),
     )  # fmt: skip
     output: str = option(
@@ -137,6 +139,7 @@ class TrainingOptions(CheckpointOptions):
     )  # fmt: skip
 
     def check_together(self) -> None:
+        parse_data(self.data)
         if self.validation_image and self.validation_prompt is None:
             raise InputError("validation_image belongs to validation_prompt, and none is given")
 

@@ -30,7 +30,7 @@ from ..runtime.distributed import any_process, check_agreement, launched
 from ..runtime.plan import TrainingPlan, make_training_plan
 from ..writing import remove_partials
 from .adapter import adapter_size
-from .dataset import BatchSampler, Example, Size, fingerprint, read_captions, read_dataset
+from .dataset import Example, PassSampler, Size, fingerprint, parse_data, read_captions, read_datasets
 from .latent_cache import LatentCache, sized_images
 from .log import Log, write_text
 from .options import TrainingOptions, training_dtype
@@ -85,7 +85,7 @@ def train(
     """
     group = launched()
     is_first = group is None or group.rank() == 0
-    examples = read_dataset(Path(options.data), options.resolution, options.trigger)
+    examples = read_datasets(options.data, options.resolution, options.trigger)
     preserved = read_captions(Path(options.preserve), examples) if options.preserve else []
     identity = fingerprint(examples, preserved)
     check_agreement(identity, group)
@@ -269,13 +269,20 @@ def load_transformer(pipe: Flux2Pipeline, shows_bars: bool) -> None:
 
 
 def describe_dataset(examples: Sequence[Example], options: TrainingOptions) -> str:
-    """One line: the number of images by size, and how often the run sees each."""
-    counts = Counter(example.size for example in examples)
-    sizes = ", ".join(f"{count} of {width} x {height}" for (height, width), count in counts.most_common(5))
-    rest = f", and {len(counts) - 5} more sizes" if len(counts) > 5 else ""
-    passes = BatchSampler(examples, options.batch_size, options.seed).batches_per_epoch
-    times = options.steps * options.accumulate / passes
-    return f"{len(examples)} images ({sizes}{rest}), each is seen about {times:.3g} times"
+    """A line for each data set: the number of images by size, and how often the run sees each."""
+    sampler, folders = PassSampler(examples, options.batch_size, options.seed), parse_data(options.data)
+    lines = []
+    for place, members in enumerate(sampler.members):
+        images, share = [examples[number] for number in members], sampler.share(place)
+        counts = Counter(example.size for example in images)
+        sizes = ", ".join(f"{count} of {width} x {height}" for (height, width), count in counts.most_common(5))
+        rest = f", and {len(counts) - 5} more sizes" if len(counts) > 5 else ""
+        epochs = options.steps * options.accumulate * share / sampler.batches[place].batches_per_epoch
+        repeats = sorted(example.repeats for example in images)
+        times = " to ".join(dict.fromkeys(f"{epochs * count:.3g}" for count in (repeats[0], repeats[-1])))
+        name = f"{folders[images[0].dataset][0]}, {share:.3g} of the passes: " if len(sampler.members) > 1 else ""
+        lines.append(f"{name}{len(images)} images ({sizes}{rest}), each is seen about {times} times")
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager

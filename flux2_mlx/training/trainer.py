@@ -35,7 +35,7 @@ from ..errors import CheckpointError, InputError
 from ..models.flux2 import FluxKlein
 from ..sampling.latents import image_ids, text_ids
 from .adapter import add_adapters
-from .dataset import BatchSampler, Example, Size
+from .dataset import Example, PassSampler, Size
 from .latent_cache import LatentCache, save_arrays, sized_images
 from .losses import draw_timesteps, flow_loss, learning_rate_at, predict_velocity
 from .options import RESUMABLE, TrainingOptions
@@ -101,7 +101,7 @@ class Trainer:
             )
         self.model, self.options, self.examples, self.cache = model, options, examples, cache
         self.preserved, self.group = preserved, group
-        self.batches = BatchSampler(examples, options.batch_size, options.seed)
+        self.batches = PassSampler(examples, options.batch_size, options.seed)
         self.adapters = add_adapters(model, options)
         if options.grad_checkpoint:
             model.block_runner = checkpoint_block
@@ -267,7 +267,7 @@ class Trainer:
             listed = ", ".join(f"{name} ({options.get(name)!r}, now {now[name]!r})" for name in changed)
             raise InputError(f"{path} was trained with other options: {listed}; give another output to begin anew")
         if data != fingerprint:
-            raise InputError(f"{path} was trained on other images or captions than {self.options.data} has now")
+            raise InputError(f"{path} was trained on other images or captions than the data has now")
         expected = self._state()
         if {name: (array.shape, array.dtype) for name, array in arrays.items()} != {
             name: (array.shape, array.dtype) for name, array in expected.items()
