@@ -37,7 +37,9 @@ from .training.run import CONFIG, STATE, open_pipeline, plan_training, train
 MAX_FAULTS = 20  # most faults of a data set that are printed
 
 
-HINTS = {"--epochs": "give --steps; an epoch is the number of images, each as often as it repeats, divided by --batch-size * --accumulate"}
+HINTS = {
+    "--epochs": "give --steps; an epoch is the number of images, with repeats, divided by --batch-size * --accumulate"
+}
 
 
 def build_parser() -> Parser:

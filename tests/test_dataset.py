@@ -259,6 +259,10 @@ def test_faults_of_all_data_sets_are_told(tmp_path, capsys):
 
 
 def test_a_folder_may_be_named_like_a_weight(tmp_path):
+    """What exists is a folder; names that no folder can have are told as any that is not there."""
+    for text in ("x" * 5000 + ":3", "a\0b:3"):
+        with pytest.raises(DataError, match="there is no such folder"):
+            read_datasets(text, 64)
     write_images(tmp_path / "pictures:3")
     (example, *_) = read_datasets([str(tmp_path / "pictures:3")], 64)
     assert (example.image.parent.name, example.weight) == ("pictures:3", 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,7 +72,7 @@ def parse_data(data: str | Sequence[str]) -> list[tuple[Path, float]]:
 def _parse_data(text: str) -> tuple[Path, float]:
     folder, _, number = text.rpartition(":")
     try:
-        weight = float(number) if folder and not Path(text).exists() else None
+        weight = float(number) if folder and not os.path.exists(text) else None
     except ValueError:
         weight = None
     if weight is None:
@@ -115,7 +116,7 @@ def read_dataset(folder: Path, resolution: int, trigger: str = "") -> list[Examp
     Raises:
         DataError: with all faults of the folder.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(folder, ["there is no such folder"])
     faults: list[str] = []
     listings = read_folder(folder, faults)
@@ -255,8 +256,8 @@ class BatchSampler:
 
 
 class PassSampler:
-    """The endless order of training: pass k has the indices of its examples, all of one data set, each of which is
-    gone through as by a BatchSampler of its own.
+    """The endless order of training: pass k has the indices of its examples, all of one data set; each data set has a
+    BatchSampler of its own.
 
     Data sets take turns: of the passes each gets the share that its weight has in the sum of weights, and of the first
     n passes what is nearest to that, as Webster's method apportions seats: the next one is that of the largest
