@@ -17,7 +17,7 @@ started = time.perf_counter()
 for step in pipe.stream(arguments.prompt, width=arguments.size, height=arguments.size, seed=0):
     seconds = time.perf_counter() - started
     step.picture().save(f"step-{step.index}.png")
-    print(f"step {step.index} of {step.settings.num_steps}: noise left {step.sigma:.3f}, {seconds:.1f} s")
+    print(f"step {step.index} of {step.steps}: noise left {step.sigma:.3f}, {seconds:.1f} s")
     if seconds > arguments.patience:
         break
     started = time.perf_counter()

@@ -22,7 +22,7 @@ from .decoding import LatentDecoder
 from .device import wired_limit
 from .models.first_block_cache import FirstBlockCache
 from .models.kv_cache import KV, FrozenKV
-from .request import Request, request_noise
+from .request import Request, Sampling, request_noise
 from .results import Step
 from .runtime.activations import Pass, Workload
 from .runtime.residency import Need, Stages
@@ -31,6 +31,20 @@ from .sampling.denoiser import CachedDenoiser, Denoiser, FrozenDenoiser, Velocit
 from .sampling.guidance import Guidance, batched, distributed, sequential
 from .sampling.latents import image_ids
 from .sampling.samplers import MaskBlend, add_noise, sample_euler
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """One sampling of the images, and what depends on its size.
+
+    Attributes:
+        rope: rotation tables of text, image and references.
+        one: the size of a pass; in Conditioning for one image without CFG.
+    """
+
+    sampling: Sampling
+    rope: tuple[mx.array, mx.array]
+    one: Pass
 
 
 @dataclass(frozen=True)
@@ -43,8 +57,7 @@ class Conditioning:
         init: clean tokens (1, S, C) of the init image, if any.
         references: clean tokens (1, R, C) of the references that go through every pass.
         reference_kv: keys and values of the references, in place of their tokens (klein-9b-kv).
-        rope: rotation tables of text, image and references.
-        one: the size of a pass for one image without CFG.
+        canvases: the samplings, one after another.
     """
 
     embeddings: list[mx.array]
@@ -52,8 +65,7 @@ class Conditioning:
     init: mx.array | None
     references: list[mx.array]
     reference_kv: list[KV] | None
-    rope: tuple[mx.array, mx.array]
-    one: Pass
+    canvases: list[Canvas]
 
 
 @dataclass
@@ -94,50 +106,72 @@ class Generator:
     def _generate(self, request: Request) -> collections.abc.Generator[Step, None, None]:
         stats = Stats()
         conditioning = self._condition(request, stats)
-        two_passes = request.uses_cfg and self.group is None
-        is_batched = two_passes and self.stages.fits(replace(conditioning.one, rows=2))
-        caches = conditioning.one.caches * (2 if two_passes and not is_batched else 1)
-        one = replace(conditioning.one, rows=2 if is_batched else 1, caches=caches)
-        count = self._images_per_pass(request, one)
-        one = replace(one, rows=count * one.rows)
+        two_passes, largest = request.uses_cfg and self.group is None, conditioning.canvases[-1].one
+        is_batched = two_passes and self.stages.fits(replace(largest, rows=2))
+        rows, caches = 2 if is_batched else 1, largest.caches * (2 if two_passes and not is_batched else 1)
+        count = self._images_per_pass(request, replace(largest, rows=rows, caches=caches))
+        canvases = [
+            replace(canvas, one=replace(canvas.one, rows=count * rows, caches=caches))
+            for canvas in conditioning.canvases
+        ]
         # The transformer is loaded now, so that its progress bar comes before that of the steps.
-        self.stages.prepare("transformer", self._need(one), stats)
-        total = len(request.settings) * len(request.steps)
+        self.stages.prepare("transformer", self._need(canvases[-1].one), stats)
+        total = len(request.settings) * sum(len(canvas.sampling.steps) for canvas in canvases)
         with self.stages.bar("generating", total, unit="step") as bar:
             for start in range(0, len(request.settings), count):
                 images = range(start, min(start + count, len(request.settings)))
-                yield from self._generate_batch(request, conditioning, one, images, is_batched, stats, bar)
+                z = None if request.init_latents is None else mx.concatenate([request.init_latents[k] for k in images])
+                for canvas in canvases:
+                    size = canvas.sampling.size
+                    init = conditioning.init if z is None else self.decoder.pack(z, size)
+                    latents = yield from self._sample(
+                        request, conditioning, canvas, init, images, is_batched, stats, bar
+                    )
+                    z = self.decoder.unpack(latents, size)  # from which hires goes on
 
-    def _generate_batch(
+    def _sample(
         self,
         request: Request,
         conditioning: Conditioning,
-        one: Pass,
+        canvas: Canvas,
+        init: mx.array | None,
         images: range,
         is_batched: bool,
         stats: Stats,
         bar: tqdm,
-    ) -> Iterator[Step]:
-        """The steps of the images that share a pass."""
+    ) -> collections.abc.Generator[Step, None, mx.array]:
+        """The steps of the images that share a pass, in one sampling.
+
+        Args:
+            init: clean tokens (1 or B, S, C) to start from, if any.
+
+        Returns:
+            their latents (B, S, C).
+        """
         first, channels = request.settings[0], self.stages.checkpoint.transformer.in_channels
+        steps, size, one = canvas.sampling.steps, canvas.sampling.size, canvas.one
+        total = request.samplings[-1].steps[-1].index
         frozen = None if first.reuse is None else FrozenKV(first.reuse, one.image)
 
         def use() -> AbstractContextManager[Any]:
             is_frozen = frozen is not None and bool(frozen.kv)
             return self.stages.use("transformer", self._need(one, is_frozen), stats, what="denoise")
 
-        denoiser = Denoiser(use, conditioning.rope, one.image, conditioning.references, conditioning.reference_kv)
+        denoiser = Denoiser(use, canvas.rope, one.image, conditioning.references, conditioning.reference_kv)
         velocity = self._velocity(request, conditioning, denoiser, frozen, images, is_batched)
         x = noise = mx.concatenate(
-            [request.latents[k] if request.latents else request_noise(request.settings[k], channels) for k in images]
+            [
+                request.latents[k] if request.latents else request_noise(request.settings[k], size, channels)
+                for k in images
+            ]
         )
         blend = None
-        if conditioning.init is not None:
-            x = add_noise(conditioning.init, noise, request.steps[0].sigma)
-            blend = None if request.mask_tokens is None else MaskBlend(conditioning.init, noise, request.mask_tokens)
-        for step, latents, denoised in sample_euler(velocity, x, request.steps, blend):
+        if init is not None:
+            x = add_noise(init, noise, steps[0].sigma)
+            blend = None if request.mask_tokens is None else MaskBlend(init, noise, request.mask_tokens)
+        for step, latents, denoised in sample_euler(velocity, x, steps, blend):
             if not mx.isfinite(latents).all().item():
-                raise FloatingPointError(not_finite(f"step {step.index} of {first.num_steps}", first.dtype))
+                raise FloatingPointError(not_finite(f"step {step.index} of {total}", first.dtype))
             cache = velocity.cond.cache if isinstance(velocity.cond, CachedDenoiser) else None
             stats.steps["reused" if cache is not None and cache.is_used else "computed"] += len(images)
             for row, k in enumerate(images):
@@ -147,8 +181,10 @@ class Generator:
                 yield Step(
                     k,
                     step.index,
+                    total,
                     1000 * step.sigma,
                     step.sigma_next,
+                    size,
                     own,
                     foreseen,
                     request.settings[k],
@@ -156,6 +192,7 @@ class Generator:
                     self.decoder,
                     request.inpaint,
                 )
+        return latents
 
     def _velocity(
         self,
@@ -200,26 +237,24 @@ class Generator:
         if init is not None and request.inpaint is not None:
             references, sizes = [init, *references], [size, *sizes]
         position_ids = [image_ids(*reference_size, reference=k) for k, reference_size in enumerate(sizes)]
-        workload = Workload(
-            *size,
-            length,
-            sizes,
-            self.stages.checkpoint.has_kv_cache,
-            frozen=first.reuse,
-        )
-        one = workload.denoising(caches=0 if first.step_cache is None else 1)
         reference_kv = None
-        if one.kv:
+        if references and self.stages.checkpoint.has_kv_cache:
             reference_kv = self.references.encode_kv(references, position_ids, stats)
             references, position_ids = [], []
+
+        def canvas(sampling: Sampling) -> Canvas:
+            has_kv = self.stages.checkpoint.has_kv_cache
+            workload = Workload(*sampling.size, length, sizes, has_kv, frozen=first.reuse)
+            rope = self.references.rope(length, [image_ids(*sampling.size), *position_ids])
+            return Canvas(sampling, rope, workload.denoising(caches=0 if first.step_cache is None else 1))
+
         return Conditioning(
             request.prompt_embeds or [encoded[prompt] for prompt in prompts],
             encoded[first.negative_prompt] if negative else None,
             init,
             references,
             reference_kv,
-            self.references.rope(length, [image_ids(*size), *position_ids]),
-            one,
+            [canvas(sampling) for sampling in request.samplings],
         )
 
     def _need(self, one: Pass, is_frozen: bool = False) -> Need:

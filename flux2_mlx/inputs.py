@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 from PIL import Image
 
 from .errors import InputError
@@ -16,8 +17,17 @@ from .imaging.preprocess import reference_size
 from .options import GenerationOptions
 from .paths import expand
 
+Size = tuple[int, int]  # (height, width)
+
 # Inputs of a call that an image's settings cannot carry, and their flags; "" for those of Python alone.
-INPUTS = {"image": "--image", "init_image": "--init-image", "mask": "--mask", "prompt_embeds": "", "latents": ""}
+INPUTS = {
+    "image": "--image",
+    "init_image": "--init-image",
+    "init_latents": "",
+    "mask": "--mask",
+    "prompt_embeds": "",
+    "latents": "",
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,7 @@ class Inputs:
     prompt: Any = None
     image: Any = None
     init_image: Any = None
+    init_latents: Any = None
     mask: Any = None
     prompt_embeds: Any = None
     latents: Any = None
@@ -47,6 +58,25 @@ class Inputs:
             return []
         return list(self.image) if isinstance(self.image, (list, tuple)) else [self.image]
 
+    @property
+    def has_init(self) -> bool:
+        """Whether there is what to start from, for a strength."""
+        return self.init_image is not None or self.init_latents is not None
+
+    @property
+    def init_size(self) -> Size | None:
+        """The size of the image whose latents ``init_latents`` are, if they are given.
+
+        Raises:
+            InputError: for another shape.
+        """
+        if self.init_latents is None:
+            return None
+        shape = np.shape(self.init_latents)
+        if len(shape) != 4 or any(side % 2 or not side for side in shape[1:3]):
+            raise InputError(f'init_latents must be (B, H/8, W/8, 32), as output_type="latent" gives them, got {shape}')
+        return 8 * shape[1], 8 * shape[2]
+
     def opened(self) -> Inputs:
         """The same inputs, with image files opened.
 
@@ -64,8 +94,15 @@ class Inputs:
         Raises:
             InputError: for options without what they belong to.
         """
-        if options.strength is not None and self.init_image is None:
+        if options.strength is not None and not self.has_init:
             raise InputError("strength belongs to init_image (--init-image), and none is given")
+        if self.init_image is not None and self.init_latents is not None:
+            raise InputError("init_image and init_latents are both what to start from; give one of them")
+        starts = [name for name in ("init_image", "init_latents", "latents") if getattr(self, name) is not None]
+        if options.hires is not None and starts:
+            raise InputError(
+                f"hires starts from a smaller image of its own, and {starts[0]} is given; give one of them"
+            )
         return inpaint_from(self.init_image, self.mask, options.mask_blur, options.mask_padding, options.expand)
 
 

@@ -14,8 +14,9 @@ from .errors import InputError
 from .families import Release, find_release
 from .fields import Options, check_choice, option
 from .imaging.inpaint import MAX_MARGIN, SIDES, check_expand
-from .quantization.spec import AFFINE_BITS, AFFINE_GROUPS, FLOAT_MODES, Quantization, parse_options
+from .quantization.spec import AFFINE_BITS, AFFINE_GROUPS, FLOAT_MODES, Quantization, options_of, parse_options
 from .runtime.plan import MODES
+from .runtime.residency import Stages
 from .sampling.latents import NOISES, PIXELS_PER_TOKEN
 from .sampling.schedules import SCHEDULES, check_sigmas
 
@@ -31,6 +32,8 @@ MAX_GUIDANCE = 100
 MAX_PROMPT = 100_000  # characters; encoding takes hundreds of bytes for each, and at most 40,960 tokens are read
 MIN_MEMORY = 10**6  # bytes; less is a number of GB
 STRENGTH = 0.75  # img2img's default; less where the steps are fewer than four
+HIRES_STRENGTH = 0.5
+MAX_HIRES = 4
 FROZEN = ("text", "references")
 
 _LORA = "LoRA and its strength: a safetensors file, a folder, a Hub id or owner/name/file; repeat it for several"
@@ -132,6 +135,15 @@ class GenerationOptions(Options):
         None, "height in pixels, a multiple of 16", group=SAMPLING, ge=MIN_SIDE, also=("-H",), planned=True,
         shown="the init or reference image's, else 1024; nano 128",
     )  # fmt: skip
+    hires: float | None = option(
+        None, "hires fix: generate the image this much smaller first (1 to 4), enlarge its latents and denoise them at "
+        "the full size, so that large images keep one composition", group=SAMPLING, gt=1, le=MAX_HIRES, metavar="SCALE",
+        shown="off", also=("--hires-fix", "--hires-scale"),
+    )  # fmt: skip
+    hires_strength: float | None = option(
+        None, "denoising strength of the second pass of --hires", group=SAMPLING, gt=0, le=1, metavar="STRENGTH",
+        shown=str(HIRES_STRENGTH),
+    )  # fmt: skip
     num_steps: int | None = option(
         None, "denoising steps", group=SAMPLING, ge=1, le=MAX_STEPS, flag="steps", metavar="N",
         shown="distilled models 4, base models 50", also=("--num-steps", "--num-inference-steps", "-s"),
@@ -197,6 +209,8 @@ class GenerationOptions(Options):
         check_size(self.height, self.width)
         if self.sigmas is not None and self.num_steps not in (None, len(self.sigmas)):
             raise InputError(f"num_steps is {self.num_steps}, but {len(self.sigmas)} sigmas are given")
+        if self.hires_strength is not None and self.hires is None:
+            raise InputError("hires_strength belongs to hires (--hires SCALE), and none is given")
         if self.step_cache is not None and self.reuse is not None:
             raise InputError("step_cache is for tens of steps and reuse for a few; give one of them")
 
@@ -298,6 +312,22 @@ class ModelOptions(CheckpointOptions):
     lora_partial: bool = option(
         False, "load a LoRA that fits the model only in part, without its other layers", group=ADAPTERS
     )
+
+    @classmethod
+    def of(cls, stages: Stages) -> ModelOptions:
+        """The options of a model that is open."""
+        loras = stages.loras.values()
+        return cls(
+            model=stages.checkpoint.name,
+            revision=stages.checkpoint.revision,
+            dtype=dtype_name(stages.dtype),
+            vae_dtype=dtype_name(stages.vae_dtype),
+            lora=tuple(map(str, loras)),
+            lora_merge=any(lora.merge for lora in loras),
+            lora_partial=any(lora.partial for lora in loras),
+            **stages.checkpoint.options,
+            **options_of(stages.quantize),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,13 +43,12 @@ from .options import (
     ModelOptions,
     RuntimeOptions,
     check_prompt,
-    dtype_name,
     dtype_of,
     seed_of,
     vae_dtype_of,
     with_dtype_names,
 )
-from .quantization.spec import Quantization, options_of
+from .quantization.spec import Quantization
 from .request import output_size, resolve
 from .results import Result, Step, watch
 from .runtime.activations import Workload
@@ -291,17 +290,7 @@ class Flux2Pipeline:
     @property
     def options(self) -> ModelOptions:
         """The model's options, as they go into images' settings."""
-        return ModelOptions(
-            model=self.checkpoint.name,
-            revision=self.checkpoint.revision,
-            dtype=dtype_name(self.dtype),
-            vae_dtype=dtype_name(self.vae_dtype),
-            lora=tuple(map(str, self.loras.values())),
-            lora_merge=any(lora.merge for lora in self.loras.values()),
-            lora_partial=any(lora.partial for lora in self.loras.values()),
-            **self.checkpoint.options,
-            **options_of(self.quantize),
-        )
+        return ModelOptions.of(self.stages)
 
     def to(self, *_: Any, **__: Any) -> NoReturn:
         """Raise an InputError that names this library's way to a device and a dtype."""
@@ -363,6 +352,8 @@ class Flux2Pipeline:
         force_guidance: bool = False,
         step_cache: float | None = None,
         reuse: str | None = None,
+        hires: float | None = None,
+        hires_strength: float | None = None,
         seed: int | None = None,
         num_images: int | None = None,
         batch_size: int | None = None,
@@ -371,6 +362,7 @@ class Flux2Pipeline:
         noise: str = "torch",
         max_sequence_length: int | None = None,
         init_image: ImageLike | None = None,
+        init_latents: mx.array | np.ndarray | None = None,
         strength: float | None = None,
         mask: ImageLike | None = None,
         mask_blur: float = 0.0,
@@ -404,6 +396,9 @@ class Flux2Pipeline:
                 from one before, as 0.1; see models.first_block_cache. For tens of steps; None and 0 compute every one.
             reuse: "text" or "references", whose keys and values later steps take from the first; see
                 models.kv_cache.FrozenKV. For distilled models without CFG.
+            hires: hires fix: generate the image this much smaller first, from above 1 to 4, enlarge its latents, and
+                denoise them at the full size. The composition is that of the small image.
+            hires_strength: denoising strength of that second pass, None takes 0.5; see strength.
             seed: the first image's seed, the k-th has seed + k; random unless given.
             num_images: images of each prompt.
             batch_size: the most images in one pass through the transformer, where memory allows; None takes one, and
@@ -414,6 +409,8 @@ class Flux2Pipeline:
             max_sequence_length: tokens that a prompt is padded or cut to; None takes 512, or the tokenizer's most.
             init_image: img2img: the image to start from, noised. Its size is the default before the first reference's;
                 to another size it is scaled and cropped, never stretched.
+            init_latents: in place of an init_image: (B, H/8, W/8, 32) as output_type="latent" and Step.unpacked() give
+                them, one or one for each image; nothing is encoded. To another size they are scaled (bicubic).
             strength: denoising strength; 1 keeps nothing of the init_image. None takes 0.75 (with a mask 1, with fewer
                 than 4 steps less). Of n steps the first n - n * strength are left out, rounded down as in diffusers.
             mask: inpainting: white is generated anew, black comes back as it was, grey is blended; "alpha" for what is
@@ -427,7 +424,7 @@ class Flux2Pipeline:
             num_inference_steps, guidance_scale, num_images_per_prompt, generator: diffusers' names.
 
         Yields:
-            Step: num_steps of them for each image, fewer with an init_image and a strength below 1.
+            Step: num_steps of them for each image, fewer from an init_image and a strength below 1; with hires both.
 
         Raises:
             InputError: for a value that cannot be used.

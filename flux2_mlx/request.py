@@ -24,13 +24,21 @@ from .families import BASE, DISTILLED
 from .fields import changed, is_of_type, option
 from .imaging.inpaint import Inpaint
 from .imaging.preprocess import init_array, reference_array, reference_size
-from .inputs import INPUTS, Inputs
-from .options import MIN_SIDE, STRENGTH, BatchOptions, GenerationOptions, ModelOptions, check_prompt, check_size
+from .inputs import INPUTS, Inputs, Size
+from .options import (
+    HIRES_STRENGTH,
+    MIN_SIDE,
+    STRENGTH,
+    BatchOptions,
+    GenerationOptions,
+    ModelOptions,
+    check_prompt,
+    check_size,
+)
 from .paths import without_home
+from .refusals import check_group, check_reuse, check_room
 from .sampling.latents import PIXELS_PER_TOKEN, initial_noise, pack_channels_first
 from .sampling.schedules import StepPlan, custom_sigmas, plan_steps, schedule_sigmas
-
-Size = tuple[int, int]  # (height, width)
 
 TENS_OF_STEPS = 10  # with fewer steps, each differs too much from the one before to reuse it
 
@@ -113,11 +121,12 @@ class Request:
 
     Attributes:
         settings: one for each image.
-        steps: the steps, the same for all images.
+        samplings: the sampling of every image, or with hires both: of the small image, and of the large one.
         prompt_embeds: (1, L, D) for each image; None where prompts are to be encoded.
         latents: (1, S, C) for each image; None where seeds give the noise.
         references: the reference images, (1, H, W, 3) each in -1..1.
         init_image: (1, H, W, 3) in -1..1, for img2img and inpainting.
+        init_latents: (1, h, w, C) of each image, of any size, in place of an init image.
         inpaint: composites the result into the init image.
         mask_tokens: (1, S, 1) in 0..1, how much of each token is inpainted.
         uses_cfg: whether the CFG scale is above 1.
@@ -125,11 +134,12 @@ class Request:
     """
 
     settings: list[Settings]
-    steps: list[StepPlan]
+    samplings: list[Sampling]
     prompt_embeds: list[mx.array] | None
     latents: list[mx.array] | None
     references: list[mx.array]
     init_image: mx.array | None
+    init_latents: list[mx.array] | None
     inpaint: Inpaint | None
     mask_tokens: mx.array | None
     uses_cfg: bool
@@ -212,7 +222,8 @@ def image_sizes(
     """
     references = [reference_size(image) for image in inputs.images]
     init_image = inputs.init_image if inpaint is None else inpaint.image
-    models = references if init_image is None else [reference_size(init_image), *references]
+    init_size = inputs.init_size if init_image is None else reference_size(init_image)
+    models = references if init_size is None else [init_size, *references]
     size = output_size(options.height, options.width, models, side)
     if inpaint is None:
         return size, references
@@ -236,16 +247,51 @@ class Sampling:
     """The sampling of an image, every default filled in.
 
     Attributes:
+        size: (height, width) in pixels.
         guidance: CFG's scale; 1 is no CFG.
-        strength: denoising strength of img2img and inpainting; None without an init image.
+        strength: denoising strength of img2img, inpainting and hires; None where nothing is started from.
         num_steps: the schedule's steps, those that the strength leaves out among them.
         steps: the steps that are done.
     """
 
+    size: Size
     guidance: float
     strength: float | None
     num_steps: int
     steps: list[StepPlan]
+
+    @property
+    def passes(self) -> int:
+        """Passes through the transformer."""
+        return sum(step.passes for step in self.steps)
+
+
+def resolve_samplings(
+    options: GenerationOptions, distilled: bool, size: Size, *, has_init: bool, inpaints: bool
+) -> list[Sampling]:
+    """The sampling of an image of this size; with hires before it that of the small image. Steps are numbered through.
+
+    Raises:
+        InputError: for an image that is too small for hires.
+    """
+    if options.hires is None:
+        return [resolve_sampling(options, distilled, size, has_init=has_init, inpaints=inpaints)]
+    if min(size) < options.hires * MIN_SIDE:
+        raise InputError(
+            f"hires {options.hires:g} would begin {size[1]} x {size[0]} with a side below {MIN_SIDE} pixels; give a "
+            "larger image, or less of it"
+        )
+    small = resolve_sampling(options, distilled, small_size(size, options.hires), has_init=False, inpaints=False)
+    strength = HIRES_STRENGTH if options.hires_strength is None else options.hires_strength
+    again = replace(options, strength=strength)
+    large = resolve_sampling(again, distilled, size, has_init=True, inpaints=False)
+    steps = [replace(step, index=k) for k, step in enumerate(large.steps, small.num_steps + 1)]
+    return [small, replace(large, steps=steps)]
+
+
+def small_size(size: Size, scale: float) -> Size:
+    """The size (height, width) that hires begins an image with."""
+    return _multiple(size[0] / scale), _multiple(size[1] / scale)
 
 
 def resolve_sampling(
@@ -261,91 +307,25 @@ def resolve_sampling(
         strength = default_strength(num_steps, inpaints=inpaints) if strength is None else strength
         start = start_step(strength, num_steps)
     steps = plan_steps(sigmas, start, uses_cfg=guidance > 1, interval=options.guidance_interval)
-    return Sampling(guidance, strength, num_steps, steps)
+    return Sampling(size, guidance, strength, num_steps, steps)
 
 
-def warn_of_sampling(options: GenerationOptions, sampling: Sampling, name: str) -> None:
+def warn_of_sampling(options: GenerationOptions, guidance: float, steps: Sequence[StepPlan], name: str) -> None:
     """Warn of options that have no effect, or hardly the one that is hoped for."""
-    steps = sampling.steps
-    if options.guidance is not None and options.guidance > max(sampling.guidance, 1):
+    if options.guidance is not None and options.guidance > max(guidance, 1):
         warn(
             f"{name} is distilled and generates without CFG; guidance {options.guidance:g} is ignored "
             "(force_guidance, --force-guidance apply it)"
         )
-    elif options.negative_prompt and sampling.guidance <= 1:
+    elif options.negative_prompt and guidance <= 1:
         warn(f"{name} generates without CFG here, which a negative prompt needs; negative_prompt is ignored")
-    if sampling.guidance > 1 and not any(step.is_guided for step in steps):
+    if guidance > 1 and not any(step.is_guided for step in steps):
         sigmas = ", ".join(f"{step.sigma:.3g}" for step in steps[:8])
         warn(f"no step's noise level (sigma) is in guidance_interval: {sigmas}; CFG is not applied")
     if options.step_cache and len(steps) < TENS_OF_STEPS:
         warn(
             f"step_cache is for tens of steps: of {len(steps)}, each differs much from the one before, so that few are "
             "reused, or the image becomes another"
-        )
-
-
-# ------------------------------------------------------------------------------------------------ refusals
-
-
-def check_reuse(reuse: str, guidance: float, checkpoint: Checkpoint, *, has_references: bool) -> None:
-    """Refuse to freeze what this model, or this call, does not have, or would lose too much by.
-
-    Raises:
-        InputError: with the reason.
-    """
-    name = checkpoint.name
-    if not checkpoint.is_distilled:
-        raise InputError(
-            f"reuse is for the few steps of distilled models, and {name} is a base model, whose many steps have "
-            "step_cache (--step-cache)"
-        )
-    if guidance > 1:
-        raise InputError(f"reuse is for distilled models without CFG, and guidance is {guidance:g}")
-    if reuse == "references" and not has_references:
-        raise InputError("reuse of references belongs to image (--image), and none is given")
-    if checkpoint.has_kv_cache and has_references:
-        more = (
-            "" if reuse == "references" else ", and reuse of the text beside them costs too much of the image's quality"
-        )
-        raise InputError(f"{name} caches its references already (KV cache), as klein-9b-kv does{more}")
-
-
-def check_room(
-    peak: Callable[[Sequence[Size]], int], size: Size, references: Sequence[Size], needed: int, limit: int
-) -> None:
-    """Refuse more references than there is memory for. An image that is itself too large, or with the first ones that
-    it cannot do without, is warned of later.
-
-    Args:
-        peak: bytes with these references.
-        needed: how many of the first references cannot be left out.
-
-    Raises:
-        InputError: with the number that fits.
-    """
-    wanted = peak(references)
-    if wanted <= limit:
-        return
-    fitting = [count for count in range(needed, len(references)) if peak(references[:count]) <= limit]
-    if fitting:
-        height, width = size
-        raise InputError(
-            f"{len(references) - needed} references and an image of {width} x {height} need about "
-            f"{wanted / 1e9:.2f} GB of memory, and there are {limit / 1e9:.2f}; the first {fitting[-1] - needed} fit"
-        )
-
-
-def check_group(is_seeded: bool, guidance: float) -> None:
-    """Refuse what two processes cannot share.
-
-    Raises:
-        InputError: with the way out.
-    """
-    if not is_seeded:
-        raise InputError("two processes that share the passes of CFG need the same seed, and none is given")
-    if guidance <= 1:
-        raise InputError(
-            "two processes share the passes of CFG, and there is no CFG; they can share images: --jobs FILE"
         )
 
 
@@ -390,28 +370,33 @@ def resolve(
     resolved = replace(options, height=size[0], width=size[1], max_sequence_length=length)
     if references:
         check_room(lambda some: peak(resolved, some), size, sizes, int(inpaint is not None), limit)
-    has_init, inpaints = inputs.init_image is not None, inpaint is not None
-    sampling = resolve_sampling(resolved, checkpoint.is_distilled, size, has_init=has_init, inpaints=inpaints)
+    samplings = resolve_samplings(
+        resolved, checkpoint.is_distilled, size, has_init=inputs.has_init, inpaints=inpaint is not None
+    )
+    sampling = samplings[-1]
     if options.reuse is not None:
         check_reuse(options.reuse, sampling.guidance, checkpoint, has_references=bool(sizes))
     if shares_cfg:
         check_group(options.seed is not None, sampling.guidance)
-    warn_of_sampling(options, sampling, checkpoint.name)
+    warn_of_sampling(options, sampling.guidance, [step for own in samplings for step in own.steps], checkpoint.name)
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
-    sampled = {"guidance": sampling.guidance, "strength": sampling.strength, "num_steps": sampling.num_steps}
+    strength = "strength" if options.hires is None else "hires_strength"
+    sampled = {"guidance": sampling.guidance, strength: sampling.strength, "num_steps": sampling.num_steps}
     own = {"prompt": prompts[0], "seed": seed, "inputs": inputs.names}
     first = Settings(**vars(model) | vars(resolved) | sampled | own)
     count = len(prompts) * batch.num_images
     image_of = [k // batch.num_images for k in range(count)]
     channels = checkpoint.transformer.in_channels
-    init_image = init_array(inputs.init_image, size) if has_init and inpaint is None else None
+    init_image = None if inputs.init_image is None or inpaint is not None else init_array(inputs.init_image, size)
+    init_latents = None if inputs.init_latents is None else given_init(inputs.init_latents, count, channels // 4)
     return Request(
         settings=[replace(first, prompt=prompts[image_of[k]], seed=seed + k) for k in range(count)],
-        steps=sampling.steps,
+        samplings=samplings,
         prompt_embeds=None if embeds is None else [embeds[image_of[k]][None] for k in range(count)],
         latents=None if inputs.latents is None else given_latents(inputs.latents, count, size, channels),
         references=references,
         init_image=init_image if inpaint is None else inpaint.array(size),
+        init_latents=init_latents,
         inpaint=inpaint,
         mask_tokens=None if inpaint is None else inpaint.mask_tokens(size),
         uses_cfg=sampling.guidance > 1,
@@ -439,8 +424,16 @@ def as_array(name: str, value: Any) -> mx.array:
         raise InputError(f"{name} must be an array, got {type(value).__name__}") from None
 
 
-def request_noise(settings: Settings, channels: int) -> mx.array:
-    return initial_noise(settings.seed, settings.height, settings.width, channels, settings.noise)
+def request_noise(settings: Settings, size: Size, channels: int) -> mx.array:
+    return initial_noise(settings.seed, *size, channels, settings.noise)
+
+
+def given_init(value: Any, count: int, channels: int) -> list[mx.array]:
+    """(1, h, w, channels) of each image; one may be for all of them."""
+    latents = as_array("init_latents", value)
+    if latents.shape[-1] != channels or len(latents) not in (1, count):
+        raise InputError(f"init_latents must be (1 or {count}, H/8, W/8, {channels}), got {latents.shape}")
+    return [latents[k % len(latents)][None] for k in range(count)]
 
 
 def given_latents(value: Any, count: int, size: Size, channels: int) -> list[mx.array]:

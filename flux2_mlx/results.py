@@ -14,6 +14,7 @@ from .decoding import LatentDecoder
 from .errors import InputError
 from .imaging.inpaint import Inpaint
 from .imaging.preprocess import to_pil
+from .inputs import Size
 from .request import Settings
 from .runtime.stats import Stats
 
@@ -24,9 +25,10 @@ class Step:
 
     Attributes:
         image: the image's index in the call, from 0.
-        index: the steps done, 1 to settings.num_steps.
+        index, steps: the steps done, of how many: settings.num_steps, with hires those of both passes.
         timestep: 1000 times the noise level that the step began at, as diffusers counts.
         sigma: the noise level after the step, 0 after the last one.
+        size: (height, width) in pixels of what is denoised; smaller than the image in the first pass of hires.
         latents: (1, S, 128) tokens at that level, float32.
         denoised: (1, S, 128) the image as this step predicts it; equals latents after the last step.
         settings: this image's settings.
@@ -35,8 +37,10 @@ class Step:
 
     image: int
     index: int
+    steps: int
     timestep: float
     sigma: float
+    size: Size
     latents: mx.array
     denoised: mx.array
     settings: Settings
@@ -46,7 +50,7 @@ class Step:
 
     @property
     def is_last(self) -> bool:
-        return self.index == self.settings.num_steps
+        return self.index == self.steps
 
     def array(self) -> np.ndarray:
         """The predicted image, decoded: (H, W, 3) float32 in 0..1; with a mask at the init image's own size.
@@ -58,21 +62,21 @@ class Step:
         """
         if self._inpaint is not None:
             return np.asarray(self.picture(), np.float32) / 255
-        return np.array(self._decoder.decode(self.denoised, self.settings, self.stats)[0])
+        return np.array(self._decoder.decode(self.denoised, self.size, self.stats)[0])
 
     def unpacked(self) -> mx.array:
         """The latents as the decoder takes them: (1, H/8, W/8, 32)."""
-        latents = self._decoder.unpack(self.latents, self.settings)
+        latents = self._decoder.unpack(self.latents, self.size)
         mx.eval(latents)  # a caller may look at them in another thread
         return latents
 
     def picture(self) -> Image.Image:
         """The predicted image, decoded to 8-bit RGB; see ``array``."""
-        return self._composite(to_pil(np.array(self._decoder.decode(self.denoised, self.settings, self.stats)[0])))
+        return self._composite(to_pil(np.array(self._decoder.decode(self.denoised, self.size, self.stats)[0])))
 
     def preview(self) -> Image.Image:
         """The predicted image without the decoder: an eighth of the resolution, enlarged, or by preview_decoder."""
-        return self._composite(self._decoder.preview(self.denoised, self.settings, self.stats))
+        return self._composite(self._decoder.preview(self.denoised, self.size, self.stats))
 
     def _composite(self, image: Image.Image) -> Image.Image:
         """The image within its init image, where there is a mask."""

@@ -94,6 +94,11 @@ WAYS = {
         ({"strength": 1.0}, {"init_image": None, "strength": None}),
         ({"init_image": None}, r"strength belongs to init_image \(--init-image\), and none is given"),
     ),
+    "hires": Way(
+        {"hires": 2.0, "hires_strength": 0.5, "height": 128, "width": 160},
+        ({"hires_strength": 1.0}, {"hires": None, "hires_strength": None}),
+        ({"init_image": IMAGE}, "hires starts from a smaller image of its own, and init_image is given"),
+    ),
     "inpaint": Way(
         INPAINT,
         ({"mask": WHITE}, {"init_image": None, "mask": None, "image": IMAGE}),
@@ -208,7 +213,8 @@ def test_the_memory_that_is_planned_is_enough(opened, way, memory, monkeypatch):
     """No stage says that it needs more, and what is drawn is the same."""
     pipe = opened(way, memory=memory)
     caches = {name: way.options[name] for name in ("step_cache", "reuse") if name in way.options}
-    sizes = SMALL["height"], SMALL["width"], SMALL["max_sequence_length"]
+    options = {**SMALL, **way.options}
+    sizes = options["height"], options["width"], options["max_sequence_length"]
     monkeypatch.setattr(pipe, "memory_limit", pipe.plan(*sizes, way.references, **caches).peak)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -29,6 +29,7 @@ ORDER = [
     {"options"},
     {"conditioning"},
     {"inputs"},
+    {"refusals"},
     {"request"},
     {"decoding"},
     {"results"},

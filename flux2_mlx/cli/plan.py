@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from ..checkpoints.checkpoint import check_kv_support
 from ..device import machine_memory
 from ..families import MAX_SEQUENCE_LENGTH
 from ..models.config import AutoEncoderConfig
 from ..options import dtype_of, vae_dtype_of
-from ..request import resolve_sampling
+from ..request import Size, resolve_samplings
 from ..runtime.activations import Workload
 from ..runtime.plan import Plan, format_range, make_plan
 from ..runtime.released import download_bytes, released_modules
@@ -25,41 +28,49 @@ def print_plan(task: Task, measures: bool) -> None:
     if release is None or model.lora:
         pipe = open_pipeline(task)
         use_loras(pipe, task)
-        plan, checkpoint = plan_of(pipe, task), pipe.checkpoint
-        print(f"{plan}\n{duration(plan, task, checkpoint.autoencoder.sample_size, checkpoint.is_distilled)}")
+        checkpoint = pipe.checkpoint
+        print_plans(partial(plan_of, pipe, task), task, checkpoint.autoencoder.sample_size, checkpoint.is_distilled)
         return
     if model.kv_cache:
         check_kv_support(release.name)
     side = AutoEncoderConfig.sample_size
-    (height, width), references = task.sizes(side)
-    workload = Workload(
-        height,
-        width,
-        options.max_sequence_length or MAX_SEQUENCE_LENGTH,
-        references,
-        release.has_kv_cache if model.kv_cache is None else model.kv_cache,
-        caches_steps=options.step_cache is not None,
-        frozen=options.reuse,
-    )
-    plan = make_plan(
-        *released_modules(release.name, dtype, model.quantization(), vae_dtype),
-        workload,
-        dtype=dtype,
-        limit=int(task.runtime.memory_limit or machine_memory()),
-        memory=task.runtime.memory,
-    )
-    distilled = release.is_distilled if model.distilled is None else model.distilled
-    print(f"{plan}\n{duration(plan, task, side, distilled)}")
+    modules = released_modules(release.name, dtype, model.quantization(), vae_dtype)
+    limit = int(task.runtime.memory_limit or machine_memory())
+
+    def plan_at(size: Size) -> Plan:
+        workload = Workload(
+            *size,
+            options.max_sequence_length or MAX_SEQUENCE_LENGTH,
+            task.sizes(side)[1],
+            release.has_kv_cache if model.kv_cache is None else model.kv_cache,
+            caches_steps=options.step_cache is not None,
+            frozen=options.reuse,
+        )
+        return make_plan(*modules, workload, dtype=dtype, limit=limit, memory=task.runtime.memory)
+
+    print_plans(plan_at, task, side, release.is_distilled if model.distilled is None else model.distilled)
     print(f"download: up to {download_bytes(release.name) / 1e9:.1f} GB")
 
 
-def duration(plan: Plan, task: Task, side: int, distilled: bool) -> str:
-    """One line: how long an image takes, where this machine was measured."""
-    size, _ = task.sizes(side)
-    has_init, inpaints = task.inputs.init_image is not None, task.inpaint is not None
-    sampling = resolve_sampling(task.options, distilled, size, has_init=has_init, inpaints=inpaints)
-    passes = sum(step.passes for step in sampling.steps)
-    seconds = plan.seconds(2 if sampling.guidance > 1 else 1, passes)
-    if seconds is None:
-        return "time: not known; --measure measures this machine, once and in a few seconds"
-    return f"time: about {format_range(*seconds)} s an image, {passes} passes of the transformer, without loading it"
+def print_plans(plan_at: Callable[[Size], Plan], task: Task, side: int, distilled: bool) -> None:
+    """Print the plan of the image, and how long it takes, where this machine was measured: the small image that hires
+    begins with counts by its steps.
+
+    Args:
+        plan_at: the plan at a size (height, width).
+    """
+    size, has_init = task.sizes(side)[0], task.inputs.has_init
+    *smaller, sampling = resolve_samplings(
+        task.options, distilled, size, has_init=has_init, inpaints=task.inpaint is not None
+    )
+    plan = plan_at(size)
+    print(plan)
+    parts = [plan.seconds(2 if sampling.guidance > 1 else 1, sampling.passes)]
+    parts += [plan_at(small.size).denoising_seconds(small.passes) for small in smaller]
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        print("time: not known; --measure measures this machine, once and in a few seconds")
+        return
+    seconds = format_range(*map(sum, zip(*known, strict=True)))
+    shown = " and ".join(str(own.passes) for own in (*smaller, sampling))
+    print(f"time: about {seconds} s an image, {shown} passes of the transformer, without loading it")

@@ -20,7 +20,7 @@ from ..imaging.files import save_image, save_preview
 from ..imaging.terminal import PROTOCOLS, detect_protocol, encode
 from ..options import CheckpointOptions
 from ..pipeline import Flux2Pipeline
-from ..request import Settings
+from ..request import Settings, Size
 from ..results import Step
 from ..runtime.plan import Plan
 from ..writing import remove_partials
@@ -69,8 +69,10 @@ def identity(task: Task) -> dict[str, Any]:
     return task.model.select(CheckpointOptions) | vars(task.runtime)
 
 
-def plan_of(pipe: Flux2Pipeline, task: Task) -> Plan:
-    (height, width), references = task.sizes(pipe.checkpoint.autoencoder.sample_size)
+def plan_of(pipe: Flux2Pipeline, task: Task, size: Size | None = None) -> Plan:
+    """The plan of a task's image, or of one of another size (height, width)."""
+    own, references = task.sizes(pipe.checkpoint.autoencoder.sample_size)
+    height, width = size or own
     return pipe.plan(references=references, **{**task.options.planned, "height": height, "width": width})
 
 

@@ -58,6 +58,13 @@ class Stage:
     seconds: tuple[float, float] | None = None
     seconds_after_first: tuple[float, float] | None = None
 
+    def seconds_of(self, times: int) -> tuple[float, float] | None:
+        """(least, most) of running it so often; None where ``seconds`` is."""
+        if self.seconds is None:
+            return None
+        least, most = self.seconds_after_first or self.seconds
+        return self.seconds[0] + (times - 1) * least, self.seconds[1] + (times - 1) * most
+
     def is_streamed(self, memory: str, limit: int) -> bool:
         """Whether its blocks are read from disk in a mode of MODES and a memory limit in bytes."""
         too_large = memory == "auto" and self.weights + self.activation_bytes > limit
@@ -109,12 +116,15 @@ class Plan:
         times = {"text encoder": prompts, "transformer": passes}
         least = most = 0.0
         for stage in self.stages:
-            if stage.seconds is None:
+            seconds = stage.seconds_of(times.get(stage.name, 1))
+            if seconds is None:
                 return None
-            repeats, repeat_seconds = times.get(stage.name, 1) - 1, stage.seconds_after_first or stage.seconds
-            least += stage.seconds[0] + repeats * repeat_seconds[0]
-            most += stage.seconds[1] + repeats * repeat_seconds[1]
+            least, most = least + seconds[0], most + seconds[1]
         return least, most
+
+    def denoising_seconds(self, passes: int) -> tuple[float, float] | None:
+        """The same of the passes through the transformer alone."""
+        return next(stage for stage in self.stages if stage.name == "transformer").seconds_of(passes)
 
     def __str__(self) -> str:
         """A table, in GB of 10^9 bytes, and what will be done."""

@@ -46,6 +46,34 @@ def unpack_latents(latents: mx.array, height: int, width: int) -> mx.array:
     return unpatchify(latents.reshape(batch, height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN, channels))
 
 
+def resize_latents(z: mx.array, height: int, width: int) -> mx.array:
+    """A latent (B, h, w, C) to (B, height, width, C), float32: scaled (bicubic) to cover it, cropped around the centre.
+
+    z is the decoder's input: the statistics of packed latents differ among the four places of a patch, so that what is
+    normalized would be smoothed across four scales.
+    """
+    batch, rows, columns, channels = z.shape
+    scale = min(rows / height, columns / width)
+    down, across = _resizing(rows, height, scale), _resizing(columns, width, scale)
+    z = (mx.array(down) @ z.astype(mx.float32).reshape(batch, rows, -1)).reshape(-1, columns, channels)
+    return (mx.array(across) @ z).reshape(batch, height, width, channels)
+
+
+def _resizing(source: int, target: int, scale: float) -> np.ndarray:
+    """(target, source) weights of Keys' cubic convolution (a = -1/2) around the middle, widened where it shrinks.
+
+    Source: R. Keys, Cubic convolution interpolation for digital image processing, 1981.
+
+    Args:
+        scale: places of the source a place of the target.
+    """
+    centres = source / 2 + (np.arange(target) + 0.5 - target / 2) * scale
+    x = np.abs(np.arange(source) + 0.5 - centres[:, None]) / max(scale, 1)
+    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    weights = np.where(x < 1, near, np.where(x < 2, far, 0))
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
 def text_ids(length: int) -> mx.array:
     """Positions (T, H, W, L) of text tokens: (1, length, 4), L counting up and the others 0."""
     ids = np.zeros((1, length, 4), np.int32)

@@ -124,7 +124,7 @@ class Worker:
             if order.is_cancelled:
                 steps.close()  # type: ignore[attr-defined]  # a generator
                 return
-            now, own = time.perf_counter(), step.settings.num_steps
+            now, own = time.perf_counter(), step.steps
             if done == 0:
                 begun, each = now, now - started
                 total = count * (own - step.index + 1)
