@@ -138,7 +138,7 @@ class GenerationOptions(Options):
     hires: float | None = option(
         None, "hires fix: generate the image this much smaller first (1 to 4), enlarge its latents and denoise them at "
         "the full size, so that large images keep one composition", group=SAMPLING, gt=1, le=MAX_HIRES, metavar="SCALE",
-        shown="off", also=("--hires-fix", "--hires-scale"),
+        shown="off",
     )  # fmt: skip
     hires_strength: float | None = option(
         None, "denoising strength of the second pass of --hires", group=SAMPLING, gt=0, le=1, metavar="STRENGTH",

@@ -376,6 +376,6 @@ def check_inputs(task: Task) -> None:
     Raises:
         InputError: naming the value.
     """
-    if task.inputs.images or task.inputs.init_image is not None:
+    if task.inputs.images or task.inputs.has_init:
         task.sizes(AutoEncoderConfig.sample_size)  # a model's own side, which is not needed here
     check_prompt(task.inputs.prompt)

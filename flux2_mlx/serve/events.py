@@ -44,6 +44,7 @@ class Picture:
     Attributes:
         image: its number in the order, from 0.
         picture: 8-bit RGB.
+        id: of its latents, from which another request may start; None of what a mask was pasted into.
         settings: those that generate it again, without paths of this machine.
         parameters: the same in the line that other tools read.
         seconds: since the order's turn came.
@@ -53,6 +54,7 @@ class Picture:
 
     image: int
     picture: Image.Image
+    id: str | None
     settings: dict[str, Any]
     parameters: str
     seconds: float

@@ -10,6 +10,8 @@ POST /api/images draws. The body is JSON, or multipart with the same names. Answ
     lora            a name, "name:0.8", a list of them, or {"name": 0.8}; absent for the server's own, [] too
     image           references: a picture or a list; in multipart a file part for each, all called "image"
     init_image      picture: img2img, inpainting, outpainting
+    init_latents    the "id" of an image event: img2img from that image's latents, enlarged to the size that is asked
+                    for, without encoding a picture; with "strength". 410 where they are not kept any more
     mask            picture: white is drawn anew, black is kept; or "alpha", where init_image is transparent
     format          "png" (default), "jpeg", "webp"
     quality         0 to 100, of JPEG and WebP
@@ -21,22 +23,26 @@ A picture in JSON is base64 or a data URI; in multipart a file. Events, each wit
     queued          {"position"}: orders that come before; 0 when it is drawn. Again whenever that changes
     step            {"image", "index", "steps", "sigma", "seconds_left", "preview"}: image from 0, index from 1;
                     preview is a data URI or null
-    image           {"image", "data", "seed", "width", "height", "settings", "parameters", "seconds", "warnings"}: data
-                    is a data URI of a file with its settings in it; the stream ends after the last one
+    image           {"image", "data", "id", "seed", "width", "height", "settings", "parameters", "seconds",
+                    "warnings"}: data is a data URI of a file with its settings in it; id names its latents, of the last
+                    ten images of a client, until the model is unloaded or another one opened (null with a mask); the
+                    stream ends after the last one
     error           {"message", "status"}: ends the stream
 
 Lines that begin with ":" keep a silent stream alive. Hanging up (AbortController) cancels: an order that waits leaves
 the queue, one that is drawn stops at its next step. What is refused before it has a place is answered by a status and
 {"error": {"message", "type", "param", "code"}}: 400 for what cannot be drawn, 401 without the API key, 403 for another
-Host or Origin, 413 for a body that is too large, 429 with Retry-After where the queue is full.
+Host or Origin, 410 for latents that are not kept, 413 for a body that is too large, 429 with Retry-After where the
+queue is full.
 
 GET /api/info: {"version", "status": "opening" | "ready" | "unloaded" | "failed", "fault", "model": {"name",
 "is_distilled", "side", "steps", "guidance"} with nulls until it is open, "models", "loras": names, "lora": {name:
 strength} of those that the server has without being asked, "options": {name: {"type", "default", "help", "minimum",
 "maximum", "choices"}}, "limits": {"images", "pictures", "pixels", "body"}, "queue": {"running", "waiting", "places"}}.
 
-POST /api/settings: an image's file as the body; answers {"settings", "parameters"}, to draw it again: settings has the
-options by the names above, with prompt; "lora" and "model" name what the image was drawn with. 400 for other images.
+POST /api/settings: an image's file as the body; answers {"settings", "parameters", "inputs"}, to draw it again: the
+options by the names above, with prompt; "lora" and "model" name what the image was drawn with; "inputs" what was given
+besides ("image", "init_latents", ...), which no file holds. 400 for other images.
 
 With an API key, send it as Authorization: Bearer KEY; /, /health and the page's files need none.
 """
@@ -143,7 +149,9 @@ async def draw(request: Request) -> Response:
     check_choice("format", kind, tuple(FORMATS))
     check_choice("preview", preview, ("webp", "jpeg", "none"))
     quality, previews = number_of(values, "quality", 100), number_of(values, "previews", 1000)
-    order = await studio.order(client_of(request), values, pictures, previews=0 if preview == "none" else previews)
+    init_latents, client = values.pop("init_latents", None), client_of(request)
+    previews = 0 if preview == "none" else previews
+    order = await studio.order(client, values, pictures, init_latents=init_latents, previews=previews)
 
     async def lines(event: Event) -> str:
         if isinstance(event, Queued):
@@ -193,6 +201,7 @@ async def image_data(event: Picture, suffix: str, quality: int | None) -> dict[s
     return {
         "image": event.image,
         "data": data_uri(await encoded(event, suffix, quality), suffix),
+        "id": event.id,
         "seed": event.settings["seed"],
         "width": event.picture.width,
         "height": event.picture.height,
@@ -262,7 +271,7 @@ async def settings(request: Request) -> Response:
     names = {f.name for cls in (GenerationOptions, ModelOptions) for f in fields(cls)}
     values = {name: value for name, value in found.items() if name in names | {"prompt"} and value is not None}
     values["model"] = studio.catalogue.model_named(values.get("model"))[0]
-    return JSONResponse({"settings": values, "parameters": parameters})
+    return JSONResponse({"settings": values, "parameters": parameters, "inputs": found["inputs"]})
 
 
 def settings_in(content: bytes) -> tuple[dict[str, Any], str]:

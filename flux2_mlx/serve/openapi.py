@@ -38,6 +38,7 @@ def body_schema() -> dict[str, Any]:
         "lora": {"type": "object"},
         "image": several,
         "init_image": picture,
+        "init_latents": text,
         "mask": picture,
         "format": {"type": "string", "enum": ["png", "jpeg", "webp"]},
         "quality": {"type": "integer", "minimum": 0, "maximum": 100},

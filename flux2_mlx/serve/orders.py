@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ..cli.arguments import Task, build_parser, check_inputs, complete
@@ -50,12 +51,14 @@ class Pictures:
         init_image: what img2img and inpainting start from.
         mask: white is drawn anew; or "alpha".
         mask_is_alpha: whether the mask's transparent part is drawn anew instead, as OpenAI has it.
+        init_latents: (1, H/8, W/8, 32) of an image of before, in the place of init_image.
     """
 
     image: list[bytes] = field(default_factory=list)
     init_image: bytes | None = None
     mask: bytes | str | None = None
     mask_is_alpha: bool = False
+    init_latents: np.ndarray | None = None
 
     @property
     def contents(self) -> list[bytes]:
@@ -76,6 +79,8 @@ class Pictures:
             opened["image"] = [read(picture, f"image {k}") for k, picture in enumerate(self.image, 1)]
         if self.init_image is not None:
             opened["init_image"] = read(self.init_image, "init_image", alpha=self.mask == ALPHA)
+        if self.init_latents is not None:
+            opened["init_latents"] = self.init_latents
         if self.mask is not None:
             opened["mask"] = self.mask if isinstance(self.mask, str) else self._mask(self.mask)
         return opened

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -31,17 +31,24 @@ class Studio:
         values: Mapping[str, Any],
         pictures: Pictures,
         *,
+        init_latents: Any = None,
         previews: int | None = 0,
         warnings: tuple[str, ...] = (),
         keep_alive: float | None = None,
     ) -> Order:
         """The order of a client's request, checked.
 
+        Args:
+            init_latents: the id of an image of before, to start from its latents.
+
         Raises:
             InputError: for what cannot be drawn.
+            Failure: where that image's latents are not kept.
         """
         options = dict(values)
         model, other = self.catalogue.model_named(options.pop("model", None), self.worker.state.model)
+        if init_latents is not None:
+            pictures = replace(pictures, init_latents=self.worker.kept.find(init_latents, model))
         task = await run_in_threadpool(self.reader.task, model, options, pictures)
         told = (*warnings, other) if other else warnings
         return Order(client, model, task, lambda event: None, previews, told, keep_alive)

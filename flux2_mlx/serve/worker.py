@@ -20,6 +20,7 @@ from ..request import default_guidance, default_steps
 from ..results import Step
 from .catalogue import Catalogue
 from .events import Failure, Picture, StepDone
+from .kept import KeptLatents
 from .queue import Order, Queue
 
 
@@ -52,6 +53,9 @@ class Worker:
         first: an order that is not drawn: its model is opened at the start.
         places: the most orders that wait.
         keep_alive: seconds without an order after which the model is unloaded; None for never.
+
+    Attributes:
+        kept: latents of the images that were drawn last; forgotten with the model.
     """
 
     def __init__(self, catalogue: Catalogue, first: Order, *, places: int, keep_alive: float | None):
@@ -59,6 +63,7 @@ class Worker:
         self._first = first
         self.state = State()
         self.last_seconds = 1.0
+        self.kept = KeptLatents()
         self.queue = Queue(places, lambda: self.last_seconds)
         self._pipe: Flux2Pipeline | None = None
         self._opened: dict[str, Any] = {}
@@ -138,9 +143,11 @@ class Worker:
 
     def _picture(self, order: Order, step: Step, started: float, told: list[Any]) -> Picture:
         picture, settings = step.picture(), self.catalogue.public(step.settings, order.model)
+        is_whole = order.task.inpaint is None
         return Picture(
             step.image,
             picture,
+            self.kept.keep(order.client, order.model, step.unpacked()) if is_whole else None,
             settings.metadata(),
             settings.parameters(),
             time.perf_counter() - started,
@@ -157,6 +164,7 @@ class Worker:
         wanted = identity(order.task)
         if self._pipe is None or self._opened != wanted:
             self._pipe = None  # give its memory back first
+            self.kept.forget()
             mx.clear_cache()
             try:
                 self._pipe, self._opened = open_pipeline(order.task), wanted
@@ -179,6 +187,7 @@ class Worker:
     def _unload(self) -> None:
         if self._pipe is not None:
             self._pipe.unload()
+            self.kept.forget()
             mx.clear_cache()
             self.state = replace(self.state, is_loaded=False)
 

@@ -63,12 +63,9 @@ def test_the_newest_prompt_wins(studio):
 
 
 def test_a_draft_comes_before_a_large_image(studio):
-    """Which begins from it once typing rests, and is the one that is kept."""
+    """Which begins from its latents once typing rests, and is the one that is kept."""
     studio.set_steps(1)
-    for name in ("Width", "Height"):
-        field = studio.page.get_by_role("spinbutton", name=name)
-        field.fill("368")
-        field.press("Tab")
+    set_size(studio, 368)
     studio.prompt.fill(PROMPT)
     studio.picture(PROMPT).wait_for()
     studio.wait_drawn()
@@ -77,12 +74,39 @@ def test_a_draft_comes_before_a_large_image(studio):
         (256, 256, "webp"),
         (368, 368, "none"),
     ]
-    assert "init_image" not in draft
-    assert (opened(image["init_image"]).size, image["strength"], image["seed"]) == ((256, 256), 0.5, draft["seed"])
+    assert "init_latents" not in draft
+    assert (image["strength"], image["seed"], "init_image" in image) == (0.5, draft["seed"], False)
+    assert studio.server.worker.kept.find(image["init_latents"], "nano").shape == (1, 32, 32, 32)
     shown = [(kind, alt) for kind, alt, *_ in studio.seen() if alt]
     assert shown.index(("draft", f"{PROMPT} (draft)")) < shown.index(("image", PROMPT))
     assert studio.page.get_by_role("listitem").count() == 1
-    assert contents(studio.download()).shape == (368, 368, 3)
+    download = studio.download()
+    assert contents(download).shape == (368, 368, 3)
+    studio.drop("#drop-settings", "large.png", download.path().read_bytes())
+    studio.page.get_by_text("of large.png. It was made with more than its file holds: init latents.").wait_for()
+
+
+def test_a_draft_that_the_server_has_forgotten_is_done_without(studio, monkeypatch):
+    """The chosen size is then drawn from noise."""
+    monkeypatch.setattr(studio.server.worker.kept, "keep", lambda *_: "forgotten")
+    studio.expected = "status of 410"
+    studio.set_steps(1)
+    set_size(studio, 368)
+    studio.prompt.fill(PROMPT)
+    studio.picture(PROMPT).wait_for()
+    studio.wait_drawn()
+    draft, refused, image = studio.bodies
+    assert (draft["width"], refused["init_latents"]) == (256, "forgotten")
+    assert image == {name: value for name, value in refused.items() if name not in ("init_latents", "strength")}
+    expected = studio.server.image(prompt=PROMPT, seed=draft["seed"], steps=1, width=368, height=368)
+    np.testing.assert_array_equal(contents(studio.download()), pixels(expected["data"]))
+
+
+def set_size(studio, side):
+    for name in ("Width", "Height"):
+        field = studio.page.get_by_role("spinbutton", name=name)
+        field.fill(str(side))
+        field.press("Tab")
 
 
 def test_an_edit_keeps_what_is_not_masked(studio):

@@ -53,7 +53,7 @@ export async function getInfo() {
 /**
  * The settings that an image's file carries.
  * @param {Blob} file
- * @returns {Promise<{settings: Record<string, any>, parameters: string}>}
+ * @returns {Promise<{settings: Record<string, any>, parameters: string, inputs: string[]}>}
  */
 export async function readSettings(file) {
   return (await request("/api/settings", { method: "POST", body: file })).json();

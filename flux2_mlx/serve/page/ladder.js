@@ -2,15 +2,15 @@
  * From a small draft to the chosen size.
  *
  * A draft has the largest size that this machine draws in about half a second, as far as its times so far tell; then
- * comes 512 x 512's number of pixels, then the chosen size. Each begins from the smaller image, so that the composition
- * stays.
+ * comes 512 x 512's number of pixels, then the chosen size. Each begins from the smaller image's latents, so that the
+ * composition stays.
  */
 
 export const QUICK = 0.5; // seconds that a draft may take
 const MIDDLE = 512;
 const SMALLEST = 256; // models draw badly below; one that was made for less, as nano, has no smaller draft than its own
 const WORTH = 0.7; // sides of a rung, in shares of the next one's; what is hardly smaller is left out
-export const STRENGTH = 0.5; // that a rung begins from the smaller image with
+export const STRENGTH = 0.5; // that a rung begins from the smaller image's latents with
 const MEMORY = 3; // times of a size that are kept
 
 /** @typedef {{width: number, height: number}} Size */

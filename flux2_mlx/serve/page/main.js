@@ -14,6 +14,7 @@ import { Stage } from "./stage.js";
 import { Status } from "./status.js";
 
 const DRAFT_STEPS = 12; // at most; base models take 50
+const GONE = 410; // status where the server does not keep an image's latents any more
 const PATIENCE = 3; // seconds after which a full queue is asked again, where it does not say
 
 const status = new Status();
@@ -76,7 +77,7 @@ function want(isNow = false) {
 }
 
 /**
- * Draw one size; what comes back is its image, for the next size to begin from.
+ * Draw one size; what comes back is the id of its latents, for the next size to begin from, "" where there are none.
  * @param {import("./order.js").Order} wanted
  * @param {import("./ladder.js").Rung} rung
  * @param {string | null} before
@@ -84,29 +85,34 @@ function want(isNow = false) {
  */
 async function drawRung(wanted, rung, before, signal) {
   const { prompt } = wanted.body;
-  const begins = before !== null && !wanted.body.init_image;
+  const begins = Boolean(before) && !wanted.body.init_image;
   // A draft is better to look at than the noisy previews of what follows it.
   const body = { ...wanted.body, preview: before === null ? "webp" : "none" };
   if (rung.isDraft || !wanted.isOfPicture) Object.assign(body, { width: rung.width, height: rung.height });
-  if (begins) Object.assign(body, { init_image: before, strength: STRENGTH });
+  if (begins) Object.assign(body, { init_latents: before, strength: STRENGTH });
   if (rung.isDraft && settings.steps > DRAFT_STEPS) body.num_steps = DRAFT_STEPS;
-  let uri = "";
-  for await (const { name, data } of draw(body, signal)) {
-    if (name === "queued") status.queued(data.position);
-    if (name === "step") {
-      status.step(data, rung);
-      if (data.preview) {
-        shown = null;
-        stage.show(data.preview, prompt, "preview", wanted.size);
+  let id = "";
+  try {
+    for await (const { name, data } of draw(body, signal)) {
+      if (name === "queued") status.queued(data.position);
+      if (name === "step") {
+        status.step(data, rung);
+        if (data.preview) {
+          shown = null;
+          stage.show(data.preview, prompt, "preview", wanted.size);
+        }
+      }
+      if (name === "image") {
+        id = data.id ?? "";
+        if (!begins) times.learn(wanted.kind, rung.width * rung.height, data.seconds);
+        finish(wanted, rung, data);
       }
     }
-    if (name === "image") {
-      uri = data.data;
-      if (!begins) times.learn(wanted.kind, rung.width * rung.height, data.seconds);
-      finish(wanted, rung, data);
-    }
+  } catch (error) {
+    if (begins && error instanceof Refusal && error.status === GONE) return drawRung(wanted, rung, "", signal);
+    throw error;
   }
-  return uri;
+  return id;
 }
 
 /**
@@ -209,12 +215,12 @@ async function editMask() {
 
 /** @param {File} file */
 async function restore(file) {
-  const { settings: found } = await readSettings(file);
+  const { settings: found, inputs } = await readSettings(file);
   references.clear();
   settings.restore(found);
   changed();
-  const pictures = (found.inputs ?? []).join(" and ").replaceAll("_", " ");
-  const told = pictures ? ` It was made with pictures that its file does not hold: ${pictures}.` : "";
+  const more = inputs.join(" and ").replaceAll("_", " ");
+  const told = more ? ` It was made with more than its file holds: ${more}.` : "";
   status.say(`These are the settings of ${file.name}.${told}`);
 }
 
