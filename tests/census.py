@@ -49,7 +49,7 @@ from flux2_mlx.quantization.packing import quantize_rtn, quantize_weight
 from flux2_mlx.quantization.spec import AFFINE_BITS, AFFINE_GROUPS, FLOAT_MODES, Quantization
 from flux2_mlx.sampling.denoiser import CachedDenoiser, Denoiser, FrozenDenoiser
 from flux2_mlx.sampling.guidance import Guidance, batched, sequential
-from flux2_mlx.sampling.latents import initial_noise, pack_latents, unpack_latents
+from flux2_mlx.sampling.latents import initial_noise, pack_latents, resize_latents, unpack_latents
 from flux2_mlx.sampling.samplers import MaskBlend, add_noise, sample_euler
 from flux2_mlx.sampling.schedules import flux2_sigmas, plan_steps
 from flux2_mlx.training.dataset import Example
@@ -322,8 +322,12 @@ def autoencoder(census: Census, dtype: mx.Dtype) -> None:
         def encode(image: mx.array) -> mx.array:
             return model.bn.normalize(pack_latents(model.encoder(image)))
 
+        def start_from(z: mx.array, size: Sequence[int] = (height, width)) -> mx.array:
+            return model.bn.normalize(pack_latents(resize_latents(z, size[0] // 8, size[1] // 8)))
+
         census.trace("decode", decode_latents, mx.zeros((1, height * width // 256, 128)))
         census.trace("encode", encode, mx.zeros((1, height, width, 3)))
+        census.trace("start from latents", start_from, mx.zeros((2, 8, 8, 32)))
 
     def show(latents: mx.array) -> mx.array:
         z = unpack_latents(latents, *SIZE).astype(dtype)

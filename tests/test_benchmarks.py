@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import compare, gpu, kernels, parity, plan, quality, serve, step, training
+from benchmarks import compare, gpu, hires, kernels, parity, plan, quality, serve, step, training
 from benchmarks.common import figures_of, ratio
 
 TINY = ["--random", "tiny", "--size", "64", "--text-length", "16", "--repeats", "1"]
@@ -37,6 +37,7 @@ NIGHTLY = [
     (quality, ["--model", "CHECKPOINT", "--ways", "--captions", "1", "--ranks", "1", "--layers"], "ways"),
     (quality, IN_TURN, "figures"),
     (gpu, ["FOLDER", "--tiny"], "sections"),
+    (hires, ["--size", "96", "--steps", "1", "--captions", "1", "--strengths", "0.5"], "ways"),
     (serve, ["--repeats", "1", "--clients", "2", "--requests", "4", "--soak", "5"], "overhead"),
     (training, ["--tiny", "--size", "64", "--text-length", "16", "--depth-single", "1", "2"], "whole"),
 ]

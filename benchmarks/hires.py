@@ -1,0 +1,82 @@
+"""How well does the composition stay where a large image is begun from a small one, and what does that cost?
+
+    python -m benchmarks.hires [--small 64] [--size 128] [--strengths 0.25 0.5 0.75]
+
+Captions of nano's world that training never saw are drawn at a small size, and then larger: anew from the same seed,
+from the small image's latents (as --hires does) and from the image (img2img), by each strength, in turn. The table says
+of each how far it is from the enlarged small image (levels of 255), how many captions are right, and its share of the
+seconds of drawing anew, the small image aside. Ends with a line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from benchmarks.common import print_json, print_row
+from examples.nano_score import Drawn, rates, unseen_tasks
+from examples.nano_world import judge
+from flux2_mlx import Flux2Pipeline
+
+
+def draw_all(pipe: Flux2Pipeline, arguments: argparse.Namespace) -> dict[str, list[tuple[Drawn, float, float]]]:
+    """Of each way every caption's drawing, how far it is from the small one, and its seconds."""
+    found: dict[str, list[tuple[Drawn, float, float]]] = {}
+    size = {"height": arguments.size, "width": arguments.size}
+    for seed, task in enumerate(tqdm(unseen_tasks(arguments.captions), leave=False)):
+        common = {"seed": seed, "num_steps": arguments.steps}
+        own = {"height": arguments.small, "width": arguments.small, **common}
+        latents = pipe(task.caption, output_type="latent", **own).images
+        small = pipe(task.caption, **own).images[0]
+        ways = {"small": own, "anew": size | common}
+        for strength in arguments.strengths:
+            ways[f"latents {strength:g}"] = {"init_latents": latents, "strength": strength, **size, **common}
+            ways[f"image {strength:g}"] = {"init_image": small, "strength": strength, **size, **common}
+        for name, options in ways.items():
+            started = time.perf_counter()
+            (picture,) = pipe(task.caption, **options).images
+            seconds = time.perf_counter() - started
+            enlarged = small.resize(picture.size, Image.Resampling.BICUBIC)
+            off = float(np.abs(np.asarray(picture, float) - np.asarray(enlarged)).mean())
+            drawn = Drawn(task, picture, judge(np.array(picture), task.scene))
+            found.setdefault(name, []).append((drawn, off, seconds))
+    return found
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="nano", help="one of this world (%(default)s)")
+    parser.add_argument("--small", type=int, default=64, help="width and height of the small images (%(default)s)")
+    parser.add_argument("--size", type=int, default=128, help="and of the large ones (%(default)s)")
+    parser.add_argument("--captions", type=int, default=20, help="how many (%(default)s)")
+    parser.add_argument("--steps", type=int, default=4, help="denoising steps (%(default)s)")
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.25, 0.5, 0.75], help="(0.25 0.5 0.75)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = build_parser().parse_args(argv)
+    pipe = Flux2Pipeline.from_pretrained(arguments.model, cache=False)
+    pipe("a star", height=arguments.size, width=arguments.size, num_steps=1)  # warms up
+    found = draw_all(pipe, arguments)
+    print_row("", ("off", "right", "seconds"), width=10, first=14)
+    ways = {}
+    for name, own in found.items():
+        shares = [seconds / anew for (*_, seconds), (*_, anew) in zip(own, found["anew"], strict=True)]
+        ways[name] = {
+            "off": statistics.mean(off for _, off, _ in own),
+            "right": rates([drawn for drawn, *_ in own])["whole"],
+            "seconds": statistics.median(shares),
+        }
+        print_row(name, ways[name].values(), width=10, first=14)
+    print_json("hires", arguments, {"ways": ways})
+
+
+if __name__ == "__main__":
+    main()
