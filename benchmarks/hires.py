@@ -35,9 +35,11 @@ def draw_all(pipe: Flux2Pipeline, arguments: argparse.Namespace) -> dict[str, li
         latents = pipe(task.caption, output_type="latent", **own).images
         small = pipe(task.caption, **own).images[0]
         ways = {"small": own, "anew": size | common}
-        for strength in arguments.strengths:
+        for k, strength in enumerate(arguments.strengths):
+            image = small.copy()
+            image.putpixel((0, 0), (k, k, k))  # or what was encoded for the strength before would be taken again
             ways[f"latents {strength:g}"] = {"init_latents": latents, "strength": strength, **size, **common}
-            ways[f"image {strength:g}"] = {"init_image": small, "strength": strength, **size, **common}
+            ways[f"image {strength:g}"] = {"init_image": image, "strength": strength, **size, **common}
         for name, options in ways.items():
             started = time.perf_counter()
             (picture,) = pipe(task.caption, **options).images
