@@ -1,5 +1,6 @@
-"""A browser and a server for these tests, a page of its own for each.
+"""A browser, a server and a page for these tests: each has the page to itself, loaded anew.
 
+In a context of its own a page has the browser start a process, which takes three times a test's own CPU time.
 Playwright keeps an event loop running in the tests' thread, so that nothing else there could run one: it ends with the
 last of these tests, before any other.
 """
@@ -11,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.browser import find_browser
-from tests.server import Server
+from tests.server import nano_server
 
 # Every state of the stage that was to be seen, and what the picture was, however short.
 WATCH = """() => {
@@ -22,6 +23,7 @@ WATCH = """() => {
     [stage.dataset.shows, picture.alt, stage.classList.contains("is-old"), picture.src.slice(0, 16)]);
   new MutationObserver(note).observe(stage, { attributes: true, subtree: true, attributeFilter: ["src", "class"] });
 }"""
+VIEWPORT = {"width": 900, "height": 700}
 DONE = "#stage[aria-busy=false][data-shows=image]:not(.is-old)"
 
 
@@ -35,14 +37,20 @@ def browser():
         with pytest.MonkeyPatch.context() as patch:
             patch.delenv("LD_PRELOAD", raising=False)  # OpenBLAS is for MLX
             started = stack.enter_context(playwright.sync_playwright())
-            opened = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
+            opened = started.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
         yield opened
         opened.close()
 
 
 @pytest.fixture(scope="package")
+def page(browser):
+    """The page that tests share, one after the other."""
+    return browser.new_page(viewport=VIEWPORT)
+
+
+@pytest.fixture(scope="package")
 def server():
-    with Server("--model", "nano") as running:
+    with nano_server() as running:
         yield running
 
 
@@ -59,10 +67,14 @@ class Studio:
     def __init__(self, page, server):
         self.page, self.server = page, server
         self.bodies, self.hung_up, self.faults, self.expected = [], [], [], None
-        page.on("request", self._note)
-        page.on("requestfailed", lambda request: self.hung_up.append(request.post_data_json))
-        page.on("console", lambda message: self.faults.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self._listeners = {
+            "request": self._note,
+            "requestfailed": lambda request: self.hung_up.append(request.post_data_json),
+            "console": lambda message: self.faults.append(message.text) if message.type == "error" else None,
+            "pageerror": lambda error: self.faults.append(str(error)),
+        }
+        for event, listener in self._listeners.items():
+            page.on(event, listener)
         page.goto(server.address)
         self.prompt = page.get_by_role("textbox", name="Prompt", exact=True)
         self.status = page.get_by_role("status")
@@ -74,6 +86,15 @@ class Studio:
             self.faults.append(f"a request to {request.url}")
         if url.path == "/api/images":
             self.bodies.append(json.loads(request.post_data))
+
+    def leave(self):
+        """Leave nothing of this test on the page."""
+        for event, listener in self._listeners.items():
+            self.page.remove_listener(event, listener)
+        self.page.unroute_all(behavior="ignoreErrors")
+        self.page.mouse.up()
+        self.page.evaluate("() => sessionStorage.clear()")
+        self.page.goto("about:blank")
 
     def button(self, name, **how):
         return self.page.get_by_role("button", name=name, **how)
@@ -131,25 +152,30 @@ class Studio:
 
 
 @pytest.fixture
-def new_studio(browser, server):
-    """A function that opens the page, on which nothing must go wrong that the test does not expect."""
-    contexts = []
-
-    def open_studio(**how):
-        context = browser.new_context(viewport={"width": 900, "height": 700}, **how)
-        contexts.append(context)
-        studio = Studio(context.new_page(), server)
-        contexts[-1:] = [(context, studio)]
-        return studio
-
-    yield open_studio
-    for context, studio in contexts:
-        context.close()
-        unexpected = [fault for fault in studio.faults if studio.expected is None or studio.expected not in fault]
-        assert unexpected == []
-    server.settle()
+def studio(page, server):
+    """The page, opened, on which nothing must go wrong that the test does not expect."""
+    studio = Studio(page, server)
+    yield studio
+    studio.leave()
+    check(studio)
 
 
 @pytest.fixture
-def studio(new_studio):
-    return new_studio()
+def phone(browser, server):
+    """The same on a phone, in the dark."""
+    with browser.new_context(
+        viewport={"width": 375, "height": 667},
+        has_touch=True,
+        is_mobile=True,
+        color_scheme="dark",
+        reduced_motion="reduce",
+    ) as context:
+        studio = Studio(context.new_page(), server)
+        yield studio
+    check(studio)
+
+
+def check(studio):
+    unexpected = [fault for fault in studio.faults if studio.expected is None or studio.expected not in fault]
+    assert unexpected == []
+    studio.server.settle()

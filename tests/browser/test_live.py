@@ -5,13 +5,10 @@ import pytest
 pytestmark = pytest.mark.browser
 
 
-@pytest.fixture(scope="module")
-def page(browser, server):
-    """A page of the server, for its modules."""
-    opened = browser.new_page()
-    opened.goto(f"{server.address}/health")
-    yield opened
-    opened.close()
+@pytest.fixture(scope="module", autouse=True)
+def modules(page, server):
+    """An address of the server, whose page's modules can be imported."""
+    page.goto(f"{server.address}/health")
 
 
 # Runs a script of [ms, action]: "want NAME", "now NAME", "stop", "hurry", "done", "full", "fault"; tells what was

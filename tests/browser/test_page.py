@@ -405,10 +405,9 @@ def test_the_key_is_asked_for(studio):
     studio.draw(BLUE)
 
 
-def test_on_a_phone(new_studio):
+def test_on_a_phone(phone):
     """Nothing is wider than the screen; a finger brushes the mask; dark."""
-    studio = new_studio(has_touch=True, is_mobile=True, color_scheme="dark", reduced_motion="reduce")
-    studio.page.set_viewport_size({"width": 375, "height": 667})
+    studio = phone
     studio.draw(PROMPT)
     studio.button("Draw mask").tap()
     studio.page.get_by_role("slider", name="Extend right").press("ArrowRight")
