@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from flux2_mlx.generate import main as generate
-from tests.server import FAST, PROMPT, nano_server, opened, pixels, png, uri
+from tests.server import FAST, PROMPT, Server, nano_server, opened, pixels, png, uri
 
 SMALL = {"steps": 1, "seed": 3}
 RED = Image.new("RGB", (128, 128), "red")
@@ -220,6 +220,19 @@ def test_open_webuis_automatic1111_engine(server):
     read = server.client.post("/sdapi/v1/png-info", json={"image": answer["images"][0]}).json()
     assert read["info"] == info["infotexts"][0]
     assert read["parameters"]["seed"] == 3
+
+
+def test_steps_and_cfg_are_judged_by_the_model_that_draws():
+    """A base model takes what clients send, a distilled one does not, whichever was open before."""
+    body = {"prompt": PROMPT, "width": 64, "height": 64, "steps": 13, "cfg_scale": 2, "seed": 3}
+    with Server("--model", "nano", "--no-distilled", "--models", "quick=nano") as server:
+        server.wait(lambda: server.worker.state.model)
+        for model, steps, guidance, told in (("quick", 4, 1.0, 2), ("nano", 13, 2.0, 0)):
+            override = {"override_settings": {"sd_model_checkpoint": model}}
+            answer = server.client.post("/sdapi/v1/txt2img", json=body | override).json()
+            info = json.loads(answer["info"])
+            found = (info["sd_model_name"], info["steps"], info["cfg_scale"], len(info["warnings"]))
+            assert found == (model, steps, guidance, told)
 
 
 def test_img2img_of_automatic1111(server, tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -17,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ..errors import InputError
-from ..options import MIN_SIDE
+from ..options import MIN_SIDE, GenerationOptions
 from ..sampling.latents import PIXELS_PER_TOKEN
 from ..sampling.schedules import SCHEDULES
 from .answers import encoded, pictures_of
@@ -52,7 +53,7 @@ async def img2img(request: Request) -> Response:
 async def answer(request: Request, values: Mapping[str, Any], pictures: Pictures) -> Response:
     studio: Studio = request.app.state.studio
     options, told = options_of(values, studio, pictures)
-    order = await studio.order(client_of(request), options, pictures, warnings=tuple(told))
+    order = await studio.order(client_of(request), options, pictures, warnings=tuple(told), suit=suit)
     images = await pictures_of(request, studio.worker, order)
     first, last = images[0], images[-1]
     info = {
@@ -85,17 +86,9 @@ def options_of(values: Mapping[str, Any], studio: Studio, pictures: Pictures) ->
     for name in ("seed", "strength"):
         if values.get(name) is not None and values[name] != -1:
             options[name] = values[name]
-    is_distilled = studio.worker.state.is_distilled is not False
-    steps = values.get("steps")
-    if is_distilled and isinstance(steps, int) and steps > MOST_STEPS:
-        told.append(f"{steps} steps are for other models: this one is distilled to a few, its default was taken")
-    elif steps is not None:
-        options["steps"] = steps
-    if values.get("cfg_scale") is not None:
-        if is_distilled:
-            told.append(f"cfg_scale {values['cfg_scale']} is left out: the model is distilled and needs no CFG")
-        else:
-            options["guidance"] = values["cfg_scale"]
+    for name in ("steps", "cfg_scale"):
+        if values.get(name) is not None:
+            options[name] = values[name]
     if pictures.init_image is None:
         options |= sizes_of(values, told)
     elif pictures.mask is not None:
@@ -115,6 +108,20 @@ def options_of(values: Mapping[str, Any], studio: Studio, pictures: Pictures) ->
     override = values.get("override_settings")
     if isinstance(override, dict) and override.get("sd_model_checkpoint"):
         options["model"] = override["sd_model_checkpoint"]
+    return options, told
+
+
+def suit(options: GenerationOptions, is_distilled: bool) -> tuple[GenerationOptions, list[str]]:
+    """The options, of a distilled model without tens of steps and CFG; and what was left out."""
+    told: list[str] = []
+    if is_distilled and options.num_steps is not None and options.num_steps > MOST_STEPS:
+        told.append(
+            f"{options.num_steps} steps are for other models: this one is distilled to a few, its default was taken"
+        )
+        options = replace(options, num_steps=None)
+    if is_distilled and options.guidance is not None:
+        told.append(f"cfg_scale {options.guidance} is left out: the model is distilled and needs no CFG")
+        options = replace(options, guidance=None)
     return options, told
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..cli.arguments import Task
+from ..options import GenerationOptions
 from .events import Event, Failure, Queued, StepDone
 
 
@@ -23,6 +24,7 @@ class Order:
         previews: how many of an image's steps show a preview; None for all.
         warnings: what was left out of the request.
         keep_alive: seconds that the model stays loaded afterwards; None for the server's.
+        suit: fits the options to a model that is distilled, or not, once it is open; gives them and what it left out.
         is_cancelled: whether the client has gone.
         position: orders that come before it, as it was told last.
         last_step: the last that was done of it.
@@ -35,6 +37,7 @@ class Order:
     previews: int | None = 0
     warnings: tuple[str, ...] = ()
     keep_alive: float | None = None
+    suit: Callable[[GenerationOptions, bool], tuple[GenerationOptions, list[str]]] | None = None
     is_cancelled: bool = field(default=False, init=False)
     position: int | None = field(default=None, init=False)
     last_step: StepDone | None = field(default=None, init=False)

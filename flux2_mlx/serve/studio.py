@@ -34,12 +34,13 @@ class Studio:
         init_latents: Any = None,
         previews: int | None = 0,
         warnings: tuple[str, ...] = (),
-        keep_alive: float | None = None,
+        **more: Any,
     ) -> Order:
         """The order of a client's request, checked.
 
         Args:
             init_latents: the id of an image of before, to start from its latents.
+            more: of the order's, as Order has them.
 
         Raises:
             InputError: for what cannot be drawn.
@@ -51,7 +52,7 @@ class Studio:
             pictures = replace(pictures, init_latents=self.worker.kept.find(init_latents, model))
         task = await run_in_threadpool(self.reader.task, model, options, pictures)
         told = (*warnings, other) if other else warnings
-        return Order(client, model, task, lambda event: None, previews, told, keep_alive)
+        return Order(client, model, task, lambda event: None, previews, told, **more)
 
 
 def client_of(request: Request) -> str:

@@ -114,6 +114,10 @@ class Worker:
             warnings.simplefilter("always", UserWarning)
             try:
                 pipe = self._open(order)
+                if order.suit is not None:
+                    options, left_out = order.suit(order.task.options, pipe.checkpoint.is_distilled)
+                    order.task = replace(order.task, options=options)
+                    order.warnings = (*left_out, *order.warnings)
                 use_loras(pipe, order.task)
                 steps = pipe.stream(**vars(order.task.inputs), **vars(order.task.options), **vars(order.task.batch))
                 self._follow(order, steps, started, told)
