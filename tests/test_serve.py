@@ -568,6 +568,9 @@ def test_images_carry_names_in_the_place_of_paths(checkpoint, tmp_path):
         assert not np.array_equal(pixels(plain["data"]), pixels(styled["data"]))
         same = server.image(model="house", lora="fox:0.5", **small)
         assert np.array_equal(pixels(same["data"]), pixels(styled["data"]))
+        body = {"model": "house", "prompt": PROMPT, "size": "64x64", "steps": 1, "seed": 3, **small}
+        same = server.client.post("/v1/images/generations", json=body | {"lora": {"fox": 0.5}}).json()
+        assert np.array_equal(pixels(same["data"][0]["b64_json"]), pixels(styled["data"]))
         file = tmp_path / "image.png"
         file.write_bytes(base64.b64decode(styled["data"].partition(",")[2]))
         for text in (info.text, json.dumps(styled), json.dumps(read_metadata(file))):

@@ -277,6 +277,38 @@ def test_sillytaverns_sdcpp_source(server):
     assert not any("scheduler" in told for told in warnings)
 
 
+def test_stable_diffusion_cpps_clients(server, tmp_path):
+    """examples/server: what OpenAI has no field for stands in the prompt."""
+    extra = {"seed": 3, "sample_params": {"sample_steps": 2, "scheduler": "simple", "guidance": {"txt_cfg": 1.0}}}
+    prompt = f"{PROMPT} <sd_cpp_extra_args>{json.dumps(extra)}</sd_cpp_extra_args>"
+    expected = command(tmp_path, "--size", "64x64", steps=2)
+    body = {"model": "flux-2-klein-4b", "prompt": prompt, "size": "64x64", "response_format": "b64_json"}
+    drawn = server.client.post("/v1/images/generations", json=body).json()["data"][0]["b64_json"]
+    assert np.array_equal(pixels(drawn), expected)
+    drawn = server.client.post("/sdapi/v1/txt2img", json={"prompt": prompt, "width": 64, "height": 64, "steps": 20})
+    assert np.array_equal(pixels(drawn.json()["images"][0]), expected)
+    for bad in ("{", "[]", '{"sample_params": [1]}'):
+        body = {"prompt": f"{PROMPT} <sd_cpp_extra_args>{bad}</sd_cpp_extra_args>"}
+        fault = server.client.post("/v1/images/generations", json=body)
+        assert (fault.status_code, "must be a JSON object" in fault.text) == (400, True)
+
+
+def test_localais_and_ollamas_edits_as_json(server, tmp_path):
+    """References of a generation, one picture as bare base64, and a strength under each of its names."""
+    RED.save(tmp_path / "red.png")
+    body = {"model": "flux.2-klein-4b", "prompt": PROMPT, "size": "64x64", "seed": 3, "steps": 1}
+    edited = command(tmp_path, "--size", "64x64", "--image", str(tmp_path / "red.png"))
+    text = base64.b64encode(png(RED)).decode()
+    for path, more in (("generations", {"ref_images": [text]}), ("edits", {"image": text})):
+        answer = server.client.post(f"/v1/images/{path}", json=body | more).json()
+        assert np.array_equal(pixels(answer["data"][0]["b64_json"]), edited)
+        assert answer["data"][0]["seed"] == 3
+    begun = command(tmp_path, "--size", "64x64", "--init-image", str(tmp_path / "red.png"), "--strength=0.5", steps=2)
+    for name in ("strength", "denoising_strength", "image_strength"):  # mflux's is that of the picture: 1 - strength
+        answer = server.client.post("/v1/images/edits", json=body | {"image": text, "steps": 2, name: 0.5}).json()
+        assert np.array_equal(pixels(answer["data"][0]["b64_json"]), begun), name
+
+
 def test_sillytaverns_auto_source(server):
     lists = ("samplers", "schedulers", "upscalers", "latent-upscale-modes", "sd-vae", "loras", "sd-models")
     for name in lists:

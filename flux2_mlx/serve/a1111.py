@@ -23,7 +23,7 @@ from ..sampling.latents import PIXELS_PER_TOKEN
 from ..sampling.schedules import SCHEDULES
 from .answers import encoded, pictures_of
 from .native import settings_in
-from .orders import Pictures, decode_picture
+from .orders import Pictures, decode_picture, with_extra_arguments
 from .queue import Order
 from .studio import Studio, client_of, json_of
 
@@ -35,12 +35,12 @@ NO_SIZE = ("width", "height")
 
 async def txt2img(request: Request) -> Response:
     """Images of a prompt."""
-    return await answer(request, await json_of(request), Pictures())
+    return await answer(request, with_extra_arguments(await json_of(request)), Pictures())
 
 
 async def img2img(request: Request) -> Response:
     """Images from another one: img2img, with a mask inpainting; white is drawn anew."""
-    values = await json_of(request)
+    values = with_extra_arguments(await json_of(request))
     images = values.get("init_images") or []
     if not isinstance(images, list) or not images:
         raise InputError("img2img needs a picture in init_images")

@@ -21,11 +21,12 @@ from ..sampling.schedules import SCHEDULES
 from .answers import data_uri, encoded, encoded_preview, events_answer, fault_body, pictures_of, sse
 from .events import Event, Failure, Picture, StepDone
 from .native import FORMATS, form_of, is_multipart, number_of
-from .orders import MAX_PICTURES, OPTIONS, Pictures, decode_picture
+from .orders import MAX_PICTURES, OPTIONS, Pictures, decode_picture, with_extra_arguments
 from .queue import Order
 from .studio import Studio, client_of, json_of
 
 MAX_PARTIAL = 3
+PICTURES = ("image", "images", "ref_images")  # the names of pictures in JSON, of several vendors
 QUALITIES = ("low", "medium", "high", "xhigh", "max", "standard", "hd")  # taken, and without effect
 MASKED_SIZE = "size is left out: with a mask the image keeps its own size"
 OPAQUE = "background is left out: images are opaque"
@@ -88,8 +89,9 @@ def wish_of(values: dict[str, Any], kind: str) -> Wish:
 
 
 async def generations(request: Request) -> Response:
-    """Images of a prompt, as OpenAI has it."""
-    return await answer(request, await json_of(request), Pictures(), "image_generation")
+    """Images of a prompt, as OpenAI has it, and of pictures, as LocalAI has it beside (``ref_images``)."""
+    values = await json_of(request)
+    return await answer(request, values, pictures_in(values), [], "image_generation")
 
 
 async def edits(request: Request) -> Response:
@@ -108,9 +110,7 @@ async def edits(request: Request) -> Response:
         masks = [] if values.get("mask") is None else [decode_picture(uri_of(values["mask"]), "mask")]
     if not pictures:
         raise InputError("no image: an edit needs one, as image or several as image[]")
-    first = pictures.pop(0) if masks or values.get("strength") is not None else None
-    mask = masks[0] if masks else None
-    return await answer(request, values, Pictures(pictures, first, mask, mask_is_alpha=True), "image_edit")
+    return await answer(request, values, pictures, masks, "image_edit")
 
 
 def pictures_in(values: dict[str, Any]) -> list[bytes]:
@@ -118,7 +118,7 @@ def pictures_in(values: dict[str, Any]) -> list[bytes]:
     Raises:
         InputError: for what is no picture, or too many of them.
     """
-    given = values.get("image") or values.get("images") or []
+    given: Any = next((values[name] for name in PICTURES if values.get(name)), [])
     given = given if isinstance(given, list) else [given]
     if len(given) > MAX_PICTURES:
         raise InputError(f"a request brings at most {MAX_PICTURES} pictures, and this one {len(given)}")
@@ -130,8 +130,17 @@ def uri_of(value: Any) -> Any:
     return value.get("image_url") if isinstance(value, dict) else value
 
 
-async def answer(request: Request, values: dict[str, Any], pictures: Pictures, kind: str) -> Response:
+async def answer(
+    request: Request, given: dict[str, Any], contents: list[bytes], masks: list[bytes], kind: str
+) -> Response:
+    """The answer to a request of pictures, which may be none, and at most one mask."""
     studio: Studio = request.app.state.studio
+    values = with_extra_arguments(given)
+    if contents and values.get("denoising_strength") is not None:
+        values.setdefault("strength", values["denoising_strength"])
+    is_begun = bool(masks) or any(values.get(name) is not None for name in ("strength", "image_strength"))
+    first = contents.pop(0) if contents and is_begun else None
+    pictures = Pictures(contents, first, masks[0] if masks else None, mask_is_alpha=True)
     wish = wish_of(values, kind)
     partial = number_of(values, "partial_images", MAX_PARTIAL) or 0
     options, told = options_of(values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -26,6 +27,7 @@ from .catalogue import Catalogue
 
 MAX_IMAGES = 10  # of a request
 MAX_PICTURES = 16  # that a request brings
+EXTRA_ARGUMENTS = re.compile(r"<sd_cpp_extra_args>(.*?)</sd_cpp_extra_args>", re.DOTALL)
 DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
 
 
@@ -119,6 +121,29 @@ def decode_picture(value: Any, name: str) -> bytes:
         raise InputError(
             f"{name} must be a picture as base64 or a data URI, got {value[:40]!r}; no file or address is read"
         ) from None
+
+
+def with_extra_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A request's fields, with those that clients of stable-diffusion.cpp write into the prompt.
+
+    Reference: its examples/server; <sd_cpp_extra_args>{"seed": 1, "sample_params": {"sample_steps": 8, "guidance":
+    {"txt_cfg": 1}}}</sd_cpp_extra_args>.
+
+    Raises:
+        InputError: for what is no JSON object.
+    """
+    prompt = values.get("prompt")
+    found = EXTRA_ARGUMENTS.search(prompt) if isinstance(prompt, str) else None
+    if found is None:
+        return dict(values)
+    try:
+        extra = json.loads(found[1])
+        sample = extra.get("sample_params") or {}
+        more = {"steps": sample.get("sample_steps"), "cfg_scale": (sample.get("guidance") or {}).get("txt_cfg")}
+    except (ValueError, AttributeError, RecursionError):
+        raise InputError(f"sd_cpp_extra_args in the prompt must be a JSON object, got {found[1][:40]!r}") from None
+    known = {name: value for name, value in (more | extra).items() if name in OPTIONS and value is not None}
+    return {**values, **known, "prompt": EXTRA_ARGUMENTS.sub("", str(prompt)).strip()}
 
 
 class Reader:
