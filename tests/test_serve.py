@@ -647,6 +647,25 @@ def test_the_page_is_opened_in_the_browser(monkeypatch, capsys):
     assert capsys.readouterr().err.endswith("Ctrl-C ends it\ninterrupted\n")
 
 
+def test_connections_are_bounded(monkeypatch):
+    """Each may bring a large body: what comes beside the queue's places and CONNECTIONS is refused."""
+    statuses = []
+
+    def open_page(address):
+        where = ("127.0.0.1", int(address.rpartition(":")[2].strip("/")))
+        statuses.append(httpx.get(f"{address}health").status_code)
+        with socket.create_connection(where), socket.create_connection(where):
+            statuses.append(httpx.get(f"{address}health").status_code)
+        while httpx.get(f"{address}health").status_code != 200:  # until the server has seen that they are closed
+            pass
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("webbrowser.open", open_page)
+    monkeypatch.setattr("flux2_mlx.serve.__main__.CONNECTIONS", 1)
+    assert main(["--model", "nano", "--port", "0", "--queue", "1", "--open"]) == 130
+    assert statuses == [200, 503]
+
+
 def test_ctrl_c_ends_it_in_the_middle_of_an_image():
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "from flux2_mlx.serve.__main__ import main; sys.exit(main(sys.argv[1:]))"

@@ -47,6 +47,8 @@ def test_the_newest_prompt_wins(studio):
     studio.set_steps(500)
     studio.prompt.fill("a large red circle")
     studio.page.wait_for_selector("#stage[data-shows=preview]")
+    studio.page.get_by_text(re.compile(r"^Image: step \d+ of 500, \d+(\.\d)? (s|min) left$")).first.wait_for()
+    assert studio.page.get_by_role("progressbar", name="Progress").get_attribute("max") == "500"
     before = studio.seen()
     studio.page.get_by_role("spinbutton", name="Steps").fill("3")
     studio.prompt.fill("a large green circle")
@@ -134,18 +136,65 @@ def test_an_edit_keeps_what_is_not_masked(studio):
     assert np.abs(drawn[mask == 255].astype(int) - reference[mask == 255]).mean() > 10
 
 
+def brushed(studio):
+    """How much of each of the mask's pixels is marked, 0 to 255."""
+    uri = studio.page.evaluate("() => document.getElementById('mask').toDataURL()")
+    return np.asarray(opened(uri).getchannel("A"))
+
+
+def test_a_pen_brushes_a_mask_with_a_soft_edge(studio):
+    """Its line is as wide as it is pressed, its other end erases, as the other button and Alt do. Beside the mask, but
+    no further than the edge is soft, the picture changes.
+    """
+    grey = Image.new("RGB", (128, 128), "grey")
+    studio.add_reference(("grey.png", png(grey)))
+    studio.page.get_by_role("img", name="reference 1, grey.png").wait_for()
+    studio.set_steps(1)
+    studio.button("Draw mask").click()
+    canvas = studio.page.get_by_role("application", name="Mask")
+    box = canvas.bounding_box()
+    pen = studio.page.context.new_cdp_session(studio.page)
+
+    def line(y, force):
+        """Across the middle half, at this height."""
+        for kind, x in (("mousePressed", 0.25), ("mouseMoved", 0.5), ("mouseMoved", 0.75), ("mouseReleased", 0.75)):
+            place = {"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]}
+            how = {"button": "left", "buttons": 1, "clickCount": 1, "pointerType": "pen", "force": force}
+            pen.send("Input.dispatchMouseEvent", {"type": kind, **place, **how})
+
+    line(0.25, 1.0)
+    line(0.75, 0.2)
+    heights = [(brushed(studio)[rows, 64] > 127).sum() for rows in (slice(0, 64), slice(64, 128))]
+    assert heights[0] == pytest.approx(0.14 * 128, abs=1.5)
+    assert heights[1] == pytest.approx(0.44 * heights[0], abs=1.5)  # a light line has at least 0.3 of the width
+    middle = {"position": {"x": box["width"] / 2, "y": box["height"] * 0.75}}
+    for how in ({"button": "right"}, {"modifiers": ["Alt"]}):
+        assert brushed(studio)[96, 64] == 255
+        canvas.click(**middle, **how)
+        assert brushed(studio)[96, 64] == 0
+        studio.button("Undo").click()
+    place = {"clientX": box["x"] + box["width"] / 2, "clientY": box["y"] + box["height"] * 0.75}
+    for event in ("pointerdown", "pointerup"):  # no browser can be told to turn a pen round
+        canvas.dispatch_event(event, {"pointerId": 1, "pointerType": "pen", "button": 5, "pressure": 1, **place})
+    assert brushed(studio)[96, 64] == 0
+    studio.page.get_by_role("slider", name="Soft edge").fill("4")
+    studio.button("Done").click()
+    studio.draw(BLUE)
+    assert studio.bodies[-1]["mask_blur"] == 4
+    mask = np.asarray(opened(studio.bodies[-1]["mask"]).convert("L"))
+    assert (mask[30:34, 40:88] == 255).all()
+    assert (mask[42:84, 40:88] == 0).all()  # the first line ends at 41
+    drawn = contents(studio.download())[:, 40:88]
+    assert np.abs(drawn[42:45].astype(int) - 128).mean() > 1  # a Gaussian of radius 4: beyond it there is a third yet
+    assert (drawn[60:72] == 128).all()
+
+
 def test_a_mask_is_inverted_undone_and_cleared(studio):
     studio.add_reference(("red.png", png(RED)))
     studio.page.get_by_role("img", name="reference 1, red.png").wait_for()
 
     def share():
-        return studio.page.evaluate(
-            """() => {
-              const mask = document.getElementById("mask");
-              const { data } = mask.getContext("2d").getImageData(0, 0, mask.width, mask.height);
-              return data.filter((value, k) => k % 4 === 3 && value > 127).length / (mask.width * mask.height);
-            }"""
-        )
+        return (brushed(studio) > 127).mean()
 
     studio.button("Draw mask").click()
     assert share() == 0
@@ -302,6 +351,7 @@ def test_it_works_by_keyboard_alone(studio):
     mask = np.asarray(opened(studio.bodies[-1]["mask"]).convert("L"))
     assert 0.01 < (mask == 255).mean() < 0.1
     seed = page.get_by_role("spinbutton", name="Seed").input_value()
+    page.get_by_role("spinbutton", name="Steps").fill("500")
     studio.prompt.focus()
     tab_to("New seed")
     page.keyboard.press("Space")
@@ -317,7 +367,7 @@ DONE_WIDE = "#stage[aria-busy=false][data-shows=image]:not(.is-old):has(#frame[s
 
 
 def test_faults_are_told_in_words(studio):
-    """Of a value, of a full queue, which is asked again, and of a server that is gone."""
+    """Of a value, of a full queue, which is asked again, and of a server that is gone, which may come back."""
     studio.expected = "Failed to load resource"
     studio.set_steps(5000)
     studio.prompt.fill(PROMPT)
@@ -336,6 +386,10 @@ def test_faults_are_told_in_words(studio):
     studio.page.wait_for_selector("#status.is-fault")
     assert studio.status.inner_text() == "The server does not answer. Is flux2-serve still running?"
     assert studio.picture(PROMPT).is_visible()
+    with studio.page.expect_response("**/api/info"):  # it may come back with another model
+        studio.page.unroute("**/api/images")
+        studio.picture(BLUE).wait_for()
+    studio.wait_drawn()
 
 
 def test_the_place_in_the_queue_is_told(studio):
@@ -413,9 +467,18 @@ def test_on_a_phone(phone):
     studio.page.get_by_role("slider", name="Extend right").press("ArrowRight")
     assert studio.page.evaluate("() => document.documentElement.scrollWidth") == 375
     box = studio.page.get_by_role("application", name="Mask").bounding_box()
-    studio.page.touchscreen.tap(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    studio.button("Done").tap()
-    studio.page.wait_for_selector("#stage[aria-busy=true]")
+    finger = studio.page.context.new_cdp_session(studio.page)
+    scrolled = studio.page.evaluate("() => scrollY")
+    for kind, y in (("touchStart", 0.3), ("touchMove", 0.4), ("touchMove", 0.5), ("touchEnd", None)):
+        places = [{"x": box["x"] + box["width"] / 2, "y": box["y"] + y * box["height"]}] if y else []
+        finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": places})
+    assert studio.page.evaluate("() => scrollY") == scrolled
+    with studio.page.expect_request("**/api/images"):
+        studio.button("Done").click()
     studio.wait_drawn()
-    assert np.asarray(opened(studio.bodies[-1]["mask"]).convert("L"))[64, 64] == 255
+    mask = np.asarray(opened(studio.bodies[-1]["mask"]).convert("L"))
+    assert (mask[38:65, 64] == 255).all()
+    assert (
+        studio.page.locator("#picture").evaluate("(picture) => getComputedStyle(picture).transitionProperty") == "none"
+    )
     assert studio.page.evaluate("() => getComputedStyle(document.body).backgroundColor") == "rgb(22, 22, 22)"

@@ -6,7 +6,7 @@ const STORED = "flux2-mlx-key"; // for this tab alone, so that a reload does not
 export class Refusal extends Error {
   /**
    * @param {string} message
-   * @param {number} status HTTP's; 0 where no answer came
+   * @param {number} status HTTP's; 0 where no answer came, so that nothing was begun
    * @param {number | null} retryAfter seconds
    */
   constructor(message, status, retryAfter = null) {
@@ -75,7 +75,7 @@ export async function* draw(body, signal) {
     isDone ||= event.name === "image";
     yield event;
   }
-  if (!isDone) throw new Refusal("The server hung up before the image was done.", 0);
+  if (!isDone) throw new Refusal("The server hung up before the image was done.", 502);
 }
 
 /**
@@ -101,7 +101,7 @@ async function* readEvents(stream, signal) {
     }
   } catch (error) {
     if (signal.aborted) throw error;
-    throw new Refusal("The connection to the server broke.", 0);
+    throw new Refusal("The connection to the server broke.", 502);
   } finally {
     if (isOpen) reader.cancel().catch(() => {}); // an aborted one
   }

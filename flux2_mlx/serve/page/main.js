@@ -16,6 +16,7 @@ import { Status } from "./status.js";
 const DRAFT_STEPS = 12; // at most; base models take 50
 const GONE = 410; // status where the server does not keep an image's latents any more
 const PATIENCE = 3; // seconds after which a full queue is asked again, where it does not say
+const AWAY = 1; // seconds after which a server is asked again that does not answer: it may be restarted
 
 const status = new Status();
 const stage = new Stage();
@@ -30,6 +31,7 @@ const history = new History({ show: goBack, reuse: (image) => reuse(image, false
 /** @type {import("./history.js").Made | null} what is seen, as far as it is no preview */
 let shown = null;
 let doneKey = "";
+let wasAway = false;
 
 /** @type {Live<import("./order.js").Order, string>} */
 const live = new Live({
@@ -94,6 +96,8 @@ async function drawRung(wanted, rung, before, signal) {
   let id = "";
   try {
     for await (const { name, data } of draw(body, signal)) {
+      if (wasAway) void learn(); // it may have another model now
+      wasAway = false;
       if (name === "queued") status.queued(data.position);
       if (name === "step") {
         status.step(data, rung);
@@ -142,8 +146,9 @@ function offerTools() {
 }
 
 /**
- * Tell a fault; where the queue was full, try again.
+ * Tell a fault; where the queue was full or nobody answers, try again.
  * @param {any} error
+ * @returns {number | null} ms after which to try again
  */
 function fail(error) {
   stage.undim();
@@ -154,6 +159,10 @@ function fail(error) {
     return 1000 * seconds;
   }
   status.say(error.message, true);
+  if (error instanceof Refusal && error.status === 0) {
+    wasAway = true;
+    return 1000 * AWAY;
+  }
   if (!(error instanceof Refusal)) console.error(error);
   return null;
 }

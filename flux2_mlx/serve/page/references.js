@@ -27,7 +27,7 @@ const TYPES = ["image/png", "image/jpeg", "image/webp"];
  */
 export async function readPicture(file, name) {
   const bitmap = await createImageBitmap(file).catch(() => {
-    throw new Refusal(`${name} is no picture that this browser can open.`, 0);
+    throw new Refusal(`${name} is no picture that this browser can open.`, 400);
   });
   let { width, height } = bitmap;
   let content = file;
@@ -66,7 +66,7 @@ export class References {
    */
   async add(files, { isStart = false, name = "" } = {}) {
     for (const file of files) {
-      if (this.others.length >= MOST && !isStart) throw new Refusal(`At most ${MOST} references; remove one first.`, 0);
+      if (this.others.length >= MOST && !isStart) throw new Refusal(`At most ${MOST} references; remove one first.`, 400);
       const own = file instanceof File ? file.name : "";
       const picture = await readPicture(file, name || own || "picture");
       this.pictures.push(picture);
@@ -94,7 +94,7 @@ export class References {
 
   /** @param {Picture | null} picture */
   startFrom(picture) {
-    if (picture === null && this.others.length >= MOST) throw new Refusal(`At most ${MOST} references; remove one first.`, 0);
+    if (picture === null && this.others.length >= MOST) throw new Refusal(`At most ${MOST} references; remove one first.`, 400);
     this.start = picture;
     this.show();
     this.changed();
