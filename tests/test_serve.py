@@ -2,13 +2,17 @@
 
 import asyncio
 import base64
+import itertools
 import json
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -65,6 +69,13 @@ def test_a_prompt_is_drawn_step_by_step(server):
     assert (image["seed"], image["width"], image["settings"]["num_steps"]) == (3, 64, 3)
     assert opened(image["data"]).format == "PNG"
     assert image["warnings"] == []
+
+
+def test_seconds_left_are_those_of_the_steps_so_far(server, monkeypatch):
+    """By a clock that goes on by a second whenever it is asked, which it is once at the start and once a step."""
+    clock = SimpleNamespace(perf_counter=itertools.count().__next__)
+    monkeypatch.setattr("flux2_mlx.serve.worker.time", clock)
+    assert [data["seconds_left"] for name, data in server.draw(steps=4) if name == "step"] == [3, 2, 1, 0]
 
 
 SAME = [
@@ -585,6 +596,50 @@ def test_the_servers_own_loras_are_told():
     server = Catalogue(ModelOptions(model="nano", lora=("~/styles/fox.safetensors:0.5", "ink")), ["klein-4b"])
     assert server.own_loras("nano") == {"fox": 0.5, "ink": 1.0}
     assert server.own_loras("klein-4b") == {}
+
+
+# ------------------------------------------------------------------------------------------------ the page's colours
+
+
+STYLE = (Path(security.__file__).parent / "page" / "style.css").read_text()
+COLOURS = {
+    name: (light, dark or light)
+    for name, light, dark in re.findall(r"--([\w-]+): (?:light-dark\()?(#\w+)(?:, (#\w+)\))?;", STYLE)
+}
+GROUNDS = ("ground", "surface", "sunk")
+# WCAG 2.2, 1.4.3: text 4.5; 1.4.11: what shows a control, its state or the focus 3.
+CONTRASTS = [
+    *((text, ground, 4.5) for text in ("text", "faint") for ground in GROUNDS),
+    ("fault", "ground", 4.5),
+    ("on-accent", "accent", 4.5),
+    *(("accent", ground, 3) for ground in GROUNDS),
+    *(("edge", ground, 3) for ground in ("ground", "surface")),
+]
+
+
+def luminance(colour):
+    """Of sRGB, as WCAG defines it."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    shares = [int(digits[k : k + 2], 16) / 255 for k in (0, 2, 4)]
+    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    low, high = sorted(map(luminance, (one, other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_the_contrast_is_wcags():
+    """#767676 is the lightest grey that WCAG lets be read on white."""
+    assert contrast("#fff", "#000000") == pytest.approx(21)
+    assert contrast("#767676", "#ffffff") == pytest.approx(4.54, abs=0.005)
+
+
+@pytest.mark.parametrize(("colour", "ground", "least"), CONTRASTS)
+def test_colours_are_told_apart(colour, ground, least):
+    for one, other, scheme in zip(COLOURS[colour], COLOURS[ground], ("light", "dark"), strict=True):
+        assert contrast(one, other) >= least, scheme
 
 
 # ------------------------------------------------------------------------------------------------ the command

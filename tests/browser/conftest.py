@@ -7,6 +7,7 @@ last of these tests, before any other.
 
 import contextlib
 import json
+import re
 from urllib.parse import urlsplit
 
 import pytest
@@ -24,6 +25,9 @@ WATCH = """() => {
   new MutationObserver(note).observe(stage, { attributes: true, subtree: true, attributeFilter: ["src", "class"] });
 }"""
 VIEWPORT = {"width": 900, "height": 700}
+NAMELESS = re.compile(
+    r" *- (button|checkbox|combobox|img|link|progressbar|slider|spinbutton|textbox|application)\b(?! \")"
+)
 DONE = "#stage[aria-busy=false][data-shows=image]:not(.is-old)"
 
 
@@ -88,7 +92,9 @@ class Studio:
             self.bodies.append(json.loads(request.post_data))
 
     def leave(self):
-        """Leave nothing of this test on the page."""
+        """Leave nothing of this test on the page, where each control must have a name at last."""
+        found = self.page.locator("body").aria_snapshot().splitlines()
+        self.faults += [f"without a name: {line.strip()}" for line in found if NAMELESS.match(line)]
         for event, listener in self._listeners.items():
             self.page.remove_listener(event, listener)
         self.page.unroute_all(behavior="ignoreErrors")
@@ -172,6 +178,7 @@ def phone(browser, server):
     ) as context:
         studio = Studio(context.new_page(), server)
         yield studio
+        studio.leave()
     check(studio)
 
 

@@ -309,27 +309,52 @@ def test_the_session_is_kept(studio):
     assert len(studio.bodies[-1]["image"]) == 1
 
 
+# The name of what has the focus, and whether that is seen: an outline, or the prompt's box.
+FOCUSED = """() => {
+  const focused = document.activeElement;
+  const outlined = [getComputedStyle(focused), getComputedStyle(focused, "::before")].some(
+    (style) => style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 2);
+  const lines = getComputedStyle(document.querySelector(".box")).borderTopColor;
+  const accent = getComputedStyle(document.body).accentColor;
+  return [focused.ariaLabel ?? focused.labels?.[0]?.innerText.trim() ?? focused.innerText.trim(),
+    outlined || (focused.id === "prompt" && lines === accent)];
+}"""
+STOPS = [
+    "Add reference image",
+    "Seed",
+    "New seed",
+    "More",
+    "Draw as I type",
+    "Aspect",
+    "Size",
+    "Width",
+    "Height",
+    "Steps",
+]
+
+
 def test_it_works_by_keyboard_alone(studio):
-    """From the prompt to a masked edit, with Tab, Enter, arrows and Space; every stop has a name."""
+    """From the prompt to a masked edit, with Tab, Enter, arrows and Space; every stop has a name and is seen, and they
+    come in the order in which they are seen.
+    """
     page = studio.page
     names = []
 
     def tab_to(name):
         for _ in range(40):
             page.keyboard.press("Tab")
-            focused = page.evaluate(
-                "() => [document.activeElement.ariaLabel ?? document.activeElement.labels?.[0]?.innerText.trim() "
-                "?? document.activeElement.innerText.trim(), document.activeElement.tagName]"
-            )
-            names.append(focused[0])
-            if focused[0].startswith(name):
+            focused, is_seen = page.evaluate(FOCUSED)
+            assert is_seen, focused
+            names.append(focused)
+            if focused.startswith(name):
                 return
         raise AssertionError(f"Tab does not reach {name}, but {names}")
 
-    assert page.evaluate("() => document.activeElement.id") == "prompt"
+    assert page.evaluate(FOCUSED) == ["Prompt", True]
     tab_to("More")
     page.keyboard.press("Enter")
     tab_to("Steps")
+    assert names == STOPS
     page.keyboard.type("1")
     page.keyboard.press("Shift+Tab")
     studio.prompt.focus()
