@@ -7,6 +7,8 @@ The server runs in a process of its own, the library's own calls in this one, in
 
 - overhead: an image asked for over HTTP against the same image by a call of the library.
 - draft: from the request to the first preview, and to the image, at half the size.
+- page: in a browser, from a key's event to the first preview that is seen, to the draft where the size has one, and to
+  the image. Left out, and said so, without chromium or Chrome and Playwright.
 - clients: many at once. One that finds no place comes back; nothing else may fail, and memory stays flat.
 - hang-up: a client goes in the middle of an image, while another one waits. Its turn comes within a step.
 - soak: images, edits, hang-ups and bad requests of several clients, for as long as is asked.
@@ -20,6 +22,7 @@ import contextlib
 import http.client
 import io
 import json
+import os
 import random
 import re
 import signal
@@ -30,6 +33,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from string import ascii_lowercase
 from typing import Any
 
 from PIL import Image
@@ -142,6 +146,62 @@ def draft(server: Server, values: dict[str, Any], repeats: int) -> dict[str, Any
         first.append(seconds_until(events, "step"))
         whole.append(seconds_until(events, "image"))
     return {**half, "first_preview_s": _spread(first[1:]), "image_s": _spread(whole[1:])}
+
+
+# Notes when a key's event came, and when a picture of each kind after it was decoded and the next frame begun.
+WATCH = """() => {
+  const stage = document.getElementById("stage"), picture = document.getElementById("picture");
+  addEventListener("keydown", (event) => (window.turn = { key: event.timeStamp, seen: {} }), true);
+  new MutationObserver(async () => {
+    const { turn } = window, kind = stage.dataset.shows;
+    if (!turn || turn.seen[kind] || stage.classList.contains("is-old")) return;
+    turn.seen[kind] = NaN; // the first one counts
+    await picture.decode().catch(() => {});
+    requestAnimationFrame((now) => (turn.seen[kind] = (now - turn.key) / 1000));
+  }).observe(stage, { attributes: true, subtree: true, attributeFilter: ["src", "data-shows"] });
+}"""
+SEEN = """async () => {
+  const { seen } = window.turn;
+  while (Object.values(seen).some(Number.isNaN)) await new Promise(requestAnimationFrame);
+  return seen;
+}"""
+DRAWN = "#stage[aria-busy=false][data-shows=image]:not(.is-old)"
+
+
+def page(server: Server, side: int, repeats: int) -> dict[str, Any] | None:
+    """Keys pressed one by one, each when the image of the one before is there; None without a browser."""
+    from tests.browser import find_browser
+
+    program = find_browser()
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        return None
+    if program is None:
+        return None
+    seen: dict[str, list[float]] = {}
+    with sync_playwright() as playwright:
+        own: dict[str, str | float | bool] = dict(os.environ)
+        own.pop("LD_PRELOAD", None)  # OpenBLAS is for MLX
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"], env=own)
+        opened = browser.new_page(viewport={"width": 900, "height": 700})
+        opened.goto(f"http://127.0.0.1:{server.port}/")
+        opened.evaluate(WATCH)
+        opened.get_by_role("button", name="More").click()
+        for name in ("Width", "Height"):
+            opened.get_by_role("spinbutton", name=name).fill(str(side))
+            opened.get_by_role("spinbutton", name=name).press("Tab")
+        opened.get_by_role("textbox", name="Prompt", exact=True).focus()
+        for turn in range(repeats + 1):
+            with opened.expect_request("**/api/images"):
+                opened.keyboard.press(ascii_lowercase[turn % len(ascii_lowercase)])
+            opened.wait_for_selector(DRAWN, timeout=1000 * READY)
+            kinds = opened.evaluate(SEEN)
+            if turn:
+                for kind, seconds in kinds.items():
+                    seen.setdefault(kind, []).append(seconds)
+        browser.close()
+    return {kind: _spread(seconds) for kind, seconds in seen.items()}
 
 
 def clients(server: Server, values: dict[str, Any], count: int, requests: int) -> dict[str, Any]:
@@ -262,6 +322,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="nano", help="a released name, a folder or a Hub id (%(default)s)")
     parser.add_argument("--size", type=int, default=128, help="width and height (%(default)s)")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument(
+        "--page", type=int, nargs="*", default=[128, 368], metavar="SIZE", help="sizes that are typed for (%(default)s)"
+    )
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--requests", type=int, default=200, help="of all clients together (%(default)s)")
     parser.add_argument("--soak", type=float, default=0, metavar="SECONDS", help="of everything at once")
@@ -272,6 +335,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report: dict[str, Any] = {
             "overhead": overhead(server, arguments.model, values, arguments.repeats),
             "draft": draft(server, values, arguments.repeats),
+            "page": {side: page(server, side, arguments.repeats) for side in arguments.page},
             "hang_up": hang_up(server, values, arguments.repeats),
             "clients": clients(server, values, arguments.clients, arguments.requests),
         }
@@ -291,6 +355,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "turn after a hang-up": report["hang_up"]["wait_s"],
         "the same in steps": report["hang_up"]["steps_waited"],
     }
+    for side, found in report["page"].items():
+        if found is None:
+            print("page: left out, there is no chromium or Chrome with Playwright")
+        else:
+            rows |= {f"{side}: key to {kind} seen": spread for kind, spread in found.items()}
     for name, spread in rows.items():
         print_row(name, spread.values())
     for name in ("clients", "soak"):
