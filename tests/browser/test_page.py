@@ -1,6 +1,7 @@
 """The page: what a person does with it, and sees and hears of it. The model is nano."""
 
 import base64
+import io
 import re
 
 import numpy as np
@@ -259,10 +260,15 @@ def test_settings_come_back_from_a_dropped_image(studio):
 
 
 def test_references_are_picked_dropped_pasted_and_removed(studio):
+    """Larger ones than the server takes, and moving ones, are sent as they are seen."""
+    moving = io.BytesIO()
+    RED.save(moving, format="PNG", save_all=True, append_images=[Image.new("RGB", (128, 128), "blue")])
     tiles = studio.page.get_by_role("list", name="Pictures of this request").get_by_role("listitem")
-    studio.add_reference(("one.png", png(RED)), ("two.png", png(RED)))
-    studio.page.get_by_role("img", name="reference 2, two.png").wait_for()
-    studio.drop("#drop-reference", "three.png", png(RED))
+    studio.add_reference(("one.png", png(RED)), ("two.png", png(Image.new("1", (13_100, 1000)))))
+    large = studio.page.get_by_role("img", name="reference 2, two.png")
+    large.wait_for()
+    assert large.evaluate("async (picture) => (await picture.decode(), picture.naturalWidth)") == 2048
+    studio.drop("#drop-reference", "three.png", moving.getvalue())
     studio.page.get_by_role("img", name="reference 3, three.png").wait_for()
     studio.page.evaluate(
         """(bytes) => {

@@ -6,7 +6,10 @@ import { byId, icon, make, uriOf } from "./dom.js";
 export const MOST = 4; // references
 const MAX_BYTES = 8 * 1024 * 1024; // of a file that is sent as it is
 const MAX_SIDE = 2048; // of a larger one, which is scaled down here
-const TYPES = ["image/png", "image/jpeg", "image/webp"];
+const MAX_PIXELS = 13_000_000; // the same: five such pictures are within what the server takes of a request
+/** @type {Record<string, string | null>} the types that the server reads, and what moving pictures have in their head */
+const TYPES = { "image/png": "acTL", "image/webp": "ANIM", "image/jpeg": null };
+const HEAD = 65_536; // bytes, in which an animation says that it is one
 
 /**
  * @typedef {object} Picture
@@ -20,7 +23,18 @@ const TYPES = ["image/png", "image/jpeg", "image/webp"];
  */
 
 /**
- * A file as a picture; one that is large, or of a type of few programs, is written anew.
+ * Whether a file can be sent as it is: not too large, and of one picture that the server reads.
+ * @param {Blob} file
+ * @param {import("./ladder.js").Size} size
+ */
+async function isPlain(file, { width, height }) {
+  if (!(file.type in TYPES) || file.size > MAX_BYTES || width * height > MAX_PIXELS) return false;
+  const mark = TYPES[file.type];
+  return !mark || !(await file.slice(0, HEAD).text()).includes(mark);
+}
+
+/**
+ * A file as a picture; one that is large, moves, or is of a type of few programs, is written anew as it is seen.
  * @param {Blob} file
  * @param {string} name
  * @returns {Promise<Picture>}
@@ -31,7 +45,7 @@ export async function readPicture(file, name) {
   });
   let { width, height } = bitmap;
   let content = file;
-  if (file.size > MAX_BYTES || !TYPES.includes(file.type)) {
+  if (!(await isPlain(file, bitmap))) {
     const scale = Math.min(1, MAX_SIDE / Math.max(width, height));
     [width, height] = [Math.round(width * scale), Math.round(height * scale)];
     const canvas = make("canvas", { width, height });
