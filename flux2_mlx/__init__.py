@@ -1,65 +1,32 @@
-"""FLUX.2 [klein] on Apple Silicon, in MLX alone."""
+"""FLUX.2 [klein] on Apple Silicon, in MLX alone.
 
-from ._version import __version__
-from .checkpoints.checkpoint import open_checkpoint
-from .checkpoints.files import load_safetensors
-from .checkpoints.load import load_quantized_flux_klein
-from .checkpoints.sanitize import sanitize_flux2_klein_weights, sanitize_qwen3_weights, sanitize_vae_weights
-from .conditioning.tokenizer import Qwen3Tokenizer
-from .errors import CheckpointError, DeviceError, InputError
-from .families import RELEASED
-from .imaging.files import read_metadata, save_image
-from .models.autoencoder import AutoEncoder, Decoder, Encoder
-from .models.config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
-from .models.flux2 import FluxKlein
-from .models.qwen3 import Qwen3TextEncoder
-from .options import GenerationOptions, ModelOptions
-from .pipeline import Flux2Pipeline
-from .quantization.recipes import QuantizedFluxKlein
-from .quantization.spec import Quantization
-from .request import Settings
-from .results import Result, Step
-from .runtime.plan import Plan
-from .sampling.latents import image_ids, pack_latents, text_ids, torch_randn, unpack_latents
-from .sampling.samplers import FluxSampler, FluxSamplerConfig
+The public names are those of ``public``. They are imported when the first of them is asked for, so that a command can
+take an interrupt, and MLX its environment, before the third of a second that importing takes.
+"""
 
-__all__ = [
-    "RELEASED",
-    "AutoEncoder",
-    "AutoEncoderConfig",
-    "CheckpointError",
-    "Decoder",
-    "DeviceError",
-    "Encoder",
-    "Flux2Pipeline",
-    "FluxKlein",
-    "FluxKleinParams",
-    "FluxSampler",
-    "FluxSamplerConfig",
-    "GenerationOptions",
-    "InputError",
-    "ModelOptions",
-    "Plan",
-    "Quantization",
-    "QuantizedFluxKlein",
-    "Qwen3Config",
-    "Qwen3TextEncoder",
-    "Qwen3Tokenizer",
-    "Result",
-    "Settings",
-    "Step",
-    "__version__",
-    "image_ids",
-    "load_quantized_flux_klein",
-    "load_safetensors",
-    "open_checkpoint",
-    "pack_latents",
-    "read_metadata",
-    "sanitize_flux2_klein_weights",
-    "sanitize_qwen3_weights",
-    "sanitize_vae_weights",
-    "save_image",
-    "text_ids",
-    "torch_randn",
-    "unpack_latents",
-]
+import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from .public import *  # noqa: F403  # what it lists in __all__
+
+# On M5 and CUDA MLX rounds the factors of float32 products to TF32 unless this is 0 when it first multiplies.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or a module that came with them."""
+    if not name.startswith("__") or name == "__all__":
+        public = import_module(".public", __name__)
+        globals().update({known: getattr(public, known) for known in public.__all__}, __all__=public.__all__)
+        if name in globals():
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    __getattr__("__all__")
+    return list(globals())

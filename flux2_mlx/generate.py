@@ -7,19 +7,12 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from .cli.arguments import build_parser, check, complete
 from .cli.command import run_command
-from .cli.common import silence_downloads
-from .cli.jobs import generate_jobs
-from .cli.plan import print_plan
-from .cli.runner import generate, open_pipeline, start
-from .cli.session import interact
 from .errors import InputError
-from .runtime.distributed import launched, random_seed, shared_seed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
+    """Run the command. What takes a third of a second to import is imported once interrupts are handled.
 
     Returns:
         The exit code: 0, 1 where some of --jobs failed; see run_command for others.
@@ -27,7 +20,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     started, seed = time.perf_counter(), list[int]()  # told where generating does not finish
 
     def run() -> int:
+        from .cli.arguments import build_parser, check, complete
+
         arguments = build_parser().parse_args(argv)
+
+        from .cli.common import silence_downloads
+        from .cli.jobs import generate_jobs
+        from .cli.plan import print_plan
+        from .cli.runner import generate, open_pipeline, start
+        from .cli.session import interact
+        from .runtime.distributed import launched, random_seed, shared_seed
+
         silence_downloads(arguments.quiet)
         if arguments.interactive:
             interact(arguments)

@@ -13,7 +13,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from tqdm.auto import tqdm
 
 from .collectives import all_gather
 from .conditioning.references import ReferenceEncoder
@@ -138,7 +137,7 @@ class Generator:
         images: range,
         is_batched: bool,
         stats: Stats,
-        bar: tqdm,
+        bar: Any,
     ) -> collections.abc.Generator[Step, None, mx.array]:
         """The steps of the images that share a pass, in one sampling.
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from flux2_mlx import InputError, convert, doctor, fuse, generate, lora
-from flux2_mlx.cli import jobs
+from flux2_mlx.cli import arguments, jobs
 from flux2_mlx.cli.command import INTERRUPTED, run_command, tell
 from flux2_mlx.cli.jobs import is_there, missing_runs
 from flux2_mlx.cli.runner import interrupts_say_the_rest
@@ -53,7 +53,7 @@ def test_every_fault_is_one_line(error, told, capsys, monkeypatch):
 @pytest.mark.parametrize("module", [generate, convert, fuse, lora, doctor], ids=lambda module: module.__name__)
 def test_every_command_has_the_net(module, capsys, monkeypatch):
     parser = "parse" if module is lora else "build_parser"
-    monkeypatch.setattr(module, parser, raising(Panic("a panic")))
+    monkeypatch.setattr(arguments if module is generate else module, parser, raising(Panic("a panic")))
     assert module.main([]) == 2
     assert capsys.readouterr().err.startswith("error: Panic: a panic; a damaged file, or a fault of flux2_mlx")
 

@@ -5,6 +5,7 @@ import subprocess
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from PIL import Image
 
 from flux2_mlx import DeviceError, Flux2Pipeline, InputError
@@ -234,3 +235,18 @@ def test_memory_stays_wired_until_the_gpu_is_done(monkeypatch, fails):
     with pytest.raises(RuntimeError if fails else ZeroDivisionError), wired_limit(5):
         raise ZeroDivisionError
     assert done == [5, "synchronized", 7]
+
+
+# ------------------------------------------------------------------------------------------------ modules
+
+
+@pytest.mark.parametrize("stage", ["text_encoder", "transformer", "autoencoder"])
+def test_parts_are_those_that_mlx_lists(checkpoint, stage):
+    pipe = Flux2Pipeline.from_pretrained(checkpoint, quantize=4)
+    model = getattr(pipe, stage)
+    weights = dict(tree_flatten(model.parameters()))
+    parts = module.parts_of(model)
+    assert parts.keys() == weights.keys() | dict(model.named_modules()).keys()
+    assert all(parts[name] is array for name, array in weights.items())
+    assert all(parts[name] is own for name, own in model.named_modules())
+    assert module.weights_of(model).keys() == weights.keys()

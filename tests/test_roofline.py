@@ -331,6 +331,11 @@ def test_a_damaged_table_is_none(folder, monkeypatch, damage):
     assert known_speeds(mx.float32) is None
 
 
+def test_work_is_counted_where_speeds_are_known_alone(folder, pipe, monkeypatch):
+    monkeypatch.setattr("flux2_mlx.runtime.plan.image_work", None)
+    assert pipe.plan(64, 64).seconds() is None
+
+
 # ------------------------------------------------------------------------------------------------ the command
 
 

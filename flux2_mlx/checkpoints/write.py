@@ -20,9 +20,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from tqdm.auto import tqdm
 
 from .._version import __version__
+from ..bars import progress_bar
 from ..device import device_errors
 from ..errors import CheckpointError, InputError
 from ..families import PARTS
@@ -235,7 +235,7 @@ def convert(
     free = shutil.disk_usage(parent).free
     if free < total + 2**20:
         raise InputError(f"{target} needs {total / 1e9:.2f} GB and {free / 1e9:.2f} GB are free in {parent}")
-    with tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=not progress) as bar:
+    with progress_bar("writing", total, shown=progress, unit="B", unit_scale=True) as bar:
         _write_folder(target, files, checkpoint, partial(_texts, checkpoint, layout, recipes), bar.update)
 
 

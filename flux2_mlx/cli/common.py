@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
@@ -129,8 +130,6 @@ def silence_downloads(quiet: bool) -> None:
     """Have the Hub's client show bars only where bars are wanted, and where all is to be quiet no warnings either."""
     if shows_bars(quiet):
         return
-    from huggingface_hub.utils import disable_progress_bars
-
-    disable_progress_bars()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the client is imported, with its first use
     if quiet:
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -13,9 +13,9 @@ from typing import Any
 
 import mlx.core as mx
 from PIL import Image
-from tqdm.auto import tqdm
 
 from ..adapters.lora import parse_lora
+from ..bars import print_past
 from ..imaging.files import save_image, save_preview
 from ..imaging.terminal import PROTOCOLS, detect_protocol, encode
 from ..options import CheckpointOptions
@@ -129,9 +129,9 @@ def generate(
                 saved.append(settings.seed)
                 if on_saved is not None:
                     on_saved(image, settings)
-                tqdm.write(f"seed {settings.seed}  {written}")  # past the bars
+                print_past(f"seed {settings.seed}  {written}")
                 if protocol is not None:
-                    tqdm.write(encode(image, protocol), end="")
+                    print_past(encode(image, protocol), end="")
                 sys.stdout.flush()
     stats = step.stats
     if not task.quiet:

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..device import on_gpu, weights_of
+from ..device import on_gpu, parts_of, weights_of
 from ..errors import CheckpointError, InputError
 from ..models.config import FluxKleinParams
 from ..models.flux2 import FluxKlein
@@ -95,7 +95,7 @@ def dense_bytes(module: nn.Module, dtype: mx.Dtype) -> int:
     """Bytes of all packed matrices once they are unpacked, but for those that never are; 0 without any."""
     return sum(
         layer.weight.size * 32 // layer.spec.bits * dtype.size
-        for path, layer in module.named_modules()
+        for path, layer in parts_of(module).items()
         if isinstance(layer, QuantizedLinear) and not ONE_ROW.match(path)
     )
 
@@ -111,7 +111,7 @@ def largest_dense_bytes(module: nn.Module, dtype: mx.Dtype) -> int:
 
     sizes = [
         int(layer.weight.size * 32 // layer.spec.bits * each(layer.spec) * IN_PARTS.get(path.rpartition(".")[2], 1))
-        for path, layer in module.named_modules()
+        for path, layer in parts_of(module).items()
         if isinstance(layer, QuantizedLinear) and not ONE_ROW.match(path)
     ]
     return max(sizes, default=0)

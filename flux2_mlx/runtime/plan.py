@@ -224,14 +224,16 @@ def make_plan(
     tiled["decoder"] = lambda tile_bytes: decoder_bytes(config, height, width, image_dtype, tile_bytes) + pinned
     stages.append(stage_of("decoder", autoencoder.decoder, image_dtype, tiled["decoder"](TILE_BYTES)))
     stages = _with_largest_tiles(Plan(tuple(stages), limit, memory), tiled)
-    work = image_work(text_encoder, transformer, autoencoder, workload, dtype)
-    later = work_after_first(transformer, workload, dtype)
-    own_dtypes = {"text encoder": text_dtype, "transformer": dtype}
-    for k, stage in enumerate(stages):
-        speeds = known_speeds(own_dtypes.get(stage.name, image_dtype))
-        if speeds is not None:
-            after = later.seconds(speeds) if later is not None and stage.name == "transformer" else None
-            stages[k] = replace(stage, seconds=work[stage.name].seconds(speeds), seconds_after_first=after)
+    known = {own: known_speeds(own) for own in {text_dtype, dtype, image_dtype}}
+    if any(known.values()):
+        work = image_work(text_encoder, transformer, autoencoder, workload, dtype)
+        later = work_after_first(transformer, workload, dtype)
+        own_dtypes = {"text encoder": text_dtype, "transformer": dtype}
+        for k, stage in enumerate(stages):
+            speeds = known[own_dtypes.get(stage.name, image_dtype)]
+            if speeds is not None:
+                after = later.seconds(speeds) if later is not None and stage.name == "transformer" else None
+                stages[k] = replace(stage, seconds=work[stage.name].seconds(speeds), seconds_after_first=after)
     return Plan(tuple(stages), limit, memory)
 
 

@@ -18,9 +18,9 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from tqdm.auto import tqdm
 
 from ..adapters.lora import Lora, check_scale, is_adapter, open_lora, set_adapters, with_fused
+from ..bars import progress_bar
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.files import read_through
 from ..checkpoints.load import (
@@ -107,7 +107,7 @@ class Stages:
         self.progress = progress
         self.loras: dict[str, Lora] = {}
         self._lock = RLock()
-        self._bar: tqdm | None = None
+        self._bar: Any = None
         self._shown = ""
         self.evict: Callable[[], None] = lambda: None
         self._modules: dict[str, nn.Module] = {}
@@ -310,14 +310,12 @@ class Stages:
         return id(self._module(name, part)) in self._loaded[name]
 
     @contextmanager
-    def bar(self, what: str, total: int, **options: Any) -> Iterator[tqdm]:
+    def bar(self, what: str, total: int, **options: Any) -> Iterator[Any]:
         """A progress bar on standard error, unless ``progress`` is off. Within another one, as where the autoencoder is
         loaded for a first image of several, none is shown: the other one says ``what`` meanwhile.
         """
         outer = self._bar
-        with tqdm(
-            desc=what, total=total, leave=False, disable=not self.progress or outer is not None, **options
-        ) as bar:
+        with progress_bar(what, total, shown=self.progress and outer is None, leave=False, **options) as bar:
             if outer is None:
                 self._bar, self._shown = bar, what
             else:

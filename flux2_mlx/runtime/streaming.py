@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..checkpoints.load import load_all, load_weights, needs_conversion, start_reading
-from ..device import weights_of
+from ..device import weight_bytes, weights_of
 from ..errors import InputError
 from ..families import PARTS
 from ..quantization.layers import autotune
@@ -31,16 +31,9 @@ def block_paths(model: nn.Module) -> list[str]:
 
 def streamed_bytes(model: nn.Module) -> int:
     """Bytes of a model's weights that are in memory together when it is streamed."""
-    paths = block_paths(model)
-    outside, blocks = 0, dict.fromkeys(paths, 0)
-    for name, array in weights_of(model).items():
-        path = next((path for path in paths if name.startswith(path)), None)
-        if path is None:
-            outside += array.nbytes
-        else:
-            blocks[path] += array.nbytes
-    sizes = [*blocks.values(), 0]
-    return outside + max(map(sum, pairwise(sizes)), default=0)
+    lists = next((part.blocks for part in PARTS.values() if isinstance(model, part.module)), ())
+    blocks = [weight_bytes(block) for name in lists for block in attrgetter(name)(model)]
+    return weight_bytes(model) - sum(blocks) + max(map(sum, pairwise([*blocks, 0])), default=0)
 
 
 def stream(model: nn.Module, load: Callable[[], nn.Module], dtype: mx.Dtype) -> Iterator[int]:

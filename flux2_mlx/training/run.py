@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from tqdm.auto import tqdm
 
+from ..bars import progress_bar
 from ..checkpoints.load import load_weights
 from ..device import device_errors, memory_limit, weight_bytes, wired_limit
 from ..errors import InputError
@@ -106,7 +106,7 @@ def train(
             prompts[validation.prompt] = None
             images += validation.references
         shows_bars = progress and is_first
-        with tqdm(desc="encoding", total=len(set(images)) + len(prompts), leave=False, disable=not shows_bars) as bar:
+        with progress_bar("encoding", len(set(images)) + len(prompts), shown=shows_bars, leave=False) as bar:
             for count in cache.encode(prompts, images):
                 bar.update(count)
         load_transformer(pipe, shows_bars)
@@ -176,7 +176,7 @@ def _take_steps(
 
     is_stopped = lacks_image = False
     mx.reset_peak_memory()
-    with tqdm(desc="training", total=options.steps, initial=trainer.step, disable=not shows_bars, unit="step") as bar:
+    with progress_bar("training", options.steps, shown=shows_bars, initial=trainer.step, unit="step") as bar:
         if is_first and validation is not None and validation.is_due(trainer, again=trainer.step > 0):
             validation.generate(trainer)
         if is_first and trainer.step == options.steps:  # the last run may have been killed before it
@@ -259,9 +259,7 @@ def plan_training(
 def load_transformer(pipe: Flux2Pipeline, shows_bars: bool) -> None:
     """Read the transformer's weights into memory."""
     total = weight_bytes(pipe.transformer)
-    with tqdm(
-        desc="loading transformer", total=total, unit="B", unit_scale=True, leave=False, disable=not shows_bars
-    ) as bar:
+    with progress_bar("loading transformer", total, shown=shows_bars, unit="B", unit_scale=True, leave=False) as bar:
         for count in load_weights(pipe.transformer):
             bar.update(count)
     autotune(pipe.transformer, pipe.dtype)
