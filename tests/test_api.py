@@ -115,10 +115,11 @@ def test_params_that_do_not_fit_together():
         FluxKleinParams(axes_dims_rope=(16, 56, 56))
 
 
+SHALLOW = FluxKleinParams(depth=1, depth_single=1)
 BUILT = {
     Qwen3TextEncoder: lambda: Qwen3TextEncoder(Qwen3Config(vocab_size=64)),
-    FluxKlein: lambda: FluxKlein(FluxKleinParams()),
-    QuantizedFluxKlein: lambda: QuantizedFluxKlein(FluxKleinParams()),
+    FluxKlein: lambda: FluxKlein(SHALLOW),
+    QuantizedFluxKlein: lambda: QuantizedFluxKlein(SHALLOW),
     AutoEncoder: lambda: AutoEncoder(AutoEncoderConfig.flux2()),
     Encoder: lambda: Encoder(AutoEncoderConfig.flux2()),
     Decoder: lambda: Decoder(AutoEncoderConfig.flux2()),

@@ -629,15 +629,14 @@ def test_what_a_kill_leaves_is_made_up_for(pictures, tmp_path):
     assert not half.exists()
 
 
-@pytest.mark.parametrize(
-    "note", ["[]", "{}", '{"step": 1, "options": 5, "data": ""}', '{"step": 1e999, "options": {}}']
-)
-def test_a_state_of_another_form_is_refused(pictures, tmp_path, capsys, note):
+def test_a_state_of_another_form_is_refused(pictures, tmp_path, capsys):
     assert train(pictures, tmp_path / "run", "--steps", 1) == 0
     arrays = mx.load(str(tmp_path / "run" / STATE))
-    mx.save_safetensors(str(tmp_path / "run" / STATE), arrays, {"flux2_mlx_training": note})
-    assert main(["--resume", str(tmp_path / "run"), "--quiet"]) == 2
-    assert "is no checkpoint of a training run, or is damaged" in capsys.readouterr().err
+    mx.eval(arrays)  # before their file is written over
+    for note in ("[]", "{}", '{"step": 1, "options": 5, "data": ""}', '{"step": 1e999, "options": {}}'):
+        mx.save_safetensors(str(tmp_path / "run" / STATE), arrays, {"flux2_mlx_training": note})
+        assert main(["--resume", str(tmp_path / "run"), "--quiet"]) == 2, note
+        assert "is no checkpoint of a training run, or is damaged" in capsys.readouterr().err, note
 
 
 def test_one_process_trains_in_a_folder(pictures, tmp_path, capsys):
@@ -684,7 +683,7 @@ def test_what_is_encoded_is_kept_and_the_encoders_are_not(pictures, tmp_path, mo
 def test_edits_are_trained(tmp_path):
     folder = write_edits(tmp_path / "data")
     reference = str(folder / "0-before.png")
-    words = ["--validation-prompt", "make it red", "--validation-image", reference, "--batch-size", 3, "--steps", 1]
+    words = ["--validation-prompt", "make it red", "--validation-image", reference, "--batch-size", 2, "--steps", 1]
     assert train(folder, tmp_path / "run", *words, "--quantize", 8, "--names", "comfyui") == 0
     pipe = Flux2Pipeline.from_pretrained("nano", quantize=8)
     pipe.load_lora(tmp_path / "run")
@@ -765,7 +764,7 @@ def test_processes_need_passes_to_share():
 def test_what_is_preserved_changes_less(pictures, tmp_path, capsys):
     """By the velocities of the model without the LoRA, for a caption that no picture has."""
     preserved = write_captions(tmp_path / "captions.txt", "\ufeffa blue star on the left", "", "a red cross")
-    words = "--steps", 8, "--learning-rate", 1e-2, "--warmup", 0, "--batch-size", 2
+    words = "--steps", 5, "--learning-rate", 2e-2, "--warmup", 0
     assert train(pictures, tmp_path / "without", *words) == 0
     changes = []
     for weight in (1e-6, 100):
@@ -775,12 +774,12 @@ def test_what_is_preserved_changes_less(pictures, tmp_path, capsys):
         assert lines[0]["change"] == 0  # before the first step the LoRA does nothing
         changes.append(lines[-1]["change"])
     assert changes[0] > 1.5 * changes[1] > 0
-    assert [line["change"] for line in log(tmp_path / "without")] == [0] * 8
+    assert [line["change"] for line in log(tmp_path / "without")] == [0] * 5
     light, without = (state(tmp_path / name) for name in ("1e-06", "without"))
     for name in without:  # as good as no weight is as good as no captions
         assert np.abs(light[name].astype(float) - without[name]).max() <= 1e-4, name
     write_captions(preserved, "a blue star on the left")
-    assert main(["--resume", str(tmp_path / "100"), "--steps", "9"]) == 2
+    assert main(["--resume", str(tmp_path / "100"), "--steps", "6"]) == 2
     assert "was trained on other images or captions" in capsys.readouterr().err
 
 
@@ -811,7 +810,7 @@ def test_captions_to_preserve_that_are_refused(pictures, tmp_path, capsys):
     [
         (128, 192, 1, mx.float32, False, True),
         pytest.param(128, 192, 1, mx.bfloat16, True, True, marks=pytest.mark.nightly),  # which CPUs multiply slowly
-        (192, 368, 2, mx.float32, True, True),
+        (80, 160, 2, mx.float32, True, True),
         (128, 192, 1, mx.float32, False, False),
     ],
 )

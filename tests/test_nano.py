@@ -3,11 +3,8 @@
 import json
 import random
 import re
-import subprocess
 import sys
-import tarfile
 import warnings
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hatchling.builders.sdist import SdistBuilder
+from hatchling.builders.wheel import WheelBuilder
 from PIL import Image
 
 from benchmarks import quality
@@ -270,7 +269,7 @@ def test_nano_draws_what_training_never_saw(nano, count, slack):
 @pytest.mark.parametrize("size", [(96, 96), (112, 160), (192, 192)])
 def test_nano_draws_other_sizes(nano, size):
     """Of shapes it gets about half; things are where and what they are to be in most pictures."""
-    figures = nano_score.rates(nano_score.draw(nano, nano_score.unseen_tasks(5), size))
+    figures = nano_score.rates(nano_score.draw(nano, nano_score.unseen_tasks(3), size))
     assert figures["ground"] == 100
     assert figures["colour"] >= 60
     assert figures["place"] >= 75
@@ -336,7 +335,7 @@ def test_nano_is_guided(nano):
 
 
 def test_nano_keeps_pictures(nano):
-    assert nano_score.autoencoder_psnr(nano, nano_score.unseen_tasks(8)) >= nano_score.BOUNDS["psnr"]
+    assert nano_score.autoencoder_psnr(nano, nano_score.unseen_tasks(3)) >= nano_score.BOUNDS["psnr"]
 
 
 def test_nano_is_small(nano):
@@ -359,12 +358,9 @@ def test_nano_draws_from_the_command_line(tmp_path, monkeypatch, capsys):
         assert picture.size == (128, 128)
 
 
-def test_the_wheel_and_the_sdist_hold_nano(tmp_path):
-    subprocess.run([sys.executable, "-m", "hatchling", "build", "-d", str(tmp_path)], cwd=ROOT, check=True)
-    (wheel,), (sdist,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+def test_the_wheel_and_the_sdist_hold_nano():
+    """What hatchling would pack; `.ci/run` builds the wheel and draws with it."""
     wanted = {str(path.relative_to(ROOT)) for path in NANO_FOLDER.rglob("*") if path.is_file()}
     assert len(wanted) > 8
-    with zipfile.ZipFile(wheel) as archive:
-        assert wanted <= set(archive.namelist())
-    with tarfile.open(sdist) as archive:
-        assert wanted <= {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    for builder in (WheelBuilder(str(ROOT)), SdistBuilder(str(ROOT))):
+        assert wanted <= {file.distribution_path for file in builder.recurse_included_files()}

@@ -97,7 +97,7 @@ def test_loras_change_in_any_thread(checkpoint, tmp_path, memory, merge):
 @pytest.mark.parametrize("memory", ["resident", "staged"])
 def test_threads_advance_a_stream_in_turn(base_reference, memory):
     """As a web server's workers do; a third looks at what the steps foresee. CFG begins in the second step."""
-    options = {**SMALL, "num_steps": 4, "num_images": 2, "batch_size": 2, "negative_prompt": "blue"}
+    options = {**SMALL, "num_steps": 3, "num_images": 2, "batch_size": 2, "negative_prompt": "blue"}
     options["guidance_interval"] = (0.0, 0.95)
     here = [np.asarray(step.picture()) for step in opened(base_reference[1]).stream("a", **options)]
     found = []
