@@ -8,6 +8,8 @@ Reference: transformers' Qwen3ForCausalLM, whose checkpoint keys are the attribu
 
 from __future__ import annotations
 
+from typing import cast
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -17,7 +19,11 @@ from .layers import BlockRunner, Linear, random_state_kept, run_block
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: (B, L, hidden) to (B, L, hidden); mask (B or 1, 1, L, L), true where a token attends."""
+    """Grouped-query attention: (B, L, hidden) to (B, L, hidden).
+
+    The mask (B or 1, 1, L, keys) is true where a token attends to one of the first ``keys`` tokens. Of the others,
+    which nothing attends to, no keys and values are made.
+    """
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
@@ -37,9 +43,11 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
         batch, tokens, _ = x.shape
+        keys = mask.shape[-1]
+        attended = x[:, :keys]
         q = self.q_proj(x).reshape(batch, tokens, self.heads, self.head_dim)
-        k = self.k_proj(x).reshape(batch, tokens, self.kv_heads, self.head_dim)
-        v = self.v_proj(x).reshape(batch, tokens, self.kv_heads, self.head_dim)
+        k = self.k_proj(attended).reshape(batch, keys, self.kv_heads, self.head_dim)
+        v = self.v_proj(attended).reshape(batch, keys, self.kv_heads, self.head_dim)
         q = self.rope(self.q_norm(q).transpose(0, 2, 1, 3))
         k = self.rope(self.k_norm(k).transpose(0, 2, 1, 3))
         return self.o_proj(attention(q, k, v.transpose(0, 2, 1, 3), mask))
@@ -102,10 +110,12 @@ class Qwen3TextEncoder(nn.Module):
         Returns:
             (B, L, 3 * hidden): the outputs of the tapped layers side by side, in the weights' dtype.
         """
-        tokens = input_ids.shape[1]
-        mask = mx.tril(mx.ones((tokens, tokens), dtype=mx.bool_))[None, None]  # (1, 1, L, L)
+        tokens = keys = input_ids.shape[1]
+        if attention_mask is not None:  # the longest prompt's; of no prompt at all, every token's
+            keys = cast("int", (attention_mask * mx.arange(1, tokens + 1)).max().item()) or tokens
+        mask = mx.tril(mx.ones((tokens, keys), dtype=mx.bool_))[None, None]  # (1, 1, L, keys)
         if attention_mask is not None:
-            mask = mask & attention_mask.astype(mx.bool_)[:, None, None]  # (B, 1, L, L)
+            mask = mask & attention_mask[:, None, None, :keys].astype(mx.bool_)  # (B, 1, L, keys)
         dtype = self.model.layers[0].input_layernorm.weight.dtype  # norms are never packed, the embedding may be
         x = self.model.embed_tokens(input_ids).astype(dtype)
         taps = []

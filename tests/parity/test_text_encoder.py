@@ -48,6 +48,19 @@ def test_embeddings_equal_transformers(model, padded):
         assert relative_error(ours[0, row], expected[0, row]) <= EXACT
 
 
+def test_a_prompt_alone_is_its_row(model, padded):
+    """Though it has fewer keys: its own, and not those of the longest."""
+    ids, mask = padded
+    for row in (0, 1):
+        alone = ported(model)(ids[row : row + 1], mask[row : row + 1])
+        assert relative_error(alone, theirs(model, ids, mask)[row : row + 1]) <= EXACT
+
+
+def test_a_mask_without_a_prompt_gives_numbers(model, padded):
+    ids, mask = padded
+    assert mx.isfinite(ported(model)(ids, mx.zeros_like(mask))).all().item()
+
+
 def test_no_mask_means_no_padding(model, padded):
     ids, _ = padded
     assert relative_error(ported(model)(ids), theirs(model, ids, mx.ones_like(ids))) <= EXACT
