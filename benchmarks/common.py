@@ -40,6 +40,7 @@ from flux2_mlx import (
 from flux2_mlx.adapters.deltas import LoRADelta
 from flux2_mlx.checkpoints.load import load_autoencoder, load_text_encoder, load_transformer
 from flux2_mlx.device import default_dtype, stage_dtype, weights_of
+from flux2_mlx.models.kv_cache import KVReader
 from flux2_mlx.models.layers import Linear
 from flux2_mlx.options import DTYPES, VAE_DTYPES, vae_dtype_of
 from flux2_mlx.quantization.layers import QuantizedLinear, autotune, quantize
@@ -233,10 +234,19 @@ def rope_of(params: FluxKleinParams, text_length: int, *ids: mx.array) -> tuple[
 
 
 def velocity(
-    model: Any, x: mx.array, txt: mx.array, sigma: float, rope: tuple[mx.array, mx.array], kv: Any = None
+    model: Any,
+    x: mx.array,
+    txt: mx.array,
+    sigma: float,
+    rope: tuple[mx.array, mx.array],
+    kv: Any = None,
+    tokens: int | None = None,
 ) -> mx.array:
-    """A pass through the transformer; kv are a reference's keys and values that encode_kv made."""
-    v: mx.array = model.forward_with_rope(x, txt, mx.full((len(x),), sigma), *rope, reference_kv=kv)
+    """A pass through the transformer: the velocity of the first tokens of x, by default of all. kv are a reference's
+    keys and values that encode_kv made.
+    """
+    readers = kv and [KVReader(own) for own in kv]
+    v: mx.array = model.forward_with_rope(x, txt, mx.full((len(x),), sigma), *rope, image_tokens=tokens, kv=readers)
     return v
 
 

@@ -1,6 +1,7 @@
 """How many kernels does a step launch on a GPU, and how many bytes do they move? No GPU needed, and no weights.
 
     python -m benchmarks.kernels --model klein-4b --size 1024
+    python -m benchmarks.kernels --model klein-4b --size 512 --references 4
     python -m benchmarks.kernels --model klein-4b --size 1024 --against mflux mlx-vlm      # where they are installed
 
 Below the steps stand the kernels of packing a part of a weight, and of decoding a stored one.
@@ -22,6 +23,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -181,32 +183,46 @@ def hollow(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
     return module
 
 
-def own_step(recorder: Recorder, params: FluxKleinParams, dtype: mx.Dtype, side: int, length: int) -> Graph:
-    """This library's step, as the sampler runs it."""
+def own_step(
+    recorder: Recorder, params: FluxKleinParams, dtype: mx.Dtype, side: int, length: int, references: int = 0
+) -> Graph:
+    """This library's step, as the sampler runs it, with so many references of the image's size."""
     with recorder.recording():
         from flux2_mlx import FluxKlein
         from flux2_mlx.models import attention
 
         attention.writes_scores = lambda _: False  # type: ignore[assignment]  # a GPU's kernels are counted
-        ids = text_ids(length), image_ids(side, side)
-        tables = FluxKlein.compute_rope(*ids, params.axes_dims_rope, params.rope_theta)
+        tables = FluxKlein.compute_rope(
+            text_ids(length), ids_of(side, references), params.axes_dims_rope, params.rope_theta
+        )
         model: Any = hollow(FluxKlein(params), dtype)
-        return Graph(recorder, model.forward_with_rope, *inputs(params, dtype, side, length), mx.zeros((1,)), *tables)
+        step = partial(model.forward_with_rope, image_tokens=(side // 16) ** 2)
+        return Graph(recorder, step, *inputs(params, dtype, side, length, references), mx.zeros((1,)), *tables)
 
 
-def inputs(params: FluxKleinParams, dtype: mx.Dtype, side: int, length: int) -> tuple[mx.array, mx.array]:
-    """Image tokens and prompt embeddings."""
-    tokens = (side // 16) ** 2
+def ids_of(side: int, references: int) -> mx.array:
+    """Positions of an image's tokens, and of its references'."""
+    own = [image_ids(side, side), *(image_ids(side, side, reference=k) for k in range(references))]
+    return mx.concatenate(own, axis=1)
+
+
+def inputs(
+    params: FluxKleinParams, dtype: mx.Dtype, side: int, length: int, references: int
+) -> tuple[mx.array, mx.array]:
+    """Image tokens, with those of references, and prompt embeddings."""
+    tokens = (1 + references) * (side // 16) ** 2
     return mx.zeros((1, tokens, params.in_channels), dtype), mx.zeros((1, length, params.txt_embed_dim), dtype)
 
 
-def peer_step(name: str, recorder: Recorder, params: FluxKleinParams, dtype: mx.Dtype, side: int, length: int) -> Graph:
+def peer_step(
+    name: str, recorder: Recorder, params: FluxKleinParams, dtype: mx.Dtype, side: int, length: int, references: int
+) -> Graph:
     """The step of an MLX peer."""
-    ids = image_ids(side, side), text_ids(length)
+    ids = ids_of(side, references), text_ids(length)
     with recorder.recording():
         peer_class(name, "config").precision = dtype
         model = hollow(peer_class(name, "transformer")(**transformer_shape(params)), dtype)
-        return Graph(recorder, model, *inputs(params, dtype, side, length), mx.zeros((1,)), *ids)
+        return Graph(recorder, model, *inputs(params, dtype, side, length, references), mx.zeros((1,)), *ids)
 
 
 def count_kernels(arrays: Sequence[mx.array]) -> int:
@@ -245,6 +261,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=tuple(MODELS), default="klein-4b")
     parser.add_argument("--size", type=int, default=1024, help="width and height (%(default)s)")
+    parser.add_argument("--references", type=int, default=0, help="of the same size (%(default)s)")
     parser.add_argument("--text-length", type=int, default=512)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
     parser.add_argument("--against", nargs="+", choices=tuple(MLX_PEERS), default=(), help="beside them")
@@ -253,7 +270,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if absent:
         parser.exit(2, "\n".join(absent) + "\n")
     recorder = Recorder()
-    shapes = MODELS[arguments.model], DTYPES[arguments.dtype], arguments.size, arguments.text_length
+    size = arguments.size, arguments.text_length, arguments.references
+    shapes = MODELS[arguments.model], DTYPES[arguments.dtype], *size
     steps = {"flux2_mlx": own_step(recorder, *shapes).kernels(fuse=False)}
     for name in arguments.against:
         steps[name] = peer_step(name, recorder, *shapes).kernels(fuse=name == "mflux")

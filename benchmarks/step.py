@@ -93,7 +93,7 @@ def step_runs(model: Any, case: Case, txt: mx.array, arguments: argparse.Namespa
         joined, of_reference = rope_of(params, case.text_length, own, ids), rope_of(params, 0, ids)
 
         def beside_reference(x: mx.array, sigma: float) -> mx.array:
-            return velocity(model, mx.concatenate([x, clean], axis=1), txt, sigma, joined)[:, : case.tokens]
+            return velocity(model, mx.concatenate([x, clean], axis=1), txt, sigma, joined, tokens=case.tokens)
 
         runs["with reference"] = steps(one, beside_reference)
         inputs += [clean, joined, of_reference]

@@ -203,16 +203,16 @@ class Generator:
         is_batched: bool,
     ) -> Guidance:
         """The velocity of a step: the denoiser, wrapped in the caches that the request asks for, then in CFG."""
-        first, tokens = request.settings[0], denoiser.num_tokens
+        first = request.settings[0]
         threshold = first.step_cache
         cond: Velocity = denoiser
         uncond: Velocity = denoiser
         if frozen is not None:
             cond = FrozenDenoiser(denoiser, frozen)
         elif threshold is not None:
-            leader = CachedDenoiser(denoiser, lambda: FirstBlockCache(threshold, tokens, group=self.group))
+            leader = CachedDenoiser(denoiser, lambda: FirstBlockCache(threshold, group=self.group))
             cond = leader
-            uncond = CachedDenoiser(denoiser, lambda: FirstBlockCache(threshold, tokens, leader=leader.cache))
+            uncond = CachedDenoiser(denoiser, lambda: FirstBlockCache(threshold, leader=leader.cache))
         if self.group is not None:
             passes = distributed(cond, self.group)
         else:

@@ -277,8 +277,8 @@ def steps(census: Census, dtype: mx.Dtype) -> None:
         return list(sample_euler(guidance, x, plan, *rest))
 
     def cached() -> tuple[Any, Any]:
-        leader = CachedDenoiser(edit, lambda: FirstBlockCache(1.0, TOKENS))
-        follower = CachedDenoiser(edit, lambda: FirstBlockCache(1.0, TOKENS, leader=leader.cache))
+        leader = CachedDenoiser(edit, lambda: FirstBlockCache(1.0))
+        follower = CachedDenoiser(edit, lambda: FirstBlockCache(1.0, leader=leader.cache))
         return leader, sequential(leader, follower)
 
     def frozen(tokens: str, denoiser: Denoiser) -> Callable[[], tuple[Any, Any]]:

@@ -181,7 +181,7 @@ def test_messages_are_on_their_own(messages, talk):
 
 
 def test_first_block_caches_decide_on_what_was_computed(messages):
-    cache = FirstBlockCache(0.5, 4, group=Group())
+    cache = FirstBlockCache(0.5, group=Group())
     for _ in range(2):
         cache.start(mx.ones((1, 4, 8)), mx.ones(1))
         if cache.predict(2 * mx.ones((1, 4, 8))) is None:

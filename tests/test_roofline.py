@@ -20,10 +20,10 @@ from flux2_mlx.disk_cache import read_table, write_table
 from flux2_mlx.generate import main
 from flux2_mlx.models.autoencoder import AutoEncoder
 from flux2_mlx.models.flux2 import FluxKlein
-from flux2_mlx.models.kv_cache import FrozenKV
+from flux2_mlx.models.kv_cache import FrozenKV, KVReader
 from flux2_mlx.models.layers import Linear
 from flux2_mlx.runtime import roofline
-from flux2_mlx.runtime.activations import Workload
+from flux2_mlx.runtime.activations import Pass, Workload
 from flux2_mlx.runtime.plan import Plan, Stage, format_range, make_plan
 from flux2_mlx.runtime.released import released_modules
 from flux2_mlx.runtime.roofline import (
@@ -40,6 +40,7 @@ from flux2_mlx.runtime.roofline import (
     work_after_first,
 )
 from tests import tiny
+from tests.test_reuse import step
 
 ROOT = Path(__file__).parents[1]
 TERA = 1e12
@@ -73,7 +74,23 @@ def test_flop_of_the_transformer_are_those_of_diffusers(layout):
         "img_ids": torch.zeros(24, 4),
         "txt_ids": torch.zeros(7, 4),
     }
-    assert kinds(counted(lambda: model(**given))) == kinds(transformer_work(params, 7, 24, mx.float32))
+    whole = counted(lambda: model(**given))
+    for one in (Pass(7, 24), Pass(7, 16, 8)):
+        unread = counted(lambda one=one: last_block_of_unread_tokens(model, one))
+        assert kinds(whole) == kinds(transformer_work(params, one, mx.float32) + unread)
+
+
+def last_block_of_unread_tokens(model, one: Pass):
+    """What diffusers computes in its last block, and behind it, of tokens that nobody reads but for keys and values."""
+    attention, unread = model.single_transformer_blocks[-1].attn, one.text + one.references
+    x, dims = torch.zeros(unread, attention.inner_dim), attention.inner_dim
+    weight = attention.to_qkv_mlp_proj.weight
+    query, gate_and_up = x @ weight[:dims].T, x @ weight[3 * dims :].T
+    keys = torch.zeros(attention.heads, one.tokens, attention.head_dim)
+    scores = query.reshape(unread, attention.heads, -1).transpose(0, 1) @ keys.transpose(1, 2)
+    out = (scores @ keys).transpose(0, 1).reshape(unread, dims)
+    x = torch.cat([out, gate_and_up[:, : gate_and_up.shape[1] // 2]], dim=1) @ attention.to_out.weight.T
+    model.proj_out(x[: one.references])
 
 
 @pytest.mark.parametrize("layout", tiny.LAYOUTS)
@@ -82,7 +99,16 @@ def test_flop_of_the_text_encoder_are_those_of_transformers(layout):
     model = tiny.text_encoder(**shape, layers=27, vocab=100).model
     config = replace(Qwen3Config.from_config(model.config.to_dict() | {"num_hidden_layers": 36}), vocab_size=100)
     work = counted(lambda: model(torch.zeros(1, 20, dtype=torch.long)))
-    assert kinds(work) == kinds(text_encoder_work(config, 20, mx.float32))
+    assert kinds(work) == kinds(text_encoder_work(config, 20, 20, mx.float32))
+    x, layer = torch.zeros(15, config.hidden_size), model.layers[0].self_attn
+    queries, keys = (torch.zeros(config.num_attention_heads, tokens, config.head_dim) for tokens in (20, 15))
+
+    def of_padding():
+        """What transformers computes in a layer of keys and values that are masked for everybody."""
+        _ = layer.k_proj(x), layer.v_proj(x), queries @ keys.transpose(1, 2) @ keys
+
+    padding = counted(of_padding) * config.num_layers
+    assert kinds(work) == kinds(text_encoder_work(config, 20, 5, mx.float32) + padding)
 
 
 @pytest.mark.parametrize("decoder", [None, (8, 16, 24, 32)])
@@ -124,26 +150,31 @@ def done(monkeypatch) -> dict[str, int]:
 def test_flop_of_our_own_modules(done, name):
     """At full size, since nothing is evaluated."""
     text_encoder, transformer, _ = released_modules(name, mx.float32, {})
-    ids = mx.zeros((1, 512), mx.int32)
-    img, txt = mx.zeros((1, 4096, 128)), text_encoder(ids, ids)
-    assert tuple(done.values()) == kinds(text_encoder_work(text_encoder.config, 512, mx.float32))
-    done |= dict.fromkeys(done, 0)
-    rope = FluxKlein.compute_rope(mx.zeros((1, 512, 4)), mx.zeros((1, 4096, 4)))
-    transformer.forward_with_rope(img, txt, mx.array([0.5]), *rope)
-    assert tuple(done.values()) == kinds(transformer_work(transformer.params, 512, 4096, mx.float32))
-    done |= dict.fromkeys(done, 0)
-    kept = transformer.encode_reference_kv(img, *FluxKlein.compute_rope(mx.zeros((1, 0, 4)), mx.zeros((1, 4096, 4))))
-    assert tuple(done.values()) == kinds(reference_kv_work(transformer.params, 4096, mx.float32))
-    done |= dict.fromkeys(done, 0)
-    transformer.forward_with_rope(img, txt, mx.array([0.5]), *rope, reference_kv=kept)
-    assert tuple(done.values()) == kinds(transformer_work(transformer.params, 512, 4096, mx.float32, kv=4096))
-    for what, text, image in (("text", 0, 4096), ("references", 512, 3072)):
-        reuse = FrozenKV(what, 3072)
-        transformer.forward_with_rope(img, txt, mx.array([0.5]), *rope, frozen=reuse)
-        done |= dict.fromkeys(done, 0)
-        transformer.forward_with_rope(img, txt, mx.array([0.5]), *rope, frozen=reuse)
-        work = transformer_work(transformer.params, text, image, mx.float32, kv=4608 - text - image)
+    config, params, level = text_encoder.config, transformer.params, mx.array([0.5])
+
+    def check(work: Work):
         assert tuple(done.values()) == kinds(work)
+        done.update(dict.fromkeys(done, 0))
+
+    ids = mx.zeros((1, 512), mx.int32)
+    for prompt in (20, 512):
+        txt = text_encoder(ids, mx.arange(512)[None] < prompt)
+        check(text_encoder_work(config, 512, prompt, mx.float32))
+    text_encoder(mx.zeros((2, 512), mx.int32), mx.arange(512)[None] < mx.array([[20], [60]]))
+    check(text_encoder_work(config, 512, 60, mx.float32) * 2)
+    img, rope = mx.zeros((1, 4096, 128)), FluxKlein.compute_rope(mx.zeros((1, 512, 4)), mx.zeros((1, 4096, 4)))
+    for image in (4096, 1024):
+        transformer.forward_with_rope(img, txt, level, *rope, image_tokens=image)
+        check(transformer_work(params, Pass(512, image, 4096 - image), mx.float32))
+    kept = transformer.encode_reference_kv(img, *FluxKlein.compute_rope(mx.zeros((1, 0, 4)), mx.zeros((1, 4096, 4))))
+    check(reference_kv_work(params, 4096, mx.float32))
+    transformer.forward_with_rope(img, txt, level, *rope, kv=[KVReader(kv) for kv in kept])
+    check(transformer_work(params, Pass(512, 4096, kv=4096), mx.float32))
+    for what in ("text", "references"):
+        reuse, one = FrozenKV(what, 3072), Pass(512, 3072, 1024, frozen=what)
+        for own in (one.first, one.after_first):
+            step(transformer, reuse, img, txt, level, rope, 3072)
+            check(transformer_work(params, own, mx.float32))
 
 
 def test_flop_of_tiles(done, monkeypatch):
@@ -165,26 +196,33 @@ def test_flop_of_tiles(done, monkeypatch):
     ],
 )
 def test_the_table_of_steps(params, step, edit):
-    """Of 256, 512 and 1024 squared, alone and with a reference of the picture's size."""
+    """Of 256, 512 and 1024 squared, alone and with a reference of the picture's size: what diffusers computes, but for
+    queries, gate, up and output of unread tokens in the last block, and their velocity.
+    """
+    dims, hidden = params.hidden_size, params.mlp_hidden
     for side, alone, both in zip((256, 512, 1024), step, edit, strict=True):
         tokens = (side // 16) ** 2
-        assert transformer_work(params, 512, tokens, mx.bfloat16).flops / TERA == pytest.approx(alone, abs=6e-4)
-        assert transformer_work(params, 512, 2 * tokens, mx.bfloat16).flops / TERA == pytest.approx(both, abs=6e-4)
+        for one, expected in ((Pass(512, tokens), alone), (Pass(512, tokens, tokens), both)):
+            unread = (512 + one.references) * (4 * dims**2 + 6 * dims * hidden + 4 * one.tokens * dims)
+            unread += 2 * one.references * dims * 128
+            assert (transformer_work(params, one, mx.bfloat16).flops + unread) / TERA == pytest.approx(
+                expected, abs=6e-4
+            )
 
 
 @pytest.mark.parametrize(("side", "extract", "cached"), [(512, 38.3, 23.5), (1024, 151.3, 85.3)])
 def test_the_table_of_kept_references(side, extract, cached):
-    """Of the blocks. diffusers keeps references in the first step, which is ours and the pass before it."""
+    """Of whole blocks. diffusers keeps references in the first step, which is ours and the pass before it."""
     params, tokens = FluxKleinParams.klein_9b(), (side // 16) ** 2
-    step = roofline._blocks(params, 512 + tokens, 512 + 2 * tokens, mx.bfloat16).flops / TERA
-    keeping = roofline._blocks(params, tokens, tokens, mx.bfloat16).flops / TERA
+    step = roofline._blocks(params, 512 + tokens, 512 + 2 * tokens, 512 + tokens, mx.bfloat16).flops / TERA
+    keeping = roofline._blocks(params, tokens, tokens, tokens, mx.bfloat16).flops / TERA
     assert step == pytest.approx(cached, abs=0.05)
     assert step + keeping == pytest.approx(extract, abs=0.05)
 
 
 def test_the_table_of_the_other_stages():
     for config, expected in ((Qwen3Config(), 2.906), (Qwen3Config.qwen3_8b(), 5.450)):
-        assert text_encoder_work(config, 512, mx.bfloat16).flops / TERA == pytest.approx(expected, abs=6e-4)
+        assert text_encoder_work(config, 512, 512, mx.bfloat16).flops / TERA == pytest.approx(expected, abs=6e-4)
     full, small = AutoEncoderConfig.flux2(), AutoEncoderConfig.flux2_small_decoder()
     for side, *expected in ((256, 0.622, 0.351, 0.273), (512, 2.516, 1.422, 1.119), (1024, 10.475, 5.997, 4.888)):
         work = [decoder_work(full, side, side, mx.bfloat16), decoder_work(small, side, side, mx.bfloat16)]
@@ -221,8 +259,8 @@ def test_references_are_work():
     encoding = encoder_work(config, 512, 512, mx.bfloat16) + encoder_work(config, 256, 512, mx.bfloat16)
     assert work["references"].flops == encoding.flops
     assert kept["references"].flops == encoding.flops + reference_kv_work(params, 1536, mx.bfloat16).flops
-    assert work["transformer"].flops == transformer_work(params, 512, 256 + 1536, mx.bfloat16).flops
-    assert kept["transformer"].flops == transformer_work(params, 512, 256, mx.bfloat16, kv=1536).flops
+    assert work["transformer"].flops == transformer_work(params, Pass(512, 256, 1536), mx.bfloat16).flops
+    assert kept["transformer"].flops == transformer_work(params, Pass(512, 256, kv=1536), mx.bfloat16).flops
 
 
 def test_frozen_tokens_are_work_of_the_first_pass_alone():
@@ -232,9 +270,9 @@ def test_frozen_tokens_are_work_of_the_first_pass_alone():
     works = [image_work(*modules, workload, mx.bfloat16)["transformer"] for workload in (plain, text, references)]
     assert works[0] == works[1] == works[2]
     assert work_after_first(modules[1], plain, mx.bfloat16) is None
-    expected = transformer_work(params, 0, 256 + 1024, mx.bfloat16, kv=512).flops
+    expected = transformer_work(params, Pass(0, 256, 1024, kv=512), mx.bfloat16).flops
     assert work_after_first(modules[1], text, mx.bfloat16).flops == expected
-    expected = transformer_work(params, 512, 256, mx.bfloat16, kv=1024).flops
+    expected = transformer_work(params, Pass(512, 256, kv=1024), mx.bfloat16).flops
     assert work_after_first(modules[1], references, mx.bfloat16).flops == expected
 
 
@@ -360,7 +398,7 @@ def test_a_plan_tells_seconds_once_the_machine_is_measured(measured, checkpoint,
     assert "s an image, 4 passes of the transformer, without loading it" in after
     assert told("--plan") == after
     plan = Flux2Pipeline.from_pretrained(checkpoint).plan(64, 64)
-    work = transformer_work(FluxKleinParams.from_config(tiny.transformer().config), 512, 16, mx.float32)
+    work = transformer_work(FluxKleinParams.from_config(tiny.transformer().config), Pass(512, 16), mx.float32)
     least = work.computing(SPEEDS)
     assert least < plan.stages[1].seconds[0] < plan.stages[1].seconds[1]
 
@@ -370,7 +408,8 @@ def test_seconds_of_a_released_model(measured, capsys):
     plan = make_plan(
         *released_modules("klein-4b", mx.bfloat16, {}), Workload(256, 256, 512), dtype=mx.bfloat16, limit=0
     )
-    by_hand = (4.917e12 - 0.181e12) / SPEEDS.matmul + 0.181e12 / SPEEDS.attention
+    unread = 512 * 3072 * (4 * 3072 + 6 * 9216), 4 * 512 * 768 * 3072  # of the text, in the last block
+    by_hand = (4.917e12 - 0.181e12 - unread[0]) / SPEEDS.matmul + (0.181e12 - unread[1]) / SPEEDS.attention
     assert plan.stages[1].seconds[0] == pytest.approx(by_hand, rel=1e-3)
     assert main(["--plan", "--dtype", "bfloat16", "--width", "256", "--height", "256"]) == 0
     assert f"time: about {format_range(*plan.seconds(1, 4))} s an image, 4 passes" in capsys.readouterr().out
@@ -414,18 +453,22 @@ def test_a_plan_measures_nothing(measured, checkpoint, monkeypatch, capsys):
     assert main(["--plan", "--model", str(checkpoint)]) == 0
 
 
-@pytest.mark.parametrize(("depth", "single"), [(2, 1), (1, 2)])
-def test_intermediates_of_blocks_are_those_that_are_counted(depth, single):
-    """By the graph of a step with one block more, see benchmarks/kernels.py; in its own process, for it reloads."""
+@pytest.mark.parametrize(("depth", "single", "references"), [(2, 1, 0), (1, 2, 0), (1, 1, 1)])
+def test_intermediates_of_blocks_are_those_that_are_counted(depth, single, references):
+    """By the graph of a step with one block more, see benchmarks/kernels.py; in its own process, for it reloads. Or
+    with a reference more, which is embedded, joined to the text, and keys and values alone in the last block.
+    """
     script = f"""
 from dataclasses import replace
 import mlx.core as mx
 from benchmarks.kernels import FluxKleinParams, Recorder, own_step
 params, moved = FluxKleinParams.klein_4b(), []
-for depth, single in ((1, 1), ({depth}, {single})):
+for depth, single, references in ((1, 1, 0), ({depth}, {single}, {references})):
     deep = replace(params, depth=depth, depth_single=single)
-    moved.append(own_step(Recorder(), deep, mx.bfloat16, 1024, 512).kernels(fuse=False)[1])
-print((moved[1] - moved[0]) / (4608 * params.hidden_size * 2))
+    moved.append(own_step(Recorder(), deep, mx.bfloat16, 1024, 512, references).kernels(fuse=False)[1])
+print((moved[1] - moved[0]) / ({4096 if references else 4608} * params.hidden_size * 2))
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert float(done.stdout) == pytest.approx(roofline.BLOCK, rel=0.01)
+    ends = 1 + 128 / 3072 + 2
+    expected = roofline.BLOCK + roofline.KV_BLOCK + ends if references else roofline.BLOCK
+    assert float(done.stdout) == pytest.approx(expected, rel=0.01)

@@ -11,10 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..device import machine_memory, memory_limit, on_gpu, weight_bytes, weights_of
-from ..models.attention import FLOP_AT_ONCE
+from ..models.attention import FLOP_AT_ONCE, attend
 from ..models.autoencoder import Decoder
 from ..models.config import AutoEncoderConfig, FluxKleinParams
-from ..models.flux2 import FluxKlein, SingleBlock, attend
+from ..models.flux2 import FluxKlein, SingleBlock
 from ..models.layers import Linear
 from ..quantization.layers import shortest_seconds
 from ..quantization.packing import quantize_weight

@@ -11,6 +11,10 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ..device import writes_scores
+from .kv_cache import BlockKV
+from .rope import rotate
+
+ALL = slice(None)  # tokens
 
 # FLOP of one call, its two products. Apple rates the GPU of an M1 at 2.6 TFLOP a second, and macOS was seen to stop
 # what took some seconds (ml-explore/mlx 3267, 3583). From some 9,000 tokens on, where a call is divided, keys and
@@ -61,3 +65,30 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = Non
         parts.append(out.transpose(0, 2, 1, 3))
     joined = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
     return joined.reshape(batch, queries, -1)
+
+
+def attend(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    cos: mx.array,
+    sin: mx.array,
+    kv: BlockKV | None = None,
+    queries: slice = ALL,
+) -> mx.array:
+    """Rotate q and k, attend, join the heads.
+
+    Args:
+        q: (B, heads, queries, head_dim).
+        k, v: (B, heads, N, head_dim).
+        cos, sin: (B or 1, N, head_dim / 2), of the N tokens.
+        kv: takes the rotated k and v, and gives what is attended to; without it, these.
+        queries: which of the N tokens q is of.
+
+    Returns:
+        (B, queries, heads * head_dim).
+    """
+    q, k = rotate(q, cos[:, queries], sin[:, queries]), rotate(k, cos, sin)
+    if kv is not None:
+        k, v = kv.update_and_fetch(k, v)
+    return attention(q, k, v)

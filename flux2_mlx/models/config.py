@@ -105,6 +105,11 @@ class FluxKleinParams(_Config):
             )
 
     @property
+    def blocks(self) -> int:
+        """Blocks of both kinds."""
+        return self.depth + self.depth_single
+
+    @property
     def mlp_hidden(self) -> int:
         """Width of the feed-forward layers after the gate."""
         return int(self.hidden_size * self.mlp_ratio)

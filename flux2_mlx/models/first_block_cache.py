@@ -17,7 +17,7 @@ from ..collectives import all_gather
 
 
 class FirstBlockCache:
-    """The residuals of a pass in its last full steps, from which later steps are predicted.
+    """The residuals of an image's tokens in the last full steps of a pass, from which later steps are predicted.
 
     The first step is computed in full.
 
@@ -27,7 +27,6 @@ class FirstBlockCache:
         threshold: the tail is left out where the mean absolute difference between the first block's residual and that
             of the last full step is less than this share of the latter's mean absolute value, for each image of the
             pass. With 0 every step is computed in full.
-        tokens: the image's tokens; those of references follow them, and are not compared.
         group: processes that decide together, each with a pass of its own.
         leader: cache of a pass that comes before this one in every step, and decides for both.
 
@@ -38,41 +37,39 @@ class FirstBlockCache:
     def __init__(
         self,
         threshold: float,
-        tokens: int,
         *,
         group: mx.distributed.Group | None = None,
         leader: FirstBlockCache | None = None,
     ):
-        self.threshold, self.tokens, self.group, self.leader = threshold, tokens, group, leader
+        self.threshold, self.group, self.leader = threshold, group, leader
         self.is_used = False
         self._timesteps: Any = None  # (B,), of this step
-        self._inputs: Any = None  # image tokens before the first block, between start and predict
-        self._outputs: Any = None  # image tokens after the first block, between predict and update
+        self._inputs: Any = None  # the stream before the first block, between start and predict
+        self._outputs: Any = None  # the stream after the first block, between predict and update
         self._first_residual: Any = None  # the first block's residual in the last full step
         self._tail_residuals: list[tuple[mx.array, mx.array]] = []  # (timesteps, residual) of the last two full steps
 
     def start(self, img: mx.array, timesteps: mx.array) -> None:
-        """Take the image stream (B, S, D) before the first block, and the noise levels (B,)."""
-        self._timesteps, self._inputs = timesteps, img[:, : self.tokens]
+        """Take the image's tokens (B, S, D) before the first block, and the noise levels (B,)."""
+        self._timesteps, self._inputs = timesteps, img
 
     def predict(self, img: mx.array) -> mx.array | None:
-        """Take the image stream (B, S, D) after the first block.
+        """Take the image's tokens (B, S, D) after the first block.
 
         Returns:
             a prediction of the stream after all blocks, or None where the other blocks must be computed.
         """
-        outputs = img[:, : self.tokens]
-        residual, self._inputs = outputs - self._inputs, None
+        residual, self._inputs = img - self._inputs, None
         self.is_used = self._is_near(residual) if self.leader is None else self.leader.is_used
         if self.is_used:
-            return mx.concatenate([outputs + self._extrapolate(), img[:, self.tokens :]], axis=1)
-        self._outputs, self._first_residual = outputs, residual
+            return img + self._extrapolate()
+        self._outputs, self._first_residual = img, residual
         del self._tail_residuals[:-1]
         return None
 
     def update(self, img: mx.array) -> mx.array:
-        """Take the image stream (B, S, D) after all blocks; it comes back."""
-        residual, self._outputs = img[:, : self.tokens] - self._outputs, None
+        """Take the image's tokens (B, S, D) after all blocks; it comes back."""
+        residual, self._outputs = img - self._outputs, None
         self._tail_residuals.append((self._timesteps, residual))
         # The stream waits for the residuals: left lazy, they would keep the graph of the whole step in memory.
         return mx.depends(img, [self._first_residual, residual])

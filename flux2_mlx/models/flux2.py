@@ -5,6 +5,7 @@ Features, in reading order:
 - double blocks: image and text have their own weights and attend jointly, text tokens first;
 - single blocks: one fused projection to q, k, v, gate and up; attention and feed-forward in parallel;
 - RMSNorm on q and k, rotary positions of four axes, SwiGLU, LayerNorm without weights, no biases anywhere;
+- behind the last block only the image's tokens are read, so of the others it makes keys and values alone;
 - in klein-9b-kv references attend to themselves alone, at noise level 0, so that their KV is computed once;
 - elsewhere KV of the text or of the references in the first step can be frozen for the later ones.
 
@@ -20,12 +21,12 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
-from .attention import attention
+from .attention import ALL, attend
 from .config import FluxKleinParams
 from .first_block_cache import FirstBlockCache
-from .kv_cache import KV, BlockKV, FrozenKV, KVReader, KVRecorder
+from .kv_cache import KV, BlockKV, KVRecorder
 from .layers import BlockRunner, Linear, RMSNorm, outputs, random_state_kept, run_block
-from .rope import four_axes, rope_table, rotate
+from .rope import four_axes, rope_table
 
 FLOAT16_MAX = 65504.0
 
@@ -95,23 +96,6 @@ def split_heads(x: mx.array, heads: int, norm: Callable[[mx.array], mx.array] = 
     batch, tokens, _ = x.shape
     # The norm comes before the transposition: on Metal a norm of a transposed view copies it first.
     return norm(x.reshape(batch, tokens, heads, -1)).transpose(0, 2, 1, 3)
-
-
-def attend(q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array, kv: BlockKV | None = None) -> mx.array:
-    """Rotate q and k, attend, join the heads.
-
-    Args:
-        q, k, v: (B, heads, N, head_dim).
-        cos, sin: (B or 1, N, head_dim / 2), of the N tokens.
-        kv: takes the rotated k and v, and gives what is attended to; without it, these.
-
-    Returns:
-        (B, N, heads * head_dim).
-    """
-    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    if kv is not None:
-        k, v = kv.update_and_fetch(k, v)
-    return attention(q, k, v)
 
 
 class TimestepEmbedder(nn.Module):
@@ -243,7 +227,10 @@ class DoubleBlock(nn.Module):
 
 
 class SingleAttention(nn.Module):
-    """Attention and feed-forward side by side, from one projection in and one out: x (B, N, D) to the same shape."""
+    """Attention and feed-forward side by side, from one projection in and one out: x (B, N, D) to (B, queries, D).
+
+    Of tokens that are no queries there are keys and values alone.
+    """
 
     def __init__(self, params: FluxKleinParams):
         super().__init__()
@@ -254,18 +241,25 @@ class SingleAttention(nn.Module):
         self.norm_k = RMSNorm(params.head_dim, params.eps)
         self.to_out = Linear(dims + hidden, dims)
 
-    def __call__(self, x: mx.array, cos: mx.array, sin: mx.array, kv: BlockKV | None = None) -> mx.array:
+    def __call__(
+        self, x: mx.array, cos: mx.array, sin: mx.array, kv: BlockKV | None = None, queries: slice = ALL
+    ) -> mx.array:
         dims, proj = self.dims, self.to_qkv_mlp_proj
-        q, k, v = (outputs(proj, x, part * dims, (part + 1) * dims) for part in range(3))
-        q, k = split_heads(q, self.heads, self.norm_q), split_heads(k, self.heads, self.norm_k)
-        out = attend(q, k, split_heads(v, self.heads), cos, sin, kv)
+        k, v = (outputs(proj, x, part * dims, (part + 1) * dims) for part in (1, 2))
+        x = x[:, queries]
+        q = split_heads(outputs(proj, x, 0, dims), self.heads, self.norm_q)
+        k, v = split_heads(k, self.heads, self.norm_k), split_heads(v, self.heads)
+        out = attend(q, k, v, cos, sin, kv, queries)
         # Gate and up wait for attention: made beside it, they would be in memory together with q, k and v.
         x = mx.depends(x, out)
         return self.to_out(mx.concatenate([out, swiglu(proj, x, 3 * dims, self.hidden)], axis=-1))
 
 
 class SingleBlock(nn.Module):
-    """One stream of text and image tokens, x (B, L + S, D) to the same shape, and its three modulation vectors."""
+    """One stream of text and image tokens: x (B, L + S, D) to its queries (B, queries, D), by default all of them.
+
+    The three modulation vectors are (B, 1, D).
+    """
 
     def __init__(self, params: FluxKleinParams):
         super().__init__()
@@ -273,10 +267,16 @@ class SingleBlock(nn.Module):
         self.attn = SingleAttention(params)
 
     def __call__(
-        self, x: mx.array, mod: Sequence[mx.array], cos: mx.array, sin: mx.array, kv: BlockKV | None = None
+        self,
+        x: mx.array,
+        mod: Sequence[mx.array],
+        cos: mx.array,
+        sin: mx.array,
+        kv: BlockKV | None = None,
+        queries: slice = ALL,
     ) -> mx.array:
         shift, scale, gate = mod
-        return add_gated(x, gate, self.attn(modulate(x, shift, scale, self.eps), cos, sin, kv))
+        return add_gated(x[:, queries], gate, self.attn(modulate(x, shift, scale, self.eps), cos, sin, kv, queries))
 
 
 class FinalNorm(nn.Module):
@@ -364,67 +364,53 @@ class FluxKlein(nn.Module):
     def forward_with_rope(
         self,
         img: mx.array,
-        txt: mx.array,
+        txt: mx.array | None,
         timesteps: mx.array,
         rope_cos: mx.array,
         rope_sin: mx.array,
         *,
-        reference_kv: Sequence[KV] | None = None,
+        image_tokens: int | None = None,
+        kv: Sequence[BlockKV | None] | None = None,
         cache: FirstBlockCache | None = None,
-        frozen: FrozenKV | None = None,
     ) -> mx.array:
         """Velocity of the image tokens, with rotation tables that were made once for all steps.
 
         Args:
-            img, txt, timesteps: the model's inputs; see __call__.
+            img, txt, timesteps: the model's inputs; see __call__. txt may be None where kv has the text's.
             rope_cos, rope_sin: (B or 1, L + S, head_dim / 2) from compute_rope.
-            reference_kv: KV from encode_reference_kv, for references whose tokens are not in img.
-            cache: First Block Cache of this pass, which may leave out all blocks but the first. What comes back for
-                reference tokens in img is then not their velocity.
-            frozen: records KV in the first step, and replaces the frozen tokens in later ones. These are given in every
-                step; where references are frozen, later steps give back the image's tokens alone.
+            image_tokens: how many tokens of img, from the first, are asked for; the references' follow them and are
+                attended to. None asks for all.
+            kv: of each block, double blocks first, what records its KV or gives it others'.
+            cache: First Block Cache of this pass, which may leave out all blocks but the first.
 
         Returns:
-            (B, S, in_channels), in the weights' dtype.
+            (B, image_tokens, in_channels), in the weights' dtype.
         """
-        text: mx.array | None = txt
-        recorded, unfrozen = (None, None) if frozen is None else frozen.split(txt.shape[1])
-        if frozen is not None and frozen.kv:
-            rope_cos, rope_sin = rope_cos[:, unfrozen], rope_sin[:, unfrozen]
-            recorded, reference_kv = None, frozen.kv
-            text = None if frozen.tokens == "text" else txt
-            img = img if text is None else img[:, : frozen.image_tokens]
-        kv = self._block_kv(reference_kv, recorded)
+        kv = [None] * self.params.blocks if kv is None else kv
+        own = slice(img.shape[1] if image_tokens is None else image_tokens)
         temb = self.time_guidance_embed(timesteps, self.dtype)
         img_mod = self.double_stream_modulation_img(temb)
         txt_mod = self.double_stream_modulation_txt(temb)
         single_mod = self.single_stream_modulation(temb)
 
         x = self._residual(self.x_embedder(cast_input(img, self.dtype)))
-        c = None if text is None else self._residual(self.context_embedder(cast_input(text, self.dtype)))
+        c = None if txt is None else self._residual(self.context_embedder(cast_input(txt, self.dtype)))
         if cache is not None:
-            cache.start(x, timesteps)
+            cache.start(x[:, own], timesteps)
         for k, double in enumerate(self.transformer_blocks):
             may_end = k == 0 and cache is not None
             x, c = self.block_runner(double, x, c, img_mod, txt_mod, rope_cos, rope_sin, kv[k], may_end=may_end)
-            if k == 0 and cache is not None and (predicted := cache.predict(x)) is not None:
+            if k == 0 and cache is not None and (predicted := cache.predict(x[:, own])) is not None:
                 return self.proj_out(self.norm_out(predicted, temb))
-        x = x if c is None else mx.concatenate([c, x], axis=1)
-        for k, single in enumerate(self.single_transformer_blocks, self.params.depth):
+        if c is not None:
+            x, own = mx.concatenate([c, x], axis=1), slice(c.shape[1], c.shape[1] + own.stop)
+        *singles, last = self.single_transformer_blocks
+        for k, single in enumerate(singles, self.params.depth):
             x = self.block_runner(single, x, single_mod, rope_cos, rope_sin, kv[k])
-        x = x if c is None else x[:, c.shape[1] :]
+        x = self.block_runner(last, x, single_mod, rope_cos, rope_sin, kv[-1], own)
         if cache is not None:
             x = cache.update(x)
-        if frozen is not None and not frozen.kv:
-            frozen.kv = [recorder.kv for recorder in kv if isinstance(recorder, KVRecorder)]
         return self.proj_out(self.norm_out(x, temb))
-
-    def _block_kv(self, reference_kv: Sequence[KV] | None, recorded: slice | None) -> Sequence[BlockKV | None]:
-        """The BlockKV of each block, double blocks first: it records KV, reads it, or is None."""
-        blocks = self.params.depth + self.params.depth_single
-        if recorded is not None:
-            return [KVRecorder(recorded) for _ in range(blocks)]
-        return [None] * blocks if reference_kv is None else [KVReader(kv) for kv in reference_kv]
 
     def encode_reference_kv(self, references: mx.array, rope_cos: mx.array, rope_sin: mx.array) -> list[KV]:
         """KV of reference tokens that attend to themselves alone, at noise level 0, as klein-9b-kv is trained for: the
@@ -440,12 +426,14 @@ class FluxKlein(nn.Module):
         temb = self.time_guidance_embed(mx.zeros((1,)), self.dtype)
         img_mod, single_mod = self.double_stream_modulation_img(temb), self.single_stream_modulation(temb)
         x = self._residual(self.x_embedder(cast_input(references, self.dtype)))
-        kv = self._block_kv(None, slice(None))
+        kv = [KVRecorder(ALL) for _ in range(self.params.blocks)]
         for k, double in enumerate(self.transformer_blocks):
             x, _ = self.block_runner(double, x, None, img_mod, (), rope_cos, rope_sin, kv[k])
-        for k, single in enumerate(self.single_transformer_blocks, self.params.depth):
+        *singles, last = self.single_transformer_blocks
+        for k, single in enumerate(singles, self.params.depth):
             x = self.block_runner(single, x, single_mod, rope_cos, rope_sin, kv[k])
-        return [recorder.kv for recorder in kv if isinstance(recorder, KVRecorder)]
+        self.block_runner(last, x, single_mod, rope_cos, rope_sin, kv[-1], slice(1))  # nobody reads what it gives
+        return [recorder.kv for recorder in kv]
 
     @staticmethod
     def _residual(x: mx.array) -> mx.array:

@@ -6,6 +6,7 @@ A block asks a BlockKV what its tokens attend to, as mlx-lm's models ask their c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import mlx.core as mx
@@ -69,10 +70,32 @@ class FrozenKV:
 
     def __init__(self, tokens: str, image_tokens: int):
         self.tokens, self.image_tokens = tokens, image_tokens
-        self.kv: list[KV] = []
+        self._recorders: list[KVRecorder] = []
 
-    def split(self, text_tokens: int) -> tuple[slice, slice]:
-        """The sequence as (frozen tokens, the other tokens)."""
+    @property
+    def kv(self) -> list[KV]:
+        return [recorder.kv for recorder in self._recorders]
+
+    def clear(self) -> None:
+        """Give the KV back."""
+        self._recorders = []
+
+    def begin_step(
+        self, img: mx.array, txt: mx.array, cos: mx.array, sin: mx.array, blocks: int
+    ) -> tuple[mx.array, mx.array | None, mx.array, mx.array, Sequence[BlockKV]]:
+        """What so many blocks are given in a step: in the first one all tokens, and what records the KV of some; later
+        the others alone, beside that KV.
+
+        Returns:
+            (img, txt, cos, sin, kv), as FluxKlein.forward_with_rope takes them.
+        """
+        text = txt.shape[1]
+        rest = slice(text, None) if self.tokens == "text" else slice(text + self.image_tokens)
+        if not self._recorders:
+            frozen = slice(text) if self.tokens == "text" else slice(text + self.image_tokens, None)
+            self._recorders = [KVRecorder(frozen) for _ in range(blocks)]
+            return img, txt, cos, sin, self._recorders
+        cos, sin, readers = cos[:, rest], sin[:, rest], [KVReader(kv) for kv in self.kv]
         if self.tokens == "text":
-            return slice(text_tokens), slice(text_tokens, None)
-        return slice(text_tokens + self.image_tokens, None), slice(text_tokens + self.image_tokens)
+            return img, None, cos, sin, readers
+        return img[:, : self.image_tokens], txt, cos, sin, readers

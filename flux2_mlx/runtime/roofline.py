@@ -24,13 +24,14 @@ from ..models.flux2 import FluxKlein
 from ..models.qwen3 import Qwen3TextEncoder
 from ..quantization.layers import shortest_seconds
 from ..quantization.recipes import dense_bytes
-from .activations import Workload
+from .activations import Pass, Workload
 
 TABLE = "speeds"  # the table's name in the cache folder
 
 # Elements that a block of either kind reads and writes, in units of an activation as wide as the model, as
 # benchmarks/kernels.py counts them.
 BLOCK = 53
+KV_BLOCK = 12  # of these for the keys and values
 # And by a GroupNorm with its SiLU, in float32 whatever the model has.
 GROUP_NORM = 6
 
@@ -97,45 +98,49 @@ class Work:
 # ---------------------------------------------------------------------------------------------------- stages
 
 
-def text_encoder_work(config: Qwen3Config, length: int, dtype: mx.Dtype) -> Work:
-    """One prompt of so many tokens, without the weights; masked scores are computed and count."""
+def text_encoder_work(config: Qwen3Config, length: int, prompt: int, dtype: mx.Dtype) -> Work:
+    """A prompt of so many tokens, padded to a length, without the weights; masked scores are computed and count."""
     hidden, inner = config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    rows = config.num_layers * length
+    rows, keys = config.num_layers * length, config.num_layers * prompt
     return Work(
-        matmul=2 * rows * (hidden * (q + 2 * kv) + q * hidden + 3 * hidden * inner),
-        attention=4 * rows * length * q,
-        intermediates=rows * (17 * hidden + 10 * q + 8 * kv + 8 * inner) * dtype.size,
+        matmul=2 * (rows * (2 * hidden * q + 3 * hidden * inner) + keys * 2 * hidden * kv),
+        attention=4 * rows * prompt * q,
+        intermediates=(rows * (17 * hidden + 10 * q + 8 * inner) + keys * 8 * kv) * dtype.size,
     )
 
 
-def transformer_work(params: FluxKleinParams, text: int, image: int, dtype: mx.Dtype, kv: int = 0) -> Work:
-    """One pass over so many tokens of text and image (references among these), beside the keys and values of ``kv``
-    tokens, without the weights.
-    """
-    dims, tokens = params.hidden_size, text + image
+def transformer_work(params: FluxKleinParams, one: Pass, dtype: mx.Dtype) -> Work:
+    """A row of a pass, without the weights."""
+    dims, keys = params.hidden_size, one.tokens + one.kv
     # Of the modulations, and of the last norm, in units of a square matrix.
     temb = params.timestep_channels * dims + (1 + 6 + 6 + 3 + 2) * dims**2
-    ends = 2 * params.in_channels * dims * image + params.txt_embed_dim * dims * text
-    return _blocks(params, tokens, tokens + kv, dtype) + Work(matmul=2 * (temb + ends))
+    ends = params.in_channels * dims * (2 * one.image + one.references) + params.txt_embed_dim * dims * one.text
+    return _blocks(params, one.tokens, keys, one.image, dtype) + Work(matmul=2 * (temb + ends))
 
 
 def reference_kv_work(params: FluxKleinParams, tokens: int, dtype: mx.Dtype) -> Work:
-    """The pass that makes the keys and values of so many reference tokens; its last block is counted whole, though
-    keys and values are all that is made of it.
-    """
+    """The pass that makes the keys and values of so many reference tokens."""
     dims = params.hidden_size
     temb = params.timestep_channels * dims + (1 + 6 + 3) * dims**2
-    return _blocks(params, tokens, tokens, dtype) + Work(matmul=2 * (temb + params.in_channels * dims * tokens))
+    return _blocks(params, tokens, tokens, 1, dtype) + Work(matmul=2 * (temb + params.in_channels * dims * tokens))
 
 
-def _blocks(params: FluxKleinParams, tokens: int, kv_tokens: int, dtype: mx.Dtype) -> Work:
-    """All blocks over tokens that attend to ``kv_tokens``: either kind has 4 d^2 + 3 d m weights for a token."""
-    dims, blocks = params.hidden_size, params.depth + params.depth_single
+def _blocks(params: FluxKleinParams, tokens: int, keys: int, asked: int, dtype: mx.Dtype) -> Work:
+    """All blocks over tokens, so many of which are asked for behind the last block."""
+    whole, last = (_block(params, tokens, keys, queries, dtype) for queries in (tokens, asked))
+    return whole * (params.blocks - 1) + last
+
+
+def _block(params: FluxKleinParams, tokens: int, keys: int, queries: int, dtype: mx.Dtype) -> Work:
+    """A block of either kind: for a token that is a query it has 4 d^2 + 3 d m weights, for another the 2 d^2 of keys
+    and values.
+    """
+    dims = params.hidden_size
     return Work(
-        matmul=2 * blocks * tokens * (4 * dims**2 + 3 * dims * params.mlp_hidden),
-        attention=4 * blocks * tokens * kv_tokens * dims,
-        intermediates=BLOCK * blocks * tokens * dims * dtype.size,
+        matmul=2 * (tokens * 2 * dims**2 + queries * (2 * dims**2 + 3 * dims * params.mlp_hidden)),
+        attention=4 * queries * keys * dims,
+        intermediates=(tokens * KV_BLOCK + queries * (BLOCK - KV_BLOCK)) * dims * dtype.size,
     )
 
 
@@ -204,13 +209,13 @@ def image_work(
     workload: Workload,
     dtype: mx.Dtype,
 ) -> dict[str, Work]:
-    """The work of each stage of an image, by the plan's names: for one prompt, all references, one pass of the
-    transformer (the first), one image. Weights of modules are not read.
+    """The work of each stage of an image, by the plan's names: for one prompt, as long as may be, all references, one
+    pass of the transformer (the first), one image. Weights of modules are not read.
     """
     text_dtype, image_dtype = stage_dtype("text_encoder", dtype), autoencoder.dtype
     params, config, one = transformer.params, autoencoder.config, workload.denoising()
     embedding = weight_bytes(text_encoder.model.embed_tokens)  # a few of its rows are read
-    encoding = text_encoder_work(text_encoder.config, workload.text, text_dtype)
+    encoding = text_encoder_work(text_encoder.config, workload.text, workload.text, text_dtype)
     work = {"text encoder": encoding + _reading(text_encoder, text_dtype, but=embedding)}
     weights = _reading(transformer, dtype)
     if workload.reference_sizes:
@@ -219,7 +224,7 @@ def image_work(
         work["references"] = sum(encoded, Work())
         if workload.kv:
             work["references"] += reference_kv_work(params, workload.kv, dtype) + weights
-    work["transformer"] = transformer_work(params, one.text, one.image + one.references, dtype, one.kv) + weights
+    work["transformer"] = transformer_work(params, one, dtype) + weights
     decoding = decoder_work(config, workload.height, workload.width, image_dtype)
     work["decoder"] = decoding + _reading(autoencoder.decoder, image_dtype)
     return work
@@ -229,8 +234,7 @@ def work_after_first(transformer: FluxKlein, workload: Workload, dtype: mx.Dtype
     """A pass of the transformer once keys and values are frozen; None where none are."""
     if not workload.denoising().frozen_tokens:
         return None
-    one = workload.denoising().after_first
-    work = transformer_work(transformer.params, one.text, one.image + one.references, dtype, one.kv)
+    work = transformer_work(transformer.params, workload.denoising().after_first, dtype)
     return work + _reading(transformer, dtype)
 
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from ..models.first_block_cache import FirstBlockCache
 from ..models.flux2 import FluxKlein
-from ..models.kv_cache import KV, FrozenKV
+from ..models.kv_cache import KV, BlockKV, FrozenKV, KVReader
 from .schedules import StepPlan
 
 
@@ -53,12 +53,17 @@ class Denoiser:
         frozen: FrozenKV | None = None,
     ) -> mx.array:
         references = [mx.broadcast_to(tokens, (len(x), *tokens.shape[1:])) for tokens in self.references]
-        img = mx.concatenate([x, *references], axis=1)
+        img, (cos, sin) = mx.concatenate([x, *references], axis=1), self.rope
+        text: mx.array | None = txt
+        kv: Sequence[BlockKV] | None = None
         with self.use() as transformer:
+            if self.reference_kv is not None:
+                kv = [KVReader(own) for own in self.reference_kv]
+            if frozen is not None:
+                img, text, cos, sin, kv = frozen.begin_step(img, txt, cos, sin, transformer.params.blocks)
             v = transformer.forward_with_rope(
-                img, txt, mx.array([step.sigma]), *self.rope, reference_kv=self.reference_kv, cache=cache, frozen=frozen
-            )
-            v = v[:, : self.num_tokens].astype(mx.float32)
+                img, text, mx.array([step.sigma]), cos, sin, image_tokens=self.num_tokens, kv=kv, cache=cache
+            ).astype(mx.float32)
             mx.eval(v)
         return v
 
@@ -95,5 +100,5 @@ class FrozenDenoiser:
     def __call__(self, x: mx.array, txt: mx.array, step: StepPlan) -> mx.array:
         v = self.denoiser(x, txt, step, frozen=self.frozen)
         if step.is_last:
-            self.frozen.kv.clear()
+            self.frozen.clear()
         return v

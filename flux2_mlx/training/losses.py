@@ -81,4 +81,4 @@ def predict_velocity(
     t = timesteps[:, None, None]
     x = (1 - t) * clean + t * noise
     img = x if references is None else mx.concatenate([x, references], axis=1)
-    return model.forward_with_rope(img, txt, timesteps, *rope)[:, : clean.shape[1]].astype(mx.float32)
+    return model.forward_with_rope(img, txt, timesteps, *rope, image_tokens=clean.shape[1]).astype(mx.float32)

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 def checkpoint_block(block: nn.Module, *arguments: Any, may_end: bool = False) -> Any:
     """A block runner (see models.layers) whose backward pass computes the block again, so that its intermediates are
-    not kept. Arguments are arrays, lists of them or None: training passes no KV.
+    not kept. Training passes no KV.
 
     One block is recomputed after another: it waits for the gradient of its outputs, and the block before it for the
     gradients of its weights. MLX's own checkpointing leaves the order open, and then holds intermediates of several.
@@ -22,7 +22,7 @@ def checkpoint_block(block: nn.Module, *arguments: Any, may_end: bool = False) -
     def forward(*arrays: mx.array) -> list[mx.array]:
         block.update(tree_unflatten(list(zip(weights, arrays[:count], strict=True))) if weights else {})
         given = dict(zip(inputs, arrays[count:], strict=True))
-        out = block(*tree_map_with_path(lambda name, _: given.get(name), arguments))
+        out = block(*tree_map_with_path(given.get, arguments))
         return list(out) if isinstance(out, tuple) else [out]
 
     checkpointed = mx.custom_function(forward)
@@ -39,4 +39,5 @@ def checkpoint_block(block: nn.Module, *arguments: Any, may_end: bool = False) -
 
 def named_arrays(tree: Any) -> dict[str, mx.array]:
     """The arrays of a tree by their names in it."""
-    return {name: array for name, array in cast("list[tuple[str, Any]]", tree_flatten(tree)) if array is not None}
+    leaves = cast("list[tuple[str, Any]]", tree_flatten(tree))
+    return {name: leaf for name, leaf in leaves if isinstance(leaf, mx.array)}

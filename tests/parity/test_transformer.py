@@ -61,6 +61,17 @@ def test_references_of_other_sizes_follow_the_picture(model):
     assert relative_error(ported(model)(*args), theirs(model, *args)) <= EXACT
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 20, 44, 68])
+def test_velocity_of_the_first_tokens_is_theirs(model, tokens, batch):
+    """Of a picture's, without its references'; of fewer, and of some references'."""
+    args = inputs(model, 64, 80, batch, references=[(64, 96), (96, 64)])
+    rope = FluxKlein.compute_rope(args[4], args[3], tuple(model.config.axes_dims_rope), model.config.rope_theta)
+    velocity = ported(model).forward_with_rope(*args[:3], *rope, image_tokens=tokens)
+    assert velocity.shape == (batch, tokens, 128)
+    assert relative_error(velocity, theirs(model, *args)[:, :tokens]) <= EXACT
+
+
 def test_bfloat16_stays_close_to_float32(model):
     args = inputs(model, 64, 96, batch=2)
     velocity = ported(model, mx.bfloat16)(*args)
