@@ -1,5 +1,6 @@
 """Training LoRAs: the data set and its faults, the command, going on, processes, the plan."""
 
+import io
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from PIL import Image
 
+from benchmarks.kernels import VIEWS
 from examples import teach_nano
 from examples.nano_world import random_task, render
 from flux2_mlx import Flux2Pipeline, FluxKlein, FluxKleinParams, InputError, Quantization, image_ids, text_ids
@@ -380,6 +382,29 @@ def test_targets():
     assert len(target_layers(model, ["single_transformer_blocks.1"])) == 2
     with pytest.raises(InputError, match=r"no layer has 'to_queue' in its path; there are to_q"):
         target_layers(model, ["to_queue"])
+
+
+def test_computing_blocks_again_adds_less_than_a_forward_pass():
+    """The last block is not computed again, and gradients that nobody asks for are not computed."""
+
+    def kernels(*arrays):
+        text = io.StringIO()
+        mx.export_to_dot(text, *arrays)
+        names = re.findall(r'label ="(\w+)[^"]*", shape=rectangle', text.getvalue())
+        return sum(name not in VIEWS | {"Depends", "Copy"} for name in names)  # a CPU's copies are no arithmetic
+
+    params = FluxKleinParams(hidden_size=128, num_heads=1, txt_embed_dim=128, depth=2, depth_single=2)
+    model = FluxKlein(params)
+    add_adapters(model, TrainingOptions("", ""))
+    given = mx.zeros((1, 4, 128)), mx.ones((1, 4, 128)), mx.array([0.5]), None, mx.ones((1, 8, 128))
+    given = *given, FluxKlein.compute_rope(text_ids(8), image_ids(32, 32))
+    mx.eval(model.parameters(), *given)
+    forward, counts = kernels(flow_loss(model, *given)), []
+    for run in (model.block_runner, checkpoint_block):
+        model.block_runner = run
+        loss, gradients = nn.value_and_grad(model, lambda *values: flow_loss(model, *values))(*given)
+        counts.append(kernels(loss, *dict(tree_flatten(gradients)).values()))
+    assert 0.5 * forward < counts[1] - counts[0] < forward
 
 
 @pytest.mark.parametrize(("dropout", "bits"), [(0.0, None), (0.5, None), (0.0, 4), (0.0, 5)])

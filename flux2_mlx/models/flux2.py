@@ -407,7 +407,7 @@ class FluxKlein(nn.Module):
         *singles, last = self.single_transformer_blocks
         for k, single in enumerate(singles, self.params.depth):
             x = self.block_runner(single, x, single_mod, rope_cos, rope_sin, kv[k])
-        x = self.block_runner(last, x, single_mod, rope_cos, rope_sin, kv[-1], own)
+        x = self.block_runner(last, x, single_mod, rope_cos, rope_sin, kv[-1], own, may_end=True)
         if cache is not None:
             x = cache.update(x)
         return self.proj_out(self.norm_out(x, temb))

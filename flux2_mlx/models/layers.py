@@ -31,7 +31,8 @@ class BlockRunner(Protocol):
 
         Args:
             arguments: arrays, lists of them, a BlockKV or None.
-            may_end: whether the model may call no block after this one, so that reading ahead could be in vain.
+            may_end: whether the model may call no block after this one, so that reading ahead, or computing it again in
+                the backward pass, could be in vain.
         """
         ...
 

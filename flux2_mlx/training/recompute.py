@@ -15,7 +15,11 @@ def checkpoint_block(block: nn.Module, *arguments: Any, may_end: bool = False) -
 
     One block is recomputed after another: it waits for the gradient of its outputs, and the block before it for the
     gradients of its weights. MLX's own checkpointing leaves the order open, and then holds intermediates of several.
+
+    The last block is not: its backward pass is what comes next.
     """
+    if may_end:
+        return block(*arguments)
     weights, inputs = named_arrays(block.trainable_parameters()), named_arrays(arguments)
     count = len(weights)
 
@@ -31,7 +35,8 @@ def checkpoint_block(block: nn.Module, *arguments: Any, may_end: bool = False) -
     def backward(arrays: Any, cotangents: Any, _: Any) -> list[mx.array]:
         _, gradients = mx.vjp(forward, mx.depends(list(arrays), list(cotangents)), list(cotangents))
         own, passed_on = gradients[:count], gradients[count:]
-        return [*own, *mx.depends(passed_on, own)] if own else gradients
+        # Each on its own: those that nobody asks for, of rotation tables and modulations, are then not computed.
+        return [*own, *(mx.depends(gradient, own) for gradient in passed_on)] if own else gradients
 
     out: Any = checkpointed(*weights.values(), *inputs.values())
     return tuple(out) if len(out) > 1 else out[0]
