@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .models.autoencoder import AutoEncoder
@@ -12,6 +12,7 @@ from .models.flux2 import FluxKlein
 from .models.names import autoencoder, flux2, qwen3
 from .models.names.common import Names
 from .models.qwen3 import Qwen3TextEncoder
+from .quantization.spec import Quantization
 
 # Tokens that a prompt is padded or truncated to, unless the tokenizer takes fewer or the caller sets another number.
 MAX_SEQUENCE_LENGTH = 512
@@ -33,6 +34,7 @@ class Part:
         names: what files call its weights.
         can_be_packed: whether the module can hold packed layers.
         blocks: paths of the lists of blocks, in the order in which they run.
+        bonsai_key: its folder in Bonsai's layout; None where that is ``key``.
     """
 
     key: str
@@ -44,6 +46,12 @@ class Part:
     names: Names
     can_be_packed: bool = True
     blocks: tuple[str, ...] = ()
+    bonsai_key: str | None = None
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The folders that it may be in, in any layout."""
+        return (self.key,) if self.bonsai_key is None else (self.key, self.bonsai_key)
 
 
 TRANSFORMER = Part(
@@ -55,6 +63,7 @@ TRANSFORMER = Part(
     module=FluxKlein,
     names=flux2.NAMES,
     blocks=("transformer_blocks", "single_transformer_blocks"),
+    bonsai_key="transformer-packed-mflux",
 )
 TEXT_ENCODER = Part(
     key="text_encoder",
@@ -65,6 +74,7 @@ TEXT_ENCODER = Part(
     module=Qwen3TextEncoder,
     names=qwen3.NAMES,
     blocks=("model.layers",),
+    bonsai_key="text_encoder-mlx-4bit",
 )
 AUTOENCODER = Part(
     key="vae",
@@ -116,6 +126,7 @@ class Release:
         licence: which, for the 9B models, has to be accepted on the Hub.
         is_distilled: whether it generates in few steps without CFG.
         has_kv_cache: whether it was trained to cache its references.
+        packed: how the files hold matrices packed: (the part's key, the beginning of the layers' paths, how).
     """
 
     name: str
@@ -126,15 +137,27 @@ class Release:
     licence: Licence
     is_distilled: bool = True
     has_kv_cache: bool = False
+    packed: tuple[tuple[str, str, Quantization], ...] = ()
+
+    def packing(self, part: str, path: str) -> Quantization | None:
+        """How the files hold a part's matrix of that path packed; None where it is dense."""
+        return next((spec for key, start, spec in self.packed if key == part and path.startswith(start)), None)
 
 
-def _release_4b(name: str, repo: str, **facts: bool) -> Release:
-    return Release(name, repo, FluxKleinParams.klein_4b(), Qwen3Config(), 4_022_468_096, APACHE, **facts)
+def _release_4b(name: str, repo: str, *, is_distilled: bool = True) -> Release:
+    return Release(name, repo, FluxKleinParams.klein_4b(), Qwen3Config(), 4_022_468_096, APACHE, is_distilled)
 
 
-def _release_9b(name: str, repo: str, **facts: bool) -> Release:
+def _release_9b(name: str, repo: str, *, is_distilled: bool = True, has_kv_cache: bool = False) -> Release:
     params, encoder = FluxKleinParams.klein_9b(), Qwen3Config.qwen3_8b()
-    return Release(name, repo, params, encoder, 8_190_735_360, NON_COMMERCIAL, **facts)
+    return Release(name, repo, params, encoder, 8_190_735_360, NON_COMMERCIAL, is_distilled, has_kv_cache)
+
+
+def _release_bonsai(name: str, repo: str, bits: int) -> Release:
+    """Bonsai Image 4B of PrismML: klein-4b, its blocks trained to so few bits, and Qwen3 in 4 bits."""
+    blocks = [(TRANSFORMER.key, f"{path}.", Quantization(bits, 128)) for path in TRANSFORMER.blocks]
+    packed = (*blocks, (TEXT_ENCODER.key, "", Quantization(4, 64)))
+    return replace(_release_4b(name, repo), packed=packed)
 
 
 RELEASES = (
@@ -143,6 +166,8 @@ RELEASES = (
     _release_4b("klein-base-4b", "black-forest-labs/FLUX.2-klein-base-4B", is_distilled=False),
     _release_9b("klein-base-9b", "black-forest-labs/FLUX.2-klein-base-9B", is_distilled=False),
     _release_9b("klein-9b-kv", "black-forest-labs/FLUX.2-klein-9b-kv", has_kv_cache=True),
+    _release_bonsai("bonsai-4b", "prism-ml/bonsai-image-ternary-4B-mlx-2bit", 2),
+    _release_bonsai("bonsai-4b-1bit", "prism-ml/bonsai-image-binary-4B-mlx-1bit", 1),
 )
 RELEASED: dict[str, str] = {release.name: release.repo for release in RELEASES}
 RELEASED_NAMES = ", ".join(RELEASED)  # the list in messages

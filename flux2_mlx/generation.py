@@ -21,7 +21,7 @@ from .decoding import LatentDecoder
 from .device import wired_limit
 from .models.first_block_cache import FirstBlockCache
 from .models.kv_cache import KV, FrozenKV
-from .request import Request, Sampling, request_noise
+from .request import Request, Sampling, request_noise, warn
 from .results import Step
 from .runtime.activations import Pass, Workload
 from .runtime.residency import Need, Stages
@@ -229,6 +229,11 @@ class Generator:
         prompts = [] if request.prompt_embeds else [settings.prompt for settings in request.settings]
         negative = [first.negative_prompt] if request.uses_cfg else []
         encoded = self.prompts.encode([*prompts, *negative], length, stats)
+        if request.references and self.stages.checkpoint.is_bonsai:
+            warn(
+                f"{self.stages.checkpoint.name} is Bonsai Image, which was trained to draw from text alone: edits come "
+                "out poor; klein-4b edits"
+            )
         init_images = [] if request.init_image is None else [request.init_image]
         references = self.references.encode([*request.references, *init_images], stats)
         sizes = [(pixels.shape[1], pixels.shape[2]) for pixels in request.references]

@@ -46,7 +46,7 @@ from flux2_mlx.models.qwen3 import Qwen3TextEncoder
 from flux2_mlx.models.taef2 import TinyDecoder
 from flux2_mlx.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from flux2_mlx.quantization.packing import quantize_rtn, quantize_weight
-from flux2_mlx.quantization.spec import AFFINE_BITS, AFFINE_GROUPS, FLOAT_MODES, Quantization
+from flux2_mlx.quantization.spec import AFFINE_BITS, AFFINE_GROUPS, FLOAT_MODES, READ_BITS, Quantization
 from flux2_mlx.sampling.denoiser import CachedDenoiser, Denoiser, FrozenDenoiser
 from flux2_mlx.sampling.guidance import Guidance, batched, sequential
 from flux2_mlx.sampling.latents import initial_noise, pack_latents, resize_latents, unpack_latents
@@ -343,7 +343,7 @@ def noise(census: Census, _: mx.Dtype) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- the weights
 
-SPECS = [Quantization(bits, group) for bits in AFFINE_BITS for group in AFFINE_GROUPS]
+SPECS = [Quantization(bits, group) for bits in READ_BITS for group in AFFINE_GROUPS]
 SPECS += [Quantization(*fixed, mode) for mode, fixed in FLOAT_MODES.items()]
 
 

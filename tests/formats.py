@@ -1,12 +1,13 @@
 """Writers of the formats that klein comes in, each from the tensors of a diffusers checkpoint."""
 
 import json
+import shutil
 
 import gguf
 import mlx.core as mx
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 BFL = {
     "x_embedder": "img_in",
@@ -245,6 +246,54 @@ def packed(tensors, bits, group_size, skip=()):
             written[f"{layer}.{kind}"] = part
         expected[name] = mx.dequantize(*parts, group_size=group_size, bits=bits)
     return written, expected
+
+
+def affine_in_numpy(matrix, bits, group_size=128):
+    """({kind: tensor}, what they stand for) of a matrix (out, in) that was trained to one bit, the values -s and s, or
+    to two, -s, 0 and s: codes of a word one after another, lowest first, and each code times the scale, plus the bias.
+    """
+    groups = matrix.float().numpy().reshape(len(matrix), -1, group_size)
+    sizes = torch.from_numpy(np.abs(groups).mean(-1))
+    levels = np.sign(groups) if bits == 2 else np.where(groups < 0, -1, 1)
+    levels = np.where(np.abs(groups) < 0.5 * sizes.numpy()[..., None], 0, levels) if bits == 2 else levels
+    codes = (levels + 1 if bits == 2 else (levels + 1) // 2).astype(np.uint32).reshape(len(matrix), -1, 32 // bits)
+    words = (codes << (bits * np.arange(32 // bits, dtype=np.uint32))).sum(-1, dtype=np.uint32)
+    scales, biases = (sizes if bits == 2 else 2 * sizes).bfloat16(), -sizes.bfloat16()
+    stored = {"weight": torch.from_numpy(words), "scales": scales, "biases": biases}
+    codes = codes.reshape(groups.shape).astype(np.float64)
+    values = codes * scales.double().numpy()[..., None] + biases.double().numpy()[..., None]
+    return stored, torch.from_numpy(values.reshape(matrix.shape))
+
+
+def bonsai(source, target, bits):
+    """A folder in the diffusers layout as PrismML publishes Bonsai Image for MLX; what its transformer stands for."""
+    shutil.copytree(source / "tokenizer", target / "tokenizer")
+    shutil.copytree(source / "vae", target / "vae")
+    expected, written = {}, {}
+    for name, tensor in load_file(source / "transformer" / "diffusion_pytorch_model.safetensors").items():
+        expected[name] = written[name] = tensor.bfloat16()
+        if "transformer_blocks." in name and tensor.ndim == 2:  # ends and modulations stay dense
+            stored, expected[name] = affine_in_numpy(tensor, bits)
+            del written[name]
+            written |= {f"{name.removesuffix('.weight')}.{kind}": part for kind, part in stored.items()}
+    folder = target / "transformer-packed-mflux"
+    save(written, folder / "diffusion_pytorch_model.safetensors")
+    shutil.copy(source / "transformer" / "config.json", folder)
+    packing = {"format": "mlx-packed-affine", "bits": bits, "group_size": 128}
+    (folder / "quantization_config.json").write_text(json.dumps(packing))
+    folder = target / "text_encoder-mlx-4bit"
+    tensors, _ = packed(load_file(source / "text_encoder" / "model.safetensors"), 4, 64)
+    save(tensors, folder / "model.safetensors", {"format": "mlx"})
+    index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((source / "text_encoder" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization": {"group_size": 64, "bits": 4}}))
+    (target / "scheduler").mkdir()
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "use_dynamic_shifting": False}
+    (target / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    (target / "model_index.json").write_text(json.dumps({"_class_name": "Flux2KleinPipeline"}))
+    (target / "NOTICE.md").write_text("Apache-2.0")
+    return expected
 
 
 def mflux_names(tensors):

@@ -40,6 +40,7 @@ class Checkpoint:
         sources: where each part's weights come from, by its key; see families.PARTS.
         tokenizer: folder of tokenizer.json.
         options: what the caller asked for besides, as open_checkpoint takes it; None where nothing.
+        is_bonsai: whether its transformer is PrismML's Bonsai Image, which was trained to draw from text alone.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Checkpoint:
     sources: Mapping[str, Source]
     tokenizer: Path
     options: Mapping[str, Any]
+    is_bonsai: bool = False
 
     @property
     def configs(self) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def open_checkpoint(
         own["vae"].shape()  # refuses another model's under its own name
         sources["vae"] = replace(sources["vae"], decoder=own["vae"].files[0])
     if transformer is not None:
-        found = replace(found, has_kv_cache=None)
+        found = replace(found, has_kv_cache=None, is_bonsai=False)
         if distilled is None and found.is_distilled is not None:
             kind = "distilled" if found.is_distilled else "a base model"
             other = "False (--no-distilled)" if found.is_distilled else "True (--distilled)"
@@ -128,6 +130,7 @@ def open_checkpoint(
         sources,
         folder,
         {**given, "distilled": distilled, "kv_cache": kv_cache},
+        found.is_bonsai,
     )
 
 

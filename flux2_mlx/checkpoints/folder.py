@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import CheckpointError, InputError, OtherModelError, summarize
-from ..families import PARTS, RELEASED_NAMES, TEXT_ENCODER, Part, check_scheduler_config
+from ..families import PARTS, RELEASED_NAMES, TEXT_ENCODER, TRANSFORMER, Part, check_scheduler_config
 from ..models.config import Qwen3Config
 from .files import PICKLES, is_gguf, load_files, read_index
 from .formats.gguf import gguf_values
@@ -245,10 +245,23 @@ class Found:
     is_distilled: bool | None
     has_kv_cache: bool | None
     sources: Mapping[str, Source]
+    is_bonsai: bool = False
+
+
+def is_bonsai(folder: Path) -> bool:
+    """Whether a model's folder is in the layout of PrismML's Bonsai Image."""
+    return part_folder(folder, TRANSFORMER) == TRANSFORMER.bonsai_key
+
+
+def part_folder(folder: Path, part: Part) -> str:
+    """The name of a part's folder in a model's: the one that is there, else that of the diffusers layout."""
+    return next((name for name in part.folders if (folder / name).is_dir()), part.key)
 
 
 def open_folder(folder: Path, parts: Sequence[Part], with_tokenizer: bool) -> Found:
-    """A folder with a folder for each part: in the diffusers layout, or without configs, as mflux saves one."""
+    """A folder with a folder for each part: in the diffusers layout, without configs, as mflux saves one, or Bonsai's,
+    whose index and scheduler are not asked: it is distilled, and PrismML's own MLX runtime samples it as klein.
+    """
     index = folder / "model_index.json"
     if not index.is_file() and not any((folder / key).is_dir() for key in PARTS):
         files = weight_names(folder)
@@ -258,14 +271,17 @@ def open_folder(folder: Path, parts: Sequence[Part], with_tokenizer: bool) -> Fo
             f"transformer, text_encoder or vae{hint}"
         )
     is_distilled = has_kv_cache = None
-    if index.is_file():
+    bonsai = is_bonsai(folder)
+    if bonsai:
+        is_distilled, has_kv_cache = True, False
+    elif index.is_file():
         is_distilled, has_kv_cache = read_model_index(folder, parts, with_tokenizer)
     sources = {}
     for part in parts:
-        here = folder / part.key
+        here = folder / part_folder(folder, part)
         config = read_json(here / "config.json") if (here / "config.json").is_file() else None
-        sources[part.key] = Source(part, f"{folder}/{part.key}", weight_files(here, part), config)
-    return Found(folder, is_distilled, has_kv_cache, sources)
+        sources[part.key] = Source(part, str(here), weight_files(here, part), config)
+    return Found(folder, is_distilled, has_kv_cache, sources, bonsai)
 
 
 def read_model_index(folder: Path, parts: Sequence[Part], with_tokenizer: bool) -> tuple[bool, bool]:

@@ -15,15 +15,17 @@ from pathlib import Path
 import huggingface_hub
 
 from ..errors import CheckpointError, one_line, summarize
-from ..families import NANO, RELEASED, RELEASED_NAMES, Part
+from ..families import NANO, RELEASED, RELEASED_NAMES, TRANSFORMER, Part
 from ..paths import expand
 from .files import read_header
 from .folder import (
     SCHEDULER,
     TOKENIZER,
     config_faults,
+    is_bonsai,
     needed_shards,
     only_variant,
+    part_folder,
     read_model_index,
     stems_of,
 )
@@ -163,20 +165,23 @@ def download(name: str, repo: str, revision: str | None, parts: Sequence[Part], 
     """
 
     def fetch() -> Path:
-        configs = ["model_index.json", SCHEDULER, *(f"{part.key}/config.json" for part in parts)]
-        configs += [f"{part.key}/*.safetensors.index.json" for part in parts]
+        folders = [folder for part in parts for folder in part.folders]
+        configs = ["model_index.json", SCHEDULER, f"{TRANSFORMER.bonsai_key}/config.json"]
+        configs += [f"{folder}/{file}" for folder in folders for file in ("config.json", "*.safetensors.index.json")]
         configs += [TOKENIZER, "tokenizer/tokenizer_config.json"] if with_tokenizer else []
         folder = _snapshot(repo, revision, configs)
-        if name not in RELEASED and not (folder / "model_index.json").is_file():  # mflux saves no index
+        bonsai = is_bonsai(folder)
+        if not bonsai and name not in RELEASED and not (folder / "model_index.json").is_file():  # mflux saves no index
             if not any((folder / part.key).is_dir() for part in parts):
                 raise CheckpointError(
                     f"{repo} has neither model_index.json nor a folder transformer{_files_hint(repo)}"
                 )
             return _snapshot(repo, folder.name, [f"{part.key}/*.safetensors" for part in parts])
-        read_model_index(folder, parts, with_tokenizer)
+        if not bonsai:
+            read_model_index(folder, parts, with_tokenizer)
         patterns = [pattern for part in parts for pattern in _weight_patterns(repo, folder, part)]
         folder = _snapshot(repo, folder.name, patterns)  # the same commit
-        return _with_variants(repo, folder, {f"{part.key}/": part for part in parts})
+        return _with_variants(repo, folder, {f"{part_folder(folder, part)}/": part for part in parts})
 
     return fetching(name, repo, revision, fetch)
 
@@ -187,14 +192,15 @@ def _weight_patterns(repo: str, folder: Path, part: Part) -> list[str]:
     Raises:
         CheckpointError: for another model's config.
     """
-    config = read_json(folder / part.key / "config.json")
-    refuse_unread((), config, f"{repo}/{part.key}")
-    with config_faults(f"{repo}/{part.key}"):
+    own = part_folder(folder, part)
+    config = read_json(folder / own / "config.json")
+    refuse_unread((), config, f"{repo}/{own}")
+    with config_faults(f"{repo}/{own}"):
         part.config.from_config(config)
-    index = folder / part.key / f"{part.stem}.safetensors.index.json"
+    index = folder / own / f"{part.stem}.safetensors.index.json"
     if index.is_file():
-        return [f"{part.key}/{shard.name}" for shard in needed_shards(index, part)]
-    return [f"{part.key}/{part.stem}.safetensors", f"{part.key}/{part.stem}-*-of-*.safetensors"]
+        return [f"{own}/{shard.name}" for shard in needed_shards(index, part)]
+    return [f"{own}/{part.stem}.safetensors", f"{own}/{part.stem}-*-of-*.safetensors"]
 
 
 def download_part(repo: str, part: Part) -> Path:

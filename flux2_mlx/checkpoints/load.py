@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ from ..models.qwen3 import Qwen3TextEncoder
 from ..models.taef2 import TinyDecoder
 from ..quantization.layers import QuantizedEmbedding, QuantizedLinear, dense_layers, quantize
 from ..quantization.packing import PACKED, quantize_rtn, quantize_weight
-from ..quantization.recipes import QuantizedFluxKlein, mixed_precision, packed_recipe
+from ..quantization.recipes import QuantizedFluxKlein, hold_packed, mixed_precision, packed_recipe
 from ..quantization.spec import Quantization
 from .checkpoint import Checkpoint
 from .files import open_safetensors
@@ -70,9 +71,12 @@ def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, source: str, 
         CheckpointError: naming every missing, unknown, mis-shaped and unreadable weight at once.
     """
     try:
-        quantize(module, packed_recipe(weights), quantize_rtn)
+        widened = hold_packed(module, weights)
     except CheckpointError as error:
         raise CheckpointError(str(error), source=source) from None
+    if widened:
+        tell_one_bit()
+        weights = {**weights, **widened}
     _check_fit(weights_of(module), weights, source)
     pending = PendingWeights()
     values = {}
@@ -97,6 +101,16 @@ def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, source: str, 
                 pending.loaders[name] = partial(_convert_and_pack, path, layer.spec, dtype, load)
     module.pending = pending
     return module
+
+
+@cache
+def tell_one_bit() -> None:
+    """Warn, once, that weights take twice the memory that they could."""
+    warnings.warn(
+        "this MLX has no 1-bit weights, so they are held in 2 bits: the same values in twice the memory; MLX 0.32.4 "
+        "has them (pip install -U mlx)",
+        stacklevel=2,
+    )
 
 
 def _check_fit(expected: Mapping[str, mx.array], weights: Mapping[str, Any], source: str) -> None:

@@ -27,9 +27,9 @@ from ..device import device_errors
 from ..errors import CheckpointError, InputError
 from ..families import PARTS
 from ..lazy import cast, read
-from ..quantization.layers import QuantizedEmbedding, QuantizedLinear, dense_layers, quantize
+from ..quantization.layers import QuantizedEmbedding, QuantizedLinear, dense_layers
 from ..quantization.packing import PACKED, quantize_rtn, quantize_weight
-from ..quantization.recipes import mixed_precision, packed_recipe
+from ..quantization.recipes import hold_packed, mixed_precision
 from ..quantization.spec import Quantization
 from ..writing import atomic_folder, remove_partials, tell_unlocked_partials
 from .checkpoint import Checkpoint
@@ -110,7 +110,7 @@ def entries_of(
     Raises:
         InputError: for a layer whose inputs are no multiple of the group size.
     """
-    quantize(module, packed_recipe(weights), quantize_rtn)
+    weights |= hold_packed(module, weights)
     recipe = mixed_precision(module, spec) if spec is not None else lambda *_: None
     ways = {path: recipe(path, layer) for path, layer in dense_layers(module)}
     result: dict[str, Entry] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -30,6 +31,26 @@ def bits_and_group(weights: Mapping[str, Any], layer: str, columns: int) -> tupl
     raise CheckpointError(
         f"{layer}: weight {packed.shape} and scales {scales.shape} are no packing of {columns} columns"
     )
+
+
+@cache
+def has_one_bit() -> bool:
+    """Whether MLX multiplies with weights of one bit; it does from 0.32.4 on."""
+    try:
+        mx.quantize(mx.zeros((1, 32)), group_size=32, bits=1)
+    except ValueError:
+        return False
+    return True
+
+
+def widen_one_bit(words: mx.array) -> mx.array:
+    """Codes of one bit in words (..., n) as the same codes of two bits (..., 2 n): a word's halves, lower first, and in
+    each a zero above every bit, which spreads by halves of halves.
+    """
+    spread = mx.stack([words & 0xFFFF, words >> 16], axis=-1).reshape(*words.shape[:-1], -1)
+    for shift, mask in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
+        spread = (spread | spread << shift) & mask
+    return spread
 
 
 FITTED_BITS = 5  # bits up to which scales are fitted; with more, a bias in 16 bits loses more than that gains

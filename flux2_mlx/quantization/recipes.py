@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -11,10 +12,11 @@ import mlx.nn as nn
 
 from ..device import on_gpu, parts_of, weights_of
 from ..errors import CheckpointError, InputError
+from ..lazy import derive
 from ..models.config import FluxKleinParams
 from ..models.flux2 import FluxKlein
-from .layers import QuantizedLinear, Recipe, dense_layers, quantize, set_packed
-from .packing import bits_and_group, quantize_weight
+from .layers import QuantizedEmbedding, QuantizedLinear, Recipe, dense_layers, quantize, set_packed
+from .packing import bits_and_group, has_one_bit, quantize_rtn, quantize_weight, widen_one_bit
 from .spec import AFFINE_BITS, FLOAT_MODES, Quantization
 
 FINE_BITS = 8  # bits of the layers that read and write the latents
@@ -61,7 +63,8 @@ def _last_block_first(path: str) -> tuple[int, str]:
 
 
 def packed_recipe(weights: Mapping[str, Any]) -> Recipe:
-    """The recipe that the weights themselves follow: a layer with ``scales`` is packed as their shapes say.
+    """The recipe that the weights themselves follow: a layer with ``scales`` is packed as their shapes say; see also
+    readable.
 
     Raises (the recipe):
         CheckpointError: for a packing that MLX does not have.
@@ -79,11 +82,35 @@ def packed_recipe(weights: Mapping[str, Any]) -> Recipe:
                     f"{path} has {bits} bits in groups of {group_size} without biases, which is not read"
                 )
         try:
-            return Quantization(bits, group_size, mode)
+            return readable(Quantization(bits, group_size, mode))
         except InputError as error:
             raise CheckpointError(f"{path}: {error}") from None
 
     return recipe
+
+
+def readable(spec: Quantization) -> Quantization:
+    """How weights that are packed so are held: as they are, but one bit in two where MLX has no kernels for it."""
+    return replace(spec, bits=2) if spec.bits == 1 and not has_one_bit() else spec
+
+
+def hold_packed(module: nn.Module, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace the layers that the weights hold packed, in place.
+
+    Returns:
+        the words of layers that are held in more bits than the weights have, with the same values.
+
+    Raises:
+        CheckpointError: for a packing that MLX does not have.
+    """
+    quantize(module, packed_recipe(weights), quantize_rtn)
+    return {
+        f"{path}.weight": derive(widen_one_bit, weights[f"{path}.weight"])
+        for path, layer in module.named_modules()
+        if isinstance(layer, (QuantizedLinear, QuantizedEmbedding))
+        and layer.spec.bits == 2
+        and 2 * weights[f"{path}.weight"].shape[-1] == layer.weight.shape[-1]
+    }
 
 
 IN_PARTS = {"to_qkv_mlp_proj": 1 / 3, "linear_in": 1 / 2}  # layers multiplied in parts, and the largest part's share

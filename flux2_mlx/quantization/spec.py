@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import InputError
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+READ_BITS = (1, *AFFINE_BITS)  # 1 bit only of weights that were trained to it
 AFFINE_GROUPS = (32, 64, 128)
 
 # Formats of 4 and 8 bits with floating point codes: (bits, group size), both fixed.
@@ -41,9 +42,9 @@ class Quantization:
                 )
         elif self.mode != "affine":
             raise InputError(f"the mode must be affine, {', '.join(FLOAT_MODES)}, got {self.mode!r}")
-        elif self.bits not in AFFINE_BITS or self.group_size not in AFFINE_GROUPS:
+        elif self.bits not in READ_BITS or self.group_size not in AFFINE_GROUPS:
             raise InputError(
-                f"affine quantization has {', '.join(map(str, AFFINE_BITS))} bits in groups of "
+                f"affine quantization has {', '.join(map(str, READ_BITS))} bits in groups of "
                 f"{', '.join(map(str, AFFINE_GROUPS))}, got {self.bits!r} in {self.group_size!r}"
             )
 
@@ -70,7 +71,7 @@ class Quantization:
             return None
         if value in FLOAT_MODES:
             return cls(*FLOAT_MODES[str(value)], str(value))
-        if not str(value).isdecimal():
+        if str(value) not in map(str, AFFINE_BITS):
             raise InputError(
                 f"quantize must be {', '.join(map(str, AFFINE_BITS))} bits or one of {', '.join(FLOAT_MODES)}, "
                 f"got {value!r}"

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import mlx.core as mx
+import mlx.nn as nn
 
-from ..device import stage_dtype, weight_bytes
+from ..device import stage_dtype, weights_of
 from ..errors import InputError
 from ..families import RELEASED_NAMES, Release, find_release
 from ..models.autoencoder import AutoEncoder
 from ..models.config import AutoEncoderConfig
 from ..models.flux2 import FluxKlein
 from ..models.qwen3 import Qwen3TextEncoder
-from ..quantization.layers import quantize
+from ..quantization.layers import Recipe, quantize
 from ..quantization.packing import quantize_rtn
-from ..quantization.recipes import mixed_precision
+from ..quantization.recipes import mixed_precision, readable
 from ..quantization.spec import Quantization
 
 
@@ -39,16 +40,41 @@ def released_modules(
     transformer, autoencoder = FluxKlein(release.transformer), AutoEncoder(AutoEncoderConfig())
     for stage, module in (("text_encoder", text_encoder), ("transformer", transformer), ("autoencoder", autoencoder)):
         module.set_dtype(stage_dtype(stage, dtype, vae_dtype))
+        quantize(module, _stored_recipe(release, stage), quantize_rtn)
         if stage in specs:
             quantize(module, mixed_precision(module, specs[stage]), quantize_rtn)
     return text_encoder, transformer, autoencoder
 
 
+def _stored_recipe(release: Release, part: str) -> Recipe:
+    """The recipe that a part's files follow, as packed_recipe tells it of weights that are there."""
+
+    def recipe(path: str, _: nn.Module) -> Quantization | None:
+        spec = release.packing(part, path)
+        return spec and readable(spec)
+
+    return recipe
+
+
 def download_bytes(name: str) -> int:
-    """Bytes of a released model's weights on the Hub, in bfloat16; of the text encoder's files some are not fetched."""
-    _, transformer, autoencoder = released_modules(name, mx.bfloat16, {})
-    text_encoder_bytes = _release(name).text_encoder_parameters * mx.bfloat16.size
-    return weight_bytes(transformer) + weight_bytes(autoencoder) + text_encoder_bytes
+    """Bytes of a released model's weights on the Hub, packed or in bfloat16; of the text encoder's files some are not
+    fetched.
+    """
+    release = _release(name)
+    text_encoder, transformer = Qwen3TextEncoder(release.text_encoder), FluxKlein(release.transformer)
+    more = release.text_encoder_parameters / sum(array.size for array in weights_of(text_encoder).values())
+    text_encoder_bytes = round(more * _stored_bytes(release, "text_encoder", text_encoder))
+    autoencoder_bytes = _stored_bytes(release, "vae", AutoEncoder(AutoEncoderConfig()))
+    return text_encoder_bytes + _stored_bytes(release, "transformer", transformer) + autoencoder_bytes
+
+
+def _stored_bytes(release: Release, part: str, module: nn.Module) -> int:
+    """Bytes of a dense module's weights in the release's files."""
+    total = 0.0
+    for path, array in weights_of(module).items():
+        spec = release.packing(part, path) if array.ndim == 2 else None
+        total += array.size * (mx.bfloat16.size if spec is None else spec.bits / 8 + 4 / spec.group_size)
+    return int(total)
 
 
 def _release(name: str) -> Release:
