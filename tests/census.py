@@ -412,6 +412,8 @@ def formats(census: Census, dtype: mx.Dtype) -> None:
             census.trace("FP8", lambda w, s=scale, n=name: read({"layer.weight_scale": s}, _decoded(w, n)), codes)
         marked = {"layer.weight_scale": scale, "layer.comfy_quant": mark("int8_tensorwise")}
         census.trace("int8", partial(read, marked), mx.zeros((rows, columns), mx.int8))
+        marked["layer.comfy_quant"] = mark("int8_tensorwise", 256)
+        census.trace("int8, rotated", partial(read, marked), mx.zeros((rows, columns), mx.int8))
     tiles = {"layer.weight_scale": mx.zeros((rows, columns // 32), mx.uint8), "layer.comfy_quant": mark("mxfp8")}
     census.trace("MXFP8", lambda w: read(tiles, _decoded(w, "F8_E4M3")), codes)
     scales = {"layer.weight_scale": mx.ones((rows, columns // 8), mx.bfloat16), "layer.weight_scale_2": mx.ones(())}

@@ -134,6 +134,35 @@ def scaled(tensors, convention, dtype):
     return written, metadata, expected
 
 
+def rotated(tensors, size, where="mark"):
+    """(tensors, header, what they stand for) with the block's matrices in int8, a scale a row, rotated in groups of
+    ``size`` inputs where these divide them, as a dense matrix in float64 rotates them.
+    """
+    four = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
+    rotation = four
+    while len(rotation) < size:
+        rotation = np.kron(rotation, four)
+    written, expected, header = {}, {}, {}
+    for name, tensor in tensors.items():
+        if not is_quantized(name):
+            written[name] = expected[name] = tensor
+            continue
+        layer, fits = name.removesuffix(".weight"), tensor.shape[1] % size == 0
+        blocks = torch.from_numpy(
+            np.kron(np.eye(tensor.shape[1] // size), rotation) if fits else np.eye(tensor.shape[1])
+        )
+        product = tensor.double() @ blocks
+        scale = product.abs().amax(dim=1, keepdim=True).float() / 127
+        written[name] = (product / scale).round().to(torch.int8)
+        written[f"{layer}.weight_scale"] = scale
+        expected[name] = (written[name].double() * scale.double()) @ blocks.T
+        settings = {"convrot": True, "convrot_groupsize": size} if fits else {}
+        header[layer] = {"format": "int8_tensorwise", **settings}
+        if where == "mark":
+            written[f"{layer}.comfy_quant"] = mark(**header[layer])
+    return written, {} if where == "mark" else {"_quantization_metadata": json.dumps({"layers": header})}, expected
+
+
 def mark(format, **settings):
     return torch.frombuffer(bytearray(json.dumps({"format": format, **settings}).encode()), dtype=torch.uint8)
 

@@ -149,6 +149,15 @@ def test_int8(whole, tensors, tmp_path, convention):
     assert_equal(loaded(opened(whole[1], file), "transformer"), expected)
 
 
+@pytest.mark.parametrize(("size", "where"), [(4, "mark"), (16, "header"), (64, "mark")])
+def test_int8_that_was_rotated(whole, tensors, tmp_path, size, where):
+    written, metadata, expected = formats.rotated(formats.bfl_transformer(tensors["transformer"]), size, where)
+    expected = sanitize_flux2_klein_weights({name: mx.array(t.float().numpy()) for name, t in expected.items()})
+    for other in ({}, {"scaled_fp8": torch.zeros(1, dtype=torch.float8_e5m2)}):  # which makes MLX refuse the file
+        file = formats.save(written | other, tmp_path / "convrot.safetensors", metadata)
+        assert_equal(loaded(opened(whole[1], file), "transformer"), expected, 1e-6)
+
+
 @pytest.mark.parametrize("convention", ["plain", "marked rows"])
 def test_text_encoder_in_e5m2(whole, tensors, tmp_path, convention):
     written, _, expected = formats.scaled(tensors["text_encoder"], convention, torch.float8_e5m2)
@@ -580,8 +589,19 @@ INT8 = {"img_in.weight": torch.ones(64, 128, dtype=torch.int8), "img_in.weight_s
     ("change", "says"),
     [
         ({"img_in.comfy_quant": formats.mark("hybrid_mxfp8")}, "stored as hybrid_mxfp8, which is not read, only"),
-        ({"img_in.comfy_quant": formats.mark("int8_tensorwise", convrot=True)}, "stored as int8_tensorwise with conv"),
-        ({"img_in.comfy_quant": formats.mark("nvfp4", params={"convrot": True})}, "stored as nvfp4 with convrot"),
+        (
+            {**INT8, "img_in.comfy_quant": formats.mark("int8_tensorwise", convrot=True)},
+            "img_in is (64, 128), and rotated (convrot) in groups of 256; these are powers of four that divide",
+        ),
+        (
+            {**INT8, "img_in.comfy_quant": formats.mark("int8_tensorwise", convrot=True, convrot_groupsize=32)},
+            "in groups of 32",
+        ),
+        (
+            {**INT8, "img_in.comfy_quant": formats.mark("nvfp4", params={"convrot": True})},
+            "img_in is mlx.core.int8, marked nvfp4 with convrot, which is not read",
+        ),
+        ({"img_in.comfy_quant": formats.mark("int8_tensorwise", convrot=1, convrot_groupsize="a")}, "say a format"),
         ({"img_in.comfy_quant": formats.mark("mxfp8", params=3)}, "img_in.comfy_quant does not say a format"),
         ({"img_in.comfy_quant": torch.zeros(3, dtype=torch.uint8)}, "img_in.comfy_quant does not say a format"),
         ({"img_in.weight_scale": torch.tensor(float("nan"))}, "img_in.weight_scale is not a finite number"),
@@ -636,14 +656,6 @@ def test_a_header_that_does_not_say_the_formats(whole, tensors, tmp_path):
         metadata = {"_quantization_metadata": content}
         file = formats.save(formats.bfl_transformer(tensors["transformer"]), tmp_path / "w.safetensors", metadata)
         refused("_quantization_metadata", model=whole[1], transformer=file, distilled=True)
-
-
-def test_a_header_that_says_a_rotation(whole, tensors, tmp_path):
-    layers = {"img_in": {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 256}}
-    written = formats.bfl_transformer(tensors["transformer"]) | INT8
-    metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
-    file = formats.save(written, tmp_path / "w.safetensors", metadata)
-    refused("stored as int8_tensorwise with convrot", model=whole[1], transformer=file, distilled=True)
 
 
 def test_scales_that_are_not_finite_are_told_when_loaded(whole, tensors, tmp_path):

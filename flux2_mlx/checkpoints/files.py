@@ -165,7 +165,7 @@ def _load_file(file: Path) -> dict[str, Any]:
         assert isinstance(loaded, dict)
         weights = {name: _lazy_array(array, header[name][0]) for name, array in loaded.items()}
     for layer, format in _layer_formats(file).items():
-        weights.setdefault(f"{layer}.{MARK}", mark(format))
+        weights.setdefault(f"{layer}.{MARK}", mark(*format))
     return weights
 
 
@@ -210,8 +210,8 @@ def _lazy_tensor(raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> LazyTen
     return LazyTensor(shape, _array(raw[:0], dtype, (0,)).dtype, read)
 
 
-def _layer_formats(file: Path) -> dict[str, str]:
-    """How layers are stored, where ComfyUI wrote it into the header: layer to format."""
+def _layer_formats(file: Path) -> dict[str, tuple[str, int]]:
+    """How layers are stored, where ComfyUI wrote it into the header: layer to (format, rotation)."""
     with safe_open(file, framework="numpy") as opened:
         written = (opened.metadata() or {}).get("_quantization_metadata")
     if written is None:
@@ -219,7 +219,7 @@ def _layer_formats(file: Path) -> dict[str, str]:
     try:
         layers = json.loads(written)["layers"]
         return {layer: format_of(entry) for layer, entry in layers.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         raise CheckpointError(f"{file}: its header's _quantization_metadata does not say the layers' formats") from None
 
 

@@ -36,7 +36,7 @@ def decode(weights: Mapping[str, Any]) -> dict[str, Any]:
         if name.endswith(f".{MARK}")
     }
     known = sorted(mark for format in FORMATS for mark in format.marks)
-    unread = sorted(set(marks.values()).difference(known))
+    unread = sorted({format for format, _ in marks.values()}.difference(known))
     if unread:
         raise CheckpointError(f"weights are stored as {', '.join(unread)}, which is not read, only {', '.join(known)}")
     result: dict[str, Any] = {}
@@ -47,20 +47,21 @@ def decode(weights: Mapping[str, Any]) -> dict[str, Any]:
         if kind == "weight":
             scales = {kind: weights[f"{layer}.{kind}"] for kind in SCALES if f"{layer}.{kind}" in weights}
             if scales or layer in marks:
-                weight = _decode_layer(layer, weight, scales, marks.get(layer))
+                weight = _decode_layer(layer, weight, scales, *marks.get(layer, (None, 0)))
         result[name] = weight
     return result
 
 
-def _decode_layer(name: str, weight: Any, scales: Mapping[str, Any], mark: str | None) -> Any:
+def _decode_layer(name: str, weight: Any, scales: Mapping[str, Any], mark: str | None, rotation: int) -> Any:
     for kind, scale in scales.items():
         if isinstance(scale, LazyTensor):
             raise CheckpointError(f"{name}.{kind} is in GGUF, where no scales belong")
         if not mx.isfinite(read(scale)).all().item():
             raise CheckpointError(f"{name}.{kind} is not a finite number")
-    layer = StoredLayer(name, array_of(weight), {kind: array_of(scale) for kind, scale in scales.items()}, mark)
+    arrays = {kind: array_of(scale) for kind, scale in scales.items()}
+    layer = StoredLayer(name, array_of(weight), arrays, mark, rotation)
     format = next((format for format in FORMATS if format.matches(layer)), None)
-    if format is None:
+    if format is None or (rotation and not format.rotates):
         raise layer.unread()
     decoded = format.decode(layer)
     return decoded if isinstance(decoded, LazyTensor) else Derived(decoded, sources_of(weight))

@@ -22,6 +22,7 @@ UNUSED = ("input_scale", "scale_input")  # scales of the activations, for hardwa
 
 MARK = "comfy_quant"  # ComfyUI's array of JSON beside a weight that names the layer's storage format
 MOST_MARK = 4096  # bytes of it
+ROTATED = 256  # inputs that are rotated together where the mark does not say it
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class StoredLayer:
         weight: an mx.array or a LazyTensor, unread; FP8 is a float already.
         scales: those of SCALES that stand beside the weight, by that name; read, and finite.
         mark: the format that the file names for the layer; None where it names none.
+        rotation: inputs that were rotated together before the weight was quantized (convrot); 0 where none were.
     """
 
     name: str
     weight: Any
     scales: Mapping[str, mx.array]
     mark: str | None
+    rotation: int = 0
 
     def only_scale(self) -> mx.array:
         """Its one scale, or array of scales.
@@ -53,8 +56,9 @@ class StoredLayer:
         return scale
 
     def unread(self) -> CheckpointError:
+        rotated = " with convrot" if self.rotation else ""
         return CheckpointError(
-            f"{self.name} is {self.weight.dtype}, marked {self.mark or 'with no format'}, which is not read"
+            f"{self.name} is {self.weight.dtype}, marked {self.mark or 'with no format'}{rotated}, which is not read"
         )
 
 
@@ -66,39 +70,43 @@ class Format:
         marks: the names that marks have for it.
         matches: whether a layer with a mark or scales is stored so; of FORMATS the first that matches decodes.
         decode: the layer's weight in floats, lazy; raises CheckpointError where weight and scales do not fit.
+        rotates: whether it knows of rotated weights.
     """
 
     marks: tuple[str, ...]
     matches: Callable[[StoredLayer], bool]
     decode: Callable[[StoredLayer], Any]
+    rotates: bool = False
 
 
-def mark(format: str) -> mx.array:
+def mark(format: str, rotation: int = 0) -> mx.array:
     """The mark of a layer's format, for files that name the format elsewhere."""
-    return mx.array(np.frombuffer(json.dumps({"format": format}).encode(), np.uint8))
+    settings = {"format": format, **({"convrot": True, "convrot_groupsize": rotation} if rotation else {})}
+    return mx.array(np.frombuffer(json.dumps(settings).encode(), np.uint8))
 
 
-def format_of(settings: Any) -> str:
-    """The format in a layer's settings, with "convrot" where its weight is rotated, which ComfyUI writes beside it.
+def format_of(settings: Any) -> tuple[str, int]:
+    """(format, rotation) of a layer's settings, as ComfyUI writes them: how it is stored, and how many inputs were
+    rotated together, 0 where none were.
 
     Raises:
-        AttributeError, TypeError, KeyError: where there is none.
+        AttributeError, TypeError, ValueError, KeyError: where there is none.
     """
-    rotated = settings.get("convrot") or settings.get("params", {}).get("convrot")
-    return f"{settings['format']} with convrot" if rotated else str(settings["format"])
+    settings = {**settings.get("params", {}), **settings}
+    return str(settings["format"]), int(settings.get("convrot_groupsize", ROTATED)) if settings.get("convrot") else 0
 
 
-def marked_format(layer: str, array: mx.array) -> str:
-    """The format that a layer's mark names.
+def marked_format(layer: str, array: mx.array) -> tuple[str, int]:
+    """(format, rotation) as a layer's mark says them.
 
     Raises:
-        CheckpointError: where it names none.
+        CheckpointError: where it says no format.
     """
     try:
         if isinstance(array, LazyTensor) or array.size > MOST_MARK:
             raise ValueError
         return format_of(json.loads(bytes(np.array(array))))
-    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError, OverflowError):
         raise CheckpointError(f"{layer}.{MARK} does not say a format") from None
 
 
