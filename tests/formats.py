@@ -261,7 +261,7 @@ def write_gguf(path, tensors, type_name, architecture="flux", numbers=None):
     return expected
 
 
-def packed(tensors, bits, group_size, skip=()):
+def packed(tensors, bits, group_size, skip=(), mode="affine"):
     """(tensors, what they stand for): every matrix packed by MLX, as mlx-lm and mflux save it."""
     written, expected = {}, {}
     for name, tensor in tensors.items():
@@ -270,10 +270,10 @@ def packed(tensors, bits, group_size, skip=()):
         if array.ndim != 2 or layer in skip:
             written[name] = expected[name] = array
             continue
-        parts = mx.quantize(array, group_size=group_size, bits=bits)
-        for kind, part in zip(("weight", "scales", "biases"), parts, strict=True):
+        parts = mx.quantize(array, group_size=group_size, bits=bits, mode=mode)
+        for kind, part in zip(("weight", "scales", "biases"), parts, strict=False):
             written[f"{layer}.{kind}"] = part
-        expected[name] = mx.dequantize(*parts, group_size=group_size, bits=bits)
+        expected[name] = mx.dequantize(*parts, group_size=group_size, bits=bits, mode=mode)
     return written, expected
 
 
@@ -323,6 +323,51 @@ def bonsai(source, target, bits):
     (target / "model_index.json").write_text(json.dumps({"_class_name": "Flux2KleinPipeline"}))
     (target / "NOTICE.md").write_text("Apache-2.0")
     return expected
+
+
+def swift_names(tensors):
+    """The names of flux-2-swift-mlx's exports: properties of its Swift classes."""
+    inner = {
+        "attn.to_q": "attn.toQ",
+        "attn.to_k": "attn.toK",
+        "attn.to_v": "attn.toV",
+        "attn.add_q_proj": "attn.addQProj",
+        "attn.add_k_proj": "attn.addKProj",
+        "attn.add_v_proj": "attn.addVProj",
+        "attn.norm_q": "attn.normQ",
+        "attn.norm_k": "attn.normK",
+        "attn.norm_added_q": "attn.normAddedQ",
+        "attn.norm_added_k": "attn.normAddedK",
+        "attn.to_out.0": "attn.toOut",
+        "attn.to_out": "attn.toOut",
+        "attn.to_add_out": "attn.toAddOut",
+        "attn.to_qkv_mlp_proj": "attn.toQkvMlp",
+        "ff.linear_in": "ff.activation.proj",
+        "ff.linear_out": "ff.linearOut",
+        "ff_context.linear_in": "ffContext.activation.proj",
+        "ff_context.linear_out": "ffContext.linearOut",
+    }
+    top = {
+        "x_embedder": "xEmbedder",
+        "context_embedder": "contextEmbedder",
+        "time_guidance_embed.timestep_embedder.linear_1": "timeGuidanceEmbed.timestepEmbedder.linear1",
+        "time_guidance_embed.timestep_embedder.linear_2": "timeGuidanceEmbed.timestepEmbedder.linear2",
+        "double_stream_modulation_img.linear": "doubleStreamModulationImg.linear",
+        "double_stream_modulation_txt.linear": "doubleStreamModulationTxt.linear",
+        "single_stream_modulation.linear": "singleStreamModulation.linear",
+        "norm_out.linear": "normOut.linear",
+        "proj_out": "projOut",
+    }
+    blocks = {"transformer_blocks": "transformerBlocks", "single_transformer_blocks": "singleTransformerBlocks"}
+    written = {}
+    for name, tensor in tensors.items():
+        module = name.removesuffix(".weight")
+        if module in top:
+            written[f"{top[module]}.weight"] = tensor
+        else:
+            kind, number, rest = module.split(".", 2)
+            written[f"{blocks[kind]}.{number}.{inner[rest]}.weight"] = tensor
+    return written
 
 
 def mflux_names(tensors):

@@ -291,6 +291,34 @@ def test_packed_by_mlx(whole, tensors, tmp_path, bits):
     assert (layer.spec.bits, layer.spec.group_size, layer.spec.mode) == (bits, 32, "affine")
 
 
+@pytest.mark.parametrize(("bits", "group", "mode"), [(8, 64, "affine"), (4, 32, "affine"), (4, 32, "mxfp4")])
+def test_packed_by_flux_2_swift_mlx(whole, tensors, tmp_path, bits, group, mode):
+    """Its exports hold the transformer, in float16 beside the words, under names that nothing else has."""
+    named = {name: t.half() for name, t in formats.swift_names(tensors["transformer"]).items()}
+    written, expected = formats.packed(named, bits, group, mode=mode)
+    metadata = {"format": "flux2-mlx-prequantized-v1", "component": "transformer", "created_by": "flux-2-swift-mlx"}
+    file = formats.save(written, tmp_path / "transformer.safetensors", metadata)
+    checkpoint = opened(whole[1], file)
+    assert checkpoint.transformer == open_checkpoint(whole[1]).transformer
+    values = dict(zip(tensors["transformer"], expected.values(), strict=True))
+    assert_equal(loaded(checkpoint, "transformer"), values, 1e-6)
+
+
+def test_packed_by_mlx_gen(whole, tensors, tmp_path):
+    """SceneWorks' mlx-gen keeps diffusers' folders and names, and says in each config how its part is packed."""
+    folder = tiny.copy(whole[1], tmp_path / "saved")
+    expected = {}
+    for part, stem in (("transformer", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        written, expected[part] = formats.packed(tensors[part], 4, 64)
+        (folder / part / f"{stem}.safetensors").unlink()
+        formats.save(written, folder / part / f"{stem}.safetensors")
+        config = json.loads((folder / part / "config.json").read_text()) | {"quantization": {"bits": 4}}
+        tiny.rewrite(folder / part / "config.json", json.dumps(config))
+    checkpoint = open_checkpoint(folder)
+    assert_equal(loaded(checkpoint, "transformer"), expected["transformer"])
+    assert_equal(loaded(checkpoint, "text_encoder"), sanitize_qwen3_weights(expected["text_encoder"]))
+
+
 @pytest.mark.parametrize("type_name", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_gguf_transformer(whole, tensors, tmp_path, type_name):
     file = tmp_path / "klein.gguf"

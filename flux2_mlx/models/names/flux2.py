@@ -1,7 +1,7 @@
 """The transformer's weights under every name that files give them, and back.
 
 Names that are understood, recognized by the names themselves: diffusers (the modules' own), BFL's and ComfyUI's single
-files, mflux's; and those of LoRAs.
+files, mflux's, flux-2-swift-mlx's; and those of LoRAs.
 """
 
 from __future__ import annotations
@@ -60,6 +60,23 @@ _MFLUX = (
     (re.compile(r"^(transformer_blocks\.\d+\.attn\.to_out)\.(?=weight|scales|biases)"), r"\1.0."),
 )
 
+# flux-2-swift-mlx's, in snake case: properties of its Swift classes, see Sources/Flux2Core/Transformer of
+# https://github.com/VincentGourbin/flux-2-swift-mlx.
+_SWIFT = {
+    ".linear1.": ".linear_1.",
+    ".linear2.": ".linear_2.",
+    ".activation.proj.": ".linear_in.",
+    ".to_qkv_mlp.": ".to_qkv_mlp_proj.",
+}
+_SWIFT_MARK = "xEmbedder.weight"
+
+
+def _from_swift(name: str) -> str:
+    name = re.sub(r"(?<=[a-zA-Z])(?=[A-Z])", "_", name).lower()
+    for theirs, ours in _SWIFT.items():
+        name = name.replace(theirs, ours)
+    return name
+
 
 def _diffusers_modules(module: str) -> tuple[str, ...]:
     """The diffusers modules that one of BFL's becomes: three of a fused qkv, else one; unknown names stay."""
@@ -76,13 +93,15 @@ def _swap_halves(weight: Any) -> Any:
 
 
 def rename_transformer(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """A transformer's weights under the modules' names: diffusers' stay, BFL's, ComfyUI's and mflux's are renamed,
-    fused q, k, v split by rows, and the final modulation turned from (shift, scale) to (scale, shift).
+    """A transformer's weights under the modules' names: diffusers' stay, BFL's, ComfyUI's, mflux's and
+    flux-2-swift-mlx's are renamed, fused q, k, v split by rows, and BFL's final modulation turned from (shift, scale)
+    to (scale, shift).
 
     Raises:
         CheckpointError: for a weight that is there under two names, and for a number where a matrix is expected.
     """
-    weights = dict(weights)
+    is_swift = _SWIFT_MARK in weights
+    weights = {_from_swift(name) if is_swift else name: weight for name, weight in weights.items()}
     if "time_guidance_embed.linear_1.weight" in weights:  # mflux's: a bias that some of its versions made up
         weights.pop("norm_out.linear.bias", None)
     return gather(renamed for name, weight in weights.items() for renamed in _renamed(name, weight))
@@ -249,7 +268,7 @@ def klein_params(weights: Mapping[str, Any]) -> FluxKleinParams:
 
 NAMES = Names(
     prefixes=("model.diffusion_model.", "diffusion_model."),
-    marks=("img_in.weight", "x_embedder.weight"),
+    marks=("img_in.weight", "x_embedder.weight", _SWIFT_MARK),
     rename=rename_transformer,
     infer=klein_params,
     to_bfl=bfl_transformer,
