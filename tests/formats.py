@@ -1,5 +1,6 @@
 """Writers of the formats that klein comes in, each from the tensors of a diffusers checkpoint."""
 
+import heapq
 import json
 import shutil
 
@@ -323,6 +324,68 @@ def bonsai(source, target, bits):
     (target / "model_index.json").write_text(json.dumps({"_class_name": "Flux2KleinPipeline"}))
     (target / "NOTICE.md").write_text("Apache-2.0")
     return expected
+
+
+def huffman(symbols):
+    """{symbol: (bits, code)} by Huffman's algorithm, with an end that is met once (256)."""
+    values, counts = np.unique(symbols, return_counts=True)
+    heap = [(int(count), k, [int(value)]) for k, (value, count) in enumerate(zip(values, counts, strict=True))]
+    heap = [*heap, (1, len(heap), [256])]
+    heapq.heapify(heap)
+    codes = {symbol: (0, 0) for _, _, symbols in heap for symbol in symbols}
+    while len(heap) > 1:
+        (few, k, left), (many, _, right) = heapq.heappop(heap), heapq.heappop(heap)
+        for bit, side in enumerate((left, right)):
+            codes |= {symbol: (codes[symbol][0] + 1, codes[symbol][1] | bit << codes[symbol][0]) for symbol in side}
+        heapq.heappush(heap, (few + many, k, left + right))
+    return codes
+
+
+def dfloat11(matrices):
+    """The arrays of a group of matrices, as DFloat11's paper describes them."""
+    flat = torch.cat([matrix.flatten() for matrix in matrices]).view(torch.int16).numpy().view(np.uint16)
+    exponents = (flat >> 7 & 255).astype(np.int64)
+    codes = huffman(exponents)
+    bits, words = (np.zeros(257, np.int64) for _ in range(2))
+    for symbol, (length, code) in codes.items():
+        bits[symbol], words[symbol] = length, code
+    ended = np.append(exponents, 256)
+    starts = np.cumsum(bits[ended]) - bits[ended]
+    offsets = np.arange(bits[ended].sum()) - np.repeat(starts, bits[ended])
+    stream = np.repeat(words[ended], bits[ended]) >> np.repeat(bits[ended], bits[ended]) - 1 - offsets & 1
+    encoded = np.packbits(stream.astype(np.uint8))
+    blocks = -(-len(encoded) // 4096)
+
+    def first_in(size, count):
+        """The first weight whose code begins in each part of so many bits."""
+        return np.searchsorted(starts[:-1], np.arange(count) * size)
+
+    firsts = first_in(64, 512 * blocks)
+    gaps = np.where(firsts < len(flat), starts[np.minimum(firsts, len(flat))] - np.arange(512 * blocks) * 64, 0)
+    fives = (gaps[:, None] >> np.arange(4, -1, -1) & 1).astype(np.uint8)
+    positions = first_in(4096 * 8, blocks)
+    positions = np.append(positions[positions < len(flat)], len(flat)).astype("<u4")
+    texts = {symbol: f"{code:0{length}b}" for symbol, (length, code) in codes.items() if symbol < 256}
+    prefixes = {text[: 8 * k] for text in texts.values() for k in range((len(text) - 1) // 8 + 1)}
+    prefixes = sorted(prefixes, key=len)
+    luts = np.zeros((len(prefixes) + 1, 256), np.uint8)
+    for symbol, text in texts.items():
+        luts[-1, symbol] = len(text)
+        for row, prefix in enumerate(prefixes):
+            rest = text[len(prefix) :]
+            if text.startswith(prefix) and 0 < len(rest) <= 8:
+                luts[row, int(rest.ljust(8, "0"), 2) : int(rest.ljust(8, "1"), 2) + 1] = symbol
+            elif text.startswith(prefix) and len(rest) > 8:
+                luts[row, int(rest[:8], 2)] = 256 - prefixes.index(text[: len(prefix) + 8])
+    arrays = {
+        "encoded_exponent": encoded,
+        "sign_mantissa": (flat >> 8 & 0x80 | flat & 0x7F).astype(np.uint8),
+        "luts": luts,
+        "gaps": np.packbits(fives),
+        "output_positions": positions.view(np.uint8),
+        "split_positions": np.cumsum([matrix.numel() for matrix in matrices])[:-1],
+    }
+    return {kind: torch.from_numpy(array.copy()) for kind, array in arrays.items()}
 
 
 def swift_names(tensors):

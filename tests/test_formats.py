@@ -31,6 +31,7 @@ from flux2_mlx import (
 )
 from flux2_mlx.checkpoints.files import load_files
 from flux2_mlx.checkpoints.formats import decode as decoding
+from flux2_mlx.checkpoints.formats import dfloat11
 from flux2_mlx.checkpoints.formats.blocks import BLOCKS
 from flux2_mlx.checkpoints.formats.gguf import read_gguf
 from flux2_mlx.checkpoints.formats.marks import Format
@@ -363,6 +364,100 @@ def test_types_that_need_no_package(tmp_path, monkeypatch, kind):
     monkeypatch.setitem(sys.modules, "gguf", None)
     found = np.array(read_gguf(tmp_path / "w")["img_in.weight"].load())
     np.testing.assert_array_equal(found, expected)
+
+
+DFLOAT11 = {
+    r"transformer_blocks\.\d+": [f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "to_add_out")],
+    r"single_transformer_blocks\.[0-9]+": ["attn.to_qkv_mlp_proj", "attn.to_out"],
+    "context_embedder": [],
+}
+
+
+def dfloat11_folder(tensors, source, folder):
+    """A transformer of which some matrices are in DFloat11, with its config; the names of its arrays."""
+    written = {name: t.bfloat16() for name, t in tensors.items()}
+    groups = {"context_embedder": ["context_embedder.weight"]}
+    for blocks, inner in zip(("transformer_blocks", "single_transformer_blocks"), DFLOAT11.values(), strict=False):
+        numbers = {name.split(".")[1] for name in tensors if name.startswith(f"{blocks}.")}
+        groups |= {f"{blocks}.{k}": [f"{blocks}.{k}.{name}.weight" for name in inner] for k in numbers}
+    for group, names in groups.items():
+        arrays = formats.dfloat11([written.pop(name) for name in names])
+        written |= {f"{group}.{kind}": array for kind, array in arrays.items()}
+    formats.save(written, folder / "model.safetensors")
+    said = {"version": "0.5.0", "threads_per_block": [512], "bytes_per_thread": 8, "pattern_dict": DFLOAT11}
+    own = json.loads((source / "transformer" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(own | {"dfloat11_config": said}))
+    return written.keys()
+
+
+def test_dfloat11(whole, tensors, tmp_path, monkeypatch):
+    monkeypatch.setattr(lazy, "ROWS_AT_ONCE", 100)
+    names = dfloat11_folder(tensors["transformer"], whole[1], tmp_path / "df11")
+    assert sum(name.endswith(".luts") for name in names) == 2 + 3 + 1
+    expected = {name: t.bfloat16() for name, t in tensors["transformer"].items()}
+    assert_equal(loaded(opened(whole[1], transformer=tmp_path / "df11"), "transformer"), expected)
+    refused(
+        "stored as DFloat11 without its config.json has them",
+        model=whole[1],
+        transformer=tmp_path / "df11" / "model.safetensors",
+        distilled=True,
+    )
+
+
+def test_every_bit_of_dfloat11(monkeypatch):
+    """Exponents so rare that their codes take three bytes; any rows, in blocks of one run and of several."""
+    counts = [int(1.7**k) + 1 for k in range(20)]
+    exponents = np.random.default_rng(0).permutation(np.repeat(np.arange(100, 100 + len(counts)), counts))
+    exponents = exponents[: len(exponents) // 64 * 64]
+    bits = (exponents << 7) | np.random.default_rng(1).integers(0, 2**16, len(exponents)) & 0x807F
+    bits = bits.astype(np.uint16).reshape(-1, 64)
+    matrix = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+    arrays = formats.dfloat11([matrix[:200], matrix[200:]])
+    assert arrays["luts"][-1].max() > 16
+    names = ["g.a.weight", "g.b.weight"]
+    weights = {f"g.{kind}": mx.array(array.numpy()) for kind, array in arrays.items()}
+    shapes = dict(zip(names, [(200, 64), (len(matrix) - 200, 64)], strict=True))
+    config = {"pattern_dict": {"g": ["a", "b"]}}
+    for run in (1, 64):
+        monkeypatch.setattr(dfloat11, "_RUN", run)
+        found = dfloat11.decode_groups(weights, config, shapes, lambda _: True)
+        assert found.keys() == set(names)
+        whole = np.concatenate([np.array(found[name].load().view(mx.uint16)) for name in names])
+        np.testing.assert_array_equal(whole, bits)
+        for start, stop in ((0, 1), (3, 90), (517, 518)):
+            rows = np.array(found["g.b.weight"].read(start, stop).view(mx.uint16))
+            np.testing.assert_array_equal(rows, bits[200 + start : 200 + stop])
+    broken = arrays["luts"].clone()
+    broken[-1, 100 + len(counts) - 1] = 7
+    weights["g.luts"] = mx.array(broken.numpy())
+    damaged = dfloat11.decode_groups(weights, config, shapes, lambda _: True)
+    with pytest.raises(CheckpointError, match=r"g is damaged: \d+ codes in blocks \d+ to \d+, and \d+ are said"):
+        damaged["g.a.weight"].load()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"g.gaps": None}, "g is in DFloat11, but has no gaps"),
+        ({"g.gaps": mx.zeros(8, mx.uint8)}, "too few gaps"),
+        ({"g.luts": mx.zeros((2, 255), mx.uint8)}, "its arrays are of other shapes or dtypes"),
+        ({"g.output_positions": mx.array([1, 0, 0, 0, 64, 0, 0, 0], mx.uint8)}, "are no positions"),
+        ({"g.output_positions": mx.array([0, 0, 0, 0, 65, 0, 0, 0], mx.uint8)}, "are no positions"),
+        ({"g.split_positions": mx.array([64])}, "are no positions"),
+        ({"g.split_positions": mx.array([16, 32])}, "g holds 3 matrices, and dfloat11_config names 2"),
+        ({"g.split_positions": mx.array([16])}, r"g.a.weight has 16 weights in DFloat11, not \(4, 8\)"),
+        ({"config": {"pattern_dict": {"h": ["a", "b"]}}}, "does not say which matrices"),
+        ({"config": {"pattern_dict": {"(g+)+": ["a", "b"]}}}, "does not say which matrices"),
+        ({"config": []}, "does not say which matrices"),
+    ],
+)
+def test_groups_of_dfloat11_that_do_not_fit(change, says):
+    arrays = formats.dfloat11([torch.randn(4, 8).bfloat16(), torch.randn(4, 8).bfloat16()])
+    weights = {f"g.{kind}": mx.array(array.numpy()) for kind, array in arrays.items()} | change
+    config = weights.pop("config", {"pattern_dict": {"g": ["a", "b"]}})
+    shapes = {"g.a.weight": (4, 8), "g.b.weight": (4, 8)}
+    with pytest.raises(CheckpointError, match=says):
+        dfloat11.decode_groups(weights, config, shapes, lambda _: True)
 
 
 # ------------------------------------------------------------------------------------------------ text encoder

@@ -89,7 +89,7 @@ _DTYPES = {
     "U8": mx.uint8,  # packed layers and marks
     "U32": mx.uint32,
 }
-_COUNTS = ("num_batches_tracked", ".alpha")  # names of weights that are integers in some files
+_COUNTS = ("num_batches_tracked", ".alpha", ".split_positions")  # names of what is integers in some files
 
 
 def load_safetensors(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> dict[str, mx.array]:

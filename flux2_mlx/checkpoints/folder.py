@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..device import weights_of
 from ..errors import CheckpointError, InputError, OtherModelError, summarize
 from ..families import PARTS, RELEASED_NAMES, TEXT_ENCODER, TRANSFORMER, Part, check_scheduler_config
 from ..models.config import Qwen3Config
 from .files import PICKLES, is_gguf, load_files, read_index
+from .formats.dfloat11 import CONFIG, decode_groups
 from .formats.gguf import gguf_values
 from .formats.marks import MARK, mark
 from .formats.nvfp4 import MODELOPT_MARK
@@ -87,7 +89,7 @@ class Source:
         Raises:
             CheckpointError: for a bad file or a storage format that is not read.
         """
-        loaded = load_files(self.files)
+        loaded = self._without_groups(load_files(self.files))
         refuse_unread(loaded, self.config, self.name)
         if self._is_modelopt():
             layers = [name.removesuffix(".weight_scale_2") for name in loaded if name.endswith(".weight_scale_2")]
@@ -119,6 +121,21 @@ class Source:
         with config_faults(self.name):
             shape = self.part.names.infer(weights)
             return self._as_header_says(shape) if self.part is TEXT_ENCODER else shape
+
+    def _without_groups(self, loaded: dict[str, Any]) -> dict[str, Any]:
+        """Weights with the matrices of DFloat11's groups, which a config names, in the place of their arrays.
+
+        Raises:
+            CheckpointError: for groups that do not fit the config.
+        """
+        if self.config is None or CONFIG not in self.config:
+            return loaded
+        module = self.part.module(self.shape())
+        shapes = {name: array.shape for name, array in weights_of(module).items()}
+        try:
+            return decode_groups(loaded, self.config[CONFIG], shapes, self.part.names.is_read)
+        except CheckpointError as error:
+            raise CheckpointError(str(error), source=self.name) from None
 
     def _is_modelopt(self) -> bool:
         quantization = (self.config or {}).get("quantization_config")

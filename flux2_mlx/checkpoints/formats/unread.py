@@ -17,6 +17,7 @@ _UNREAD: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("GPTQ or AWQ", ("gptq", "awq", "auto-round"), r"\.(qzeros|g_idx)"),
     ("torchao", ("torchao",), r"\.weight_qdata|\.weight:_data"),
     ("HQQ", ("hqq",), r"\.W_q"),
+    ("DFloat11 without its config.json", (), r"\.encoded_exponent"),
 )
 
 
