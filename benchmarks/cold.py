@@ -2,6 +2,11 @@
 
     python -m benchmarks.cold flux2_mlx '{"model": "klein-4b", "width": 512, ...}'
 
+    python -m benchmarks.cold starts [CLONE ...]
+
+Of starts: the CPU seconds of processes that import the library, print --help and draw nano's image, of this clone or of
+several in turn: median and least of eleven.
+
 Nothing but the library in question is imported, so this is a file of its own. Ends with a line of JSON: when the first
 image was there (seconds of the system's clock), and how long the second took, of another prompt, with all loaded.
 """
@@ -9,8 +14,12 @@ image was there (seconds of the system's clock), and how long the second took, o
 from __future__ import annotations
 
 import json
+import os
 import resource
+import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -102,7 +111,45 @@ def with_torch(options: dict[str, Any]) -> Drawing:
 LIBRARIES = {"flux2_mlx": with_flux2_mlx, "mflux": with_mflux, "mlx-vlm": with_mlx_vlm, "torch": with_torch}
 
 
+STARTS = {
+    "python": ("-c", ""),
+    "import": ("-c", "from flux2_mlx import *; import flux2_mlx.generate, flux2_mlx.cli.session, flux2_mlx.cli.plan"),
+    "help": ("-m", "flux2_mlx.generate", "--help"),
+    "nano": ("-m", "flux2_mlx.generate", "a red circle", "--model", "nano", "--seed", "1", "--quiet"),
+}
+
+
+def measure_starts(clones: list[str], repeats: int = 11) -> dict[str, Any]:
+    """(median, least) CPU seconds of each of STARTS, by clone; the clones in turn, their order alternating. The first
+    round, which compiles sources and fills the cache of prompts, does not count.
+    """
+    seconds: dict[tuple[str, str], list[float]] = {(clone, name): [] for clone in clones for name in STARTS}
+    with tempfile.TemporaryDirectory() as folder:
+        for k in range(repeats + 1):
+            for clone, name in list(seconds)[:: (-1) ** k]:
+                environment = {**os.environ, "PYTHONPATH": os.path.abspath(clone), "FLUX2_MLX_CACHE": folder}
+                environment.pop("PYTHONDONTWRITEBYTECODE", None)
+                before = resource.getrusage(resource.RUSAGE_CHILDREN)
+                subprocess.run(
+                    [sys.executable, *STARTS[name]], cwd=folder, env=environment, capture_output=True, check=True
+                )
+                after = resource.getrusage(resource.RUSAGE_CHILDREN)
+                spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+                seconds[clone, name] += [spent] * (k > 0)
+    return {
+        clone: {
+            name: (round(statistics.median(found), 3), round(min(found), 3))
+            for (own, name), found in seconds.items()
+            if own == clone
+        }
+        for clone in clones
+    }
+
+
 def main() -> None:
+    if sys.argv[1] == "starts":
+        print(json.dumps(measure_starts(sys.argv[2:] or ["."])))
+        return
     generate, peak = LIBRARIES[sys.argv[1]](json.loads(sys.argv[2]))
     generate(PROMPTS[0])
     first_at = time.time()
