@@ -204,7 +204,7 @@ def test_a_picture_takes_the_memory_that_is_planned(what, memory):
             mx.reset_peak_memory()
             velocity = step(model, reuse, img, txt, mx.array([sigma]), rope, 256)
             mx.eval(velocity)
-            assert 0.8 <= (mx.get_peak_memory() - before) / most <= 1.1
+            assert 0.75 <= (mx.get_peak_memory() - before) / most <= 1.1
         del velocity
         gc.collect()
         there = memory() - before
