@@ -118,6 +118,8 @@ def test_every_option_reaches_the_pipeline(run, tmp_path, base_reference):
         "seed": 4,
         "width": 80,
         "height": 64,
+        "hires": None,
+        "hires_strength": None,
         "num_steps": 2,
         "guidance": 2.5,
         "guidance_interval": [0.1, 0.9],
