@@ -4,7 +4,8 @@
     python -m benchmarks.kernels --model klein-4b --size 512 --references 4
     python -m benchmarks.kernels --model klein-4b --size 1024 --against mflux mlx-vlm      # where they are installed
 
-Below the steps stand the kernels of packing a part of a weight, and of decoding a stored one.
+Below the steps stand klein's decoder and encoder at that size, and the kernels of packing a part of a weight and of
+decoding a stored one.
 
 Counted is the graph that MLX is given, of packing after mx.compile has fused what it fuses. An operation of mx.fast
 and a compiled function of the library are one kernel, an activation of mlx.nn is its parts, a concatenation is one for
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -225,6 +227,17 @@ def peer_step(
         return Graph(recorder, model, *inputs(params, dtype, side, length, references), mx.zeros((1,)), *ids)
 
 
+def own_half(recorder: Recorder, part: str, dtype: mx.Dtype, side: int) -> Graph:
+    """The autoencoder's "Encoder" or "Decoder", in tiles as on a CPU."""
+    shape = (1, side // 8, side // 8, 32) if part == "Decoder" else (1, side, side, 3)
+    with recorder.recording(), patch.multiple(mx, eval=lambda *_: None, async_eval=lambda *_: None):
+        from flux2_mlx import AutoEncoderConfig
+        from flux2_mlx.models import autoencoder
+
+        half: Any = hollow(getattr(autoencoder, part)(AutoEncoderConfig.flux2()), dtype)
+        return Graph(recorder, half, mx.zeros(shape, dtype))
+
+
 def count_kernels(arrays: Sequence[mx.array]) -> int:
     """Kernels of what is still to be computed for these arrays, which mx.compile may have fused; views are none."""
     text = io.StringIO()
@@ -273,6 +286,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = arguments.size, arguments.text_length, arguments.references
     shapes = MODELS[arguments.model], DTYPES[arguments.dtype], *size
     steps = {"flux2_mlx": own_step(recorder, *shapes).kernels(fuse=False)}
+    for part in ("Decoder", "Encoder"):
+        steps[part] = own_half(recorder, part, *shapes[1:3]).kernels(fuse=False)
     for name in arguments.against:
         steps[name] = peer_step(name, recorder, *shapes).kernels(fuse=name == "mflux")
     report = {}

@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,7 +34,7 @@ import mlx.nn as nn
 from benchmarks.common import TINY, name_of, print_json, print_row
 from flux2_mlx import RELEASED, AutoEncoder, Flux2Pipeline, FluxKlein, Plan, Quantization, Qwen3TextEncoder
 from flux2_mlx import __file__ as package
-from flux2_mlx.device import on_gpu, stage_dtype, weights_of
+from flux2_mlx.device import on_gpu, on_metal, stage_dtype, weights_of
 from flux2_mlx.options import DTYPES, check_size, dtype_of
 from flux2_mlx.quantization.layers import quantize
 from flux2_mlx.quantization.packing import quantize_rtn
@@ -95,7 +96,8 @@ def foresee(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.model == "klein-9b-kv",
     )
     modules = released_modules(arguments.model, dtype, parse_options(arguments.quantize, None, None))
-    work = image_work(*modules, workload, dtype)
+    with patch("flux2_mlx.runtime.roofline.on_metal", lambda: on_metal() or arguments.chip is not None):
+        work = image_work(*modules, workload, dtype)
     speeds = speeds_of(arguments.chip, dtype)
     at = {name: speeds[stage_dtype(PARTS.get(name, "autoencoder"), dtype)] for name in work}
     times = {"text encoder": guided, "transformer": guided * steps}

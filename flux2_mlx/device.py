@@ -25,6 +25,11 @@ def on_gpu() -> bool:
     return mx.default_device().type == mx.DeviceType.gpu
 
 
+def on_metal() -> bool:
+    """Whether MLX computes on a Mac's GPU."""
+    return on_gpu() and mx.metal.is_available()
+
+
 def writes_scores(dtype: mx.Dtype) -> bool:
     """Whether attention writes its scores (heads x queries x keys) to memory: MLX has fused kernels for Metal, and for
     CUDA in 16 bits. Where it is differentiated it writes them everywhere.

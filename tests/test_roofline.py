@@ -1,5 +1,6 @@
 """FLOP of every stage, as counted in the references' modules and in ours, and what becomes of them."""
 
+import math
 import re
 import subprocess
 import sys
@@ -228,6 +229,68 @@ def test_the_table_of_the_other_stages():
         work = [decoder_work(full, side, side, mx.bfloat16), decoder_work(small, side, side, mx.bfloat16)]
         work.append(encoder_work(full, side, side, mx.bfloat16))
         assert [own.flops / TERA for own in work] == pytest.approx(expected, abs=6e-4)
+
+
+@pytest.fixture
+def metal(monkeypatch):
+    monkeypatch.setattr(roofline, "on_metal", lambda: True)
+
+
+def test_winograd_is_counted_as_metal_computes_it(metal):
+    """Of diffusers' own convolutions, tile by tile; of sizes that are multiples of 6 at every depth."""
+    model = tiny.autoencoder(channels=(128, 128, 160, 96))
+    config = AutoEncoderConfig.from_config(model.config)
+    products = direct = 0
+
+    def count(conv, given, out):
+        nonlocal products, direct
+        (height, width), (outputs, inputs, side, _) = out.shape[2:], conv.weight.shape
+        large = inputs % 32 == outputs % 32 == 0 and inputs + outputs >= 256 and height * width >= 4096
+        if large and side == 3 and conv.stride == (1, 1):
+            products += 2 * 64 * math.ceil(height / 6) * math.ceil(width / 6) * inputs * outputs
+        else:
+            direct += 2 * out.numel() * inputs * side**2
+
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(count)
+    height, width = 192, 144
+    work = (lambda: model.encode(torch.zeros(1, 3, height, width))), encoder_work
+    for compute, ours in (work, ((lambda: model.decode(torch.zeros(1, 32, height // 8, width // 8))), decoder_work)):
+        products = direct = 0
+        with torch.no_grad():
+            compute()
+        attention = 8 * (height * width // 64) * 96**2
+        found = ours(config, height, width, mx.float32)
+        assert products > 0
+        assert (found.matmul, found.convolution) == (products + attention, direct)
+
+
+def test_winograd_of_the_released_decoder(metal):
+    """2.1 TFLOP for 9.9, and more bytes than the rest of it together: each way 64 numbers for 36."""
+    config = AutoEncoderConfig.flux2()
+    work = decoder_work(config, 1024, 1024, mx.bfloat16)
+    assert (work.flops - work.attention) / TERA == pytest.approx(2.1, abs=0.03)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(roofline, "on_metal", lambda: False)
+        direct = decoder_work(config, 1024, 1024, mx.bfloat16)
+    assert direct.convolution / TERA == pytest.approx(9.9, abs=0.03)
+    assert direct.intermediates < work.intermediates < 2.1 * direct.intermediates
+
+
+@pytest.mark.parametrize(
+    ("pixels", "inputs", "outputs", "expected"),
+    [
+        (4096, 128, 128, True),
+        (4095, 128, 128, False),
+        (4096, 96, 128, False),
+        (4096, 224, 32, True),
+        (4096, 240, 32, False),
+        (4096, 512, 3, False),
+    ],
+)
+def test_when_metal_computes_winograd(pixels, inputs, outputs, expected):
+    assert roofline.is_winograd(pixels, inputs, outputs) == expected
 
 
 # ------------------------------------------------------------------------------------------------ bytes and seconds
@@ -472,3 +535,15 @@ print((moved[1] - moved[0]) / ({4096 if references else 4608} * params.hidden_si
     ends = 1 + 128 / 3072 + 2
     expected = roofline.BLOCK + roofline.KV_BLOCK + ends if references else roofline.BLOCK
     assert float(done.stdout) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(("part", "work"), [("Decoder", decoder_work), ("Encoder", encoder_work)])
+def test_intermediates_of_the_autoencoder_are_those_that_are_counted(part, work):
+    script = f"""
+import mlx.core as mx
+from benchmarks.kernels import Recorder, own_half
+print(own_half(Recorder(), "{part}", mx.bfloat16, 512).kernels(fuse=False)[1])
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    moved = work(AutoEncoderConfig.flux2(), 512, 512, mx.bfloat16).intermediates
+    assert float(done.stdout) == pytest.approx(moved, rel=0.05)

@@ -74,7 +74,7 @@ def winograd(conv, rows: mx.array) -> mx.array:
     product = (seen.astype(mx.float32) @ kernel.astype(mx.float32)).astype(rows.dtype)
     product = product.transpose(1, 0, 2).reshape(batch, down, across, 8, 8, -1)
     out = transformed(A.T, product, rows.dtype).transpose(0, 1, 3, 2, 4, 5).reshape(batch, 6 * down, 6 * across, -1)
-    return out[:, :height, :width] + conv.bias
+    return out[:, :height, :width]
 
 
 def levels(decoder, z: mx.array) -> np.ndarray:

@@ -15,6 +15,7 @@ and ``post_quant_conv`` inside Decoder.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -31,6 +32,9 @@ TILE_BYTES = 2**25
 # The same where a GPU has memory to spare: a convolution of it is 155 GFLOP, beside which handing it over is nothing.
 MOST_TILE_BYTES = 2**27
 TILE_ROWS = 16  # heights of tiles are multiples of it, so that they can be halved three times
+# Parts of a tile that one kernel adds up, so that an eighth of it is written in float32 and not all of it. MLX fuses to
+# a depth of 11, which 16 parts would pass.
+PARTS = 8
 
 # (B, rows, W, C) each, from top to bottom. A function that is given tiles empties the list: held by the caller's frame,
 # they would all stay in memory until it returns.
@@ -96,8 +100,27 @@ def with_halo(
 
 
 @partial(mx.compile, shapeless=True)
-def squared_deviation(x: mx.array, mean: mx.array) -> mx.array:
-    return mx.square(x.astype(mx.float32) - mean)
+def add(*parts: mx.array) -> mx.array:
+    """The sum in float32 of parts of one shape."""
+    return in_pairs([part.astype(mx.float32) for part in parts])
+
+
+@partial(mx.compile, shapeless=True)
+def add_squared_deviations(mean: mx.array, *parts: mx.array) -> mx.array:
+    """The sum in float32 of (part - mean)^2."""
+    return in_pairs([mx.square(part.astype(mx.float32) - mean) for part in parts])
+
+
+def in_pairs(terms: list[mx.array]) -> mx.array:
+    """The sum of 1, 2, 4 or 8 terms."""
+    while len(terms) > 1:
+        terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=True)]
+    return terms[0]
+
+
+@partial(mx.compile, shapeless=True)
+def add_residual(x: mx.array, residual: mx.array, bias: mx.array) -> mx.array:
+    return (x.astype(mx.float32) + residual.astype(mx.float32) + bias.astype(mx.float32)).astype(x.dtype)
 
 
 @partial(mx.compile, shapeless=True)
@@ -121,42 +144,56 @@ class GroupNorm(nn.Module):
         self.bias = mx.zeros((channels,))
         self._apply = scale_shift_silu if silu else scale_shift
 
-    def over(self, tiles: Sequence[mx.array]) -> Callable[[mx.array], mx.array]:
-        """The norm with the statistics of these tiles, a function that is applied to each, or to rows of one."""
-        rows = sum(x.shape[1] for x in tiles)
-        shares: list[float] = []
-        means: list[mx.array] = []  # per tile, (B, 1, 1, C)
-        variances: list[mx.array] = []
-        for x in tiles:
-            if variances:  # side by side, all tiles would be in float32 together
-                x = mx.depends(x, variances[-1])
-            shares.append(x.shape[1] / rows)
-            means.append(x.astype(mx.float32).mean((1, 2), keepdims=True))
-            variances.append(squared_deviation(x, means[-1]).mean((1, 2), keepdims=True))
+    def over(self, tiles: Sequence[mx.array], bias: mx.array | None = None) -> Callable[[mx.array], mx.array]:
+        """The norm with the statistics of these tiles, a function that is applied to each, or to rows of one.
 
-        def pooled(values: Sequence[mx.array]) -> mx.array:
-            """The mean over tiles and over the channels of a group, (B, 1, 1, C)."""
-            whole = sum((share * value for share, value in zip(shares, values, strict=True)), mx.array(0.0))
+        Args:
+            bias: (C,), what is still to be added to the tiles; the norm of the sum is given.
+        """
+        pixels = mx.array([x.shape[1] * x.shape[2] for x in tiles], mx.float32).reshape(1, -1, 1, 1)
+        means: list[mx.array] = []  # per tile, (B, 1, 1, C)
+        squares: list[mx.array] = []
+        for x in tiles:
+            if squares:  # side by side, the sums of all tiles would be in memory together
+                x = mx.depends(x, squares[-1])
+            parts = in_parts(x)
+            means.append(add(*parts).sum((1, 2), keepdims=True) / (x.shape[1] * x.shape[2]))
+            squares.append(add_squared_deviations(means[-1], *parts).sum((1, 2), keepdims=True))
+
+        def pooled(values: mx.array) -> mx.array:
+            """The mean of (B, tiles, 1, C) over tiles and over the channels of a group, (B, 1, 1, C)."""
+            whole = (values * (pixels / pixels.sum())).sum(1, keepdims=True)
             grouped = whole.reshape(len(whole), 1, 1, self.groups, -1)
             return mx.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape).reshape(whole.shape)
 
-        mean = pooled(means)
+        own = mx.concatenate(means, axis=1)
+        if bias is not None:
+            own = own + bias
+        mean = pooled(own)
         # Chan, Golub and LeVeque: the variance within tiles and channels, and that of their means.
-        variance = pooled([v + (m - mean) ** 2 for m, v in zip(means, variances, strict=True)])
+        variance = pooled(mx.concatenate(squares, axis=1) / pixels + (own - mean) ** 2)
         scale = mx.rsqrt(variance + self.eps) * self.weight
-        shift = self.bias - mean * scale
+        shift = self.bias - (mean if bias is None else mean - bias) * scale
         return lambda x: self._apply(x, scale, shift)
 
 
+def in_parts(x: mx.array) -> list[mx.array]:
+    """(B, R, W, C) in PARTS parts (B, 1, R * W / PARTS, C), or in fewer that are alike."""
+    batch, rows, width, channels = x.shape
+    parts = math.gcd(PARTS, rows * width)
+    whole = x.reshape(batch, parts, -1, channels)
+    return [whole[:, k : k + 1] for k in range(parts)]
+
+
 def conv3x3(conv: nn.Conv2d, rows: mx.array) -> mx.array:
-    """A 3x3 convolution of rows with their halo: (B, R + 2, W, C) to (B, R, W, channels_out)."""
-    return mx.conv2d(rows, conv.weight, stride=1, padding=(0, 1)) + conv.bias
+    """A 3x3 convolution of rows with their halo, without its bias: (B, R + 2, W, C) to (B, R, W, channels_out)."""
+    return mx.conv2d(rows, conv.weight, stride=1, padding=(0, 1))
 
 
 def conv3x3_tiles(tiles: Tiles, conv: nn.Conv2d, prepare: Callable[[mx.array], mx.array] = lambda x: x) -> Tiles:
     """prepare, then a 3x3 convolution with a padding of 1, of all tiles."""
     turn = Turns(len(tiles) > 1)
-    return [turn(conv3x3(conv, rows)) for rows, _ in with_halo(tiles, prepare)]
+    return [turn(conv3x3(conv, rows) + conv.bias) for rows, _ in with_halo(tiles, prepare)]
 
 
 class ResnetBlock(nn.Module):
@@ -175,12 +212,16 @@ class ResnetBlock(nn.Module):
         tiles = tile(tiles, most, self.conv1.weight.shape[0])
         turn = Turns(len(tiles) > 1)
         norm1 = self.norm1.over(tiles)
-        inner, shortcut = [], []
+        inner, shortcut, bias = [], [], self.conv2.bias
         for rows, x in with_halo(tiles, norm1):
             inner.append(turn(conv3x3(self.conv1, rows)))
-            shortcut.append(turn(self.conv_shortcut(x)) if "conv_shortcut" in self else x)
-        norm2 = self.norm2.over(inner)
-        return [turn(conv3x3(self.conv2, rows) + shortcut.pop(0)) for rows, _ in with_halo(inner, norm2)]
+            shortcut.append(turn(mx.conv2d(x, self.conv_shortcut.weight)) if "conv_shortcut" in self else x)
+        if "conv_shortcut" in self:
+            bias = bias.astype(mx.float32) + self.conv_shortcut.bias
+        norm2 = self.norm2.over(inner, self.conv1.bias)
+        return [
+            turn(add_residual(conv3x3(self.conv2, rows), shortcut.pop(0), bias)) for rows, _ in with_halo(inner, norm2)
+        ]
 
 
 class Attention(nn.Module):
@@ -245,7 +286,7 @@ class Upsample(nn.Module):
         tiles = tile(tiles, most, self.conv.weight.shape[0], scale=2)
         turn = Turns(len(tiles) > 1)
         doubled = (nearest_2x(rows)[:, 1:-1] for rows, _ in with_halo(tiles, lambda x: x))
-        return [turn(conv3x3(self.conv, rows)) for rows in doubled]
+        return [turn(conv3x3(self.conv, rows) + self.conv.bias) for rows in doubled]
 
 
 def nearest_2x(x: mx.array) -> mx.array:

@@ -16,9 +16,9 @@ from itertools import pairwise
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..device import machine_name, stage_dtype, weight_bytes
+from ..device import machine_name, on_metal, stage_dtype, weight_bytes
 from ..disk_cache import read_table, write_table
-from ..models.autoencoder import AutoEncoder
+from ..models.autoencoder import PARTS, AutoEncoder
 from ..models.config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
 from ..models.flux2 import FluxKlein
 from ..models.qwen3 import Qwen3TextEncoder
@@ -32,8 +32,13 @@ TABLE = "speeds"  # the table's name in the cache folder
 # benchmarks/kernels.py counts them.
 BLOCK = 53
 KV_BLOCK = 12  # of these for the keys and values
-# And by a GroupNorm with its SiLU, in float32 whatever the model has.
-GROUP_NORM = 6
+
+# Metal computes a 3x3 convolution of stride 1 as Winograd's F(6x6, 3x3), 64 products for 36 pixels, from so many pixels
+# and channels (in and out together) on, both multiples of 32, whatever the dtype; not where its scratch passes three
+# quarters of the working set, but tiles are far smaller. Source: ml-explore/mlx at 846d176, mlx/backend/metal/conv.cpp,
+# dispatch_conv_2D_gpu and winograd_batch_step.
+WINOGRAD_PIXELS, WINOGRAD_CHANNELS, WINOGRAD_MULTIPLE = 4096, 256, 32
+WINOGRAD = 64 / 36
 
 # A measurement is made larger, by fours, until it takes so long, or as large as it may be.
 LONG_ENOUGH = 0.1  # seconds
@@ -57,7 +62,7 @@ class Work:
     """The work of running a stage once.
 
     Attributes:
-        matmul, attention, convolution: FLOP; those of attention are its two products.
+        matmul, attention, convolution: FLOP; those of attention are its two products, Winograd's products are matmul.
         weights, intermediates: bytes that are read, and read or written.
     """
 
@@ -149,45 +154,71 @@ def decoder_work(config: AutoEncoderConfig, height: int, width: int, dtype: mx.D
     channels, latent = config.decoder_channels[::-1], config.latent_channels
     pixels = height * width // 64
     work = _conv(pixels, latent, latent, dtype, kernel=1) + _conv(pixels, latent, channels[0], dtype)
-    work += _middle(pixels, channels[0], dtype)
+    work += _biases(pixels, latent + channels[0], dtype) + _middle(pixels, channels[0], dtype)
     for k, (before, own) in enumerate(pairwise([channels[0], *channels])):
         work += _resnets(pixels, before, own, config.layers_per_block + 1, dtype)
         if k < len(channels) - 1:
             pixels *= 4
-            work += _conv(pixels, own, own, dtype)
-    return work + _norm(pixels, channels[-1]) + _conv(pixels, channels[-1], config.out_channels, dtype)
+            work += _conv(pixels, own, own, dtype) + _biases(pixels, own, dtype)
+    last = _conv(pixels, channels[-1], config.out_channels, dtype) + _biases(pixels, config.out_channels, dtype)
+    return work + _norm(pixels, channels[-1], dtype) + last
 
 
 def encoder_work(config: AutoEncoderConfig, height: int, width: int, dtype: mx.Dtype) -> Work:
     """Encoding an image, without the weights."""
     channels, moments = config.block_out_channels, 2 * config.latent_channels
     pixels = height * width
-    work = _conv(pixels, config.in_channels, channels[0], dtype)
+    work = _conv(pixels, config.in_channels, channels[0], dtype) + _biases(pixels, channels[0], dtype)
     for k, (before, own) in enumerate(pairwise([channels[0], *channels])):
         work += _resnets(pixels, before, own, config.layers_per_block, dtype)
         if k < len(channels) - 1:
+            work += Work(intermediates=4 * pixels * own * dtype.size)  # with a halo, and padded
             pixels //= 4
-            work += _conv(pixels, own, own, dtype)
-    work += _middle(pixels, channels[-1], dtype) + _norm(pixels, channels[-1])
-    return work + _conv(pixels, channels[-1], moments, dtype) + _conv(pixels, moments, moments, dtype, kernel=1)
+            work += _conv(pixels, own, own, dtype, stride=2) + _biases(pixels, own, dtype)
+    work += _middle(pixels, channels[-1], dtype) + _norm(pixels, channels[-1], dtype)
+    work += _conv(pixels, channels[-1], moments, dtype) + _conv(pixels, moments, moments, dtype, kernel=1)
+    return work + _biases(pixels, 2 * moments, dtype)
 
 
-def _conv(pixels: int, inputs: int, outputs: int, dtype: mx.Dtype, kernel: int = 3) -> Work:
-    """A convolution with so many pixels of output: reading its input with neighbours, adding its bias."""
-    moved = (3 * inputs + 3 * outputs) * pixels * dtype.size
-    return Work(convolution=2 * kernel**2 * inputs * outputs * pixels, intermediates=moved)
+def _conv(pixels: int, inputs: int, outputs: int, dtype: mx.Dtype, kernel: int = 3, stride: int = 1) -> Work:
+    """A convolution with so many pixels of output, without its bias; of a 3x3 one of stride 1 also joining its
+    input and the halo.
+    """
+    unit, direct = pixels * dtype.size, 2 * kernel**2 * inputs * outputs * pixels
+    moved = (inputs * stride**2 + outputs) * unit
+    if (kernel, stride) != (3, 1):
+        return Work(convolution=direct, intermediates=moved)
+    moved += 2 * inputs * unit
+    if not (on_metal() and is_winograd(pixels, inputs, outputs)):
+        return Work(convolution=direct, intermediates=moved)
+    # Besides input and output: zeros and the input written into the padded copy and read from it, what both transforms
+    # write and read, and the kernels', written and read.
+    scratch = int((2 * inputs + 2 * WINOGRAD * (inputs + outputs)) * unit) + 2 * 64 * inputs * outputs * dtype.size
+    return Work(matmul=int(2 * WINOGRAD * inputs * outputs * pixels), intermediates=moved + scratch)
 
 
-def _norm(pixels: int, channels: int) -> Work:
-    return Work(intermediates=GROUP_NORM * pixels * channels * mx.float32.size)
+def is_winograd(pixels: int, inputs: int, outputs: int) -> bool:
+    """Whether Metal computes a 3x3 convolution of stride 1 by Winograd's F(6x6, 3x3)."""
+    multiples = inputs % WINOGRAD_MULTIPLE == outputs % WINOGRAD_MULTIPLE == 0
+    return multiples and pixels >= WINOGRAD_PIXELS and inputs + outputs >= WINOGRAD_CHANNELS
+
+
+def _biases(pixels: int, channels: int, dtype: mx.Dtype) -> Work:
+    """Adding biases to so many channels in a kernel of its own."""
+    return Work(intermediates=2 * pixels * channels * dtype.size)
+
+
+def _norm(pixels: int, channels: int, dtype: mx.Dtype) -> Work:
+    """A GroupNorm with its SiLU: read for the mean, the variance and itself, and written; sums of parts in float32."""
+    return Work(intermediates=4 * pixels * channels * dtype.size + 4 * pixels * channels * mx.float32.size // PARTS)
 
 
 def _resnets(pixels: int, inputs: int, channels: int, count: int, dtype: mx.Dtype) -> Work:
     work = Work()
     for before in [inputs, *[channels] * (count - 1)]:
-        work += _norm(pixels, before) + _conv(pixels, before, channels, dtype)
-        work += _norm(pixels, channels) + _conv(pixels, channels, channels, dtype)
-        work += Work(intermediates=3 * pixels * channels * dtype.size)  # the sum of both ways
+        work += _norm(pixels, before, dtype) + _conv(pixels, before, channels, dtype)
+        work += _norm(pixels, channels, dtype) + _conv(pixels, channels, channels, dtype)
+        work += Work(intermediates=3 * pixels * channels * dtype.size)  # the sum of both ways, with the biases
         if before != channels:
             work += _conv(pixels, before, channels, dtype, kernel=1)
     return work
@@ -199,7 +230,7 @@ def _middle(pixels: int, channels: int, dtype: mx.Dtype) -> Work:
         attention=4 * pixels**2 * channels,
         intermediates=17 * pixels * channels * dtype.size,
     )
-    return _resnets(pixels, channels, channels, 2, dtype) + _norm(pixels, channels) + attention
+    return _resnets(pixels, channels, channels, 2, dtype) + _norm(pixels, channels, dtype) + attention
 
 
 def image_work(
@@ -279,9 +310,9 @@ def measure_speeds(dtype: mx.Dtype) -> Speeds:
         return 4 * rows**2 * WIDTH, lambda q, k, v: attend(q, k, v, scale=dims**-0.5), arrays
 
     def convolution(scale: int) -> tuple[int, Callable[..., mx.array], list[mx.array]]:
-        rows = 4 * scale
+        rows = 16 * scale  # a stride of 2 is computed directly everywhere
         x, weight = mx.ones((1, rows, CHANNELS, CHANNELS), dtype), mx.ones((CHANNELS, 3, 3, CHANNELS), dtype)
-        return 18 * rows * CHANNELS**3, lambda x, weight: mx.conv2d(x, weight, padding=1), [x, weight]
+        return 18 * rows * CHANNELS**3 // 4, lambda x, weight: mx.conv2d(x, weight, 2, 1), [x, weight]
 
     def copy(scale: int) -> tuple[int, Callable[..., mx.array], list[mx.array]]:
         x = mx.ones((2**21 * scale // dtype.size,), dtype)
