@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.kernels import count_kernels
 from flux2_mlx import AutoEncoder, AutoEncoderConfig, sanitize_vae_weights
 from flux2_mlx.checkpoints.load import assign
 from flux2_mlx.device import memory_limit
@@ -154,6 +155,51 @@ def test_norms_of_faint_inputs(model):
     theirs = model.encoder.down_blocks[0].resnets[0].norm1
     x = 1e-3 * random((1, 4, 4, 16))
     assert relative_error(ours.over([x])(x), torch.nn.functional.silu(nhwc(theirs(nchw(x))))) <= EXACT
+
+
+def in_float64(x: np.ndarray, groups: int) -> np.ndarray:
+    """GroupNorm without weights and epsilon."""
+    batch, height, width, channels = x.shape
+    grouped = x.astype(np.float64).reshape(batch, height * width, groups, channels // groups)
+    mean, std = grouped.mean((1, 3), keepdims=True), grouped.std((1, 3), keepdims=True)
+    return ((grouped - mean) / std).reshape(x.shape)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(mx.float32, (1, 5)), (mx.float32, (12, 8)), (mx.bfloat16, (12, 8))])
+def test_norms_of_a_large_mean_are_those_of_float64(dtype, size):
+    """A mean of 1e3 beside a deviation of 1, in tiles that differ, with a bias that is still to be added."""
+    norm = module.GroupNorm(AutoEncoderConfig(norm_num_groups=4, norm_eps=1e-30), 16, silu=False)
+    rng = np.random.default_rng(4)
+    tiles = [mx.array(rng.normal(1e3 + k, 1, (2, *size, 16))).astype(dtype) for k in range(3)]
+    bias = mx.array(rng.normal(0, 1, 16)).astype(dtype)
+    whole = np.concatenate([np.array(tile.astype(mx.float32), np.float64) for tile in tiles], 1)
+    expected = in_float64(whole + np.array(bias.astype(mx.float32)), 4)
+    apply = norm.over(tiles, bias)
+    ours = np.concatenate([np.array(apply(tile.astype(mx.float32))) for tile in tiles], 1)
+    assert np.abs(ours - expected).max() < 2e-3  # scale * 1e3 in float32 is rounded so
+
+
+@pytest.mark.parametrize(("value", "finite"), [(3e4, True), (1e38, False), (np.inf, False), (np.nan, False)])
+def test_norms_sum_in_float32(value, finite):
+    """Sums of large numbers in bfloat16 are exact; what passes float32's, is infinite or is no number shows."""
+    norm = module.GroupNorm(AutoEncoderConfig(norm_num_groups=1), 1, silu=False)
+    x = value * mx.array([1, -1], mx.bfloat16).reshape(1, 1, 2, 1) * mx.ones((1, 16, 1, 1), mx.bfloat16)
+    x = mx.concatenate([x[:, :, :1]] * 32 + [x[:, :, 1:]] * 32, axis=2)
+    out = norm.over([x])(x)
+    assert mx.isfinite(out).all().item() == finite
+    if finite:
+        assert mx.array_equal(mx.abs(out), mx.ones_like(out)).item()
+
+
+def test_statistics_are_two_kernels():
+    """Sixteen parts would pass the depth to which MLX fuses, and be written out in float32."""
+    x = mx.zeros((1, 16, 32, 64), mx.bfloat16)
+    parts = module.in_parts(x)
+    assert len(parts) == module.PARTS == 8
+    mean = mx.zeros((1, 1, 1, 64))
+    mx.eval(parts, mean)
+    assert count_kernels([module.add(*parts)]) == count_kernels([module.add_squared_deviations(mean, *parts)]) == 1
+    assert count_kernels([module.add_residual(x, x, mx.zeros((64,)))]) == 1
 
 
 def test_latent_statistics_equal_diffusers(model):
