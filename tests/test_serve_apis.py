@@ -235,6 +235,20 @@ def test_steps_and_cfg_are_judged_by_the_model_that_draws():
             assert found == (model, steps, guidance, told)
 
 
+def test_hires_fix_of_automatic1111(server, tmp_path):
+    """As SillyTavern's auto source asks for it: the size is that of the image to begin with."""
+    body = {"prompt": PROMPT, "width": 64, "height": 80, "steps": 4, "seed": 3, "enable_hr": True, "hr_scale": 1.5}
+    body |= {"hr_upscaler": "Latent", "hr_additional_modules": [], "hr_second_pass_steps": 0, "denoising_strength": 0.6}
+    answer = server.client.post("/sdapi/v1/txt2img", json=body).json()
+    words = ["--width", "96", "--height", "128", "--hires", "1.5", "--hires-strength", "0.6"]
+    assert np.array_equal(pixels(answer["images"][0]), command(tmp_path, *words, steps=4))
+    assert json.loads(answer["info"])["warnings"] == ["hr_upscaler is left out", "height 120 is drawn as 128"]
+    for scale, told in ((1, "hr_scale 1 is none"), ("2", "hr_scale 2 is none")):
+        answer = server.client.post("/sdapi/v1/txt2img", json=body | {"hr_scale": scale}).json()
+        assert opened(answer["images"][0]).size == (64, 80)
+        assert told in json.loads(answer["info"])["warnings"][0]
+
+
 def test_img2img_of_automatic1111(server, tmp_path):
     RED.save(tmp_path / "red.png")
     body = {"prompt": f"{PROMPT} <lora:none:0.5>", "init_images": [uri(RED)], "denoising_strength": 0.5, "steps": 4}

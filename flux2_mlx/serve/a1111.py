@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ..errors import InputError
-from ..options import MIN_SIDE, GenerationOptions
+from ..options import MAX_HIRES, MIN_SIDE, GenerationOptions
 from ..sampling.latents import PIXELS_PER_TOKEN
 from ..sampling.schedules import SCHEDULES
 from .answers import encoded, pictures_of
@@ -30,7 +30,8 @@ from .studio import Studio, client_of, json_of
 SAMPLER = "Euler"
 LORA = re.compile(r"<lora:([^:>]+)(?::(-?[\d.]+))?[^>]*>")
 MOST_STEPS = 12  # of a distilled model; clients send their own defaults, 20 to 50, which it gains nothing by
-NO_SIZE = ("width", "height")
+SIDES = ("width", "height")
+SIDE = 512  # stable-diffusion-webui's own default, of the image that hires fix begins with
 
 
 async def txt2img(request: Request) -> Response:
@@ -90,7 +91,8 @@ def options_of(values: Mapping[str, Any], studio: Studio, pictures: Pictures) ->
         if values.get(name) is not None:
             options[name] = values[name]
     if pictures.init_image is None:
-        options |= sizes_of(values, told)
+        hires = hires_of(values, told)
+        options |= hires | sizes_of(values, hires.get("hires", 1), told)
     elif pictures.mask is not None:
         options["mask_blur"] = values.get("mask_blur") or 0
     scheduler = str(values.get("scheduler") or "")
@@ -101,7 +103,7 @@ def options_of(values: Mapping[str, Any], studio: Studio, pictures: Pictures) ->
     sampler = str(values.get("sampler_name") or values.get("sampler_index") or SAMPLER)
     if sampler.lower() not in ("euler", "default"):
         told.append(f"sampler {sampler[:40]!r} is left out: there is {SAMPLER}")
-    for name in ("enable_hr", "restore_faces", "tiling", "alwayson_scripts", "script_name", "styles"):
+    for name in ("restore_faces", "tiling", "alwayson_scripts", "script_name", "styles"):
         if values.get(name):
             told.append(f"{name} is left out: there is no such thing here")
     options["num_images"] = count_of(values)
@@ -137,16 +139,29 @@ def count_of(values: Mapping[str, Any]) -> int:
         raise InputError("batch_size and n_iter must be whole numbers") from None
 
 
-def sizes_of(values: Mapping[str, Any], told: list[str]) -> dict[str, int]:
-    """Width and height, each the nearest that can be drawn."""
+def hires_of(values: Mapping[str, Any], told: list[str]) -> dict[str, Any]:
+    """The options of hires fix, where it is asked for."""
+    if not values.get("enable_hr"):
+        return {}
+    scale, strength = values.get("hr_scale", 2), values.get("denoising_strength")
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 1 < scale <= MAX_HIRES:
+        told.append(f"enable_hr is left out: hr_scale {str(scale)[:40]} is none above 1 and up to {MAX_HIRES}")
+        return {}
+    names = ("hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y")
+    told += [f"{name} is left out" for name in names if values.get(name)]
+    return {"hires": scale} if strength is None else {"hires": scale, "hires_strength": strength}
+
+
+def sizes_of(values: Mapping[str, Any], scale: float, told: list[str]) -> dict[str, int]:
+    """Width and height, each the nearest that can be drawn to so many times what is asked for."""
     sizes = {}
-    for name in NO_SIZE:
-        value = values.get(name)
+    for name in SIDES:
+        value = values.get(name, SIDE if scale > 1 else None)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             continue
-        sizes[name] = max(MIN_SIDE, round(value / PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN)
-        if sizes[name] != value:
-            told.append(f"{name} {value} is drawn as {sizes[name]}")
+        sizes[name] = max(MIN_SIDE, round(scale * value / PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN)
+        if sizes[name] != scale * value:
+            told.append(f"{name} {scale * value:g} is drawn as {sizes[name]}")
     return sizes
 
 
