@@ -25,6 +25,7 @@ from flux2_mlx.adapters.lora import open_lora
 from flux2_mlx.checkpoints.checkpoint import open_checkpoint
 from flux2_mlx.checkpoints.files import load_files, load_safetensors
 from flux2_mlx.checkpoints.folder import Source
+from flux2_mlx.checkpoints.formats.dfloat11 import decode_groups
 from flux2_mlx.checkpoints.load import (
     load_all,
     load_autoencoder,
@@ -33,6 +34,7 @@ from flux2_mlx.checkpoints.load import (
     load_transformer,
 )
 from flux2_mlx.checkpoints.publish import check
+from flux2_mlx.checkpoints.reading import read_json
 from flux2_mlx.cli.arguments import build_parser, complete
 from flux2_mlx.cli.arguments import check as check_task
 from flux2_mlx.cli.jobs import Jobs, read_jobs
@@ -112,6 +114,32 @@ def every_dtype(_: Path) -> list[Input]:
 @target(every_dtype)
 def safetensors(folder: Path, _: Path) -> None:
     evaluate(load_files([folder / "w.safetensors"]))
+
+
+def grouped(_: Path) -> list[Input]:
+    """A matrix of zeros and ones in DFloat11: exponents 0 and 127, of one bit each."""
+    codes = np.arange(64) % 3 == 0
+    luts = np.repeat(np.array([[0, 127], [0, 0]], np.uint8), 128, axis=1)
+    luts[1, [0, 127]] = 1
+    positions = np.array([0, 64], "<u4").view(np.uint8)
+    arrays = {
+        "encoded_exponent": np.packbits(codes),
+        "sign_mantissa": np.zeros(64, np.uint8),
+        "luts": luts,
+        "gaps": np.zeros(320, np.uint8),
+        "output_positions": positions,
+    }
+    tensors = {f"g.{kind}": ("U8", list(array.shape), array.tobytes()) for kind, array in arrays.items()}
+    tensors["g.split_positions"] = ("I64", [1], (32).to_bytes(8, "little"))
+    config = {"pattern_dict": {r"g|h\.\d+": ["a", "b"]}}
+    return [{"w.safetensors": material.safetensors(tensors), "config.json": json.dumps(config).encode()}]
+
+
+@target(grouped)
+def dfloat11(folder: Path, _: Path) -> None:
+    shapes = {f"g.{name}.weight": (4, 8) for name in "ab"}
+    weights = load_files([folder / "w.safetensors"])
+    evaluate(decode_groups(weights, read_json(folder / "config.json"), shapes, lambda _: True))
 
 
 def sharded(_: Path) -> list[Input]:

@@ -146,8 +146,7 @@ class _Codes:
     def _next(self, values: np.ndarray, octets: np.ndarray) -> np.ndarray:
         luts = np.asarray(self.luts)
         rows = 256 - values.astype(np.int64)
-        if rows.max() > len(luts) - 2:
-            rows = np.where(rows > len(luts) - 2, 0, rows)  # a damaged file: the count of codes tells
+        rows = np.where(rows > len(luts) - 2, 0, rows)  # of a damaged file, whose count of codes tells
         return luts[rows, octets.astype(np.int64)]
 
     def damaged(self, fault: str) -> CheckpointError:
@@ -162,10 +161,11 @@ def _checked(group: str, arrays: Mapping[str, Any], count: int) -> _Codes:
     missing = [kind for kind, array in arrays.items() if not isinstance(array, mx.array)]
     if missing:
         raise CheckpointError(f"{group} is in DFloat11, but has no {', '.join(missing)}")
-    octets = all(arrays[kind].dtype == mx.uint8 for kind in _ARRAYS[:-1])
+    kinds = {kind: (mx.uint8, 2 if kind == "luts" else 1) for kind in _ARRAYS} | {"split_positions": (mx.int64, 1)}
+    is_fit = all((arrays[kind].dtype, arrays[kind].ndim) == expected for kind, expected in kinds.items())
     exponents, others, luts, gaps, positions, splits = (arrays[kind] for kind in _ARRAYS)
     weights, blocks = others.size, -(-exponents.size // _BLOCK)
-    if not octets or luts.ndim != 2 or luts.shape[1] != 256 or len(luts) < 2 or positions.size % 4 or weights == 0:
+    if not is_fit or luts.shape[1] != 256 or len(luts) < 2 or positions.size % 4 or weights == 0:
         raise CheckpointError(f"{group} is in DFloat11, but its arrays are of other shapes or dtypes")
     ends = np.array(positions).view("<u4").astype(np.int64)
     cuts = [0, *np.array(splits).tolist(), weights]
