@@ -71,7 +71,7 @@ class Quantization:
             return None
         if value in FLOAT_MODES:
             return cls(*FLOAT_MODES[str(value)], str(value))
-        if str(value) not in map(str, AFFINE_BITS):
+        if not str(value).isdecimal() or int(str(value)) == 1:  # which is for reading alone
             raise InputError(
                 f"quantize must be {', '.join(map(str, AFFINE_BITS))} bits or one of {', '.join(FLOAT_MODES)}, "
                 f"got {value!r}"
