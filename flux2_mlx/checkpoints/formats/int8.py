@@ -47,7 +47,7 @@ def rotate(weight: mx.array, size: int) -> mx.array:
     while inner:
         parts = mx.split(weight.reshape(-1, 4, inner), 4, axis=1)
         half = (parts[0] + parts[1] + parts[2] + parts[3]) * 0.5
-        weight = mx.concatenate([half - part for part in reversed(parts)], axis=1)  # a row of H4: 1/2, once -1/2
+        weight = mx.concatenate([half - part for part in reversed(parts)], axis=1)  # each row has one -1/2
         inner //= 4
     return weight.reshape(shape)
 
