@@ -19,6 +19,8 @@ from .conditioning.references import ReferenceEncoder
 from .conditioning.text import PromptEncoder
 from .decoding import LatentDecoder
 from .device import wired_limit
+from .imaging.edits import Edit
+from .imaging.preprocess import image_array
 from .models.first_block_cache import FirstBlockCache
 from .models.kv_cache import KV, FrozenKV
 from .request import Request, Sampling, request_noise, warn
@@ -56,6 +58,7 @@ class Conditioning:
         init: clean tokens (1, S, C) of the init image, if any.
         references: clean tokens (1, R, C) of the references that go through every pass.
         reference_kv: keys and values of the references, in place of their tokens (klein-9b-kv).
+        edit: the request's, with its reference's tokens.
         canvases: the samplings, one after another.
     """
 
@@ -64,6 +67,7 @@ class Conditioning:
     init: mx.array | None
     references: list[mx.array]
     reference_kv: list[KV] | None
+    edit: Edit | None
     canvases: list[Canvas]
 
 
@@ -190,6 +194,7 @@ class Generator:
                     stats,
                     self.decoder,
                     request.inpaint,
+                    conditioning.edit,
                 )
         return latents
 
@@ -235,9 +240,13 @@ class Generator:
                 "out poor; klein-4b edits"
             )
         init_images = [] if request.init_image is None else [request.init_image]
-        references = self.references.encode([*request.references, *init_images], stats)
+        edit = request.edit
+        edited = [] if edit is None or edit.mask is not None else [image_array(edit.reference)]
+        references = self.references.encode([*request.references, *edited, *init_images], stats)
         sizes = [(pixels.shape[1], pixels.shape[2]) for pixels in request.references]
         init = references.pop().astype(mx.float32) if init_images else None
+        if edit is not None and edited:
+            edit = replace(edit, tokens=references.pop())
         if init is not None and request.inpaint is not None:
             references, sizes = [init, *references], [size, *sizes]
         position_ids = [image_ids(*reference_size, reference=k) for k, reference_size in enumerate(sizes)]
@@ -258,6 +267,7 @@ class Generator:
             init,
             references,
             reference_kv,
+            edit,
             [canvas(sampling) for sampling in request.samplings],
         )
 

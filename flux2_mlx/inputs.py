@@ -11,8 +11,9 @@ from PIL import Image
 
 from .errors import InputError
 from .imaging.colour import to_srgb
+from .imaging.edits import Edit, lay_over
 from .imaging.files import open_image
-from .imaging.inpaint import ALPHA, Inpaint, inpaint_from
+from .imaging.inpaint import ALPHA, Inpaint, grey_mask, inpaint_from
 from .imaging.preprocess import reference_size
 from .options import GenerationOptions
 from .paths import expand
@@ -103,7 +104,34 @@ class Inputs:
             raise InputError(
                 f"hires starts from a smaller image of its own, and {starts[0]} is given; give one of them"
             )
-        return inpaint_from(self.init_image, self.mask, options.mask_blur, options.mask_padding, options.expand)
+        mask = self.mask
+        if options.edit_option is not None:
+            inpaints = self.init_image is not None and (mask is not None or options.expand is not None)
+            self._check_edit(options.edit_option, inpaints=inpaints)
+            mask = None  # which says where the edit is
+        return inpaint_from(self.init_image, mask, options.mask_blur, options.mask_padding, options.expand)
+
+    def _check_edit(self, name: str, *, inpaints: bool) -> None:
+        if not self.images:
+            raise InputError(f"{name} belongs to image (--image), and none is given")
+        if inpaints:
+            raise InputError(
+                f"{name} is for edits of image (--image); inpainting and outpainting keep the rest as it is"
+            )
+        if self.mask == ALPHA:
+            raise InputError(f'the mask "{ALPHA}" is for init_image; {name} takes one that is white where the edit is')
+
+    def edit(self, options: GenerationOptions, size: tuple[int, int]) -> Edit | None:
+        """How results of a size (height, width) are brought back to the first reference, if they are; images must be
+        opened, and ``inpaint`` have refused what does not go together.
+
+        Raises:
+            InputError: for a mask of another aspect.
+        """
+        if options.edit_option is None:
+            return None
+        mask = None if self.mask is None else grey_mask(self.mask, size[::-1])
+        return Edit(lay_over(self.images[0], size), options.color_match, options.edit_composite, mask)
 
 
 def open_mask(path: str | os.PathLike[str]) -> Image.Image:

@@ -13,6 +13,7 @@ from .device import default_dtype
 from .errors import InputError
 from .families import Release, find_release
 from .fields import Options, check_choice, option
+from .imaging.edits import THRESHOLD
 from .imaging.inpaint import MAX_MARGIN, SIDES, check_expand
 from .quantization.spec import AFFINE_BITS, AFFINE_GROUPS, FLOAT_MODES, Quantization, options_of, parse_options
 from .runtime.plan import MODES
@@ -127,6 +128,14 @@ class GenerationOptions(Options):
         None, f"outpainting: extend --init-image beyond its edges ({', '.join(SIDES)})", group=PROMPT,
         check=check_expand, hash=False, metavar="SIDE=PIXELS,...", also=("--outpaint",),
     )  # fmt: skip
+    color_match: bool = option(
+        False, "editing: where nothing changed, colours follow those of the first --image", group=PROMPT,
+    )  # fmt: skip
+    edit_composite: float | None = option(
+        None, "editing: where nothing changed, pixels of the first --image come back; a difference above this share of "
+        f"a channel's range is the edit's, {THRESHOLD} unless given", group=PROMPT, gt=0, le=1, metavar="THRESHOLD",
+        shown="off", nargs="?", const=THRESHOLD,
+    )  # fmt: skip
     width: int | None = option(
         None, "width in pixels, a multiple of 16", group=SAMPLING, ge=MIN_SIDE, also=("-W",), planned=True,
         shown="the init or reference image's, else 1024; nano 128",
@@ -204,6 +213,11 @@ class GenerationOptions(Options):
     def planned(self) -> dict[str, Any]:
         """The arguments of Flux2Pipeline.plan: what memory depends on."""
         return self.marked("planned")
+
+    @property
+    def edit_option(self) -> str | None:
+        """The option that brings an edit back to its reference, if one is given."""
+        return "edit_composite" if self.edit_composite is not None else "color_match" if self.color_match else None
 
     def check_together(self) -> None:
         check_size(self.height, self.width)

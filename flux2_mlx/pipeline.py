@@ -368,6 +368,8 @@ class Flux2Pipeline:
         mask_blur: float = 0.0,
         mask_padding: int | None = None,
         expand: Mapping[str, int] | None = None,
+        color_match: bool = False,
+        edit_composite: float | None = None,
         prompt_embeds: mx.array | None = None,
         latents: mx.array | np.ndarray | None = None,
         num_inference_steps: int | None = None,
@@ -375,10 +377,8 @@ class Flux2Pipeline:
         num_images_per_prompt: int | None = None,
         generator: Any = None,
     ) -> Iterator[Step]:
-        """Generate images, and yield every step, so that a caller can preview, stop, save or time. Images that share a
-        pass through the transformer are yielded in turn, step by step.
-
-        Arguments are checked at once; the work begins with the first step asked for.
+        """Generate images, and yield every step, so that a caller can preview, stop, save or time; those of images that
+        share a pass in turn. Arguments are checked at once; the work begins with the first step asked for.
 
         Args:
             prompt: one or several; each is encoded once.
@@ -392,10 +392,8 @@ class Flux2Pipeline:
             guidance_interval: noise levels (low, high) between which CFG applies; None for all.
             guidance_rescale: CFG rescale against oversaturation, from 0 (none) to 1 (full); see apply_cfg.
             force_guidance: apply CFG to a distilled model, too.
-            step_cache: First Block Cache: leave out all blocks but the first in steps that differ by less than this
-                from one before, as 0.1; see models.first_block_cache. For tens of steps; None and 0 compute every one.
-            reuse: "text" or "references", whose keys and values later steps take from the first; see
-                models.kv_cache.FrozenKV. For distilled models without CFG.
+            step_cache: First Block Cache, for tens of steps: those that differ by less, as 0.1, are one block long.
+            reuse: "text" or "references", whose keys and values later steps take from the first (distilled models).
             hires: hires fix: generate the image this much smaller first, from above 1 to 4, enlarge its latents, and
                 denoise them at the full size. The composition is that of the small image.
             hires_strength: denoising strength of that second pass, None takes 0.5; see strength.
@@ -419,6 +417,9 @@ class Flux2Pipeline:
             mask_blur: radius, in the init_image's pixels, of a Gaussian blur of the mask.
             mask_padding: inpaint a crop around the mask with this margin, at full resolution, and paste it back.
             expand: outpainting: pixels to add to the init_image at "left", "top", "right" and "bottom".
+            color_match: have colours follow the first reference's where the edit changed nothing, in finished images.
+            edit_composite: bring its pixels back there; more than this share of a channel's range, as 0.1, is the
+                edit's. A mask says where the edit is, in place of the one that is found, which Result.masks has.
             prompt_embeds: (B, L, D) in place of prompts.
             latents: (B, 128, H/16, W/16) in diffusers' order, or (B, S, 128), in place of noise.
             num_inference_steps, guidance_scale, num_images_per_prompt, generator: diffusers' names.

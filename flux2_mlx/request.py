@@ -22,6 +22,7 @@ from .checkpoints.checkpoint import Checkpoint
 from .errors import InputError
 from .families import BASE, DISTILLED
 from .fields import changed, is_of_type, option
+from .imaging.edits import Edit
 from .imaging.inpaint import Inpaint
 from .imaging.preprocess import init_array, reference_array, reference_size
 from .inputs import INPUTS, Inputs, Size
@@ -128,6 +129,7 @@ class Request:
         init_image: (1, H, W, 3) in -1..1, for img2img and inpainting.
         init_latents: (1, h, w, C) of each image, of any size, in place of an init image.
         inpaint: composites the result into the init image.
+        edit: brings the result back to the first reference.
         mask_tokens: (1, S, 1) in 0..1, how much of each token is inpainted.
         uses_cfg: whether the CFG scale is above 1.
         batch_size: the most images in a pass; None for as many as suit the memory.
@@ -141,6 +143,7 @@ class Request:
     init_image: mx.array | None
     init_latents: list[mx.array] | None
     inpaint: Inpaint | None
+    edit: Edit | None
     mask_tokens: mx.array | None
     uses_cfg: bool
     batch_size: int | None
@@ -398,6 +401,7 @@ def resolve(
         init_image=init_image if inpaint is None else inpaint.array(size),
         init_latents=init_latents,
         inpaint=inpaint,
+        edit=inputs.edit(options, size),
         mask_tokens=None if inpaint is None else inpaint.mask_tokens(size),
         uses_cfg=sampling.guidance > 1,
         batch_size=batch.batch_size,

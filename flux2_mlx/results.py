@@ -12,6 +12,7 @@ from PIL import Image
 
 from .decoding import LatentDecoder
 from .errors import InputError
+from .imaging.edits import Edit
 from .imaging.inpaint import Inpaint
 from .imaging.preprocess import to_pil
 from .inputs import Size
@@ -47,6 +48,7 @@ class Step:
     stats: Stats
     _decoder: LatentDecoder = field(repr=False)
     _inpaint: Inpaint | None = field(repr=False)
+    _edit: Edit | None = field(repr=False)
 
     @property
     def is_last(self) -> bool:
@@ -60,7 +62,7 @@ class Step:
         Raises:
             FloatingPointError: where the decoder's output is not finite.
         """
-        if self._inpaint is not None:
+        if self._inpaint is not None or self._edit is not None:
             return np.asarray(self.picture(), np.float32) / 255
         return np.array(self._decoder.decode(self.denoised, self.size, self.stats)[0])
 
@@ -72,7 +74,14 @@ class Step:
 
     def picture(self) -> Image.Image:
         """The predicted image, decoded to 8-bit RGB; see ``array``."""
-        return self._composite(to_pil(np.array(self._decoder.decode(self.denoised, self.size, self.stats)[0])))
+        return self.picture_and_mask()[0]
+
+    def picture_and_mask(self) -> tuple[Image.Image, Image.Image | None]:
+        """The picture, and of a finished one with color_match or edit_composite the mask of what the edit changed:
+        8-bit grey of its size, white there.
+        """
+        image = self._composite(to_pil(np.array(self._decoder.decode(self.denoised, self.size, self.stats)[0])))
+        return (image, None) if self._edit is None or not self.is_last else self._edit.finish(image, self.latents)
 
     def preview(self) -> Image.Image:
         """The predicted image without the decoder: an eighth of the resolution, enlarged, or by preview_decoder."""
@@ -93,6 +102,7 @@ class Result:
         settings: one for each image, prompt by prompt.
         seconds, peak_bytes: figures of each part of the run; see Stats.
         steps: how many were "computed", and how many "reused" earlier ones; see Stats.
+        masks: of PIL images with color_match or edit_composite, what each edit changed: 8-bit grey, white there.
     """
 
     images: Any
@@ -100,11 +110,13 @@ class Result:
     seconds: dict[str, float]
     peak_bytes: dict[str, int]
     steps: dict[str, int]
+    masks: list[Image.Image] = field(default_factory=list)
 
     @classmethod
     def collect(cls, steps: Iterable[Step], output_type: str) -> Result:
         """The finished images of some steps, in one of OUTPUT_TYPES."""
         images: list[Any] = []
+        masks: list[Image.Image] = []
         settings: list[Settings] = []
         stats = Stats()
         for step in steps:
@@ -112,14 +124,19 @@ class Result:
                 continue
             stats = step.stats
             settings.append(step.settings)
-            images.append({"pil": step.picture, "np": step.array, "latent": step.unpacked}[output_type]())
+            if output_type == "pil":
+                image, mask = step.picture_and_mask()
+                images.append(image)
+                masks += [] if mask is None else [mask]
+            else:
+                images.append(step.array() if output_type == "np" else step.unpacked())
         batch: Any = images
         if output_type == "np":
             batch = np.stack(images)
         elif output_type == "latent":
             batch = mx.concatenate(images)
             mx.eval(batch)
-        return cls(batch, settings, stats.seconds, stats.peak_bytes, stats.steps)
+        return cls(batch, settings, stats.seconds, stats.peak_bytes, stats.steps, masks)
 
     @property
     def seeds(self) -> list[int]:

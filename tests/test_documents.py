@@ -305,5 +305,11 @@ def test_examples_run(script, files, checkpoint, tmp_path, monkeypatch):
 
 def test_every_example_is_tested():
     tested = {mark.args[1][i][0] for mark in test_examples_run.pytestmark for i in range(len(mark.args[1]))}
-    tested |= {"train_nano.py", "teach_nano.py", "nano_world.py", "nano_score.py"}  # by test_nano.py, test_lora.py
+    tested |= {
+        "train_nano.py",
+        "teach_nano.py",
+        "nano_world.py",
+        "nano_score.py",
+        "edit_score.py",
+    }  # by test_nano, test_lora, test_edits
     assert tested == {path.name for path in (ROOT / "examples").glob("*.py")}

@@ -114,6 +114,8 @@ def test_every_option_reaches_the_pipeline(run, tmp_path, base_reference):
         "mask_blur": 0.0,
         "mask_padding": None,
         "expand": None,
+        "color_match": False,
+        "edit_composite": None,
         "inputs": [],
         "seed": 4,
         "width": 80,

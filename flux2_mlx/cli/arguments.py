@@ -59,6 +59,7 @@ class Task:
     runtime: RuntimeOptions
     output: str
     write_metadata: bool
+    mask_output: str | None
     preview: Path | None
     show: str | None
     stats: bool
@@ -73,8 +74,19 @@ class Task:
         """The file of each image."""
         return [self.output_path(self.seed + k, k) for k in range(self.batch.num_images)]
 
+    @property
+    def masks(self) -> list[Path]:
+        """The file of each edit's mask."""
+        paths = [self.mask_path(self.seed + k, k) for k in range(self.batch.num_images)]
+        return [path for path in paths if path is not None]
+
     def output_path(self, seed: int, index: int) -> Path:
         return output_path(self.output, seed, index, self.inputs.prompt)
+
+    def mask_path(self, seed: int, index: int) -> Path | None:
+        if self.mask_output is None:
+            return None
+        return output_path(self.mask_output, seed, index, self.inputs.prompt)
 
     def sizes(self, side: int) -> tuple[Size, list[Size]]:
         """The size to generate at, where ``side`` is what the model is for, and sizes of what the transformer sees."""
@@ -145,7 +157,7 @@ def add_prompt_options(parser: Parser) -> None:
         "--mask",
         metavar="FILE",
         help=f'inpainting mask: white is generated anew, black is kept; "{ALPHA}" inpaints where --init-image is '
-        "transparent",
+        "transparent; with --color-match or --edit-composite, where the edit is",
     )
     group.add_argument("--mask-image", dest="mask", **hidden)
 
@@ -157,6 +169,11 @@ def add_run_options(parser: Parser) -> None:
         shown = f"image file ({', '.join(FORMATS)}) or folder; {{seed}}, {{index}} and {{prompt}} are filled in; "
         shown += f"an existing file is never replaced, the new one is numbered ({DEFAULT_OUTPUT})"
         group.add_argument(*names, dest="output", metavar="FILE", help=shown if more else argparse.SUPPRESS)
+    group.add_argument(
+        "--mask-output",
+        metavar="FILE",
+        help="write where the edit is, as --color-match and --edit-composite find it, to this image file, for --mask",
+    )
     group.add_argument(
         "--preview", type=path, metavar="FILE", help="rewrite this PNG file after each step with a preview of the image"
     )
@@ -245,6 +262,7 @@ def complete(
         runtime=RuntimeOptions.collect(values | {"progress": shows_bars(arguments.quiet)}),
         output=arguments.output or DEFAULT_OUTPUT,
         write_metadata=OutputOptions.collect(values).write_metadata,
+        mask_output=arguments.mask_output,
         preview=arguments.preview,
         show=arguments.show,
         stats=arguments.stats,
@@ -364,7 +382,9 @@ def check(task: Task) -> None:
         InputError: naming the value.
     """
     check_inputs(task)
-    for output in task.outputs:
+    if task.mask_output is not None and task.options.edit_option is None:
+        raise InputError("--mask-output belongs to --color-match or --edit-composite, and neither is given")
+    for output in (*task.outputs, *task.masks):
         check_output(output)
     if task.preview is not None:
         check_preview(task.preview)

@@ -76,7 +76,9 @@ class Parser(argparse.ArgumentParser):
             argument["action"] = argparse.BooleanOptionalAction
         else:
             argument["metavar"] = "N" if kind in (int, float) else None
-            argument |= {name: meta[name] for name in ("metavar", "choices", "nargs") if meta.get(name) is not None}
+            argument |= {
+                name: meta[name] for name in ("metavar", "choices", "nargs", "const") if meta.get(name) is not None
+            }
             argument["type"] = parser_of(cls, f)
             if kind in (tuple[str, ...], str | tuple[str, ...]) and "nargs" not in argument:
                 argument["action"] = "append"

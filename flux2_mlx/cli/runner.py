@@ -54,7 +54,7 @@ def start(task: Task, pipe: Flux2Pipeline) -> Iterator[Step]:
 
 def remove_unfinished(task: Task) -> None:
     """Remove what killed programs left half written where the images and the preview go."""
-    written = [*task.outputs, *([] if task.preview is None else [task.preview])]
+    written = [*task.outputs, *task.masks, *([] if task.preview is None else [task.preview])]
     for folder in {path.parent for path in written}:
         remove_partials(folder)
 
@@ -122,10 +122,13 @@ def generate(
             if task.preview is not None and saves:
                 save_preview(step.preview(), task.preview)
             if step.is_last and saves:
-                image, settings = step.picture(), step.settings
+                (image, mask), settings = step.picture_and_mask(), step.settings
                 path = task.output_path(settings.seed, first_index + step.image)
                 texts = (settings.metadata(), settings.parameters()) if task.write_metadata else ()
                 written = save_image(image, path, *texts)
+                mask_path = task.mask_path(settings.seed, first_index + step.image)
+                if mask is not None and mask_path is not None:
+                    save_image(mask, mask_path)
                 saved.append(settings.seed)
                 if on_saved is not None:
                     on_saved(image, settings)

@@ -67,7 +67,7 @@ class Inpaint:
         elif isinstance(mask, str):
             grey = _transparency(image, mask)
         else:
-            grey = _to_grey(mask, image.size)
+            grey = grey_mask(mask, image.size)
         image = flatten(image) if mask == ALPHA else image.convert("RGB")
         if expand is not None:
             edges = [int(expand.get(side, 0)) for side in SIDES]
@@ -184,8 +184,12 @@ def _transparency(image: Image.Image, name: str) -> Image.Image:
     return ImageOps.invert(image.convert("RGBA").getchannel("A"))
 
 
-def _to_grey(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """A mask as 8-bit grey, scaled to a size (width, height); its own transparent pixels become black."""
+def grey_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A mask as 8-bit grey, scaled to a size (width, height); its own transparent pixels become black.
+
+    Raises:
+        InputError: for another type, or a mask of another aspect.
+    """
     if not isinstance(mask, Image.Image):
         raise InputError(f'a mask must be a PIL.Image.Image or "{ALPHA}", got {type(mask).__name__}')
     grey = flatten(mask, "black").convert("L")

@@ -48,6 +48,15 @@ def reference_size(image: Image.Image) -> tuple[int, int]:
 def reference_array(image: Image.Image) -> mx.array:
     """A reference image, scaled and cropped for the autoencoder: (1, H, W, 3) in -1..1, float32.
 
+    Raises:
+        InputError: see reference_size.
+    """
+    return image_array(crop_reference(image))
+
+
+def crop_reference(image: Image.Image) -> Image.Image:
+    """A reference image as the transformer sees it: RGB, of its reference_size.
+
     An image of more than 1024 x 1024 pixels is scaled down (Lanczos); both sides are cropped around the centre to
     multiples of 16.
     Source: diffusers' Flux2ImageProcessor.
@@ -60,8 +69,7 @@ def reference_array(image: Image.Image) -> mx.array:
     if scaled != image.size:
         image = image.resize(scaled, Image.Resampling.LANCZOS)
     left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
-    image = image.crop((left, top, left + width, top + height)).convert("RGB")
-    return image_array(image)
+    return image.crop((left, top, left + width, top + height)).convert("RGB")
 
 
 def init_array(image: Image.Image, size: tuple[int, int]) -> mx.array:
