@@ -121,7 +121,7 @@ def test_no_call_passes_the_bound_in_any_way_of_keeping_kv(calls, on_metal):
 
     img, txt, clean = mx.zeros((1, image, 128)), mx.zeros((1, text, 7680)), mx.zeros((1, references, 128))
     reference_kv = model.encode_reference_kv(clean, *rope(references))
-    assert len(calls) >= 2 * 4 * 24 * references**2 * 128 / FLOP_AT_ONCE
+    assert len(calls) >= 4 * 24 * references**2 * 128 / FLOP_AT_ONCE  # the second block has no queries of them
     model.forward_with_rope(img, txt, mx.array([0.5]), *rope(text + image), kv=[KVReader(kv) for kv in reference_kv])
     for tokens in ("text", "references"):
         frozen = FrozenKV(tokens, image)

@@ -144,7 +144,7 @@ def test_commands_end_in_one_line(checkpoint, monkeypatch, tmp_path, capsys):
     assert convert([str(checkpoint), str(tmp_path / "converted"), "--quiet"]) == 2
     assert capsys.readouterr().err.startswith("error: memory is too little (maximum allowed buffer size)")
     assert not (tmp_path / "converted").exists()
-    monkeypatch.setattr("flux2_mlx.training.run.read_dataset", failing(RuntimeError(FULL[3])))
+    monkeypatch.setattr("flux2_mlx.training.run.read_datasets", failing(RuntimeError(FULL[3])))
     assert (
         lora(["--data", str(tmp_path), "--output", str(tmp_path / "run"), "--model", str(checkpoint), "--quiet"]) == 2
     )

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin, features
 
-from flux2_mlx import convert, doctor, fuse, generate, lora
+from flux2_mlx import convert, doctor, fuse, lora
 from flux2_mlx import disk_cache as disk
 from flux2_mlx.adapters.lora import open_lora
 from flux2_mlx.checkpoints.checkpoint import open_checkpoint
@@ -531,13 +531,13 @@ def command_line(folder: Path, _: Path) -> None:
     """What a parser takes is checked as far as that goes without a model."""
     content = (folder / "words.txt").read_bytes().decode("utf-8", "surrogateescape")
     name, *words = [word.replace("\0", "") for word in content.split("\n")]
-    modules = {"generate": generate, "convert": convert, "fuse": fuse, "doctor": doctor}
+    parsers = {"convert": convert.build_parser, "fuse": fuse.build_parser, "doctor": doctor.build_parser}
     if name == "lora":
         options, own = lora.parse(words)
         lora.check(options, own.resume is not None)
         return
     with contextlib.redirect_stdout(io.StringIO()):
-        arguments = modules.get(name, generate).build_parser().parse_args(words)
+        arguments = parsers.get(name, build_parser)().parse_args(words)
     if name == "generate":
         check_task(complete(arguments, io.StringIO("a prompt")))
 
