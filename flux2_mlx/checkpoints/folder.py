@@ -277,7 +277,7 @@ def part_folder(folder: Path, part: Part) -> str:
 
 def open_folder(folder: Path, parts: Sequence[Part], with_tokenizer: bool) -> Found:
     """A folder with a folder for each part: in the diffusers layout, without configs, as mflux saves one, or Bonsai's,
-    whose index and scheduler are not asked: it is distilled, and PrismML's own MLX runtime samples it as klein.
+    whose index and scheduler are not asked: it is distilled, and mlx-vlm samples it as klein.
     """
     index = folder / "model_index.json"
     if not index.is_file() and not any((folder / key).is_dir() for key in PARTS):
