@@ -646,6 +646,7 @@ def test_ctrl_c_ends_with_130_and_no_file(checkpoint, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("as_in_a_terminal")
 def test_ctrl_c_while_importing_ends_with_130(tmp_path):
     """It comes as NumPy is looked for, which nothing has imported by then."""
     code = (
