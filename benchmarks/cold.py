@@ -53,10 +53,6 @@ def with_mflux(options: dict[str, Any]) -> Drawing:
     from mflux.models.common.config.model_config import ModelConfig
     from mflux.models.flux2.variants import Flux2Klein
 
-    if options["text_length"] != 512:
-        raise SystemExit(
-            "mflux's pipeline takes 512 text tokens alone: give --text-length 512, or --stages without start"
-        )
     half = options["dtype"] == "float16"
     ModelConfig.precision = mx.bfloat16 if half else getattr(mx, options["dtype"])
     config = copy.copy(ModelConfig.flux2_klein_4b())
@@ -75,10 +71,6 @@ def with_mlx_vlm(options: dict[str, Any]) -> Drawing:
     from mlx_vlm.models.flux2.constants import ModelConfig
     from mlx_vlm.models.flux2.pipeline import Flux2Image
 
-    if min(options["width"], options["height"]) < 256:
-        raise SystemExit(
-            "mlx-vlm's pipeline takes images from 256 x 256 on: give --size 256, or --stages without start"
-        )
     ModelConfig.precision = mx.bfloat16 if options["dtype"] == "float16" else getattr(mx, options["dtype"])
     shapes = options["transformer"], options["text_encoder"]
     variant = Flux2Variant("klein", (), options["repo"], "klein", *shapes)

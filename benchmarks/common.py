@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,11 +38,14 @@ from flux2_mlx import (
     open_checkpoint,
     text_ids,
 )
+from flux2_mlx import __file__ as package
 from flux2_mlx.adapters.deltas import LoRADelta
 from flux2_mlx.checkpoints.load import load_autoencoder, load_text_encoder, load_transformer
 from flux2_mlx.device import default_dtype, stage_dtype, weights_of
+from flux2_mlx.lazy import array_of
 from flux2_mlx.models.kv_cache import KVReader
 from flux2_mlx.models.layers import Linear
+from flux2_mlx.models.names.autoencoder import diffusers_vae
 from flux2_mlx.options import DTYPES, VAE_DTYPES, vae_dtype_of
 from flux2_mlx.quantization.layers import QuantizedLinear, autotune, quantize
 from flux2_mlx.quantization.recipes import mixed_precision
@@ -52,11 +56,20 @@ TINY = (
     Qwen3Config(1000, 64, 128, 2, 1, 32),
     AutoEncoderConfig(block_out_channels=(8, 16, 16, 16), norm_num_groups=4),
 )
+# Whole images in seconds on a CPU: klein's autoencoder, which the peers' pipelines have built in, and little else.
+SMALL = (
+    FluxKleinParams(hidden_size=1024, num_heads=8, txt_embed_dim=1536, depth=1, depth_single=3),
+    Qwen3Config(1000, 512, 1536, 8, 4),
+    AutoEncoderConfig.flux2(),
+)
 RANDOM = {
     "4b": (FluxKleinParams.klein_4b(), Qwen3Config(), AutoEncoderConfig.flux2()),
     "9b": (FluxKleinParams.klein_9b(), Qwen3Config.qwen3_8b(), AutoEncoderConfig.flux2()),
+    "small": SMALL,
     "tiny": TINY,
 }
+STEMS = {"text_encoder": "model", "transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+SHARD = 2**30  # bytes
 PART = {"text_encoder": "text_encoder", "step": "transformer", "decode": "autoencoder"}  # whose dtype a stage has
 FIGURES = ("median_s", "min_s", "max_s", "peak_gb")
 
@@ -131,6 +144,7 @@ class Model:
     name: str
     params: FluxKleinParams
     text_encoder: Qwen3Config
+    autoencoder: AutoEncoderConfig
     build: Mapping[str, Callable[[mx.Dtype], Any]]
 
 
@@ -145,6 +159,7 @@ def add_case_options(parser: argparse.ArgumentParser, source: Any = None) -> Non
     parser.add_argument("--text-length", type=int, default=512, help="tokens of text (%(default)s)")
     parser.add_argument("--depth", type=int, help="double blocks, of random weights")
     parser.add_argument("--depth-single", type=int, help="single blocks, of random weights")
+    parser.add_argument("--depth-text", type=int, help="layers of the text encoder, of random weights")
     parser.add_argument("--hidden-size", type=int, help="the transformer's width, of random weights, in heads of 128")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: what this library takes on this machine")
     parser.add_argument("--vae-dtype", choices=VAE_DTYPES, help="default: what this library takes on this machine")
@@ -152,8 +167,11 @@ def add_case_options(parser: argparse.ArgumentParser, source: Any = None) -> Non
 
 def model_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> tuple[Model, Case]:
     """What the options of add_case_options ask for; completes width, height and dtype."""
-    if arguments.model and (arguments.depth or arguments.depth_single or arguments.hidden_size):
-        parser.error("--depth, --depth-single and --hidden-size are for --random: a checkpoint has its own")
+    shape = (arguments.depth, arguments.depth_single, arguments.depth_text, arguments.hidden_size)
+    if arguments.model and any(shape):
+        parser.error("--depth, --depth-single, --depth-text, --hidden-size are for --random: a checkpoint has its own")
+    if arguments.depth_text is not None and arguments.depth_text < 3:
+        parser.error(f"--depth-text must be at least 3, whose outputs are the prompt's, got {arguments.depth_text}")
     arguments.width, arguments.height = arguments.size or arguments.width, arguments.size or arguments.height
     arguments.dtype = arguments.dtype or name_of(default_dtype())
     model = random_model(arguments) if arguments.random else opened(arguments.model)
@@ -174,12 +192,23 @@ def random_model(arguments: argparse.Namespace) -> Model:
     )
     shape = f", {params.hidden_size} wide, {params.depth} and {params.depth_single} blocks"
     name = f"random {arguments.random}" + (shape if params != RANDOM[arguments.random][0] else "")
+    if layers := arguments.depth_text:
+        text_config = replace(text_config, tapped_layers=(layers // 3 - 1, 2 * layers // 3 - 1, layers - 1))
+        name += f", {layers} text layers"
     build: dict[str, Callable[[mx.Dtype], Any]] = {
         "text_encoder": lambda dtype: randomized(Qwen3TextEncoder(text_config), dtype),
         "step": lambda dtype: randomized(FluxKlein(params), dtype),
         "decode": lambda dtype: randomized(AutoEncoder(image_config), dtype),
     }
-    return Model(name, params, text_config, build)
+    return Model(name, params, text_config, image_config, build)
+
+
+def random_parts(model: Model) -> dict[str, Any]:
+    """Modules of a model's shapes for write_checkpoint, in bfloat16, whose weights nobody reads."""
+    shapes = Qwen3TextEncoder(model.text_encoder), FluxKlein(model.params), AutoEncoder(model.autoencoder)
+    for module in shapes:
+        module.set_dtype(mx.bfloat16)
+    return dict(zip(STEMS, shapes, strict=True))
 
 
 def opened(name: str) -> Model:
@@ -189,7 +218,8 @@ def opened(name: str) -> Model:
         "step": lambda dtype: loaded(load_transformer(checkpoint, dtype)),
         "decode": lambda dtype: loaded(load_autoencoder(checkpoint, dtype)),
     }
-    return Model(Path(name).name, checkpoint.transformer, checkpoint.text_encoder, build)
+    shapes = checkpoint.transformer, checkpoint.text_encoder, checkpoint.autoencoder
+    return Model(Path(name).name, *shapes, build)
 
 
 def dtype_of_stage(stage: str, dtype: mx.Dtype, vae_dtype: mx.Dtype | None = None) -> mx.Dtype:
@@ -222,6 +252,50 @@ def pack(module: nn.Module, bits: str | None) -> Any:
     if spec is not None:
         quantize(module, mixed_precision(module, spec))
     return module
+
+
+def diffusers_weights(module: nn.Module) -> dict[str, mx.array]:
+    """A module's weights in diffusers' layout, without evaluating them."""
+    weights = weights_of(module)
+    if isinstance(module, AutoEncoder):
+        return {name: array_of(weight) for name, weight in diffusers_vae(weights).items()}
+    return weights
+
+
+def write_checkpoint(folder: Path, modules: Mapping[str, Any]) -> None:
+    """A checkpoint in the diffusers layout, with nano's tokenizer, in random weights of the modules' shapes and dtypes.
+
+    Args:
+        modules: by folder, as in STEMS.
+    """
+    nano = Path(package).with_name("nano")
+    for name in ("tokenizer", "scheduler"):
+        shutil.copytree(nano / name, folder / name)
+    for part, module in modules.items():
+        (folder / part).mkdir()
+        config = module.params if isinstance(module, FluxKlein) else module.config
+        (folder / part / "config.json").write_text(json.dumps(config.to_config()))
+        weights = diffusers_weights(module)
+        names = sorted(weights, key=lambda name: [int(w) if w.isdecimal() else w for w in name.split(".")])
+        shards: list[list[str]] = [[]]
+        for name in names:  # as they stand in the model, so that a block is read from one shard or two
+            if sum(weights[other].nbytes for other in shards[-1]) > SHARD:
+                shards.append([])
+            shards[-1].append(name)
+        files = [f"{STEMS[part]}-{k + 1:05}-of-{len(shards):05}.safetensors" for k in range(len(shards))]
+        for file, own in zip(files, shards, strict=True):
+            mx.save_safetensors(str(folder / part / file), {name: random_weight(name, weights[name]) for name in own})
+        index = {name: file for file, own in zip(files, shards, strict=True) for name in own}
+        (folder / part / f"{STEMS[part]}.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    shutil.copyfile(nano / "model_index.json", folder / "model_index.json")
+
+
+def random_weight(name: str, like: mx.array) -> mx.array:
+    if like.dtype == mx.uint32:
+        return mx.random.randint(0, 2**31 - 1, like.shape).astype(mx.uint32)
+    if name.endswith("running_var") or ".norm" in name or "layernorm" in name:
+        return mx.ones(like.shape, like.dtype)
+    return (0.01 * mx.random.normal(like.shape)).astype(like.dtype)
 
 
 # -------------------------------------------------------------------------------------- the package's internals

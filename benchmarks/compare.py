@@ -3,6 +3,7 @@
     python -m benchmarks.compare --model klein-4b --against mflux --against floor --output benchmarks/results
     python -m benchmarks.compare --random 4b --size 512 --depth 1 --depth-single 4 --stages step --against floor
     python -m benchmarks.compare --model klein-4b --size 512 --stages start --against cold --against known-prompt
+    python -m benchmarks.compare --random small --size 256 --stages start --against mflux --against mlx-vlm
     python -m benchmarks.compare --random 4b --quantize 4 --against mflux --against mlx-vlm
     python -m benchmarks.compare --collect                    # the page that compares machines, from its files
 
@@ -13,11 +14,11 @@ cold-unread, the same without reading the next stage's files ahead, and known-pr
 Outputs are compared first; then all take turns, so that ratios mean something on a machine that others use. What a
 stage is in each, and what differs: benchmarks/contenders.py.
 
-Stages: text_encoder (half of its tokens are padding), step (one pass of the transformer), decode, and loop (all of
-them: the text, --steps steps with Euler updates, the image). They run on modules, without a tokenizer and without the
-limits on memory that pipelines set. start, for a --model in diffusers' layout: each library's own pipeline in processes
-of their own, "cold start" from the start of the process to its first image, and "next image". Random weights have no
-folder to start from, so there these two are left out, and with --quantize.
+Stages: text_encoder (half of its tokens are padding, or all but --prompt-tokens), step (one pass of the transformer),
+decode, and loop (all of them: the text, --steps steps with Euler updates, the image). They run on modules, without a
+tokenizer and without the limits on memory that pipelines set. start, for a --model in diffusers' layout, or random
+weights that are written into such a folder, in bfloat16: each library's own pipeline in processes of their own, "cold
+start" from the start of the process to its first image, and "next image"; left out with --quantize.
 
 Peak memory is what the library's arrays take, weights of all that is loaded included; unknown of torch but on CUDA.
 """
@@ -57,12 +58,15 @@ from benchmarks.common import (
     model_of,
     print_json,
     print_row,
+    random_parts,
     ratio,
     take_turns,
+    write_checkpoint,
 )
 from benchmarks.contenders import (
     CONTENDERS,
     INSTALL,
+    MLX_PEERS,
     PACKAGES,
     STARTS,
     as_numpy,
@@ -70,6 +74,7 @@ from benchmarks.contenders import (
     forget_files,
     meter_of,
     missing,
+    refusal,
     text_encoder_shape,
     torch_device,
     transformer_shape,
@@ -103,7 +108,7 @@ class Comparison:
         self.figures: dict[str, Figures] = {}
         self.errors: dict[str, dict[str, float]] = {}
         length = case.text_length
-        mask = (mx.arange(length) < (length + 1) // 2).astype(mx.int32)[None]
+        mask = (mx.arange(length) < arguments.prompt_tokens).astype(mx.int32)[None]
         noise = initial_noise(0, case.height, case.width, case.params.in_channels)
         inputs: dict[str, tuple[Any, ...]] = {
             "text_encoder": (mx.random.randint(0, 1000, (1, length)), mask),
@@ -170,19 +175,35 @@ def loop(runs: dict[str, Run], inputs: dict[str, tuple[Any, ...]], sigmas: Seque
     return runs["decode"](x)
 
 
-def starts(names: Sequence[str], options: dict[str, Any], repeats: int) -> dict[str, Figures]:
-    """Whole images by each library's pipeline: the first of a process, and the next one. The first turn warms up: it
-    downloads what is not there yet and has files read and prompts cached.
+def starts(model: Model, case: Case, arguments: argparse.Namespace) -> dict[str, Figures]:
+    """Whole images by each library's pipeline, of random weights from a folder that is written for them: the first of a
+    process, and the next one. The first turn warms up: it downloads what is not there yet and has files read and
+    prompts cached.
     """
+    names = [name for name in (OURS, *arguments.against) if name in STARTS]
+    options = {
+        "width": case.width,
+        "height": case.height,
+        "text_length": case.text_length,
+        "steps": arguments.steps,
+        "dtype": arguments.dtype,
+        "vae_dtype": arguments.vae_dtype,
+        "transformer": transformer_shape(model.params),
+        "text_encoder": text_encoder_shape(model.text_encoder),
+    }
     first: dict[str, list[float]] = {name: [] for name in names}
     second: dict[str, list[float]] = {name: [] for name in names}
     peaks: dict[str, list[tuple[int | None, int | None]]] = {name: [] for name in names}
-    with tempfile.TemporaryDirectory() as cache:
-        for _ in range(repeats + 1):
+    with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryDirectory() as made:
+        if arguments.random:
+            write_checkpoint(Path(made), random_parts(model))
+        source = made if arguments.random else arguments.model
+        options |= {"model": source, "repo": RELEASED.get(source, source)}
+        for _ in range(arguments.repeats + 1):
             for name in names:
                 library, forgets, special = STARTS[name]
                 if forgets:
-                    forget_files(options["model"])
+                    forget_files(source)
                 start, words = time.time(), json.dumps(options | special)
                 report = child("benchmarks.cold", library, words, environment={"FLUX2_MLX_CACHE": cache})
                 first[name].append(report["first_at"] - start)
@@ -209,11 +230,17 @@ def print_stage(stage: str, contenders: Figures) -> None:
 
 
 def file_name(report: dict[str, Any]) -> str:
-    """By chip, model, size and dtype."""
+    """By chip, model, size, dtype, and what is not usual."""
     width, height = report["size"]
     size, bits = width if width == height else f"{width} {height}", report["quantize"]
-    words = (report["chip"], report["model"], size, report["dtype"], *([f"q{bits}"] if bits else []))
+    tokens = report["prompt_tokens"]
+    words = [report["chip"], report["model"], size, report["dtype"], *([f"q{bits}"] if bits else [])]
+    words += [f"prompt {tokens}"] if tokens != half(report["text_length"]) else []
     return re.sub(r"[^a-z0-9.]+", "-", " ".join(map(str, words)).lower()).strip("-") + ".json"
+
+
+def half(tokens: int) -> int:
+    return (tokens + 1) // 2
 
 
 def cells(*values: object) -> str:
@@ -224,7 +251,8 @@ def cells(*values: object) -> str:
 def kind_of(report: dict[str, Any]) -> str:
     size = " x ".join(map(str, report["size"]))
     packed = f", {report['quantize']} bits" if report.get("quantize") else ""
-    return f"{report['model']}, {size}, {report['text_length']} text tokens, {report['dtype']}{packed}"
+    text = f"{report['text_length']} text tokens ({report['prompt_tokens']} of the prompt)"
+    return f"{report['model']}, {size}, {text}, {report['dtype']}{packed}"
 
 
 def machine_of(report: dict[str, Any]) -> str:
@@ -263,14 +291,14 @@ def collected(folder: Path) -> str:
         "",
         "```text",
         "pip install -e .",
-        INSTALL["mflux"],
-        "python -m benchmarks.compare --model klein-4b --size 1024 --against mflux --against floor \\",
-        "    --output benchmarks/results",
+        *(INSTALL[name] for name in MLX_PEERS),
+        "python -m benchmarks.compare --model klein-4b --size 1024 \\",
+        "    --against mflux --against mlx-vlm --against floor --output benchmarks/results",
         "python -m benchmarks.compare --collect",
         "```",
         "",
-        "Commit the new file and this page. `--random 4b` in the place of `--model klein-4b` needs no download, and",
-        "`--against mlx-vlm` takes " + f"`{INSTALL['mlx-vlm']}`.",
+        "Commit the new file and this page. `--random 4b` in the place of `--model klein-4b` needs no download;",
+        f"`--against torch` is diffusers, which `{INSTALL['torch']}` brings.",
     ]
     for kind in sorted(set(map(kind_of, reports.values()))):
         lines += ["", f"## {kind}"]
@@ -291,6 +319,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
     against = tuple(dict.fromkeys([*CONTENDERS, *STARTS]))[1:]
     parser.add_argument("--against", action="append", choices=against, help="default: mflux")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--prompt-tokens", type=int, help="of the text encoder's that are no padding (default: half)")
     parser.add_argument("--steps", type=int, default=4, help="of a loop or an image (%(default)s)")
     parser.add_argument("--quantize", type=int, choices=(2, 3, 4, 5, 6, 8), default=0, help="bits to pack all in")
     parser.add_argument(
@@ -300,9 +329,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
     parser.add_argument("--output", type=Path, help="folder to write the report into, as JSON")
     arguments = parser.parse_args(argv)
     arguments.against = list(dict.fromkeys(arguments.against or ["mflux"]))
-    whole = [name for name in arguments.against if name not in CONTENDERS]
-    if arguments.random and (whole or arguments.stages == ["start"]):
-        parser.error(f"{', '.join(whole) or 'start'} starts from files, which --random has not: give --model")
+    arguments.prompt_tokens = arguments.prompt_tokens or half(arguments.text_length)
+    if not 0 < arguments.prompt_tokens <= arguments.text_length:
+        parser.error(f"--prompt-tokens must be 1 to --text-length {arguments.text_length}")
     absent = [] if arguments.collect else [line for line in map(missing, arguments.against) if line]
     if absent:
         parser.exit(2, "\n".join(absent) + "\n")
@@ -318,25 +347,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     model, case = model_of(parser, arguments)
     case = replace(case, bits=arguments.quantize)
+    starting = "start" in arguments.stages and not case.bits
+    if starting and arguments.depth_text:
+        parser.error("--depth-text leaves pipelines without layers that they read: give --stages without start")
+    refused = [line for line in (refusal(name, model, case) for name in arguments.against) if starting and line]
+    if refused:
+        parser.error("; ".join(refused))
     print_row("", [*(name.replace("_", " ") for name in FIGURES), "ratio", "of min"])
     comparison = Comparison(model, case, arguments)
     comparison.measure()
     stages = comparison.figures
-    if arguments.model and "start" in arguments.stages and not case.bits:
-        options = {
-            "model": arguments.model,
-            "repo": RELEASED.get(arguments.model, arguments.model),
-            "width": case.width,
-            "height": case.height,
-            "text_length": case.text_length,
-            "steps": arguments.steps,
-            "dtype": arguments.dtype,
-            "vae_dtype": arguments.vae_dtype,
-            "transformer": transformer_shape(model.params),
-            "text_encoder": text_encoder_shape(model.text_encoder),
-        }
-        names = [name for name in (OURS, *arguments.against) if name in STARTS]
-        for stage, figures in starts(names, options, arguments.repeats).items():
+    if starting:
+        for stage, figures in starts(model, case, arguments).items():
             stages[stage] = figures
             print_stage(stage, figures)
     here = machine()
@@ -344,6 +366,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model": model.name,
         "size": [case.width, case.height],
         "text_length": case.text_length,
+        "prompt_tokens": arguments.prompt_tokens,
         "steps": arguments.steps,
         "dtype": arguments.dtype,
         "quantize": case.bits,

@@ -33,9 +33,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from benchmarks.common import Case, Run, loaded, mlx_meter, packed_copy, rope_of, velocity
+from benchmarks.common import Case, Model, Run, diffusers_weights, loaded, mlx_meter, packed_copy, rope_of, velocity
 from flux2_mlx import (
     AutoEncoder,
+    AutoEncoderConfig,
     FluxKlein,
     FluxKleinParams,
     Qwen3Config,
@@ -47,7 +48,6 @@ from flux2_mlx import (
 )
 from flux2_mlx.device import stage_dtype, weights_of
 from flux2_mlx.models import autoencoder
-from flux2_mlx.models.names.autoencoder import diffusers_vae
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,22 @@ def missing(name: str) -> str | None:
     except ImportError as error:
         return f"--against {name}: {error}; install it: {INSTALL[name]}"
     return None
+
+
+def refusal(name: str, model: Model, case: Case) -> str | None:
+    """Why an MLX peer's pipeline cannot draw what its modules can compute; None where it can."""
+    klein, own = AutoEncoderConfig.flux2(), model.autoencoder
+    fault = None
+    if name in MLX_PEERS and (own.block_out_channels, own.decoder_channels) != (
+        klein.block_out_channels,
+        klein.decoder_channels,
+    ):
+        fault = "has klein's autoencoder alone: give --random small"
+    elif name == "mflux" and case.text_length != 512:
+        fault = "takes 512 text tokens alone: give --text-length 512"
+    elif name == "mlx-vlm" and min(case.width, case.height) < 256:
+        fault = "takes images from 256 x 256 on: give --size 256"
+    return fault and f"{name}'s pipeline {fault}, or --stages without start"
 
 
 def forget_files(model: str) -> None:
@@ -448,8 +464,7 @@ def torch_step(module: FluxKlein, case: Case) -> Run:
 def torch_decode(module: AutoEncoder, case: Case) -> Run:
     from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline
 
-    weights = diffusers_vae(weights_of(module))
-    peer = in_torch(AutoencoderKLFlux2.from_config(module.config.to_config()), weights)
+    peer = in_torch(AutoencoderKLFlux2.from_config(module.config.to_config()), diffusers_weights(module))
     mean, scale = as_torch(module.bn.running_mean), as_torch(mx.sqrt(module.bn.running_var + module.bn.eps))
 
     def decode(x: Any) -> Any:

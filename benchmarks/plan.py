@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, replace
@@ -29,12 +28,11 @@ from typing import Any
 from unittest.mock import patch
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from benchmarks.common import TINY, name_of, print_json, print_row
+from benchmarks.common import STEMS, TINY, name_of, print_json, print_row, write_checkpoint
 from flux2_mlx import RELEASED, AutoEncoder, Flux2Pipeline, FluxKlein, Plan, Quantization, Qwen3TextEncoder
 from flux2_mlx import __file__ as package
-from flux2_mlx.device import on_gpu, on_metal, stage_dtype, weights_of
+from flux2_mlx.device import on_gpu, on_metal, stage_dtype
 from flux2_mlx.options import DTYPES, check_size, dtype_of
 from flux2_mlx.quantization.layers import quantize
 from flux2_mlx.quantization.packing import quantize_rtn
@@ -70,12 +68,10 @@ CHIPS = {
     "M4 Max": (18.4, 546),
 }
 HEADS = ("TFLOP", "weights GB", "others GB", "FLOP/byte", "bound", "seconds", "share")
-STEMS = {"text_encoder": "model", "transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 PROMPT = "a red circle"
-SHARD = 2**30  # bytes
 COLUMNS = ("planned GB", "measured GB", "ratio", "w/o scores GB", "foreseen s", "seconds")
 # Parts of a run, and their stages in the plan.
-PARTS = {"text_encoder": "text encoder", "denoise": "transformer", "decode": "decoder"}
+STAGE_OF = {"text_encoder": "text encoder", "denoise": "transformer", "decode": "decoder"}
 
 
 # ---------------------------------------------------------------------------------------------- FLOP, bytes, seconds
@@ -166,38 +162,6 @@ def stage_row(name: str, work: Work, speeds: Speeds, seconds: tuple[float, float
 # -------------------------------------------------------------------------------------- memory, in random weights
 
 
-def write_checkpoint(folder: Path, modules: dict[str, nn.Module]) -> None:
-    """A checkpoint in the diffusers layout with random weights of the modules' shapes and dtypes."""
-    nano = Path(package).with_name("nano")
-    for name in ("tokenizer", "scheduler"):
-        shutil.copytree(nano / name, folder / name)
-    for part, module in modules.items():
-        (folder / part).mkdir()
-        config = module.params if isinstance(module, FluxKlein) else module.config
-        (folder / part / "config.json").write_text(json.dumps(config.to_config()))
-        weights = weights_of(module)
-        names = sorted(weights, key=lambda name: [int(w) if w.isdecimal() else w for w in name.split(".")])
-        shards: list[list[str]] = [[]]
-        for name in names:  # as they stand in the model, so that a block is read from one shard or two
-            if sum(weights[other].nbytes for other in shards[-1]) > SHARD:
-                shards.append([])
-            shards[-1].append(name)
-        files = [f"{STEMS[part]}-{k + 1:05}-of-{len(shards):05}.safetensors" for k in range(len(shards))]
-        for file, own in zip(files, shards, strict=True):
-            mx.save_safetensors(str(folder / part / file), {name: random_weight(name, weights[name]) for name in own})
-        index = {name: file for file, own in zip(files, shards, strict=True) for name in own}
-        (folder / part / f"{STEMS[part]}.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    shutil.copyfile(nano / "model_index.json", folder / "model_index.json")
-
-
-def random_weight(name: str, like: mx.array) -> mx.array:
-    if like.dtype == mx.uint32:
-        return mx.random.randint(0, 2**31 - 1, like.shape).astype(mx.uint32)
-    if name.endswith("running_var") or ".norm" in name or "layernorm" in name:
-        return mx.ones(like.shape, like.dtype)
-    return (0.01 * mx.random.normal(like.shape)).astype(like.dtype)
-
-
 def ready_checkpoint(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """FOLDER with a checkpoint as the options ask for it: the one that is there, or a new one."""
     made = {name: str(getattr(arguments, name)) for name in ("model", "quantize", "tiny")}
@@ -251,7 +215,7 @@ def hold_against_plan(arguments: argparse.Namespace) -> dict[str, Any]:
     stages = {stage.name: stage for stage in plan.stages}
     rows = {}
     print_row("", COLUMNS, width=15, first=16)
-    for part, name in PARTS.items():
+    for part, name in STAGE_OF.items():
         stage = stages[name]
         if arguments.memory == "resident":
             planned = sum(other.weights for other in plan.stages) + stage.activation_bytes

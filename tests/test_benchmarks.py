@@ -4,8 +4,9 @@ import json
 import sys
 
 import pytest
+from safetensors.torch import load_file
 
-from benchmarks import compare, gpu, hires, kernels, parity, plan, quality, serve, step, training
+from benchmarks import common, compare, gpu, hires, kernels, parity, plan, quality, serve, step, training
 from benchmarks.common import figures_of, ratio
 
 TINY = ["--random", "tiny", "--size", "64", "--text-length", "16", "--repeats", "1"]
@@ -19,7 +20,7 @@ SMOKE = [
         ["--model", "CHECKPOINT", "--size", "64", "--text-length", "16", "--steps", "2", "--repeats", "0"],
         "stages",
     ),
-    (compare, [*TINY, "--against", "floor", "--against", "undivided"], "ratios"),
+    (compare, [*TINY, "--against", "floor", "--against", "undivided", "--stages", *compare.STAGES[:-1]], "ratios"),
     (compare, [*TINY, "--quantize", "4", "--against", "floor", "--stages", "text_encoder", "step"], "errors"),
     (plan, ["FOLDER", "--tiny", "--size", "64", "--text-length", "16", "--memory", "streamed"], "stages"),
     (plan, ["--model", "klein-9b-kv", "--references", "1", "--quantize", "4", "--chip", "M4 Max"], "stages"),
@@ -28,6 +29,7 @@ SMOKE = [
 WHOLE = ["--model", "CHECKPOINT", "--size", "64", "--text-length", "16", "--steps", "1", "--repeats", "1"]
 IN_TURN = ["num_steps=12", "--captions", "1", "--edits", "1", "--beside", "step_cache=0.3", "--beside", "num_steps=6"]
 NIGHTLY = [
+    (compare, [*TINY, "--steps", "1", "--stages", "start", "--against", "cold"], "ratios"),
     (
         compare,
         [*WHOLE, "--stages", "start", *(w for n in ("cold-unread", "known-prompt") for w in ("--against", n))],
@@ -117,10 +119,50 @@ def test_what_a_peer_cannot_do_is_said(capsys):
     assert "mlx-vlm 0.7.10 cannot train FLUX.2" in capsys.readouterr().err
 
 
-def test_random_weights_have_nothing_to_start_from(capsys):
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--random", "tiny", "--against", "mlx-vlm"], "mlx-vlm's pipeline has klein's autoencoder alone"),
+        (["--random", "small", "--text-length", "64"], "mflux's pipeline takes 512 text tokens alone"),
+        (["--random", "small", "--size", "128", "--against", "mlx-vlm"], "takes images from 256 x 256 on"),
+        (["--random", "4b", "--depth-text", "6", "--against", "floor"], "--depth-text leaves pipelines without layers"),
+        (["--random", "4b", "--depth-text", "2", "--against", "floor"], "--depth-text must be at least 3"),
+        (["--random", "4b", "--prompt-tokens", "513", "--against", "floor"], "must be 1 to --text-length 512"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_first(options, said, monkeypatch, capsys):
+    """Before anything is measured, which a refusal would lose."""
+    monkeypatch.setattr(compare, "missing", lambda name: None)
     with pytest.raises(SystemExit):
-        compare.main(["--random", "tiny", "--against", "cold"])
-    assert "cold starts from files, which --random has not: give --model" in capsys.readouterr().err
+        compare.main(options)
+    assert said in capsys.readouterr().err
+
+
+def test_a_prompt_has_the_tokens_and_layers_that_were_asked_for(capsys):
+    report = run(compare, [*TINY, "--stages", "text_encoder", "--prompt-tokens", "3", "--depth-text", "6"], capsys)
+    assert (report["prompt_tokens"], report["model"]) == (3, "random tiny, 6 text layers")
+    assert compare.file_name(report).endswith("-6-text-layers-64-float32-prompt-3.json")
+
+
+def test_random_weights_are_written_in_the_layout_of_diffusers(tmp_path):
+    """Names and shapes are those of the modules of diffusers and transformers; of the text encoder all that is read."""
+    from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    model = common.Model("tiny", *common.TINY, build={})
+    common.write_checkpoint(tmp_path, common.random_parts(model))
+    shape = {part: json.loads((tmp_path / part / "config.json").read_text()) for part in common.STEMS}
+    theirs = {
+        "text_encoder": Qwen3ForCausalLM(Qwen3Config(**shape["text_encoder"])),
+        "transformer": Flux2Transformer2DModel.from_config(shape["transformer"]),
+        "vae": AutoencoderKLFlux2.from_config(shape["vae"]),
+    }
+    for part, module in theirs.items():
+        (file,) = (tmp_path / part).glob("*.safetensors")
+        expected = {name: list(weight.shape) for name, weight in module.state_dict().items()}
+        for name in ("lm_head.weight", "model.norm.weight"):
+            expected.pop(name, None)
+        assert {name: list(weight.shape) for name, weight in load_file(file).items()} == expected
 
 
 def test_counting_kernels_leaves_the_package_as_it_was():
@@ -148,6 +190,13 @@ def test_a_section_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
     assert "no_such_module" in (tmp_path / "told" / "fails.txt").read_text()
     kept = json.loads((tmp_path / "told" / "report.json").read_text())
     assert kept["sections"] == report["sections"]
+
+
+def test_results_say_how_to_add_a_mac_beside_every_peer(tmp_path):
+    page = compare.collected(tmp_path)
+    assert "mflux==0.24.0" in page
+    assert "mlx-vlm==0.7.10" in page
+    assert "--against mflux --against mlx-vlm --against floor" in page
 
 
 def test_results_are_what_their_json_files_say():
