@@ -31,7 +31,6 @@ import mlx.core as mx
 
 from benchmarks.common import STEMS, TINY, name_of, print_json, print_row, write_checkpoint
 from flux2_mlx import RELEASED, AutoEncoder, Flux2Pipeline, FluxKlein, Plan, Quantization, Qwen3TextEncoder
-from flux2_mlx import __file__ as package
 from flux2_mlx.device import on_gpu, on_metal, stage_dtype
 from flux2_mlx.options import DTYPES, check_size, dtype_of
 from flux2_mlx.quantization.layers import quantize

@@ -139,7 +139,8 @@ def test_what_cannot_be_compared_is_said_first(options, said, monkeypatch, capsy
 
 
 def test_a_prompt_has_the_tokens_and_layers_that_were_asked_for(capsys):
-    report = run(compare, [*TINY, "--stages", "text_encoder", "--prompt-tokens", "3", "--depth-text", "6"], capsys)
+    words = ["--against", "floor", "--stages", "text_encoder", "--prompt-tokens", "3", "--depth-text", "6"]
+    report = run(compare, [*TINY, *words], capsys)
     assert (report["prompt_tokens"], report["model"]) == (3, "random tiny, 6 text layers")
     assert compare.file_name(report).endswith("-6-text-layers-64-float32-prompt-3.json")
 
