@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .errors import InputError
 from .models.autoencoder import AutoEncoder
 from .models.config import AutoEncoderConfig, FluxKleinParams, Qwen3Config, refuse_changes, refuse_other_class
 from .models.flux2 import FluxKlein
@@ -158,6 +159,37 @@ def _release_bonsai(name: str, repo: str, bits: int) -> Release:
     blocks = [(TRANSFORMER.key, f"{path}.", Quantization(bits, 128)) for path in TRANSFORMER.blocks]
     packed = (*blocks, (TEXT_ENCODER.key, "", Quantization(4, 64)))
     return replace(_release_4b(name, repo), packed=packed)
+
+
+# Qwen3-0.6B in the place of Qwen3-4B, with AiArtLab's adapter, a file in float32; both are under Apache-2.0.
+SMALL = "small"
+SMALL_REPO, SMALL_ADAPTER = "Qwen/Qwen3-0.6B", "AiArtLab/qwen3-0.6b-4b-adapter/adapter_v14_bal.safetensors"
+SMALL_PARAMETERS = 751_632_384  # of the whole Qwen3-0.6B, its embedding twice
+
+
+def with_small_encoder(release: Release) -> Release:
+    """A released model with the small text encoder.
+
+    Raises:
+        InputError: for a 9B model.
+    """
+    check_small(release.name, release.transformer.txt_embed_dim)
+    packed = tuple(packing for packing in release.packed if packing[0] != TEXT_ENCODER.key)
+    return replace(release, text_encoder=Qwen3Config.small(), text_encoder_parameters=SMALL_PARAMETERS, packed=packed)
+
+
+def check_small(name: str, txt_embed_dim: int) -> None:
+    """Refuse the small text encoder for a transformer whose prompt embeddings it does not give.
+
+    Raises:
+        InputError: with the way out.
+    """
+    size = Qwen3Config.small().output_size
+    if txt_embed_dim != size:
+        raise InputError(
+            f"the small text encoder (Qwen3-0.6B and its adapter) stands for Qwen3-4B, whose prompt embeddings have "
+            f"{size} features, and {name} takes {txt_embed_dim}; it is for the 4B models: klein-4b, klein-base-4b"
+        )
 
 
 RELEASES = (

@@ -164,8 +164,9 @@ def print_plan(options: TrainingOptions, run: argparse.Namespace) -> None:
         return
     dtype = dtype_of(training_dtype(options.dtype))
     limit = run.memory_limit or machine_memory()
-    modules = released_modules(release.name, dtype, options.quantization(), vae_dtype_of(options.vae_dtype))
-    print(plan_training(modules, options, dtype, MAX_SEQUENCE_LENGTH, shapes, limit))
+    length = release.text_encoder.max_tokens or MAX_SEQUENCE_LENGTH
+    modules = released_modules(release, dtype, options.quantization(), vae_dtype_of(options.vae_dtype))
+    print(plan_training(modules, options, dtype, length, shapes, limit))
 
 
 # ---------------------------------------------------------------------------------------------------- command

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from .device import default_dtype
 from .errors import InputError
-from .families import Release, find_release
+from .families import SMALL, Release, find_release, with_small_encoder
 from .fields import Options, check_choice, option
 from .imaging.edits import THRESHOLD
 from .imaging.inpaint import MAX_MARGIN, SIDES, check_expand
@@ -256,7 +256,12 @@ class CheckpointOptions(Options):
         None, f"the transformer {_PART}", group=MODEL, metavar="FILE", source=True, is_path=True
     )
     text_encoder: str | None = option(
-        None, f"the text encoder {_PART}", group=MODEL, metavar="FILE", source=True, is_path=True
+        None,
+        f"the text encoder {_PART}; small: Qwen3-0.6B with its adapter, for the 4B models",
+        group=MODEL,
+        metavar="FILE",
+        source=True,
+        is_path=True,
     )
     vae: str | None = option(
         None, f"the autoencoder (VAE) {_PART}", group=MODEL, metavar="FILE", source=True, is_path=True
@@ -302,11 +307,19 @@ class CheckpointOptions(Options):
 
     @property
     def release(self) -> Release | None:
-        """The released model that this is and no more, which needs no file to be known."""
-        parts = {name: value for name, value in self.source.items() if name not in ("model", "distilled", "kv_cache")}
+        """The released model that this is and no more, which needs no file to be known; with the small text encoder,
+        where that is asked for.
+
+        Raises:
+            InputError: for the small text encoder of a 9B model.
+        """
+        is_small = self.text_encoder == SMALL and not Path(SMALL).exists()
+        known = ("model", "distilled", "kv_cache", *(["text_encoder"] if is_small else []))
+        parts = {name: value for name, value in self.source.items() if name not in known}
         if any(parts.values()) or Path(self.model).exists():
             return None
-        return find_release(self.model)
+        release = find_release(self.model)
+        return with_small_encoder(release) if release is not None and is_small else release
 
     def quantization(self) -> dict[str, Quantization]:
         """The quantization of each part that is quantized."""

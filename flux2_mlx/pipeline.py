@@ -103,7 +103,7 @@ class Flux2Pipeline:
             memory_limit=machine_memory() if memory_limit is None else int(memory_limit),
             progress=progress,
         )
-        self.tokenizer = Qwen3Tokenizer(checkpoint.tokenizer)
+        self.tokenizer = Qwen3Tokenizer(checkpoint.tokenizer, checkpoint.text_encoder.max_tokens)
         self.group = group
         self._prompts = PromptEncoder(self.stages, self.tokenizer, uses_disk=cache)
         self._decoder = LatentDecoder(self.stages, preview_decoder)
@@ -170,6 +170,7 @@ class Flux2Pipeline:
                 saves one, a safetensors or GGUF file with a transformer, a Hub id, or "owner/name/file" there.
             revision: branch, tag or commit on the Hub.
             transformer, text_encoder, vae: in place of the model's own: a file, a folder, a Hub id, "owner/name/file".
+                The text encoder may be "small": Qwen3-0.6B and its adapter, for the 4B models.
             tokenizer: a folder with tokenizer.json.
             distilled: whether the transformer is for few steps without CFG, where the model does not say it.
             kv_cache: whether it was trained to cache its references, as klein-9b-kv, where the model does not say it.
@@ -218,7 +219,7 @@ class Flux2Pipeline:
         """
         GenerationOptions.collect(locals())
         height, width = output_size(height, width, references, self.checkpoint.autoencoder.sample_size)
-        length = max_sequence_length or self.tokenizer.default_length
+        length = self.tokenizer.length(max_sequence_length)
         caches = self.checkpoint.has_kv_cache, step_cache is not None, reuse
         workload = Workload(height, width, length, references, *caches)
         modules = self.text_encoder, self.transformer, self.autoencoder
@@ -234,8 +235,8 @@ class Flux2Pipeline:
         Raises:
             InputError: for what is no prompt, or a length that cannot be.
         """
-        length = self.tokenizer.default_length if max_sequence_length is None else max_sequence_length
-        GenerationOptions(max_sequence_length=length)
+        GenerationOptions(max_sequence_length=max_sequence_length)
+        length = self.tokenizer.length(max_sequence_length)
         for prompt in prompts:
             check_prompt(prompt)
         return self._prompts.encode_ahead(prompts, length)

@@ -369,7 +369,9 @@ def resolve(
     inpaint = inputs.inpaint(options)
     references = [reference_array(image) for image in inputs.images]
     size, sizes = image_sizes(options, inputs, inpaint, checkpoint.autoencoder.sample_size)
-    length = (options.max_sequence_length or default_length) if embeds is None else embeds.shape[1]
+    length = options.max_sequence_length or default_length
+    if embeds is not None:
+        length = embeds.shape[1] + checkpoint.text_encoder.dropped_tokens
     resolved = replace(options, height=size[0], width=size[1], max_sequence_length=length)
     if references:
         check_room(lambda some: peak(resolved, some), size, sizes, int(inpaint is not None), limit)

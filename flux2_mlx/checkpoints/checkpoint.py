@@ -16,7 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, InputError
-from ..families import NANO, PARTS, RELEASED, RELEASES, TRANSFORMER, Part, find_release, release_of_size
+from ..families import (
+    NANO,
+    PARTS,
+    RELEASED,
+    RELEASES,
+    SMALL,
+    SMALL_ADAPTER,
+    SMALL_REPO,
+    TEXT_ENCODER,
+    TRANSFORMER,
+    Part,
+    check_small,
+    find_release,
+    release_of_size,
+)
 from ..models.config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
 from ..models.names.qwen3 import NEEDED_QWEN3, is_qwen3_vl
 from ..paths import expand
@@ -84,7 +98,8 @@ def open_checkpoint(
             downloaded, the needed files only; HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are honoured.
         revision: branch, tag or commit on the Hub, of the model.
         transformer, text_encoder, vae: instead of the model's own: a file, a folder with config.json and weights, a Hub
-            id of such a folder, or "owner/name/file". A vae may be a decoder alone.
+            id of such a folder, or "owner/name/file". A vae may be a decoder alone. A Qwen3-0.6B, or "small" for the
+            Hub's, stands for Qwen3-4B with its adapter, a file beside it or on the Hub.
         tokenizer: a folder with tokenizer.json.
         distilled: whether the transformer generates in few steps without CFG, where the model does not say it; what
             the model says goes for another transformer, too, with a UserWarning.
@@ -96,16 +111,24 @@ def open_checkpoint(
     name = os.fspath(model)
     paths = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
     given = {option: None if path is None else os.fspath(path) for option, path in paths.items()}
-    own = {key: _find_part(part, path) for key, part in PARTS.items() if (path := given[key]) is not None}
+    is_small = text_encoder == SMALL and local_path(SMALL) is None  # found once it is known to fit
+    if is_small and transformer is None and (release := find_release(name)) is not None:
+        check_small(name, release.transformer.txt_embed_dim)
+    parts = [part for part in PARTS.values() if not (is_small and part is TEXT_ENCODER)]
+    own = {part.key: _find_part(part, path) for part in parts if (path := given[part.key]) is not None}
     if kv_cache and transformer is None:
         check_kv_support(name)
     whole = {key: source for key, source in own.items() if key != "vae" or has_encoder(source)}
-    needed = [part for key, part in PARTS.items() if key not in whole]
+    needed = [part for part in parts if part.key not in whole]
     found = _find_model(name, revision, needed, tokenizer is None, distilled)
     sources = {**found.sources, **whole}
     if own.keys() - whole.keys():  # a decoder alone
         own["vae"].shape()  # refuses another model's under its own name
         sources["vae"] = replace(sources["vae"], decoder=own["vae"].files[0])
+    if is_small:
+        check_small(sources["transformer"].name, sources["transformer"].shape().txt_embed_dim)
+        sources["text_encoder"] = _find_part(TEXT_ENCODER, SMALL_REPO)
+    sources["text_encoder"] = _with_adapter(sources["text_encoder"], sources["transformer"])
     if transformer is not None:
         found = replace(found, has_kv_cache=None, is_bonsai=False)
         if distilled is None and found.is_distilled is not None:
@@ -278,6 +301,24 @@ def _find_part(part: Part, name: str) -> Source:
     if part not in inside:
         raise CheckpointError(f"{path} holds no {part.label}, but {' and '.join(other.label for other in inside)}")
     return Source(part, str(path), (path,))
+
+
+def _with_adapter(text_encoder: Source, transformer: Source) -> Source:
+    """A text encoder that is too small for a transformer with its adapter: the file beside it, else the Hub's.
+
+    Raises:
+        CheckpointError: where the transformer is not one that the adapter is for.
+    """
+    config, size = text_encoder.shape(), transformer.shape().txt_embed_dim
+    if config.output_size == size:
+        return text_encoder
+    adapter = text_encoder.files[0].with_name(Path(SMALL_ADAPTER).name)
+    if not adapter.is_file():
+        if config.hidden_size != Qwen3Config.small().hidden_size:
+            return text_encoder
+        check_small(transformer.name, size)
+        adapter = download_file(SMALL_ADAPTER, None, "text adapter")
+    return replace(text_encoder, adapter=adapter)
 
 
 def has_encoder(source: Source) -> bool:

@@ -105,6 +105,12 @@ def load_safetensors(path: str | os.PathLike[str] | Iterable[str | os.PathLike[s
     return {name: array_of(weight) for name, weight in open_safetensors(path).items()}
 
 
+def header_metadata(path: Path) -> dict[str, str]:
+    """The metadata in a safetensors file's header, once read_header has checked the file."""
+    with safe_open(path, framework="numpy") as file:
+        return dict(file.metadata() or {})
+
+
 def open_safetensors(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> dict[str, Any]:
     """The same, arrays as MLX reads them and Derived ones."""
     names: set[str] = set()

@@ -13,7 +13,8 @@ from ..device import weights_of
 from ..errors import CheckpointError, InputError, OtherModelError, summarize
 from ..families import PARTS, RELEASED_NAMES, TEXT_ENCODER, TRANSFORMER, Part, check_scheduler_config
 from ..models.config import Qwen3Config
-from .files import PICKLES, is_gguf, load_files, read_index
+from ..models.names.qwen3 import with_adapter
+from .files import PICKLES, header_metadata, is_gguf, load_files, read_index
 from .formats.dfloat11 import CONFIG, decode_groups
 from .formats.gguf import gguf_values
 from .formats.marks import MARK, mark
@@ -73,6 +74,7 @@ class Source:
         files: one, or the shards.
         config: its config.json, where there is one.
         decoder: a file with another decoder, for an autoencoder.
+        adapter: a file with the adapter of a smaller text encoder.
         changes: what changes its weights, one after another, as fused LoRAs.
     """
 
@@ -81,7 +83,13 @@ class Source:
     files: tuple[Path, ...]
     config: Mapping[str, Any] | None = None
     decoder: Path | None = None
+    adapter: Path | None = None
     changes: tuple[WeightChange, ...] = ()
+
+    @property
+    def all_files(self) -> tuple[Path, ...]:
+        """Every file that the weights depend on."""
+        return (*self.files, *(file for file in (self.decoder, self.adapter) if file is not None))
 
     def weights(self) -> dict[str, Any]:
         """The part's weights under the modules' names, lazy.
@@ -101,6 +109,8 @@ class Source:
                 encoder = {name: weight for name, weight in weights.items() if not name.startswith("decoder.")}
                 decoder = sanitize(self.part, other).items()
                 weights = encoder | {name: weight for name, weight in decoder if name.startswith("decoder.")}
+            if self.adapter is not None:
+                weights |= {f"adapter.{name}": weight for name, weight in load_files([self.adapter]).items()}
             for change in self.changes:
                 weights = change.apply(weights)
         except CheckpointError as error:
@@ -113,6 +123,11 @@ class Source:
         Raises:
             CheckpointError: for another architecture.
         """
+        if self.adapter is not None:
+            config = replace(self, adapter=None).shape()
+            weights = load_files([self.adapter])
+            with config_faults(self.adapter):
+                return with_adapter(config, header_metadata(self.adapter), weights)
         if self.config is not None and self.decoder is None:
             refuse_unread((), self.config, self.name)
             with config_faults(self.name):

@@ -62,7 +62,7 @@ def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, source: str, 
     """Put weights into a module, strictly: all names and shapes must match. They stay lazy, cast to dtype.
 
     Layers that the weights hold packed stay packed; with ``spec`` the others are packed, see mixed_precision. Latent
-    statistics ("bn.") stay in float32 whatever the dtype.
+    statistics ("bn.") and a text encoder's adapter are in float32 whatever the dtype.
 
     Args:
         source: what messages call the weights.
@@ -81,7 +81,7 @@ def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, source: str, 
     pending = PendingWeights()
     values = {}
     for name in weights_of(module):
-        weight = cast(weights[name], mx.float32 if name.startswith("bn.") else dtype)
+        weight = cast(weights[name], mx.float32 if name.startswith(("bn.", "adapter.")) else dtype)
         if isinstance(weight, LazyTensor):
             pending.loaders[name] = partial(_convert, name, weight)
             weight = mx.full(weight.shape, 0 if weight.dtype in INTEGERS else math.nan, weight.dtype)  # a placeholder

@@ -213,6 +213,11 @@ def convert(
     """
     if layout not in LAYOUTS:
         raise InputError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    if checkpoint.text_encoder.adapter is not None:
+        raise InputError(
+            "the small text encoder is not written into a checkpoint; leave --text-encoder out here, and give it when "
+            "generating with what is written"
+        )
     if target.exists():
         raise InputError(f"{target} exists; give another name, or delete it")
     parent = target.absolute().parent

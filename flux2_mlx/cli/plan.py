@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from ..checkpoints.checkpoint import check_kv_support
+from ..conditioning.tokenizer import check_length
 from ..device import machine_memory
 from ..families import MAX_SEQUENCE_LENGTH
 from ..models.config import AutoEncoderConfig
@@ -34,13 +35,16 @@ def print_plan(task: Task, measures: bool) -> None:
     if model.kv_cache:
         check_kv_support(release.name)
     side = AutoEncoderConfig.sample_size
-    modules = released_modules(release.name, dtype, model.quantization(), vae_dtype)
+    modules = released_modules(release, dtype, model.quantization(), vae_dtype)
+    most = release.text_encoder.max_tokens
+    length = options.max_sequence_length or most or MAX_SEQUENCE_LENGTH
+    check_length(length, most)
     limit = int(task.runtime.memory_limit or machine_memory())
 
     def plan_at(size: Size) -> Plan:
         workload = Workload(
             *size,
-            options.max_sequence_length or MAX_SEQUENCE_LENGTH,
+            length,
             task.sizes(side)[1],
             release.has_kv_cache if model.kv_cache is None else model.kv_cache,
             caches_steps=options.step_cache is not None,
@@ -49,7 +53,7 @@ def print_plan(task: Task, measures: bool) -> None:
         return make_plan(*modules, workload, dtype=dtype, limit=limit, memory=task.runtime.memory)
 
     print_plans(plan_at, task, side, release.is_distilled if model.distilled is None else model.distilled)
-    print(f"download: up to {download_bytes(release.name) / 1e9:.1f} GB")
+    print(f"download: up to {download_bytes(release) / 1e9:.1f} GB")
 
 
 def print_plans(plan_at: Callable[[Size], Plan], task: Task, side: int, distilled: bool) -> None:

@@ -78,9 +78,10 @@ class ReferenceEncoder:
         return kv
 
     def rope(self, length: int, position_ids: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
-        """Rotation tables of ``length`` text tokens and of image tokens at these positions, each (1, S, 4)."""
-        params, ids = self.stages.checkpoint.transformer, mx.concatenate(list(position_ids), axis=1)
-        return FluxKlein.compute_rope(text_ids(length), ids, params.axes_dims_rope, params.rope_theta)
+        """Rotation tables of a prompt of ``length`` tokens and of image tokens at these positions, each (1, S, 4)."""
+        checkpoint, ids = self.stages.checkpoint, mx.concatenate(list(position_ids), axis=1)
+        params, text = checkpoint.transformer, text_ids(length)[:, checkpoint.text_encoder.dropped_tokens :]
+        return FluxKlein.compute_rope(text, ids, params.axes_dims_rope, params.rope_theta)
 
 
 def _digest(content: bytes) -> bytes:

@@ -94,4 +94,4 @@ class PromptEncoder:
         source = self.stages.checkpoint.sources["text_encoder"]
         module = {name: (array.shape, array.dtype) for name, array in weights_of(self.stages.text_encoder).items()}
         tokens = np.array(ids).tobytes(), np.array(mask).tobytes()
-        return source.files, (__version__, mx.default_device(), source.config, module, tokens)
+        return source.all_files, (__version__, mx.default_device(), source.config, module, tokens)

@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..checkpoints.reading import read_json, read_text
-from ..errors import CheckpointError, abridge, one_line
+from ..errors import CheckpointError, InputError, abridge, one_line
 from ..families import MAX_SEQUENCE_LENGTH
 
 PROMPT_PREFIX = "<|im_start|>user\n"
@@ -41,16 +41,17 @@ class Qwen3Tokenizer:
 
     Args:
         folder: the checkpoint's ``tokenizer`` folder, with tokenizer.json.
+        most: the most tokens that the text encoder takes; None where it takes any number.
 
     Attributes:
         default_length: the tokens that a prompt is padded or truncated to by default: 512, or the
-            ``model_max_length`` of the folder's tokenizer_config.json where that is less.
+            ``model_max_length`` of the folder's tokenizer_config.json, or ``most``, where that is less.
 
     Raises:
         CheckpointError: for a file that is missing, unreadable, or not Qwen3's.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, most: int | None = None):
         self._path = path = folder / "tokenizer.json"
         content = read_text(path, _MOST_BYTES)
         with _tokenizer_faults(path):
@@ -63,7 +64,18 @@ class Qwen3Tokenizer:
         self._pad: int = pad
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self.default_length = _default_length(folder / "tokenizer_config.json")
+        self._most = most
+        self.default_length = min(_default_length(folder / "tokenizer_config.json"), most or MAX_SEQUENCE_LENGTH)
+
+    def length(self, max_sequence_length: int | None) -> int:
+        """The tokens that a prompt is padded or truncated to, of an option that may be None.
+
+        Raises:
+            InputError: for more than the text encoder takes.
+        """
+        length = self.default_length if max_sequence_length is None else max_sequence_length
+        check_length(length, self._most)
+        return length
 
     def __call__(self, prompts: Sequence[str], max_sequence_length: int | None = None) -> tuple[mx.array, mx.array]:
         """Tokenize prompts in the chat template. Special tokens written out in a prompt become special tokens.
@@ -72,9 +84,11 @@ class Qwen3Tokenizer:
 
         Returns:
             (ids, mask), each (B, max_sequence_length) int32; the mask is 1 for the prompt's tokens, 0 for padding.
+
+        Raises:
+            InputError: for more tokens than the text encoder takes.
         """
-        if max_sequence_length is None:
-            max_sequence_length = self.default_length
+        max_sequence_length = self.length(max_sequence_length)
         ids = np.full((len(prompts), max_sequence_length), self._pad, np.int32)
         mask = np.zeros_like(ids)
         for row, prompt in enumerate(prompts):
@@ -93,6 +107,16 @@ class Qwen3Tokenizer:
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
         return mx.array(ids), mx.array(mask)
+
+
+def check_length(length: int, most: int | None) -> None:
+    """Refuse more tokens than a text encoder takes.
+
+    Raises:
+        InputError: with the most.
+    """
+    if most is not None and length > most:
+        raise InputError(f"max_sequence_length is {length}, and this text encoder takes {most} tokens at most")
 
 
 def _default_length(path: Path) -> int:

@@ -30,8 +30,7 @@ def preview_map(checkpoint: Checkpoint, dtype: mx.Dtype) -> np.ndarray:
         dtype: the autoencoder's.
     """
     source = checkpoint.sources["vae"]
-    files = [*source.files, *([] if source.decoder is None else [source.decoder])]
-    name = f"preview-{digest_of(files, (IMAGES, SIDE, NOISE, RIDGE))}"
+    name = f"preview-{digest_of(source.all_files, (IMAGES, SIDE, NOISE, RIDGE))}"
     try:
         cached = np.array(read_table(name).get("map"), np.float32)
     except (TypeError, ValueError):

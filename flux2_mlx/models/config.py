@@ -57,7 +57,7 @@ class _Config:
             values = value if isinstance(value, tuple) else (value,)
             if isinstance(default, float):
                 fits = type(value) in (int, float) and 0 < value <= sys.float_info.max
-            elif default is None and value is None:
+            elif default is None and (value is None or isinstance(value, _Config)):
                 fits = True
             else:
                 fits = bool(values) and all(type(v) is int and 0 < v <= MAX_WIDTH for v in values)
@@ -176,6 +176,37 @@ class FluxKleinParams(_Config):
 
 
 @dataclass(frozen=True)
+class TextAdapterConfig(_Config):
+    """The adapter from the layers of a smaller Qwen3 to the prompt embeddings that a transformer was trained with.
+    Defaults are AiArtLab's, from Qwen3-0.6B to Qwen3-4B.
+
+    Its input are ``slices`` layers' outputs side by side, ``input_size`` together; ``hidden_size`` is the feed-forward
+    part's width, ``attn_dim`` the attention's. A prompt has ``max_tokens`` at most, and its first ``dropped_tokens``
+    have no embedding.
+    """
+
+    input_size: int = 6144
+    slices: int = 6
+    output_size: int = 7680
+    hidden_size: int = 8192
+    attn_dim: int = 1024
+    attn_heads: int = 8
+    attn_blocks: int = 2
+    max_tokens: int = 256
+    dropped_tokens: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.input_size % self.slices or self.attn_dim % self.attn_heads or self.attn_blocks > MAX_BLOCKS:
+            raise InputError(
+                f"an adapter of {self.input_size} features from {self.slices} layers, with {self.attn_blocks} blocks "
+                f"of {self.attn_heads} heads in {self.attn_dim}, cannot be"
+            )
+        if self.dropped_tokens >= self.max_tokens:
+            raise InputError(f"an adapter cannot drop {self.dropped_tokens} of {self.max_tokens} tokens")
+
+
+@dataclass(frozen=True)
 class Qwen3Config(_Config):
     """The text encoder's shape. Defaults are Qwen3-4B's.
 
@@ -192,9 +223,16 @@ class Qwen3Config(_Config):
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
     tapped_layers: tuple[int, ...] = TAPPED_LAYERS
+    adapter: TextAdapterConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        tapped = len(self.tapped_layers) * self.hidden_size
+        if self.adapter is not None and self.adapter.input_size != tapped:
+            raise InputError(
+                f"the adapter is for a Qwen3 of hidden size {self.adapter.input_size // len(self.tapped_layers)}, "
+                f"and the text encoder's is {self.hidden_size}"
+            )
         if self.num_attention_heads * self.head_dim > MAX_WIDTH:
             raise InputError(f"num_attention_heads {self.num_attention_heads} of head_dim {self.head_dim} cannot be")
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
@@ -210,8 +248,29 @@ class Qwen3Config(_Config):
 
     @property
     def output_size(self) -> int:
-        """Features of the prompt embeddings: the tapped layers' outputs side by side."""
-        return len(self.tapped_layers) * self.hidden_size
+        """Features of the prompt embeddings: the adapter's, or the tapped layers' outputs side by side."""
+        return len(self.tapped_layers) * self.hidden_size if self.adapter is None else self.adapter.output_size
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The most tokens that a prompt may have; None where any length goes."""
+        return None if self.adapter is None else self.adapter.max_tokens
+
+    @property
+    def dropped_tokens(self) -> int:
+        """How many of a prompt's first tokens have no embedding; the others keep their positions."""
+        return 0 if self.adapter is None else self.adapter.dropped_tokens
+
+    @classmethod
+    def small(cls) -> Qwen3Config:
+        """Qwen3-0.6B with AiArtLab's adapter."""
+        return cls(
+            hidden_size=1024,
+            intermediate_size=3072,
+            num_attention_heads=16,
+            tapped_layers=(1, 8, 13, 17, 22, 26),
+            adapter=TextAdapterConfig(),
+        )
 
     @classmethod
     def qwen3_8b(cls) -> Qwen3Config:

@@ -1,7 +1,8 @@
 """The text encoder: Qwen3 up to the last layer that FLUX.2 [klein] reads.
 
 Features: grouped-query attention with RMSNorm on q and k, half-rotation RoPE, SwiGLU, no biases. The result is the
-outputs of three inner layers side by side, without the final norm; later layers are never built.
+outputs of three inner layers side by side, without the final norm; later layers are never built. A smaller Qwen3 has
+an adapter behind its own inner layers, which makes the same of them: text_adapter.
 
 Reference: transformers' Qwen3ForCausalLM, whose checkpoint keys are the attribute names here.
 """
@@ -16,6 +17,7 @@ import mlx.nn as nn
 from .attention import attention
 from .config import Qwen3Config
 from .layers import BlockRunner, Linear, random_state_kept, run_block
+from .text_adapter import TextAdapter
 
 
 class Attention(nn.Module):
@@ -97,6 +99,8 @@ class Qwen3TextEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.model = Qwen3Model(config)
+        if config.adapter is not None:
+            self.adapter = TextAdapter(config.adapter)
         self.block_runner: BlockRunner = run_block
 
     def __call__(self, input_ids: mx.array, attention_mask: mx.array | None = None) -> mx.array:
@@ -108,7 +112,8 @@ class Qwen3TextEncoder(nn.Module):
                 attends to the prompt's tokens alone, and its output is used: the transformer reads every row.
 
         Returns:
-            (B, L, 3 * hidden): the outputs of the tapped layers side by side, in the weights' dtype.
+            (B, L, 3 * hidden): the outputs of the tapped layers side by side, in the weights' dtype. Of a smaller Qwen3
+            (B, L - dropped_tokens, output_size): what its adapter makes of them.
         """
         tokens = keys = input_ids.shape[1]
         if attention_mask is not None:  # the longest prompt's; of no prompt at all, every token's
@@ -123,4 +128,7 @@ class Qwen3TextEncoder(nn.Module):
             x = self.block_runner(layer, x, mask)
             if i in self.config.tapped_layers:
                 taps.append(x)
-        return mx.concatenate(taps, axis=-1)
+        embeds = mx.concatenate(taps, axis=-1)
+        if self.config.adapter is None:
+            return embeds
+        return self.adapter(embeds)[:, self.config.dropped_tokens :].astype(dtype)

@@ -94,9 +94,14 @@ class Workload:
 
 def text_encoder_bytes(config: Qwen3Config, length: int, dtype: mx.Dtype) -> int:
     """Activations of encoding one prompt of ``length`` tokens: those of a feed-forward layer, or where attention writes
-    its scores and these are more, the scores of one call with what they are made of.
+    its scores and these are more, the scores of one call with what they are made of. An adapter's, which are in
+    float32, if these are more: its input and output, and two layers of its feed-forward part.
     """
     feed_forward = length * (3 * config.intermediate_size + config.hidden_size) * dtype.size
+    if config.adapter is not None:
+        adapter = config.adapter
+        wide = adapter.input_size + adapter.output_size + 2 * adapter.hidden_size
+        feed_forward = max(feed_forward, length * wide * mx.float32.size)
     if not writes_scores(dtype):
         return feed_forward
     heads, rows = config.num_attention_heads, length * config.hidden_size

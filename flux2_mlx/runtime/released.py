@@ -21,13 +21,13 @@ from ..quantization.spec import Quantization
 
 
 def released_modules(
-    name: str, dtype: mx.Dtype, specs: Mapping[str, Quantization], vae_dtype: mx.Dtype | None = None
+    model: str | Release, dtype: mx.Dtype, specs: Mapping[str, Quantization], vae_dtype: mx.Dtype | None = None
 ) -> tuple[Qwen3TextEncoder, FluxKlein, AutoEncoder]:
     """The modules of a released model as they will be once they are loaded; their weights are random, lazy, and not
     worth reading.
 
     Args:
-        name: the release's name or Hub id.
+        model: the release, or its name or Hub id.
         dtype: the transformer's dtype.
         specs: how the stages are packed; a stage that is not named stays dense.
         vae_dtype: the autoencoder's dtype; None takes the default.
@@ -35,7 +35,7 @@ def released_modules(
     Raises:
         InputError: for a name of no release.
     """
-    release = _release(name)
+    release = _release(model)
     text_encoder = Qwen3TextEncoder(release.text_encoder)
     transformer, autoencoder = FluxKlein(release.transformer), AutoEncoder(AutoEncoderConfig())
     for stage, module in (("text_encoder", text_encoder), ("transformer", transformer), ("autoencoder", autoencoder)):
@@ -43,6 +43,8 @@ def released_modules(
         quantize(module, _stored_recipe(release, stage), quantize_rtn)
         if stage in specs:
             quantize(module, mixed_precision(module, specs[stage]), quantize_rtn)
+    if release.text_encoder.adapter is not None:
+        text_encoder.adapter.set_dtype(mx.float32)
     return text_encoder, transformer, autoencoder
 
 
@@ -56,14 +58,16 @@ def _stored_recipe(release: Release, part: str) -> Recipe:
     return recipe
 
 
-def download_bytes(name: str) -> int:
+def download_bytes(model: str | Release) -> int:
     """Bytes of a released model's weights on the Hub, packed or in bfloat16; of the text encoder's files some are not
     fetched.
     """
-    release = _release(name)
-    text_encoder, transformer = Qwen3TextEncoder(release.text_encoder), FluxKlein(release.transformer)
-    more = release.text_encoder_parameters / sum(array.size for array in weights_of(text_encoder).values())
-    text_encoder_bytes = round(more * _stored_bytes(release, "text_encoder", text_encoder))
+    release = _release(model)
+    encoder, transformer = Qwen3TextEncoder(release.text_encoder), FluxKlein(release.transformer)
+    more = release.text_encoder_parameters / sum(array.size for array in weights_of(encoder.model).values())
+    text_encoder_bytes = round(more * _stored_bytes(release, "text_encoder", encoder.model))
+    if release.text_encoder.adapter is not None:
+        text_encoder_bytes += sum(array.size for array in weights_of(encoder.adapter).values()) * mx.float32.size
     autoencoder_bytes = _stored_bytes(release, "vae", AutoEncoder(AutoEncoderConfig()))
     return text_encoder_bytes + _stored_bytes(release, "transformer", transformer) + autoencoder_bytes
 
@@ -77,8 +81,8 @@ def _stored_bytes(release: Release, part: str, module: nn.Module) -> int:
     return int(total)
 
 
-def _release(name: str) -> Release:
-    release = find_release(name)
+def _release(model: str | Release) -> Release:
+    release = find_release(model) if isinstance(model, str) else model
     if release is None:
-        raise InputError(f"{name!r} is no released model; there are {RELEASED_NAMES}")
+        raise InputError(f"{model!r} is no released model; there are {RELEASED_NAMES}")
     return release

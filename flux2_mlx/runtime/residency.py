@@ -284,7 +284,7 @@ class Stages:
         """Meanwhile read the files of a stage that is wanted next, unless it is loaded or they leave no room."""
         stop = Event()
         if not self._loaded[name]:
-            files = self.checkpoint.sources[name].files
+            files = self.checkpoint.sources[name].all_files
             room = self.memory_limit - mx.get_active_memory()
             Thread(target=read_through, args=(files, room, stop), daemon=True).start()
         try:

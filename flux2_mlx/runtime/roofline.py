@@ -19,7 +19,7 @@ import mlx.nn as nn
 from ..device import machine_name, on_metal, stage_dtype, weight_bytes
 from ..disk_cache import read_table, write_table
 from ..models.autoencoder import PARTS, AutoEncoder
-from ..models.config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
+from ..models.config import AutoEncoderConfig, FluxKleinParams, Qwen3Config, TextAdapterConfig
 from ..models.flux2 import FluxKlein
 from ..models.qwen3 import Qwen3TextEncoder
 from ..quantization.layers import shortest_seconds
@@ -108,10 +108,22 @@ def text_encoder_work(config: Qwen3Config, length: int, prompt: int, dtype: mx.D
     hidden, inner = config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     rows, keys = config.num_layers * length, config.num_layers * prompt
-    return Work(
+    work = Work(
         matmul=2 * (rows * (2 * hidden * q + 3 * hidden * inner) + keys * 2 * hidden * kv),
         attention=4 * rows * prompt * q,
         intermediates=(rows * (17 * hidden + 10 * q + 8 * inner) + keys * 8 * kv) * dtype.size,
+    )
+    return work if config.adapter is None else work + _adapter_work(config.adapter, length)
+
+
+def _adapter_work(config: TextAdapterConfig, length: int) -> Work:
+    """A text encoder's adapter, in float32: its feed-forward part, and its blocks of attention among all tokens."""
+    ends, wide, dims = config.input_size + config.output_size, config.hidden_size, config.attn_dim
+    blocks = config.attn_blocks
+    return Work(
+        matmul=2 * length * (ends * (wide + dims) + wide**2 + 12 * blocks * dims**2),
+        attention=4 * length**2 * dims * blocks,
+        intermediates=length * (8 * ends + 6 * wide + 38 * blocks * dims) * mx.float32.size,
     )
 
 

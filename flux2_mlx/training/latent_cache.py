@@ -36,6 +36,7 @@ class LatentCache:
     def __init__(self, pipe: Flux2Pipeline, folder: Path):
         self.pipe, self.folder = pipe, folder
         self.length = pipe.tokenizer.default_length
+        self.dropped = pipe.checkpoint.text_encoder.dropped_tokens  # first tokens of a prompt without embeddings
         self._files: dict[Any, Path] = {}
 
     def prompt_embeds(self, text: str) -> mx.array:
@@ -86,16 +87,15 @@ class LatentCache:
             source, tokenizer = checkpoint.sources["text_encoder"], checkpoint.tokenizer / "tokenizer.json"
             quantization = self.pipe.quantize.get("text_encoder")
             key = self._environment(self.pipe.dtype), source.config, quantization, self.length, text
-            self._files[text] = self.folder / f"{digest_of([*source.files, tokenizer], key)}.safetensors"
+            self._files[text] = self.folder / f"{digest_of([*source.all_files, tokenizer], key)}.safetensors"
         return self._files[text]
 
     def _latents_file(self, path: Path, size: Size) -> Path:
         if (path, size) not in self._files:
             source = self.pipe.checkpoint.sources["vae"]
-            files = [*source.files, *([source.decoder] if source.decoder else [])]
             environment = self._environment(self.pipe.vae_dtype)
             key = environment, COLOURS, source.config, size, hashlib.sha256(path.read_bytes()).hexdigest()
-            self._files[path, size] = self.folder / f"{digest_of(files, key)}.safetensors"
+            self._files[path, size] = self.folder / f"{digest_of(source.all_files, key)}.safetensors"
         return self._files[path, size]
 
     def _environment(self, dtype: mx.Dtype) -> tuple[str, ...]:

@@ -295,4 +295,5 @@ class Trainer:
         params = self.model.params
         position_ids = [image_ids(*size, reference=k - 1 if k else None) for k, size in enumerate(shape)]
         ids = mx.concatenate(position_ids, axis=1)
-        return FluxKlein.compute_rope(text_ids(self.cache.length), ids, params.axes_dims_rope, params.rope_theta)
+        text = text_ids(self.cache.length)[:, self.cache.dropped :]
+        return FluxKlein.compute_rope(text, ids, params.axes_dims_rope, params.rope_theta)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ...errors import CheckpointError
-from ..config import TAPPED_LAYERS, Qwen3Config
+from ..config import TAPPED_LAYERS, Qwen3Config, TextAdapterConfig, refuse_changes
 from .common import NUMBER, Names, block_count, gather
 
 NEEDED_QWEN3 = "FLUX.2 [klein] needs a Qwen3 for text alone: Qwen3-4B, or for the 9B models Qwen3-8B"
@@ -92,6 +93,51 @@ def qwen3_config(weights: Mapping[str, Any]) -> Qwen3Config:
         raise CheckpointError(f"no Qwen3 text encoder: there is no {error.args[0]}") from None
     except (IndexError, ZeroDivisionError, ValueError) as error:
         raise CheckpointError(f"no Qwen3 text encoder: {error}") from None
+
+
+# What the metadata of an adapter's file says of its kind, where this library has but one; the rest are numbers.
+_ADAPTER_KIND = {"norm": "ln-per-layer", "proj_layers": "3", "teacher_layers": "9,18,27"}
+_ADAPTER_NUMBERS = {
+    "hidden": "hidden_size",
+    "attn_dim": "attn_dim",
+    "attn_heads": "attn_heads",
+    "attention": "attn_blocks",
+    "len": "max_tokens",
+    "drop_first": "dropped_tokens",
+}
+
+
+def with_adapter(config: Qwen3Config, metadata: Mapping[str, str], weights: Mapping[str, Any]) -> Qwen3Config:
+    """A smaller Qwen3's shape with that of its adapter, by the metadata and the weights of the adapter's file.
+
+    Raises:
+        CheckpointError: for an adapter of another kind, naming what its metadata says.
+        InputError: for one that is made for a Qwen3 of another width.
+    """
+    wanted = [*_ADAPTER_KIND, *_ADAPTER_NUMBERS, "student_layers"]
+    absent = [name for name in wanted if name not in metadata]
+    ends = [weights[name].shape for name in ("mlp.1.weight", "mlp.5.weight") if name in weights]
+    if absent or [len(shape) for shape in ends] != [2, 2]:
+        lacking = (
+            f"its metadata has no {', '.join(absent)}" if absent else "it has no matrix mlp.1.weight, mlp.5.weight"
+        )
+        raise CheckpointError(f"no text adapter, as AiArtLab's is: {lacking}")
+    refuse_changes(metadata, _ADAPTER_KIND, "adapter")
+    layers = tuple(_whole(text, "student_layers") for text in metadata["student_layers"].split(","))
+    if list(layers) != sorted(set(layers)) or layers[0] < 1 or layers[-1] != TAPPED_LAYERS[-1] + 1:
+        raise CheckpointError(
+            f"the adapter reads the layers {metadata['student_layers']}; ascending ones up to {TAPPED_LAYERS[-1] + 1} "
+            "are read, as 2,9,14,18,23,27"
+        )
+    numbers = {field: _whole(metadata[name], name) for name, field in _ADAPTER_NUMBERS.items()}
+    adapter = TextAdapterConfig(input_size=ends[0][1], slices=len(layers), output_size=ends[1][0], **numbers)
+    return replace(config, tapped_layers=tuple(layer - 1 for layer in layers), adapter=adapter)
+
+
+def _whole(text: str, name: str) -> int:
+    if not re.fullmatch(NUMBER, text):
+        raise CheckpointError(f"the adapter's metadata has {name}={text[:80]!r}, where a number is expected")
+    return int(text)
 
 
 NAMES = Names(
