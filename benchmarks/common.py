@@ -204,8 +204,12 @@ def random_model(arguments: argparse.Namespace) -> Model:
 
 
 def random_parts(model: Model) -> dict[str, Any]:
-    """Modules of a model's shapes for write_checkpoint, in bfloat16, whose weights nobody reads."""
-    shapes = Qwen3TextEncoder(model.text_encoder), FluxKlein(model.params), AutoEncoder(model.autoencoder)
+    """Modules of a model's shapes for write_checkpoint, in bfloat16, whose weights nobody reads; the text encoder has a
+    layer more, since transformers normalizes the output of the last one.
+    """
+    taps = model.text_encoder.tapped_layers
+    text_config = replace(model.text_encoder, tapped_layers=(*taps, taps[-1] + 1))
+    shapes = Qwen3TextEncoder(text_config), FluxKlein(model.params), AutoEncoder(model.autoencoder)
     for module in shapes:
         module.set_dtype(mx.bfloat16)
     return dict(zip(STEMS, shapes, strict=True))
@@ -259,6 +263,8 @@ def diffusers_weights(module: nn.Module) -> dict[str, mx.array]:
     weights = weights_of(module)
     if isinstance(module, AutoEncoder):
         return {name: array_of(weight) for name, weight in diffusers_vae(weights).items()}
+    if isinstance(module, Qwen3TextEncoder):  # files have a last norm, which mflux asks for and nobody computes
+        return {**weights, "model.norm.weight": mx.ones((module.config.hidden_size,), mx.bfloat16)}
     return weights
 
 
