@@ -256,6 +256,9 @@ def text_encoder(census: Census, dtype: mx.Dtype) -> None:
     ids = mx.zeros((1, LENGTH), mx.int32)
     census.trace("text encoder", model, ids, ids, answers=[LENGTH // 2])
     census.trace("text encoder", model, ids)
+    small = hollow(Qwen3TextEncoder(replace(Qwen3Config.small(), vocab_size=64)), dtype)
+    small.adapter = hollow(small.adapter, mx.float32)
+    census.trace("small text encoder", small, ids, ids, answers=[LENGTH // 2])
 
 
 def tables(length: int, *sizes: tuple[int, int]) -> tuple[mx.array, mx.array]:
@@ -453,6 +456,7 @@ def training(census: Census, dtype: mx.Dtype) -> None:
     example = Example(Path("a.png"), "a fox", (Path("b.png"),), size, (size,))
     cache: Any = SimpleNamespace(
         length=8,
+        dropped=0,
         latents=lambda *_: mx.zeros((1, 4, params.in_channels)),
         prompt_embeds=lambda _: mx.zeros((1, 8, params.txt_embed_dim), dtype),
     )
