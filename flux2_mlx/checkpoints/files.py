@@ -218,8 +218,7 @@ def _lazy_tensor(raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> LazyTen
 
 def _layer_formats(file: Path) -> dict[str, tuple[str, int]]:
     """How layers are stored, where ComfyUI wrote it into the header: layer to (format, rotation)."""
-    with safe_open(file, framework="numpy") as opened:
-        written = (opened.metadata() or {}).get("_quantization_metadata")
+    written = header_metadata(file).get("_quantization_metadata")
     if written is None:
         return {}
     try:
