@@ -24,7 +24,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -186,20 +185,39 @@ def hollow(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
 
 
 def own_step(
-    recorder: Recorder, params: FluxKleinParams, dtype: mx.Dtype, side: int, length: int, references: int = 0
+    recorder: Recorder,
+    params: FluxKleinParams,
+    dtype: mx.Dtype,
+    side: int,
+    length: int,
+    references: int = 0,
+    biased: bool = False,
 ) -> Graph:
-    """This library's step, as the sampler runs it, with so many references of the image's size."""
+    """This library's step, as the sampler runs it, with so many references of the image's size, ``biased`` by strengths
+    other than 1.
+    """
     with recorder.recording():
         from flux2_mlx import FluxKlein
         from flux2_mlx.models import attention
+        from flux2_mlx.models.kv_cache import BiasedKV
 
         attention.writes_scores = lambda _: False  # type: ignore[assignment]  # a GPU's kernels are counted
         tables = FluxKlein.compute_rope(
             text_ids(length), ids_of(side, references), params.axes_dims_rope, params.rope_theta
         )
         model: Any = hollow(FluxKlein(params), dtype)
-        step = partial(model.forward_with_rope, image_tokens=(side // 16) ** 2)
-        return Graph(recorder, step, *inputs(params, dtype, side, length, references), mx.zeros((1,)), *tables)
+
+        def step(*arrays: mx.array, bias: mx.array | None = None) -> mx.array:
+            kv = None if bias is None else [BiasedKV(bias.astype(dtype))] * params.blocks
+            v: mx.array = model.forward_with_rope(*arrays, image_tokens=(side // 16) ** 2, kv=kv)
+            return v
+
+        given = *inputs(params, dtype, side, length, references), mx.zeros((1,)), *tables
+        if not biased:
+            return Graph(recorder, step, *given)
+        return Graph(
+            recorder, lambda bias, *rest: step(*rest, bias=bias), mx.zeros((1, 1, 1, tables[0].shape[1])), *given
+        )
 
 
 def ids_of(side: int, references: int) -> mx.array:
@@ -275,6 +293,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", choices=tuple(MODELS), default="klein-4b")
     parser.add_argument("--size", type=int, default=1024, help="width and height (%(default)s)")
     parser.add_argument("--references", type=int, default=0, help="of the same size (%(default)s)")
+    parser.add_argument(
+        "--reference-strength", action="store_true", help="a second step, whose references have strengths other than 1"
+    )
     parser.add_argument("--text-length", type=int, default=512)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
     parser.add_argument("--against", nargs="+", choices=tuple(MLX_PEERS), default=(), help="beside them")
@@ -286,6 +307,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = arguments.size, arguments.text_length, arguments.references
     shapes = MODELS[arguments.model], DTYPES[arguments.dtype], *size
     steps = {"flux2_mlx": own_step(recorder, *shapes).kernels(fuse=False)}
+    if arguments.reference_strength:
+        steps["strengths"] = own_step(recorder, *shapes, biased=True).kernels(fuse=False)
     for part in ("Decoder", "Encoder"):
         steps[part] = own_half(recorder, part, *shapes[1:3]).kernels(fuse=False)
     for name in arguments.against:

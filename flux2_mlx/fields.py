@@ -43,9 +43,10 @@ def option(
         check: refuses other values by an InputError of its own, before type and bounds are looked at.
         hash: False for values that have none.
         more: flag (its name on the command line, None for no flag), also (aliases of the flag, as other tools call it),
-            metavar, parse (text of the command line to a value), nargs and const (as argparse has them), alias
-            (diffusers' name of the argument), hint (the way out that a refusal adds), shown (the default as
-            ``--help`` shows it), is_path (see paths.expand).
+            metavar, repeated (whether the flag of a list of numbers may be given once for each), parse (text of the
+            command line to a value), nargs and const (as argparse has them), alias (diffusers' name of the argument),
+            hint (the way out that a refusal adds), shown (the default as ``--help`` shows it), is_path (see
+            paths.expand).
     """
     metadata = {"help": help, "group": group, "ge": ge, "gt": gt, "le": le, "choices": choices, "check": check, **more}
     return field(default=default, hash=hash, metadata=metadata)

@@ -28,7 +28,7 @@ from .results import Step
 from .runtime.activations import Pass, Workload
 from .runtime.residency import Need, Stages
 from .runtime.stats import Stats, not_finite
-from .sampling.denoiser import CachedDenoiser, Denoiser, FrozenDenoiser, Velocity
+from .sampling.denoiser import CachedDenoiser, Denoiser, FrozenDenoiser, Velocity, strength_bias
 from .sampling.guidance import Guidance, batched, distributed, sequential
 from .sampling.latents import image_ids
 from .sampling.samplers import MaskBlend, add_noise, sample_euler
@@ -40,11 +40,13 @@ class Canvas:
 
     Attributes:
         rope: rotation tables of text, image and references.
+        bias: what the references' strengths add to attention's scores; see Denoiser.
         one: the size of a pass; in Conditioning for one image without CFG.
     """
 
     sampling: Sampling
     rope: tuple[mx.array, mx.array]
+    bias: mx.array | None
     one: Pass
 
 
@@ -160,7 +162,8 @@ class Generator:
             is_frozen = frozen is not None and bool(frozen.kv)
             return self.stages.use("transformer", self._need(one, is_frozen), stats, what="denoise")
 
-        denoiser = Denoiser(use, canvas.rope, one.image, conditioning.references, conditioning.reference_kv)
+        references = conditioning.references, conditioning.reference_kv
+        denoiser = Denoiser(use, canvas.rope, one.image, *references, canvas.bias)
         velocity = self._velocity(request, conditioning, denoiser, frozen, images, is_batched)
         x = noise = mx.concatenate(
             [
@@ -242,15 +245,18 @@ class Generator:
         init_images = [] if request.init_image is None else [request.init_image]
         edit = request.edit
         edited = [] if edit is None or edit.mask is not None else [image_array(edit.reference)]
-        references = self.references.encode([*request.references, *edited, *init_images], stats)
-        sizes = [(pixels.shape[1], pixels.shape[2]) for pixels in request.references]
+        pictures = [own.pixels for own in request.references]
+        references = self.references.encode([*pictures, *edited, *init_images], stats)
+        sizes = [(pixels.shape[1], pixels.shape[2]) for pixels in pictures]
+        places, strengths = [own.place for own in request.references], [own.strength for own in request.references]
         init = references.pop().astype(mx.float32) if init_images else None
         if edit is not None and edited:
             edit = replace(edit, tokens=references.pop())
         if init is not None and request.inpaint is not None:
             references, sizes = [init, *references], [size, *sizes]
-        position_ids = [image_ids(*reference_size, reference=k) for k, reference_size in enumerate(sizes)]
-        reference_kv = None
+            places, strengths = [0, *(place + 1 for place in places)], [1.0, *strengths]
+        position_ids = [image_ids(*own, reference=place) for own, place in zip(sizes, places, strict=True)]
+        tokens, reference_kv = [own.shape[1] for own in references], None
         if references and self.stages.checkpoint.has_kv_cache:
             reference_kv = self.references.encode_kv(references, position_ids, stats)
             references, position_ids = [], []
@@ -259,7 +265,8 @@ class Generator:
             has_kv = self.stages.checkpoint.has_kv_cache
             workload = Workload(*sampling.size, length, sizes, has_kv, frozen=first.reuse)
             rope = self.references.rope(length, [image_ids(*sampling.size), *position_ids])
-            return Canvas(sampling, rope, workload.denoising(caches=0 if first.step_cache is None else 1))
+            one = workload.denoising(caches=0 if first.step_cache is None else 1)
+            return Canvas(sampling, rope, strength_bias(length + one.image, tokens, strengths), one)
 
         return Conditioning(
             request.prompt_embeds or [encoded[prompt] for prompt in prompts],

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import mlx.core as mx
 import numpy as np
 from PIL import Image
 
@@ -14,7 +16,7 @@ from .imaging.colour import to_srgb
 from .imaging.edits import Edit, lay_over
 from .imaging.files import open_image
 from .imaging.inpaint import ALPHA, Inpaint, grey_mask, inpaint_from
-from .imaging.preprocess import reference_size
+from .imaging.preprocess import reference_array, reference_size
 from .options import GenerationOptions
 from .paths import expand
 
@@ -29,6 +31,21 @@ INPUTS = {
     "prompt_embeds": "",
     "latents": "",
 }
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference image that the transformer sees.
+
+    Attributes:
+        pixels: (1, H, W, 3) in -1..1.
+        place: how many were given before it, by which its tokens' positions go.
+        strength: above 0; 1 as the model was trained.
+    """
+
+    pixels: mx.array
+    place: int
+    strength: float
 
 
 @dataclass(frozen=True)
@@ -58,6 +75,17 @@ class Inputs:
         if self.image is None:
             return []
         return list(self.image) if isinstance(self.image, (list, tuple)) else [self.image]
+
+    def strengths(self, given: Sequence[float]) -> list[float]:
+        """The strength of each reference image: those that are given, then 1."""
+        return [*given, *[1.0] * (len(self.images) - len(given))]
+
+    def references(self, strengths: Sequence[float]) -> list[Reference]:
+        """The reference images, without those of strength 0. The others keep their places: a prompt means the same
+        second image at every strength of the first, and a strength near 0 draws nearly what 0 draws.
+        """
+        pairs = zip(self.images, self.strengths(strengths), strict=True)
+        return [Reference(reference_array(image), k, strength) for k, (image, strength) in enumerate(pairs) if strength]
 
     @property
     def has_init(self) -> bool:
@@ -97,6 +125,11 @@ class Inputs:
         """
         if options.strength is not None and not self.has_init:
             raise InputError("strength belongs to init_image (--init-image), and none is given")
+        if len(options.reference_strength) > len(self.images):
+            raise InputError(
+                f"reference_strength has {len(options.reference_strength)} numbers, one for each reference image "
+                f"(--image), and of these there are {len(self.images)}"
+            )
         if self.init_image is not None and self.init_latents is not None:
             raise InputError("init_image and init_latents are both what to start from; give one of them")
         starts = [name for name in ("init_image", "init_latents", "latents") if getattr(self, name) is not None]

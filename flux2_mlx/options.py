@@ -35,6 +35,7 @@ MIN_MEMORY = 10**6  # bytes; less is a number of GB
 STRENGTH = 0.75  # img2img's default; less where the steps are fewer than four
 HIRES_STRENGTH = 0.5
 MAX_HIRES = 4
+MAX_REFERENCE = 2  # strength
 FROZEN = ("text", "references")
 
 _LORA = "LoRA and its strength: a safetensors file, a folder, a Hub id or owner/name/file; repeat it for several"
@@ -89,6 +90,14 @@ def _check_interval(value: Any) -> None:
         raise InputError(f"guidance_interval must be two noise levels, 0 <= low <= high <= 1, got {value!r}")
 
 
+def _check_strengths(value: Any) -> None:
+    given = list(value) if isinstance(value, (list, tuple)) else [None]
+    if not all(isinstance(one, (int, float)) and 0 <= one <= MAX_REFERENCE for one in given):
+        raise InputError(
+            f"reference_strength must be numbers from 0 to {MAX_REFERENCE}, one for each reference image, got {value!r}"
+        )
+
+
 def _check_limit(value: Any) -> None:
     if isinstance(value, bool) or not (isinstance(value, (int, float)) and MIN_MEMORY <= value < 2**63):
         raise InputError(
@@ -112,6 +121,10 @@ class GenerationOptions(Options):
     negative_prompt: str = option(
         "", "what CFG steers away from (base models)", group=PROMPT, check=check_prompt, metavar="TEXT",
         also=("--negative",),
+    )  # fmt: skip
+    reference_strength: tuple[float, ...] = option(
+        (), "strength of each --image in turn: from 0, which leaves it out, to 2; repeat it for several", group=PROMPT,
+        check=_check_strengths, metavar="STRENGTH", shown="1", repeated=True,
     )  # fmt: skip
     strength: float | None = option(
         None, "denoising strength of img2img and inpainting: 1 keeps nothing of --init-image", group=PROMPT, gt=0, le=1,

@@ -344,6 +344,7 @@ class Flux2Pipeline:
         *,
         negative_prompt: str = "",
         image: ImageLike | Sequence[ImageLike] | None = None,
+        reference_strength: Sequence[float] = (),
         height: int | None = None,
         width: int | None = None,
         num_steps: int | None = None,
@@ -385,6 +386,7 @@ class Flux2Pipeline:
             prompt: one or several; each is encoded once.
             negative_prompt: what CFG steers away from.
             image: reference images, as diffusers takes them, or their files; so are init_image and mask.
+            reference_strength: of each image in turn, from 0, which leaves it out, to 2; 1 where none is given.
             height, width: in pixels, multiples of 16, from 64 up to 4 megapixels; None takes the first reference's (of
                 one side given, the other by its aspect), or what the checkpoint is for, 1024 for the released ones.
             num_steps: None takes 4 for distilled models and 50 for base models.

@@ -24,8 +24,8 @@ from .families import BASE, DISTILLED
 from .fields import changed, is_of_type, option
 from .imaging.edits import Edit
 from .imaging.inpaint import Inpaint
-from .imaging.preprocess import init_array, reference_array, reference_size
-from .inputs import INPUTS, Inputs, Size
+from .imaging.preprocess import init_array, reference_size
+from .inputs import INPUTS, Inputs, Reference, Size
 from .options import (
     HIRES_STRENGTH,
     MIN_SIDE,
@@ -125,7 +125,7 @@ class Request:
         samplings: the sampling of every image, or with hires both: of the small image, and of the large one.
         prompt_embeds: (1, L, D) for each image; None where prompts are to be encoded.
         latents: (1, S, C) for each image; None where seeds give the noise.
-        references: the reference images, (1, H, W, 3) each in -1..1.
+        references: the reference images, without those of strength 0.
         init_image: (1, H, W, 3) in -1..1, for img2img and inpainting.
         init_latents: (1, h, w, C) of each image, of any size, in place of an init image.
         inpaint: composites the result into the init image.
@@ -139,7 +139,7 @@ class Request:
     samplings: list[Sampling]
     prompt_embeds: list[mx.array] | None
     latents: list[mx.array] | None
-    references: list[mx.array]
+    references: list[Reference]
     init_image: mx.array | None
     init_latents: list[mx.array] | None
     inpaint: Inpaint | None
@@ -218,7 +218,7 @@ def image_sizes(
     options: GenerationOptions, inputs: Inputs, inpaint: Inpaint | None, side: int
 ) -> tuple[Size, list[Size]]:
     """The size to generate at, where ``side`` is what the model is for, and the sizes of what the transformer sees:
-    what is inpainted is its first reference.
+    what is inpainted is its first reference, and a reference of strength 0 is none.
 
     Raises:
         InputError: for a size that cannot be.
@@ -228,6 +228,8 @@ def image_sizes(
     init_size = inputs.init_size if init_image is None else reference_size(init_image)
     models = references if init_size is None else [init_size, *references]
     size = output_size(options.height, options.width, models, side)
+    strengths = inputs.strengths(options.reference_strength)
+    references = [own for own, strength in zip(references, strengths, strict=True) if strength]
     if inpaint is None:
         return size, references
     inpaint.check_aspect(*size)
@@ -367,7 +369,7 @@ def resolve(
         check_prompt(text)
     inputs = inputs.opened()
     inpaint = inputs.inpaint(options)
-    references = [reference_array(image) for image in inputs.images]
+    references = inputs.references(options.reference_strength)
     size, sizes = image_sizes(options, inputs, inpaint, checkpoint.autoencoder.sample_size)
     length = options.max_sequence_length or default_length
     if embeds is not None:

@@ -47,7 +47,7 @@ from flux2_mlx.models.taef2 import TinyDecoder
 from flux2_mlx.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from flux2_mlx.quantization.packing import quantize_rtn, quantize_weight
 from flux2_mlx.quantization.spec import AFFINE_BITS, AFFINE_GROUPS, FLOAT_MODES, READ_BITS, Quantization
-from flux2_mlx.sampling.denoiser import CachedDenoiser, Denoiser, FrozenDenoiser
+from flux2_mlx.sampling.denoiser import CachedDenoiser, Denoiser, FrozenDenoiser, strength_bias
 from flux2_mlx.sampling.guidance import Guidance, batched, sequential
 from flux2_mlx.sampling.latents import initial_noise, pack_latents, resize_latents, unpack_latents
 from flux2_mlx.sampling.samplers import MaskBlend, add_noise, sample_euler
@@ -305,6 +305,8 @@ def steps(census: Census, dtype: mx.Dtype) -> None:
     txt = mx.zeros((1, LENGTH, PARAMS.txt_embed_dim), dtype)
     census.trace("step", partial(sample, lambda: (alone, sequential(alone, alone)), rescale=0.0), x, txt)
     census.trace("step with references", partial(sample, lambda: (edit, batched(edit))), x, txt)
+    strong = replace(edit, bias=strength_bias(LENGTH + TOKENS, [TOKENS], [0.5]))
+    census.trace("step with a reference's strength", partial(sample, lambda: (strong, batched(strong))), x, txt)
     census.trace("step with First Block Cache", partial(sample, cached), x, txt, answers=[False, True])
     for tokens, denoiser in (("text", alone), ("references", edit)):
         census.trace(f"step with frozen {tokens}", partial(sample, frozen(tokens, denoiser)), x, txt)

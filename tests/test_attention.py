@@ -55,6 +55,20 @@ def test_parts_are_the_whole_to_the_bit(monkeypatch, bound, value, queries):
     assert np.array_equal(np.array(attention(q, k, v)), whole)
 
 
+def test_parts_have_the_one_row_of_a_bias(monkeypatch):
+    """As float64 has it, of one call and of parts."""
+    q, k, v = qkv(2, 3, 250, 130, 16)
+    bias = np.log(np.linspace(0.05, 2, 130))
+    scores = np.einsum("bhqd,bhkd->bhqk", *(np.array(x, np.float64) for x in (q, k))) / 4
+    shares = np.exp(scores + bias)
+    expected = np.einsum("bhqk,bhkd->bqhd", shares / shares.sum(-1, keepdims=True), np.array(v, np.float64))
+    for rows in (250, 192):
+        monkeypatch.setattr(module, "SCORES_AT_ONCE", 6 * 130 * rows)
+        monkeypatch.setattr(module, "QUERIES", rows)
+        ours = np.array(attention(q, k, v, mx.array(bias, mx.float32)[None, None, None]))
+        assert np.allclose(ours, expected.reshape(2, 250, 48), rtol=0, atol=1e-6)
+
+
 def test_parts_have_their_rows_of_the_mask(monkeypatch):
     """Grouped queries and a mask, as in the text encoder."""
     q, k, v = qkv(2, 4, 250, 250, 16, kv_heads=2)

@@ -89,6 +89,22 @@ WAYS = {
         checkpoint=KV,
         references=(REFERENCE.size[::-1],),
     ),
+    "strength": Way(
+        {**CFG, "image": REFERENCE, "reference_strength": [0.5]},
+        ({"reference_strength": [0.0], **NO_CFG}, {"image": None, "reference_strength": [], **NO_CFG}),
+        ({"reference_strength": [2.1]}, "reference_strength must be numbers from 0 to 2"),
+        references=(REFERENCE.size[::-1],),
+    ),
+    "strength-kv": Way(
+        {"image": REFERENCE, "reference_strength": [1.5]},
+        ({"reference_strength": [0.0]}, {"image": None, "reference_strength": []}),
+        (
+            {"image": None},
+            r"reference_strength has 1 numbers, one for each reference image \(--image\), and of these there",
+        ),
+        checkpoint=KV,
+        references=(REFERENCE.size[::-1],),
+    ),
     "img2img": Way(
         {"init_image": IMAGE, "strength": 0.5, "num_steps": 4},
         ({"strength": 1.0}, {"init_image": None, "strength": None}),
@@ -192,7 +208,8 @@ def flags(options: dict[str, Any], folder: Path) -> list[str]:
             value.save(folder / f"{name}.png")
             value = folder / f"{name}.png"
         flag = "--steps" if name == "num_steps" else f"--{name.replace('_', '-')}"
-        words += [flag] if value is True else [flag, str(value)]
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        words += [flag] if value is True else [flag, text]
     return words
 
 

@@ -98,6 +98,23 @@ def mask_right():
     return mask
 
 
+def test_openais_client_gives_each_reference_its_strength(client, tmp_path):
+    """A list among a form's fields is ``reference_strength[]`` there."""
+    pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    for k, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{k}.png")
+    words = [word for k in range(2) for word in ("--image", str(tmp_path / f"{k}.png"))]
+    answer = client.images.edit(
+        image=[(f"{k}.png", png(picture)) for k, picture in enumerate(pictures)],
+        prompt=PROMPT,
+        size="64x64",
+        extra_body={**SMALL, "reference_strength": [1, 0.25]},
+    )
+    expected = command(tmp_path, *words, "--size", "64x64", "--reference-strength", "1,0.25")
+    assert np.array_equal(pixels(answer.data[0].b64_json), expected)
+    assert not np.array_equal(expected, command(tmp_path, *words, "--size", "64x64"))
+
+
 def test_openais_client_edits_with_a_mask(client, tmp_path):
     answer = client.images.edit(
         image=("a.png", png(RED)), mask=("m.png", png(mask_right())), prompt=PROMPT, size="1024x1024", extra_body=SMALL

@@ -82,6 +82,8 @@ class Parser(argparse.ArgumentParser):
             argument["type"] = parser_of(cls, f)
             if kind in (tuple[str, ...], str | tuple[str, ...]) and "nargs" not in argument:
                 argument["action"] = "append"
+            if meta.get("repeated"):
+                argument["action"] = "extend"
         group.add_argument(f"--{flag_of(f)}", help=meta["help"] + (f" ({shown})" if shown else ""), **argument)
         if meta.get("also"):
             group.add_argument(*meta["also"], help=argparse.SUPPRESS, **argument)

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..fields import type_of
-from ..options import ModelOptions
+from ..fields import flag_of, type_of
+from ..options import GenerationOptions, ModelOptions
 from ..pipeline import Flux2Pipeline
 from ..runtime.distributed import any_process, launched
 from .arguments import Task, build_parser, check, complete
@@ -31,8 +31,12 @@ from .command import tell, tell_fault
 from .common import Parser
 from .runner import generate, identity, open_pipeline, remove_unfinished, start
 
-# Options whose flag is repeated for each file, and options that concern the whole run.
-SEVERAL = ("image", *(f.name for f in fields(ModelOptions) if type_of(ModelOptions, f.name) == tuple[str, ...]))
+# Options whose flag is repeated for each file or number, and options that concern the whole run.
+SEVERAL = (
+    "image",
+    *(f.name for f in fields(ModelOptions) if type_of(ModelOptions, f.name) == tuple[str, ...]),
+    *(flag_of(f) for f in fields(GenerationOptions) if f.metadata.get("repeated")),
+)
 COMMAND_ALONE = ("help", "version", "prompt-file", "jobs", "resume", "interactive", "plan", "measure", "stats", "quiet")
 
 
@@ -88,7 +92,7 @@ def arguments_of(values: Mapping[str, Any], parser: Parser, given: argparse.Name
         if value is not None and option in ("steps", "num-steps", "schedule"):
             arguments.sigmas = None  # the command line's: the job's steps or schedule replace them
         if value is not None and option in SEVERAL:
-            setattr(arguments, option, None)  # the job's list replaces the command line's
+            setattr(arguments, option.replace("-", "_"), None)  # the job's list replaces the command line's
         words += command_words(option, value)
     arguments = parser.parse_args(words, arguments)
     arguments.prompt = prompt
@@ -102,7 +106,7 @@ def command_words(option: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [f"--{option}" if value else f"--no-{option}"]
     if option in SEVERAL:
-        return [f"--{option}={path}" for path in (value if isinstance(value, list) else [value])]
+        return [f"--{option}={part}" for part in (value if isinstance(value, list) else [value])]
     if isinstance(value, list):
         value = ",".join(map(str, value))
     elif isinstance(value, dict):

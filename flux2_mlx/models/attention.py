@@ -48,7 +48,9 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = Non
     Args:
         q: (B, heads, N, head_dim).
         k, v: (B, KV heads, keys, head_dim).
-        mask: (B or 1, 1, N, keys), true where a query attends to a key; None means everywhere.
+        mask: (B or 1, 1, N or 1, keys), true where a query attends to a key, or in q's dtype and added to the scores;
+            None means everywhere. MLX's fused kernels for Metal read it through its strides, so that one row for all
+            queries is written out nowhere.
 
     Returns:
         (B, N, heads * head_dim).
@@ -60,7 +62,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = Non
         part = q[:, :, start : start + rows]
         if parts:
             part = mx.depends(part, parts[-1])  # one after another, so that the scores of one part exist
-        own_mask = None if mask is None else mask[:, :, start : start + rows]
+        own_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, start : start + rows]
         out = mx.fast.scaled_dot_product_attention(part, k, v, scale=head_dim**-0.5, mask=own_mask)
         parts.append(out.transpose(0, 2, 1, 3))
     joined = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
@@ -82,13 +84,13 @@ def attend(
         q: (B, heads, queries, head_dim).
         k, v: (B, heads, N, head_dim).
         cos, sin: (B or 1, N, head_dim / 2), of the N tokens.
-        kv: takes the rotated k and v, and gives what is attended to; without it, these.
+        kv: takes the rotated k and v, and gives what is attended to, and its bias; without it, these.
         queries: which of the N tokens q is of.
 
     Returns:
         (B, queries, heads * head_dim).
     """
     q, k = rotate(q, cos[:, queries], sin[:, queries]), rotate(k, cos, sin)
-    if kv is not None:
-        k, v = kv.update_and_fetch(k, v)
-    return attention(q, k, v)
+    if kv is None:
+        return attention(q, k, v)
+    return attention(q, *kv.update_and_fetch(k, v), kv.bias)

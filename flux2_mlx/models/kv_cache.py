@@ -16,18 +16,35 @@ KV = tuple[mx.array, mx.array]
 
 
 class BlockKV(Protocol):
-    """A block's access to KV: it takes the block's own keys and values and decides what the block attends to."""
+    """A block's access to KV: it takes the block's own keys and values and decides what the block attends to.
+
+    Attributes:
+        bias: (1, 1, 1, keys) added to every query's scores of the keys that it gives, in the block's dtype; None adds
+            nothing.
+    """
+
+    bias: mx.array | None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KV:
         """Take the block's own rotated keys and values, (B, heads, N, head_dim), and give those to attend to."""
         ...
 
 
+class BiasedKV:
+    """A block's own KV, with a bias."""
+
+    def __init__(self, bias: mx.array):
+        self.bias: mx.array | None = bias
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> KV:
+        return keys, values
+
+
 class KVReader:
     """Lets a block's tokens attend to other tokens' KV too, appended to their own."""
 
-    def __init__(self, kv: KV):
-        self.kv = kv
+    def __init__(self, kv: KV, bias: mx.array | None = None):
+        self.kv, self.bias = kv, bias
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KV:
         other_keys, other_values = (mx.broadcast_to(other, (len(keys), *other.shape[1:])) for other in self.kv)
@@ -44,8 +61,8 @@ class KVRecorder:
         kv: the KV of these tokens, once the block was called.
     """
 
-    def __init__(self, tokens: slice):
-        self.tokens = tokens
+    def __init__(self, tokens: slice, bias: mx.array | None = None):
+        self.tokens, self.bias = tokens, bias
         self.kv: KV
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KV:
@@ -81,21 +98,32 @@ class FrozenKV:
         self._recorders = []
 
     def begin_step(
-        self, img: mx.array, txt: mx.array, cos: mx.array, sin: mx.array, blocks: int
+        self,
+        img: mx.array,
+        txt: mx.array,
+        cos: mx.array,
+        sin: mx.array,
+        blocks: int,
+        bias: mx.array | None = None,
     ) -> tuple[mx.array, mx.array | None, mx.array, mx.array, Sequence[BlockKV]]:
         """What so many blocks are given in a step: in the first one all tokens, and what records the KV of some; later
         the others alone, beside that KV.
+
+        Args:
+            bias: (1, 1, 1, keys) of the keys of text, image and references; see BlockKV.
 
         Returns:
             (img, txt, cos, sin, kv), as FluxKlein.forward_with_rope takes them.
         """
         text = txt.shape[1]
         rest = slice(text, None) if self.tokens == "text" else slice(text + self.image_tokens)
+        frozen = slice(text) if self.tokens == "text" else slice(text + self.image_tokens, None)
         if not self._recorders:
-            frozen = slice(text) if self.tokens == "text" else slice(text + self.image_tokens, None)
-            self._recorders = [KVRecorder(frozen) for _ in range(blocks)]
+            self._recorders = [KVRecorder(frozen, bias) for _ in range(blocks)]
             return img, txt, cos, sin, self._recorders
-        cos, sin, readers = cos[:, rest], sin[:, rest], [KVReader(kv) for kv in self.kv]
+        if bias is not None:  # readers append what is frozen
+            bias = mx.concatenate([bias[..., rest], bias[..., frozen]], axis=-1)
+        cos, sin, readers = cos[:, rest], sin[:, rest], [KVReader(kv, bias) for kv in self.kv]
         if self.tokens == "text":
             return img, None, cos, sin, readers
         return img[:, : self.image_tokens], txt, cos, sin, readers

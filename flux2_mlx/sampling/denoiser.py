@@ -6,6 +6,7 @@ something of earlier steps wrap the plain one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import mlx.core as mx
 
 from ..models.first_block_cache import FirstBlockCache
 from ..models.flux2 import FluxKlein
-from ..models.kv_cache import KV, BlockKV, FrozenKV, KVReader
+from ..models.kv_cache import KV, BiasedKV, BlockKV, FrozenKV, KVReader
 from .schedules import StepPlan
 
 
@@ -23,6 +24,24 @@ class Velocity(Protocol):
     """A denoiser, plain or wrapped."""
 
     def __call__(self, x: mx.array, txt: mx.array, step: StepPlan) -> mx.array: ...
+
+
+def strength_bias(others: int, tokens: Sequence[int], strengths: Sequence[float]) -> mx.array | None:
+    """What is added to attention's scores, so that a reference of strength s counts as if each of its tokens were
+    there s times: log s, since exp(score + log s) = s exp(score).
+
+    Args:
+        others: tokens before the references, the text's and the image's.
+        tokens: of each reference.
+        strengths: of each reference, above 0.
+
+    Returns:
+        (1, 1, 1, keys) in float32; None where every strength is 1.
+    """
+    if all(strength == 1 for strength in strengths):
+        return None
+    of_references = [log for n, s in zip(tokens, strengths, strict=True) for log in [math.log(s)] * n]
+    return mx.array([0.0] * others + of_references)[None, None, None]
 
 
 @dataclass
@@ -35,6 +54,7 @@ class Denoiser:
         num_tokens: S, the image's tokens.
         references: clean tokens (1, R, C) of each reference image, which follow the image's.
         reference_kv: keys and values of the references in every block, in place of their tokens (klein-9b-kv).
+        bias: strength_bias of the references.
     """
 
     use: Callable[[], AbstractContextManager[FluxKlein]]
@@ -42,6 +62,7 @@ class Denoiser:
     num_tokens: int
     references: Sequence[mx.array] = ()
     reference_kv: Sequence[KV] | None = None
+    bias: mx.array | None = None
 
     def __call__(
         self,
@@ -57,10 +78,14 @@ class Denoiser:
         text: mx.array | None = txt
         kv: Sequence[BlockKV] | None = None
         with self.use() as transformer:
+            blocks = transformer.params.blocks
+            bias = None if self.bias is None else self.bias.astype(transformer.dtype)
             if self.reference_kv is not None:
-                kv = [KVReader(own) for own in self.reference_kv]
+                kv = [KVReader(own, bias) for own in self.reference_kv]
+            elif bias is not None:
+                kv = [BiasedKV(bias)] * blocks
             if frozen is not None:
-                img, text, cos, sin, kv = frozen.begin_step(img, txt, cos, sin, transformer.params.blocks)
+                img, text, cos, sin, kv = frozen.begin_step(img, txt, cos, sin, blocks, bias)
             v = transformer.forward_with_rope(
                 img, text, mx.array([step.sigma]), cos, sin, image_tokens=self.num_tokens, kv=kv, cache=cache
             ).astype(mx.float32)

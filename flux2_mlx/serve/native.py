@@ -91,6 +91,8 @@ async def form_of(request: Request) -> tuple[dict[str, Any], dict[str, list[byte
         for name, part in form.multi_items():
             if isinstance(part, UploadFile):
                 files.setdefault(name, []).append(await part.read())
+            elif name.endswith("[]"):  # as openai-python sends lists
+                values.setdefault(name[:-2], []).append(part)
             elif name not in ("prompt", "negative_prompt"):
                 values[name] = CONSTANTS.get(part, part)
             else:
