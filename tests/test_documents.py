@@ -38,7 +38,19 @@ DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "bench
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 SCRIPTS = dict(re.findall(r'^(flux2-\w+) = "(flux2_mlx[.\w]+):main"$', PROJECT, re.MULTILINE))
 
-BENCHMARKS = ("compare", "step", "plan", "quality", "training", "kernels", "parity", "gpu", "hires", "serve")
+BENCHMARKS = (
+    "compare",
+    "step",
+    "plan",
+    "quality",
+    "training",
+    "kernels",
+    "parity",
+    "gpu",
+    "hires",
+    "serve",
+    "strengths",
+)
 
 # Sizes of the documents, cut down so that reference BLAS computes them in a moment.
 SMALLER = {
