@@ -42,11 +42,11 @@ from flux2_mlx import __file__ as package
 from flux2_mlx.adapters.deltas import LoRADelta
 from flux2_mlx.checkpoints.load import load_autoencoder, load_text_encoder, load_transformer
 from flux2_mlx.device import default_dtype, stage_dtype, weights_of
+from flux2_mlx.dtypes import DTYPES, VAE_DTYPES, vae_dtype_of
 from flux2_mlx.lazy import array_of
 from flux2_mlx.models.kv_cache import KVReader
 from flux2_mlx.models.layers import Linear
 from flux2_mlx.models.names.autoencoder import diffusers_vae
-from flux2_mlx.options import DTYPES, VAE_DTYPES, vae_dtype_of
 from flux2_mlx.quantization.layers import QuantizedLinear, autotune, quantize
 from flux2_mlx.quantization.recipes import mixed_precision
 

@@ -11,10 +11,10 @@ from PIL import Image
 
 from .checkpoints.load import load_all, load_preview_decoder
 from .device import memory_limit
+from .dtypes import dtype_name
 from .imaging.preprocess import to_pil, to_unit
 from .imaging.preview import preview_map, render_preview
 from .inputs import Size
-from .options import dtype_name
 from .runtime.activations import decoder_bytes, preview_bytes
 from .runtime.residency import Need, Stages
 from .runtime.stats import Stats, not_finite

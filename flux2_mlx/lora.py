@@ -23,10 +23,11 @@ from .cli.command import run_command, tell
 from .cli.common import Parser, path, silence_downloads
 from .cli.streams import shows_bars
 from .device import machine_memory
+from .dtypes import dtype_of, vae_dtype_of
 from .errors import InputError
 from .families import MAX_SEQUENCE_LENGTH
 from .fields import nearest
-from .options import MODEL, RuntimeOptions, check_prompt, dtype_of, vae_dtype_of
+from .options import MODEL, RuntimeOptions, check_prompt
 from .runtime.released import released_modules
 from .sampling.latents import PIXELS_PER_TOKEN
 from .training.dataset import Size, read_datasets

@@ -28,6 +28,7 @@ from .conditioning.text import PromptEncoder
 from .conditioning.tokenizer import Qwen3Tokenizer
 from .decoding import LatentDecoder
 from .device import machine_memory
+from .dtypes import dtype_of, vae_dtype_of, with_dtype_names
 from .errors import InputError
 from .fields import check_choice, nearest
 from .generation import Generator
@@ -43,10 +44,7 @@ from .options import (
     ModelOptions,
     RuntimeOptions,
     check_prompt,
-    dtype_of,
     seed_of,
-    vae_dtype_of,
-    with_dtype_names,
 )
 from .quantization.spec import Quantization
 from .request import output_size, resolve

@@ -20,6 +20,7 @@ from flux2_mlx import Flux2Pipeline, InputError, Settings
 from flux2_mlx import lora as trainer
 from flux2_mlx.cli.arguments import build_parser, complete, output_path
 from flux2_mlx.cli.session import Session
+from flux2_mlx.dtypes import dtype_of
 from flux2_mlx.fields import Options, option, options_table
 from flux2_mlx.options import (
     BatchOptions,
@@ -28,7 +29,6 @@ from flux2_mlx.options import (
     ModelOptions,
     OutputOptions,
     RuntimeOptions,
-    dtype_of,
 )
 from flux2_mlx.request import INPUTS, default_guidance, default_steps, resolve_sampling
 from flux2_mlx.training.options import TrainingOptions

@@ -21,6 +21,7 @@ ORDER = [
     {"lazy", "collectives", "fields", "writing"},
     {"disk_cache"},
     {"device"},
+    {"dtypes"},
     {"models"},
     {"sampling", "quantization"},
     {"families"},

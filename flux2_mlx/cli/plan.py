@@ -8,9 +8,9 @@ from functools import partial
 from ..checkpoints.checkpoint import check_kv_support
 from ..conditioning.tokenizer import check_length
 from ..device import machine_memory
+from ..dtypes import dtype_of, vae_dtype_of
 from ..families import MAX_SEQUENCE_LENGTH
 from ..models.config import AutoEncoderConfig
-from ..options import dtype_of, vae_dtype_of
 from ..request import Size, resolve_samplings
 from ..runtime.activations import Workload
 from ..runtime.plan import Plan, format_range, make_plan
