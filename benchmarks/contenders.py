@@ -223,7 +223,7 @@ def with_weights(name: str, peer: nn.Module, module: nn.Module, dtype: mx.Dtype,
 
 def text_encoder_shape(config: Qwen3Config) -> dict[str, Any]:
     """In the peers' words, but for the number of layers."""
-    return {name: value for name, value in asdict(config).items() if name != "tapped_layers"}
+    return {name: value for name, value in asdict(config).items() if name not in ("tapped_layers", "adapter")}
 
 
 def transformer_shape(params: FluxKleinParams) -> dict[str, Any]:
