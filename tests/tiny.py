@@ -72,7 +72,7 @@ def text_encoder(
 
 
 def autoencoder(
-    channels: tuple[int, ...] = (16, 32, 32, 32), norm_num_groups: int = 8, **config: object
+    channels: tuple[int, ...] = (8, 16, 16, 16), norm_num_groups: int = 4, **config: object
 ) -> AutoencoderKLFlux2:
     model = AutoencoderKLFlux2(block_out_channels=channels, norm_num_groups=norm_num_groups, **config)
     randomize_norms(model)

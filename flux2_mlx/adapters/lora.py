@@ -24,7 +24,7 @@ from mlx.utils import tree_map
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.hub import lora_file
 from ..checkpoints.load import PendingWeights
-from ..device import weights_of
+from ..device import parts_of, weights_of
 from ..errors import CheckpointError, InputError
 from ..lazy import INTEGERS, LazyTensor, read, read_rows, sources_of
 from ..models.flux2 import FluxKlein
@@ -149,7 +149,7 @@ def open_lora(
         InputError: for a scale that is none.
     """
     check_scale(scale)
-    shapes = {path: weight_shape(layer) for path, layer in model.named_modules() if isinstance(layer, ADAPTED)}
+    shapes = {path: weight_shape(layer) for path, layer in parts_of(model).items() if isinstance(layer, ADAPTED)}
     file = lora_file(source)
     lora = Lora(source, file, float(scale), merge, partial, shapes=shapes)
     layers, faults, note = read_layers(file, shapes)
@@ -209,7 +209,7 @@ def set_adapters(model: FluxKlein, loras: Sequence[Lora]) -> None:
     for lora in loras:
         for path, deltas in lora.deltas().items():
             together.setdefault(path, []).extend(deltas)
-    for path, layer in model.named_modules():
+    for path, layer in parts_of(model).items():
         if not isinstance(layer, ADAPTED):
             continue
         layer.pop("deltas", None)

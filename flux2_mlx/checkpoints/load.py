@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..device import weights_of
+from ..device import parts_of, weights_of
 from ..errors import CheckpointError, summarize
 from ..families import TRANSFORMER
 from ..lazy import INTEGERS, Derived, LazyTensor, cast, read
@@ -89,11 +89,11 @@ def assign(module: M, weights: Mapping[str, Any], dtype: mx.Dtype, source: str, 
             pending.sources[name] = weight.sources
             weight = weight.array
         values[name] = weight
-    module.load_weights(list(values.items()))
+    module.load_weights(list(values.items()), strict=False)  # _check_fit was strict, and the walk is MLX's
     if spec is not None:
         dense = set(dict(dense_layers(module)))
         quantize(module, mixed_precision(module, spec), quantize_rtn)
-        for path, layer in module.named_modules():
+        for path, layer in parts_of(module).items():
             if path in dense and isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
                 name = f"{path}.weight"
                 load = pending.loaders.get(name, partial(_convert, name, weights[name]))

@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..device import machine_name, on_gpu, system_name
+from ..device import machine_name, on_gpu, parts_of, system_name
 from ..disk_cache import read_table, write_table
 from ..errors import InputError
 from ..models.layers import Linear, apply_adapters
@@ -113,8 +113,8 @@ Recipe = Callable[[str, nn.Module], "Quantization | None"]
 
 def dense_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, layer) of every layer that can be packed and is not yet."""
-    for path, layer in module.named_modules():
-        if type(layer) in PACKED_LAYERS:
+    for path, layer in parts_of(module).items():
+        if isinstance(layer, nn.Module) and type(layer) in PACKED_LAYERS:
             yield path, layer
 
 
@@ -152,7 +152,7 @@ def autotune(module: nn.Module, dtype: mx.Dtype, wanted: Callable[[str], bool] =
     Raises:
         InputError: for a FLUX2_MLX_DENSE_ROWS that is no number of rows.
     """
-    layers = [layer for path, layer in module.named_modules() if isinstance(layer, QuantizedLinear) and wanted(path)]
+    layers = [layer for path, layer in parts_of(module).items() if isinstance(layer, QuantizedLinear) and wanted(path)]
     given = os.environ.get("FLUX2_MLX_DENSE_ROWS")
     if given is not None:
         if not given.isdecimal() or len(given) > 19:

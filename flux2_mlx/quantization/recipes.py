@@ -106,7 +106,7 @@ def hold_packed(module: nn.Module, weights: Mapping[str, Any]) -> dict[str, Any]
     quantize(module, packed_recipe(weights), quantize_rtn)
     return {
         f"{path}.weight": derive(widen_one_bit, weights[f"{path}.weight"])
-        for path, layer in module.named_modules()
+        for path, layer in parts_of(module).items()
         if isinstance(layer, (QuantizedLinear, QuantizedEmbedding))
         and layer.spec.bits == 2
         and 2 * weights[f"{path}.weight"].shape[-1] == layer.weight.shape[-1]
@@ -167,7 +167,7 @@ class QuantizedFluxKlein(FluxKlein):
         spec = Quantization(bits, group_size, mode)
         packed = cls(model.params, lambda *_: spec)
         weights = weights_of(model)
-        for path, layer in packed.named_modules():
+        for path, layer in parts_of(packed).items():
             if isinstance(layer, QuantizedLinear):
                 set_packed(layer, quantize_weight(weights.pop(f"{path}.weight"), spec))
         packed.load_weights(list(weights.items()), strict=False)

@@ -6,6 +6,7 @@ work, and the next one, which is read meanwhile
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from operator import attrgetter
@@ -15,10 +16,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..checkpoints.load import load_all, load_weights, needs_conversion, start_reading
-from ..device import weight_bytes, weights_of
+from ..device import parts_of, weights_of
 from ..errors import InputError
 from ..families import PARTS
 from ..quantization.layers import autotune
+
+BLOCK = re.compile(r"\D+\.\d+\.")  # the start of a name with a number in it
 
 
 def block_paths(model: nn.Module) -> list[str]:
@@ -31,9 +34,15 @@ def block_paths(model: nn.Module) -> list[str]:
 
 def streamed_bytes(model: nn.Module) -> int:
     """Bytes of a model's weights that are in memory together when it is streamed."""
-    lists = next((part.blocks for part in PARTS.values() if isinstance(model, part.module)), ())
-    blocks = [weight_bytes(block) for name in lists for block in attrgetter(name)(model)]
-    return weight_bytes(model) - sum(blocks) + max(map(sum, pairwise([*blocks, 0])), default=0)
+    blocks = dict.fromkeys(block_paths(model), 0)
+    rest = 0
+    for name, array in weights_of(model).items():
+        path = BLOCK.match(name)
+        if path is not None and path[0] in blocks:
+            blocks[path[0]] += array.nbytes
+        else:
+            rest += array.nbytes
+    return rest + max(map(sum, pairwise([*blocks.values(), 0])), default=0)
 
 
 def stream(model: nn.Module, load: Callable[[], nn.Module], dtype: mx.Dtype) -> Iterator[int]:
@@ -77,8 +86,8 @@ class _Blocks:
     def __init__(self, model: nn.Module, load: Callable[[], nn.Module], dtype: mx.Dtype):
         self.load, self.dtype = load, dtype
         self.paths = block_paths(model)
-        modules = dict(model.named_modules())
-        self.numbers = {id(modules[path[:-1]]): k for k, path in enumerate(self.paths)}
+        parts = parts_of(model)
+        self.numbers = {id(parts[path[:-1]]): k for k, path in enumerate(self.paths)}
         # The model as it was opened for this pass, with the blocks that are still to be read.
         self.unread: nn.Module = nn.Module()
 
