@@ -292,7 +292,9 @@ def write_checkpoint(folder: Path, modules: Mapping[str, Any]) -> None:
         for file, own in zip(files, shards, strict=True):
             mx.save_safetensors(str(folder / part / file), {name: random_weight(name, weights[name]) for name in own})
         index = {name: file for file, own in zip(files, shards, strict=True) for name in own}
-        (folder / part / f"{STEMS[part]}.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+        total = {"total_size": sum(array.nbytes for array in weights.values())}
+        text = json.dumps({"metadata": total, "weight_map": index})
+        (folder / part / f"{STEMS[part]}.safetensors.index.json").write_text(text)
     shutil.copyfile(nano / "model_index.json", folder / "model_index.json")
 
 
