@@ -480,7 +480,8 @@ def torch_decode(module: AutoEncoder, case: Case) -> Run:
 
 def floor(module: FluxKlein, case: Case) -> Run:
     """The matrix products and attentions of a step, on inputs that are ready: nothing elementwise, no copies. Every
-    weight is one product; each group waits for the one before, whose results are then given up.
+    weight is one product, but for the last block's; each group waits for the one before, whose results are then given
+    up.
     """
     params, weights = case.params, weights_of(module)
     text, tokens = case.text_length, case.text_length + case.tokens
@@ -517,7 +518,19 @@ def floor(module: FluxKlein, case: Case) -> Run:
         ]
     for i in range(params.depth_single):
         block = f"single_transformer_blocks.{i}.attn"
-        groups += [products(tokens, f"{block}.to_qkv_mlp_proj"), attention, products(tokens, f"{block}.to_out")]
+        if i < params.depth_single - 1:
+            groups += [products(tokens, f"{block}.to_qkv_mlp_proj"), attention, products(tokens, f"{block}.to_out")]
+            continue
+        # Of the last block's text only keys and values are read.
+        q, kv, mlp = mx.split(weights[f"{block}.to_qkv_mlp_proj.weight"], (params.hidden_size, 3 * params.hidden_size))
+        parts = mx.contiguous(kv), mx.concatenate([q, mlp])
+        mx.eval(parts)
+        keys = ready(params.num_heads, tokens, params.head_dim)
+        groups += [
+            [(ready(rows, params.hidden_size), part) for rows, part in zip((tokens, case.tokens), parts, strict=True)],
+            [(ready(params.num_heads, case.tokens, params.head_dim), keys, keys)],
+            products(case.tokens, f"{block}.to_out"),
+        ]
     groups += [products(case.tokens, "proj_out")]
 
     def run(x: mx.array, txt: mx.array, sigma: float) -> mx.array:
