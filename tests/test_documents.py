@@ -151,7 +151,9 @@ def test_command_examples_run(command, klein, tmp_path, capsys):
     (tmp_path / "jobs.jsonl").write_text("".join(blocks("json", PAGES["docs/batch.md"])).replace("768", "64"))
     module, arguments = split(command)
     side = "128" if "--expand" in command else "64"  # or it would be too elongated
-    for picture in set(re.findall(r"--(?:from-image|image|init-image|mask) (\S+)", command)):
+    for mask in re.findall(r"--mask (\S+)", command):
+        Image.new("L", (64, 64), "white").save(mask)
+    for picture in set(re.findall(r"--(?:from-image|image|init-image) (\S+)", command)):
         drawn = ["a fox", "--output", picture, "--model", str(klein), "--width", side, "--height", side]
         assert main([*drawn, "--max-sequence-length", "16"]) == 0
     small = ["--model", str(klein), "--height", "64", "--max-sequence-length", "16"]
