@@ -6,13 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .checkpoints.publish import check, upload
 from .cli.command import run_command
-from .cli.common import MODEL_HELP, Parser, add_writing_options, path, write_model
 from .errors import InputError
 
 
-def build_parser() -> Parser:
+def build_parser() -> argparse.ArgumentParser:
+    from .cli.common import MODEL_HELP, Parser, add_writing_options, path
+
     parser = Parser(
         prog="flux2-convert", description="Convert or quantize a FLUX.2 [klein] checkpoint, or check a folder."
     )
@@ -34,6 +34,9 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: for what cannot be used.
     """
+    from .checkpoints.publish import check, upload
+    from .cli.common import write_model
+
     if arguments.check is not None:
         if arguments.model is not None:
             raise InputError("give either a model and a target, or --check FOLDER")
@@ -51,7 +54,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; see run_command for the exit code."""
+    """Run the command; see run_command for the exit code. What takes long to import is imported once interrupts are
+    handled.
+    """
     return run_command(lambda: run(build_parser().parse_args(argv)), interrupted="nothing was written")
 
 

@@ -8,15 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .cli.command import run_command
-from .cli.common import Parser, path, silence_downloads
-from .diagnosis.checks import full_checks, quick_checks
-from .diagnosis.findings import SKIPPED, WRONG, Finding, examine, markdown
 from .errors import InputError
 
-CUT_OFF = Finding(SKIPPED, "the run was cut off here")
 
+def build_parser() -> argparse.ArgumentParser:
+    from .cli.common import Parser, path
 
-def build_parser() -> Parser:
     parser = Parser(
         prog="flux2-doctor",
         description="Check this machine with nano, in a minute or two: its GPU's numbers beside the CPU's, threads, "
@@ -39,11 +36,15 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         InputError: for a report's file that is something else.
     """
+    from .cli.common import silence_downloads
+    from .diagnosis import checks
+    from .diagnosis.findings import CUT_OFF, WRONG, Finding, examine, markdown
+
     found: list[tuple[str, Finding]] = []
     if arguments.report is not None and arguments.report.exists() and not is_report(arguments.report):
         raise InputError(f"{arguments.report} exists and is no report; give --report another file")
     silence_downloads(quiet=True)
-    for check in [*quick_checks(), *(full_checks() if arguments.full else ())]:
+    for check in [*checks.quick_checks(), *(checks.full_checks() if arguments.full else ())]:
         if arguments.report is not None:  # before each check, since a GPU's fault may end the process
             arguments.report.write_text(markdown([*found, (check.name, CUT_OFF)]), encoding="utf-8")
         print(f"{check.name}: ", end="", flush=True)
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
+    """Run the command. What takes long to import is imported once interrupts are handled.
 
     Returns:
         The exit code: 0, 1 where something is wrong; see run_command for others.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
 from .cli.command import run_command
-from .cli.common import MODEL_HELP, Parser, add_writing_options, path, write_model
-from .options import ModelOptions
 
 
-def build_parser() -> Parser:
+def build_parser() -> argparse.ArgumentParser:
+    from .cli.common import MODEL_HELP, Parser, add_writing_options, path
+    from .options import ModelOptions
+
     parser = Parser(
         prog="flux2-fuse",
         description="Merge LoRAs into a FLUX.2 [klein] checkpoint, in float32, and write it; --quantize quantizes the "
@@ -25,10 +27,15 @@ def build_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; see run_command for the exit code."""
+    """Run the command; see run_command for the exit code. What takes long to import is imported once interrupts are
+    handled.
+    """
 
     def run() -> None:
         arguments = build_parser().parse_args(argv)
+
+        from .cli.common import write_model
+
         write_model(arguments, arguments.lora, bool(arguments.lora_partial))
 
     return run_command(run, interrupted="nothing was written")

@@ -3,13 +3,14 @@
 import io
 import json
 import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 
 from flux2_mlx import InputError, convert, doctor, fuse, generate, lora
-from flux2_mlx.cli import arguments, jobs
+from flux2_mlx.cli import arguments, jobs, training
 from flux2_mlx.cli.command import INTERRUPTED, run_command, tell
 from flux2_mlx.cli.jobs import is_there, missing_runs
 from flux2_mlx.cli.runner import interrupts_say_the_rest
@@ -53,7 +54,8 @@ def test_every_fault_is_one_line(error, told, capsys, monkeypatch):
 @pytest.mark.parametrize("module", [generate, convert, fuse, lora, doctor], ids=lambda module: module.__name__)
 def test_every_command_has_the_net(module, capsys, monkeypatch):
     parser = "parse" if module is lora else "build_parser"
-    monkeypatch.setattr(arguments if module is generate else module, parser, raising(Panic("a panic")))
+    place = {generate: arguments, lora: training}.get(module, module)
+    monkeypatch.setattr(place, parser, raising(Panic("a panic")))
     assert module.main([]) == 2
     assert capsys.readouterr().err.startswith("error: Panic: a panic; a damaged file, or a fault of flux2_mlx")
 
@@ -74,6 +76,35 @@ def test_signals_end_as_ctrl_c_does(number, code, capsys):
     assert capsys.readouterr().err == "interrupted (seed 3); nothing was written\n"
     assert kept
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.usefixtures("as_in_a_terminal")
+@pytest.mark.parametrize(
+    ("words", "left"),
+    [
+        ("generate fox --model nano", ""),
+        ("convert nano copy", "; nothing was written"),
+        ("fuse nano copy --lora a.safetensors", "; nothing was written"),
+        ("lora --data photos --output fox", "; what was saved before is kept"),
+        ("doctor", ""),
+        ("serve --model nano", ""),
+        ("serve.mcp --model nano", ""),
+    ],
+)
+def test_ctrl_c_while_importing_ends_with_130(words, left, tmp_path):
+    """It comes as NumPy is looked for, which nothing has imported by then."""
+    name, *arguments = words.split()
+    code = (
+        "import runpy, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'numpy': signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        f"runpy.run_module('flux2_mlx.{name}', run_name='__main__', alter_sys=True)\n"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"interrupted{left}\n")
 
 
 def test_an_ignored_hang_up_stays_ignored():

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from flux2_mlx import InputError
-from flux2_mlx.lora import main, parse
+from flux2_mlx.cli.training import parse
+from flux2_mlx.lora import main
 from flux2_mlx.training.dataset import BatchSampler, Example, PassSampler, fingerprint, read_dataset, read_datasets
 from flux2_mlx.training.folder import DataError
 from flux2_mlx.training.latent_cache import LatentCache

@@ -27,7 +27,7 @@ def diagnose(monkeypatch, capsys):
     """A function that runs the command with one check alone: its verdict, its line, and whether the exit code fits."""
 
     def run(check, *arguments: str) -> tuple[str, str]:
-        monkeypatch.setattr(doctor, "quick_checks", lambda: [Check("it", check)])
+        monkeypatch.setattr(checks, "quick_checks", lambda: [Check("it", check)])
         code = doctor.main(arguments)
         (line,) = capsys.readouterr().out.splitlines()
         _, verdict, told = line.split(": ", 2)
@@ -65,7 +65,7 @@ def test_a_report_names_nobody(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "secret-token")
     monkeypatch.setattr("platform.node", lambda: "janes-mac.local")
     told = "/Users/jane/flux/a.png, ~/b/c, /srv/models/x and janed@janes-mac.local; hf_abcDEF and secret-token"
-    monkeypatch.setattr(doctor, "quick_checks", lambda: [Check("it", lambda: Finding(WRONG, told, told))])
+    monkeypatch.setattr(checks, "quick_checks", lambda: [Check("it", lambda: Finding(WRONG, told, told))])
     assert doctor.main(["--report", str(tmp_path / "report.md")]) == 1
     for text in (capsys.readouterr().out, (tmp_path / "report.md").read_text()):
         assert "WRONG" in text
@@ -78,8 +78,8 @@ def test_a_run_that_is_cut_off_leaves_what_it_found(monkeypatch, tmp_path, capsy
         raise KeyboardInterrupt
 
     found = [Check("first", lambda: Finding(SLOW, "7 s", "wait")), Check("second", interrupt)]
-    monkeypatch.setattr(doctor, "quick_checks", lambda: found[:1])
-    monkeypatch.setattr(doctor, "full_checks", lambda: found[1:])
+    monkeypatch.setattr(checks, "quick_checks", lambda: found[:1])
+    monkeypatch.setattr(checks, "full_checks", lambda: found[1:])
     file = tmp_path / "report.md"
     assert doctor.main(["--full", "--report", str(file)]) == 130
     assert file.read_text().splitlines()[-2:] == [

@@ -647,22 +647,6 @@ def test_ctrl_c_ends_with_130_and_no_file(checkpoint, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("as_in_a_terminal")
-def test_ctrl_c_while_importing_ends_with_130(tmp_path):
-    """It comes as NumPy is looked for, which nothing has imported by then."""
-    code = (
-        "import runpy, signal, sys\n"
-        "class Finder:\n"
-        "    def find_spec(self, name, *_):\n"
-        "        if name == 'numpy': signal.raise_signal(signal.SIGINT)\n"
-        "sys.meta_path.insert(0, Finder())\n"
-        "runpy.run_module('flux2_mlx.generate', run_name='__main__', alter_sys=True)\n"
-    )
-    command = [sys.executable, "-c", code, "a red fox", "--model", "nano"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
-
-
 def test_a_fault_of_the_program_is_one_line_and_can_be_traced(run, monkeypatch):
     def broken(*_, **__):
         raise ValueError("a bug")

@@ -24,8 +24,9 @@ from benchmarks.kernels import VIEWS
 from examples import teach_nano
 from examples.nano_world import random_task, render
 from flux2_mlx import Flux2Pipeline, FluxKlein, FluxKleinParams, InputError, Quantization, image_ids, text_ids
+from flux2_mlx.cli.training import parse
 from flux2_mlx.device import memory_limit, weight_bytes
-from flux2_mlx.lora import main, parse
+from flux2_mlx.lora import main
 from flux2_mlx.models.qwen3 import Qwen3TextEncoder
 from flux2_mlx.quantization.layers import QuantizedLinear, quantize
 from flux2_mlx.quantization.packing import quantize_rtn

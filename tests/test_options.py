@@ -17,7 +17,7 @@ from PIL import Image
 
 import flux2_mlx
 from flux2_mlx import Flux2Pipeline, InputError, Settings
-from flux2_mlx import lora as trainer
+from flux2_mlx.cli import training as trainer
 from flux2_mlx.cli.arguments import build_parser, complete, output_path
 from flux2_mlx.cli.session import Session
 from flux2_mlx.dtypes import dtype_of

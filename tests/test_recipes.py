@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from flux2_mlx.cli.training import check, parse
 from flux2_mlx.fields import flag_of
-from flux2_mlx.lora import check, main, parse
+from flux2_mlx.lora import main
 from flux2_mlx.training.options import TrainingOptions
 
 ROOT = Path(__file__).parents[1]

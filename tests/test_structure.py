@@ -38,13 +38,14 @@ ORDER = [
     {"generation"},
     {"pipeline"},
     {"public"},
-    {"training", "cli", "diagnosis"},
+    {"training", "diagnosis"},
+    {"cli"},
     {"generate", "convert", "fuse", "lora", "doctor"},
     {"serve"},
 ]
 RUNTIME = {"mlx", "numpy", "safetensors", "huggingface_hub", "tokenizers", "PIL", "tqdm", "flux2_mlx"}
 # An extra, and a module that Python has from 3.11 on, each imported where it is needed.
-OPTIONAL = {"checkpoints.formats.gguf": {"gguf"}, "lora": {"tomllib"}, "serve": {"starlette", "uvicorn", "mcp"}}
+OPTIONAL = {"checkpoints.formats.gguf": {"gguf"}, "cli.training": {"tomllib"}, "serve": {"starlette", "uvicorn", "mcp"}}
 
 MAX_LINES, MAX_FUNCTION, MAX_ARGUMENTS = 460, 80, 12
 PUBLIC = {"stream", "from_pretrained"}  # whose signatures list every option

@@ -41,6 +41,9 @@ class Finding:
         return self.measured + (f"; {self.advice}" if self.advice else "")
 
 
+CUT_OFF = Finding(SKIPPED, "the run was cut off here")
+
+
 @dataclass(frozen=True)
 class Check:
     name: str

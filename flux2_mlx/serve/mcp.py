@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..cli.common import Parser, path, silence_downloads
 from ..errors import InputError
 from .__main__ import PATIENCE, run_server
 
@@ -14,7 +14,7 @@ FOLDER = "~/Pictures/flux2"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
+    """Run the command. What takes long to import is imported once interrupts are handled.
 
     Returns:
         The exit code; see run_command.
@@ -22,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_server(lambda unfinished: serve(argv, unfinished))
 
 
-def build_parser() -> Parser:
+def build_parser() -> argparse.ArgumentParser:
+    from ..cli.common import Parser, path
     from ..options import ADAPTERS, MEMORY, MODEL, OUTPUT
     from .arguments import SERVER, add_model_options
 
@@ -53,6 +54,8 @@ def serve(argv: Sequence[str] | None, unfinished: list[bool]) -> int:
     Raises:
         InputError: for what cannot be used.
     """
+    from ..cli.common import silence_downloads
+
     try:
         from .arguments import studio_of
         from .tools import build_server

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin, features
 
-from flux2_mlx import convert, doctor, fuse, lora
+from flux2_mlx import convert, doctor, fuse
 from flux2_mlx import disk_cache as disk
 from flux2_mlx.adapters.lora import open_lora
 from flux2_mlx.checkpoints.checkpoint import open_checkpoint
@@ -35,6 +35,7 @@ from flux2_mlx.checkpoints.load import (
 )
 from flux2_mlx.checkpoints.publish import check
 from flux2_mlx.checkpoints.reading import read_json
+from flux2_mlx.cli import training
 from flux2_mlx.cli.arguments import build_parser, complete
 from flux2_mlx.cli.arguments import check as check_task
 from flux2_mlx.cli.jobs import Jobs, read_jobs
@@ -533,8 +534,8 @@ def command_line(folder: Path, _: Path) -> None:
     name, *words = [word.replace("\0", "") for word in content.split("\n")]
     parsers = {"convert": convert.build_parser, "fuse": fuse.build_parser, "doctor": doctor.build_parser}
     if name == "lora":
-        options, own = lora.parse(words)
-        lora.check(options, own.resume is not None)
+        options, own = training.parse(words)
+        training.check(options, own.resume is not None)
         return
     with contextlib.redirect_stdout(io.StringIO()):
         arguments = parsers.get(name, build_parser)().parse_args(words)
@@ -581,8 +582,8 @@ def training_configs(_: Path) -> list[Input]:
 @target(training_configs)
 def training_config(folder: Path, _: Path) -> None:
     (path,) = folder.iterdir()
-    options, own = lora.parse(["--config", str(path)])
-    lora.check(options, own.resume is not None)
+    options, own = training.parse(["--config", str(path)])
+    training.check(options, own.resume is not None)
 
 
 @cache
