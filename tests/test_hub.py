@@ -91,6 +91,8 @@ def test_a_released_name_downloads_what_is_needed_once_and_works_offline(hub, tm
 
 
 def test_shards_that_nobody_reads_are_not_downloaded(hub, damaged, tmp_path):
+    """And the adapter of a smaller text encoder is, which a converted folder has in no index."""
+    (damaged / "text_encoder" / "adapter_v14_bal.safetensors").write_bytes(b"an adapter")
     weight_map = split(damaged / "text_encoder", 2, "model")
     index = damaged / "text_encoder" / "model.safetensors.index.json"
     tensors = {
@@ -107,6 +109,7 @@ def test_shards_that_nobody_reads_are_not_downloaded(hub, damaged, tmp_path):
     assert run.returncode == 0, run.stderr
     assert "someone/klein-tune/text_encoder/model-00001-of-00002.safetensors" in hub.downloads
     assert "someone/klein-tune/text_encoder/model-00002-of-00002.safetensors" not in hub.downloads
+    assert "someone/klein-tune/text_encoder/adapter_v14_bal.safetensors" in hub.downloads
 
 
 def test_a_gated_model_says_where_to_accept_and_how_to_log_in(hub, tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 import huggingface_hub
 
 from ..errors import CheckpointError, one_line, summarize
-from ..families import NANO, RELEASED, RELEASED_NAMES, TRANSFORMER, Part
+from ..families import NANO, RELEASED, RELEASED_NAMES, SMALL_ADAPTER, TEXT_ENCODER, TRANSFORMER, Part
 from ..paths import expand
 from .files import read_header
 from .folder import (
@@ -198,9 +198,11 @@ def _weight_patterns(repo: str, folder: Path, part: Part) -> list[str]:
     with config_faults(f"{repo}/{own}"):
         part.config.from_config(config)
     index = folder / own / f"{part.stem}.safetensors.index.json"
+    files = [f"{part.stem}.safetensors", f"{part.stem}-*-of-*.safetensors"]
     if index.is_file():
-        return [f"{own}/{shard.name}" for shard in needed_shards(index, part)]
-    return [f"{own}/{part.stem}.safetensors", f"{own}/{part.stem}-*-of-*.safetensors"]
+        files = [shard.name for shard in needed_shards(index, part)]
+    adapter = [Path(SMALL_ADAPTER).name] if part is TEXT_ENCODER else []
+    return [f"{own}/{file}" for file in (*files, *adapter)]
 
 
 def download_part(repo: str, part: Part) -> Path:

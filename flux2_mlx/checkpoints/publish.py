@@ -33,6 +33,7 @@ def model_card(checkpoint: Checkpoint, layout: str, recipes: Mapping[str, Mappin
     )
     release = release_of_size(checkpoint.transformer.txt_embed_dim)
     licence = Licence("other", "") if release is None else release.licence
+    adapter = checkpoint.sources["text_encoder"].adapter
     merged = [Path(change.name).name for change in checkpoint.sources["transformer"].changes]
     is_on_hub = HUB_ID.fullmatch(source) is not None and not Path(source).exists()
     return "\n".join(
@@ -49,6 +50,7 @@ def model_card(checkpoint: Checkpoint, layout: str, recipes: Mapping[str, Mappin
             f"From {source if is_on_hub else Path(source).name}, in {layout} layout; {packed or 'bfloat16'}. The text",
             "encoder has the layers that FLUX.2 [klein] reads and no others, so other programs need their own.",
             "",
+            *([f"It is a smaller Qwen3, which needs its adapter, {adapter.name} beside it.", ""] if adapter else []),
             *([f"Merged into the transformer: {', '.join(merged)}.", ""] if merged else []),
             f"{licence.sentence} The licence of the model that this was made from applies.".strip(),
             "",

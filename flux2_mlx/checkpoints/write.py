@@ -1,7 +1,7 @@
 """Writing checkpoints: a folder in the diffusers layout, packed or not, or BFL's files; and checking what was written.
 
 Tensors are read, converted and written one at a time. The folder appears under its name only when it is whole. Of the
-text encoder it has the layers that FLUX.2 [klein] reads and no others.
+text encoder it has the layers that FLUX.2 [klein] reads and no others, and its adapter's file as it is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import shutil
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from ..writing import atomic_folder, remove_partials, tell_unlocked_partials
 from .checkpoint import Checkpoint
 from .files import read_header
 from .load import load_autoencoder, load_text_encoder, load_transformer
-from .publish import CHECKSUMS, model_card
+from .publish import CHECKSUMS, model_card, sha256
 
 LAYOUTS = ("diffusers", "bfl")
 SHARD_BYTES = 5 * 10**9
@@ -207,16 +207,15 @@ def convert(
             written in bfloat16.
 
     Raises:
-        InputError: for a target that exists, too small a disk, or packed weights in BFL's layout.
+        InputError: for a target that exists, too small a disk, or packed weights or an adapter in BFL's layout.
         CheckpointError: for weights that do not fit or are not finite.
         DeviceError: where the GPU was stopped, or memory was too little.
     """
     if layout not in LAYOUTS:
         raise InputError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-    if checkpoint.text_encoder.adapter is not None:
+    if layout == "bfl" and checkpoint.text_encoder.adapter is not None:
         raise InputError(
-            "the small text encoder is not written into a checkpoint; leave --text-encoder out here, and give it when "
-            "generating with what is written"
+            "BFL's files hold no adapter, which the small text encoder needs; leave --layout out, or --text-encoder"
         )
     if target.exists():
         raise InputError(f"{target} exists; give another name, or delete it")
@@ -229,7 +228,7 @@ def convert(
     load_transformer(checkpoint, mx.bfloat16)
     load_text_encoder(checkpoint, mx.bfloat16)
     load_autoencoder(checkpoint, mx.bfloat16)
-    weights = {key: source.weights() for key, source in checkpoint.sources.items()}
+    weights = {key: replace(source, adapter=None).weights() for key, source in checkpoint.sources.items()}
     specs = dict(quantization or {})
     recipes: dict[str, dict[str, Any]] = {}
     if layout == "bfl":
@@ -237,6 +236,8 @@ def convert(
     else:
         files, recipes = _diffusers_files(checkpoint, weights, specs)
     total = sum(entry.nbytes for entries in files.values() for entry in entries.values())
+    adapter = checkpoint.sources["text_encoder"].adapter
+    total += 0 if adapter is None else adapter.stat().st_size
     free = shutil.disk_usage(parent).free
     if free < total + 2**20:
         raise InputError(f"{target} needs {total / 1e9:.2f} GB and {free / 1e9:.2f} GB are free in {parent}")
@@ -298,7 +299,7 @@ def _write_folder(
     Args:
         files: taken out one by one.
         texts: gives the text files by name, from the names of the weight files and the folder.
-        written: called with the bytes of each tensor that was written.
+        written: called with the bytes of each tensor that was written, and of a text encoder's adapter.
     """
     with atomic_folder(target) as unfinished:
         sums = {}
@@ -308,6 +309,12 @@ def _write_folder(
         for name, content in texts(list(sums), unfinished).items():
             (unfinished / name).parent.mkdir(exist_ok=True)
             (unfinished / name).write_text(content, encoding="utf-8")
+        adapter = checkpoint.sources["text_encoder"].adapter
+        if adapter is not None:  # as it is: its metadata says how it is read
+            copy = unfinished / "text_encoder" / adapter.name
+            shutil.copyfile(adapter, copy)
+            sums[copy.relative_to(unfinished).as_posix()] = sha256(copy)
+            written(copy.stat().st_size)
         tokenizer = unfinished / "tokenizer"
         tokenizer.mkdir()
         for file in tokenizer_files(checkpoint.tokenizer):

@@ -14,6 +14,7 @@ from torch.nn import functional
 from flux2_mlx import CheckpointError, Flux2Pipeline, FluxKlein, InputError, image_ids, open_checkpoint
 from flux2_mlx.checkpoints.load import load_all, load_text_encoder
 from flux2_mlx.checkpoints.write import convert
+from flux2_mlx.convert import main as flux2_convert
 from flux2_mlx.device import weights_of
 from flux2_mlx.families import RELEASES, with_small_encoder
 from flux2_mlx.generate import main
@@ -285,9 +286,29 @@ def test_it_is_refused_where_prompt_embeddings_have_another_size(checkpoint, cap
     assert "it is for the 4B models" in capsys.readouterr().err
 
 
-def test_it_is_not_written_into_a_checkpoint(folder, checkpoint, tmp_path):
-    with pytest.raises(InputError, match="--text-encoder"):
-        convert(open_checkpoint(checkpoint, text_encoder=folder), tmp_path / "written")
+@pytest.mark.parametrize("bits", [{}, {"quantize_text_encoder": 8, "group_size": 32}], ids=["dense", "packed"])
+def test_a_converted_folder_has_it_and_draws_the_same(bits, folder, checkpoint, tmp_path, capsys):
+    flags = [word for name, value in bits.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    target = tmp_path / "copy"
+    assert flux2_convert([str(checkpoint), str(target), "--text-encoder", str(folder), "--quiet", *flags]) == 0
+    assert flux2_convert(["--check", str(target)]) == 0
+    assert f"text_encoder/{FILE}: " in capsys.readouterr().out
+    assert (target / "text_encoder" / FILE).read_bytes() == (folder / FILE).read_bytes()
+    assert FILE in (target / "README.md").read_text()
+    config = json.loads((target / "text_encoder" / "config.json").read_text())
+    assert ("quantization" in config) == bool(bits)
+    images = [
+        Flux2Pipeline.from_pretrained(model, dtype="bfloat16", cache=False, **options)(
+            "a red fox", height=64, width=64, seed=1, num_steps=2, output_type="np"
+        ).images
+        for model, options in ((target, {}), (checkpoint, {"text_encoder": folder, **bits}))
+    ]
+    assert np.array_equal(*images)
+
+
+def test_bfls_files_do_not_hold_it(folder, checkpoint, tmp_path):
+    with pytest.raises(InputError, match="hold no adapter, which the small text encoder needs; leave --layout out"):
+        convert(open_checkpoint(checkpoint, text_encoder=folder), tmp_path / "written", layout="bfl")
 
 
 def test_the_plan_of_a_release_counts_it(capsys):
