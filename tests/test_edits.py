@@ -14,6 +14,7 @@ from flux2_mlx.imaging.preprocess import reference_array
 from flux2_mlx.inputs import Inputs
 from flux2_mlx.options import GenerationOptions
 from tests.test_inpaint import mask_of, random_picture
+from tests.test_pipeline import count_keeping, kept_by
 
 SMALL = {"num_steps": 2, "seed": 3, "max_sequence_length": 16}
 NO_LATENTS = mx.zeros((1, 0, 0))
@@ -140,6 +141,19 @@ def test_finished_images_alone_are_brought_back(pipe):
     array = pipe("a", output_type="np", **given)
     assert np.array_equal(np.round(array.images[0] * 255).astype(np.uint8), np.asarray(picture))
     assert pipe("a", **given).masks[0].getextrema() == (0, 0)
+
+
+def test_references_that_are_kept_are_brought_back_to_as_well(damaged, monkeypatch):
+    """As klein-9b-kv keeps them: once, whichever option reads the reference besides."""
+    kept, counted, picture = kept_by(damaged), count_keeping(monkeypatch), random_picture(96, 64)
+    plain = kept("a", image=picture, **SMALL).images[0]
+    whole = kept("a", image=picture, color_match=True, edit_composite=1.0, **SMALL)
+    assert np.array_equal(np.asarray(whole.images[0]), np.asarray(picture))  # nothing differs by more than all
+    mask = mask_of(96, 64, (20, 10, 60, 50))
+    image = kept("a", image=picture, mask=mask, edit_composite=0.1, **SMALL).images[0]
+    white = np.asarray(mask)[..., None] == 255
+    assert np.array_equal(np.asarray(image), np.where(white, np.asarray(plain), np.asarray(picture)))
+    assert counted == [64 * 96 // 16**2]
 
 
 def test_the_command_writes_a_mask_and_takes_it_again(checkpoint, tmp_path, monkeypatch):

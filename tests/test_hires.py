@@ -15,7 +15,7 @@ from flux2_mlx.options import GenerationOptions
 from flux2_mlx.request import resolve_samplings
 from flux2_mlx.runtime.plan import Plan, Stage
 from flux2_mlx.sampling.latents import resize_latents
-from tests.test_pipeline import close, same
+from tests.test_pipeline import close, count_keeping, kept_by, same
 
 SMALL = {"height": 64, "width": 80, "num_steps": 4, "max_sequence_length": 16}
 LARGE = {**SMALL, "height": 128, "width": 160}
@@ -119,6 +119,17 @@ def test_latents_that_cannot_be_started_from(pipe):
     "options", [{}, {"noise": "mlx"}, {"image": PICTURE}, {"guidance": 2.0, "force_guidance": True}]
 )
 def test_it_is_two_calls_by_hand(pipe, options):
+    check_by_hand(pipe, options)
+
+
+def test_references_are_kept_once_for_both_passes(damaged, monkeypatch):
+    """As klein-9b-kv keeps them."""
+    kept, counted = kept_by(damaged), count_keeping(monkeypatch)
+    check_by_hand(kept, {"image": PICTURE})
+    assert counted == [PICTURE.width * PICTURE.height // 16**2]
+
+
+def check_by_hand(pipe, options):
     options = {"seed": 5, **options}
     small = pipe("a fox", output_type="latent", **{**LARGE, **SMALL}, **options)
     assert small.images.shape == (1, 8, 10, 32)

@@ -293,19 +293,19 @@ def test_processes_share_a_file_of_jobs(tmp_path, checkpoint, pipe):
     assert len(list(tmp_path.glob("*.png"))) == 3
 
 
-@pytest.mark.parametrize("more", [{"num_steps": 2}, {"num_steps": 12, "step_cache": 1.0}], ids=str)
+@pytest.mark.parametrize("more", [{"num_steps": 2, "hires": 1.25}, {"num_steps": 12, "step_cache": 1.0}], ids=str)
 def test_processes_share_the_passes_of_guidance(tmp_path, base_reference, more):
-    """And decide together which steps reuse others."""
+    """At both sizes of hires, too; and decide together which steps reuse others."""
     folder = base_reference[1]
     words = ["a fox", "--model", folder, "--guidance", 3, "--negative-prompt", "rain", "--quiet", "--stats"]
     words += [word for name, value in more.items() for word in (f"--{name.replace('_', '-')}", value)]
-    small = ["--width", 80, "--height", 64, "--max-sequence-length", 16]
+    small = ["--width", 96, "--height", 80, "--max-sequence-length", 16]
     done = launch(*words, *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (written,) = tmp_path.glob("*.png")
     settings = read_metadata(written)
     alone = Flux2Pipeline.from_pretrained(folder)(
-        "a fox", seed=settings["seed"], guidance=3, negative_prompt="rain", width=80, height=64,
+        "a fox", seed=settings["seed"], guidance=3, negative_prompt="rain", width=96, height=80,
         max_sequence_length=16, **more,
     )  # fmt: skip
     difference = np.abs(pixels(written).astype(int) - np.asarray(alone.images[0]))
