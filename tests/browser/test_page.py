@@ -285,7 +285,7 @@ def test_references_are_picked_dropped_pasted_and_removed(studio):
     assert tiles.count() == 4
     studio.button("Remove reference 2, two.png").click()
     studio.button("Start from three.png").click()
-    studio.page.get_by_role("slider", name="Strength").press("ArrowLeft")
+    studio.page.get_by_role("slider", name="Strength", exact=True).press("ArrowLeft")
     studio.draw("make it green")
     body = studio.bodies[-1]
     assert len(body["image"]) == 2
@@ -293,6 +293,58 @@ def test_references_are_picked_dropped_pasted_and_removed(studio):
     studio.add_reference(("no.png", b"no picture"))
     studio.page.wait_for_selector("#status.is-fault")
     assert studio.status.inner_text() == "no.png is no picture that this browser can open."
+
+
+EDIT = {"reference_strength": [1, 0.5], "color_match": True, "edit_composite": 0.2}
+
+
+def test_an_edit_leaves_the_rest_alone_and_weighs_its_references(studio):
+    """What is not the default is sent, drawn as by the options, and comes back from history and file."""
+    page = studio.page
+    pictures = [png(Image.new("RGB", (64, 64), color)) for color in ("red", "grey")]
+    match, composite = (page.get_by_role("checkbox", name=name) for name in ("Color match", "Edit composite"))
+    threshold = page.get_by_role("spinbutton", name="Threshold")
+    strengths = [page.get_by_role("slider", name=f"Strength of reference {k}, {k}.png") for k in (1, 2)]
+
+    def told():
+        return [match.is_checked(), composite.is_checked(), *(slider.input_value() for slider in strengths)]
+
+    assert not match.is_visible()
+    studio.add_reference(("1.png", pictures[0]), ("2.png", pictures[1]))
+    strengths[1].wait_for()
+    assert told() == [False, False, "1", "1"]
+    studio.draw(BLUE)
+    assert not EDIT.keys() & studio.bodies[-1].keys()
+    assert not threshold.is_visible()
+    match.check()
+    with page.expect_request(lambda request: '"edit_composite":true' in (request.post_data or "")):
+        composite.check()  # with the library's own threshold
+    threshold.fill("0.2")
+    strengths[1].fill("0.5")
+    studio.wait_drawn()
+    body = studio.bodies[-1]
+    assert {name: body[name] for name in EDIT} == EDIT
+    download = studio.download()
+    expected = studio.server.image(prompt=BLUE, seed=body["seed"], steps=1, image=body["image"], **EDIT)
+    np.testing.assert_array_equal(contents(download), pixels(expected["data"]))
+    studio.button(f"Show {BLUE}").last.click()
+    assert told() == [False, False, "1", "1"]
+    studio.drop("#drop-settings", "edit.png", download.path().read_bytes())
+    page.get_by_text("These are the settings of edit.png").wait_for()
+    assert not match.is_visible()  # nor asked for, before there are references
+    studio.add_reference(("1.png", pictures[0]), ("2.png", pictures[1]))
+    strengths[1].wait_for()
+    assert (told(), threshold.input_value()) == ([True, True, "1", "0.5"], "0.2")
+    studio.button("Start from 1.png").click()
+    assert match.is_visible()
+    studio.button("Draw mask").click()
+    page.get_by_role("application", name="Mask").click()
+    with page.expect_request(lambda request: '"mask":' in (request.post_data or "")):
+        studio.button("Done").click()
+    assert not match.is_visible()  # inpainting keeps the rest
+    body = studio.bodies[-1]
+    assert (body["reference_strength"], "color_match" in body) == ([0.5], False)
+    assert all("image" in body for body in studio.bodies if EDIT.keys() & body.keys())
 
 
 def test_the_session_is_kept(studio):

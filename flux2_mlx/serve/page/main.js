@@ -56,6 +56,7 @@ function changed() {
   const hasPictures = references.pictures.length > 0;
   settings.offerPicture(hasPictures);
   byId("start-tools").hidden = references.start === null;
+  byId("edit-tools").hidden = references.others.length === 0 || references.inpaints;
   byId("draw-mask").disabled = !hasPictures && shown === null;
   if (editor.isOpen && document.activeElement === settings.prompt) return editor.close(); // which comes back here
   if (byId("live").checked && !editor.isOpen) want();
@@ -189,6 +190,7 @@ function goBack(image) {
   live.stop();
   shown = image;
   settings.restore(image.settings);
+  references.restore(image.settings.reference_strength ?? []);
   stage.show(image.url, image.prompt, "image", image);
   history.mark(image);
   const { width, height, seed } = image;
@@ -227,6 +229,7 @@ async function restore(file) {
   const { settings: found, inputs } = await readSettings(file);
   references.clear();
   settings.restore(found);
+  references.restore(found.reference_strength ?? []);
   changed();
   const more = inputs.join(" and ").replaceAll("_", " ");
   const told = more ? ` It was made with more than its file holds: ${more}.` : "";

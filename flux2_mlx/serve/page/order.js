@@ -27,7 +27,11 @@ export function orderOf(settings, references, blur) {
   const { start, others } = references;
   /** @type {Record<string, any>} */
   const body = { ...values };
-  if (others.length) body.image = others.map((picture) => picture.uri);
+  if (others.length) {
+    body.image = others.map((picture) => picture.uri);
+    if (others.some((picture) => picture.strength !== 1)) body.reference_strength = others.map((picture) => picture.strength);
+    if (!references.inpaints) Object.assign(body, settings.edit);
+  }
   let size = settings.size;
   if (start) {
     body.init_image = start.uri;
@@ -39,7 +43,8 @@ export function orderOf(settings, references, blur) {
   }
   if (settings.isOfPicture) size = sizeOfPicture(start ?? others[0]);
   const isLive = byId("live").checked;
-  const kind = `${values.model} ${settings.steps} ${others.length} ${start !== null}`;
+  const seen = others.filter((picture) => picture.strength > 0).length;
+  const kind = `${values.model} ${settings.steps} ${seen} ${start !== null}`;
   const { isOfPicture } = settings;
   return { key: JSON.stringify([body, size, isLive]), body, size, isOfPicture, isLive, kind };
 }

@@ -20,6 +20,7 @@ const HEAD = 65_536; // bytes, in which an animation says that it is one
  * @property {number} height
  * @property {HTMLCanvasElement | null} mask
  * @property {Record<"left" | "top" | "right" | "bottom", number>} expand
+ * @property {number} strength of a reference
  */
 
 /**
@@ -54,7 +55,7 @@ export async function readPicture(file, name) {
   }
   bitmap.close();
   const expand = { left: 0, top: 0, right: 0, bottom: 0 };
-  return { name, uri: await uriOf(content), url: URL.createObjectURL(content), width, height, mask: null, expand };
+  return { name, uri: await uriOf(content), url: URL.createObjectURL(content), width, height, mask: null, expand, strength: 1 };
 }
 
 /** The row of pictures under the prompt. */
@@ -67,11 +68,18 @@ export class References {
     this.pictures = [];
     /** @type {Picture | null} one of them */
     this.start = null;
+    /** @type {number[]} strengths of references that are still to come, of restored settings */
+    this.coming = [];
   }
 
   /** Those that are references alone. */
   get others() {
     return this.pictures.filter((picture) => picture !== this.start);
+  }
+
+  /** Whether a part of the start image alone is drawn, or what is added to it. */
+  get inpaints() {
+    return this.start !== null && (this.start.mask !== null || Object.values(this.start.expand).some(Boolean));
   }
 
   /**
@@ -85,6 +93,7 @@ export class References {
       const picture = await readPicture(file, name || own || "picture");
       this.pictures.push(picture);
       if (isStart) this.start = picture;
+      else picture.strength = this.coming.shift() ?? 1;
     }
     this.show();
     this.changed();
@@ -103,6 +112,17 @@ export class References {
     for (const picture of this.pictures) URL.revokeObjectURL(picture.url);
     this.pictures = [];
     this.start = null;
+    this.show();
+  }
+
+  /**
+   * Have an image's strengths of references again, in turn.
+   * @param {number[]} strengths
+   */
+  restore(strengths) {
+    const { others } = this;
+    for (const [k, picture] of others.entries()) picture.strength = strengths[k] ?? 1;
+    this.coming = strengths.slice(others.length);
     this.show();
   }
 
@@ -143,7 +163,33 @@ export class References {
       onclick: () => this.remove(picture),
     });
     remove.append(icon("close"));
-    return make("li", { className: isStart ? "tile is-start" : "tile" },
-      make("img", { src: picture.url, alt: name }), start, remove);
+    const seen = make("div", { className: "seen" }, make("img", { src: picture.url, alt: name }), start, remove);
+    const tile = make("li", { className: isStart ? "tile is-start" : "tile" }, seen);
+    if (!isStart) tile.append(this.strengthOf(picture, name));
+    return tile;
+  }
+
+  /**
+   * The slider of a reference's strength.
+   * @param {Picture} picture
+   * @param {string} name
+   */
+  strengthOf(picture, name) {
+    const told = make("span", { className: "value", textContent: picture.strength.toFixed(2) });
+    const slider = make("input", {
+      type: "range",
+      min: "0",
+      max: "2",
+      step: "0.05",
+      value: String(picture.strength),
+      title: "How much this reference counts; 0 leaves it out",
+      "aria-label": `Strength of ${name}`,
+      oninput: () => {
+        picture.strength = slider.valueAsNumber;
+        told.textContent = picture.strength.toFixed(2);
+        this.changed();
+      },
+    });
+    return make("div", { className: "strength" }, slider, told);
   }
 }

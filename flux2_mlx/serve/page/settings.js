@@ -36,6 +36,7 @@ export class Settings {
     for (const name of ["prompt", "seed", "steps", "guidance", "negative", "strength"]) {
       byId(name).addEventListener("input", changed);
     }
+    for (const name of ["color-match", "edit-composite", "threshold"]) byId(name).addEventListener("input", changed);
     for (const name of ["model", "soft-edge"]) byId(name).addEventListener("change", changed);
     byId("new-seed").addEventListener("click", () => {
       this.newSeed();
@@ -168,6 +169,15 @@ export class Settings {
     return byId("strength").dataset.isSet ? byId("strength").valueAsNumber : null;
   }
 
+  /** How an edit is brought back to its first reference, by options' names. */
+  get edit() {
+    /** @type {Record<string, any>} */
+    const edit = {};
+    if (byId("color-match").checked) edit.color_match = true;
+    if (byId("edit-composite").checked) edit.edit_composite = byId("threshold").valueAsNumber || true;
+    return edit;
+  }
+
   showStrength() {
     const slider = byId("strength");
     // Of few steps only whole ones can be left out.
@@ -198,7 +208,8 @@ export class Settings {
    */
   restore(settings) {
     const own = ["prompt", "seed", "width", "height", "num_steps", "guidance", "negative_prompt", "model", "lora",
-      "strength", "mask_blur", "mask_padding", "expand", "num_images", "batch_size", "inputs"];
+      "strength", "mask_blur", "mask_padding", "expand", "num_images", "batch_size", "inputs",
+      "color_match", "edit_composite", "reference_strength"];
     const known = Object.keys(this.info?.options ?? {});
     this.others = Object.fromEntries(
       Object.entries(settings).filter(([name, value]) => known.includes(name) && !own.includes(name) && value !== null),
@@ -208,6 +219,9 @@ export class Settings {
     byId("steps").value = settings.num_steps === this.info?.model.steps ? "" : (settings.num_steps ?? "");
     byId("guidance").value = settings.guidance ?? "";
     byId("negative").value = settings.negative_prompt ?? "";
+    byId("color-match").checked = settings.color_match === true;
+    byId("edit-composite").checked = settings.edit_composite != null;
+    byId("threshold").value = settings.edit_composite ?? "";
     if ([...byId("model").options].some((option) => option.value === settings.model)) byId("model").value = settings.model;
     if (settings.width && settings.height) this.setSize(settings);
     const pairs = (settings.lora ?? []).map((/** @type {string} */ text) => /^(.*?)(?::(-?[\d.]+))?$/.exec(text) ?? []);
