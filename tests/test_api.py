@@ -117,7 +117,7 @@ def test_params_that_do_not_fit_together():
 
 SHALLOW = FluxKleinParams(depth=1, depth_single=1)
 BUILT = {
-    Qwen3TextEncoder: lambda: Qwen3TextEncoder(Qwen3Config(vocab_size=64)),
+    Qwen3TextEncoder: lambda: Qwen3TextEncoder(Qwen3Config(vocab_size=64, tapped_layers=(1, 2, 3))),
     FluxKlein: lambda: FluxKlein(SHALLOW),
     QuantizedFluxKlein: lambda: QuantizedFluxKlein(SHALLOW),
     AutoEncoder: lambda: AutoEncoder(AutoEncoderConfig.flux2()),

@@ -562,7 +562,7 @@ def test_a_gguf_file_is_packed_tensor_by_tensor(checkpoint, tmp_path):
 @pytest.mark.parametrize("kind", ["diffusers", "bfloat16", "Q5_0"])
 def test_loading_holds_the_packed_model_and_little_more(checkpoint, tmp_path, memory, kind, monkeypatch):
     """At most one more of its largest tensor, and the little that is fitted at once."""
-    monkeypatch.setattr(packing, "PACKED_AT_ONCE", 2**9)  # a small part of a tensor, as it is of real ones
+    monkeypatch.setattr(packing, "PACKED_AT_ONCE", 2**11)  # a small part of a tensor, as it is of real ones
     model = tiny.transformer(depth_single=12)
     tensors = {name: t.detach() for name, t in model.state_dict().items()}
     size = 4  # bytes of a dense weight
@@ -579,5 +579,5 @@ def test_loading_holds_the_packed_model_and_little_more(checkpoint, tmp_path, me
     mx.reset_peak_memory()
     total = sum(load_weights(packed))
     largest = max(size * t.numel() for t in tensors.values())
-    assert mx.get_peak_memory() - before <= total + largest + 2**16
+    assert mx.get_peak_memory() - before <= total + largest + 2**19
     assert total < 0.21 * sum(4 * t.numel() for t in tensors.values())
