@@ -10,6 +10,7 @@ from .errors import InputError
 from .models.autoencoder import AutoEncoder
 from .models.config import AutoEncoderConfig, FluxKleinParams, Qwen3Config, refuse_changes, refuse_other_class
 from .models.flux2 import FluxKlein
+from .models.language_model import Qwen3LanguageModel
 from .models.names import autoencoder, flux2, qwen3
 from .models.names.common import Names
 from .models.qwen3 import Qwen3TextEncoder
@@ -86,6 +87,10 @@ AUTOENCODER = Part(
     module=AutoEncoder,
     names=autoencoder.NAMES,
     can_be_packed=False,
+)
+# Whose first layers the text encoder is: in the same files, of which the rest is fetched and read once it is asked for.
+LANGUAGE_MODEL = replace(
+    TEXT_ENCODER, label="language model", module=Qwen3LanguageModel, names=qwen3.LANGUAGE_MODEL_NAMES
 )
 PARTS = {part.key: part for part in (TRANSFORMER, TEXT_ENCODER, AUTOENCODER)}
 

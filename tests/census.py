@@ -41,8 +41,9 @@ from flux2_mlx.models.config import Qwen3Config
 from flux2_mlx.models.first_block_cache import FirstBlockCache
 from flux2_mlx.models.flux2 import FluxKlein
 from flux2_mlx.models.kv_cache import FrozenKV
+from flux2_mlx.models.language_model import Qwen3LanguageModel
 from flux2_mlx.models.layers import Linear
-from flux2_mlx.models.qwen3 import Qwen3TextEncoder
+from flux2_mlx.models.qwen3 import Qwen3TextEncoder, TokenCache
 from flux2_mlx.models.taef2 import TinyDecoder
 from flux2_mlx.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from flux2_mlx.quantization.packing import quantize_rtn, quantize_weight
@@ -261,6 +262,19 @@ def text_encoder(census: Census, dtype: mx.Dtype) -> None:
     census.trace("small text encoder", small, ids, ids, answers=[LENGTH // 2])
 
 
+def language_model(census: Census, dtype: mx.Dtype) -> None:
+    """Given tokens, then a written one; how the next one is chosen of their logits."""
+    for is_tied in (True, False):
+        model = hollow(Qwen3LanguageModel(Qwen3Config(vocab_size=64), 1, is_tied=is_tied), dtype)
+
+        def write(ids: mx.array, model: Qwen3LanguageModel = model) -> list[mx.array]:
+            caches = [TokenCache(LENGTH + 1)]
+            first, second = model(ids, caches), model(ids[:, :1], caches)
+            return [mx.argmax(first[0]), mx.isfinite(first[0]).all(), second[0].astype(mx.float32)]
+
+        census.trace("language model", write, mx.zeros((1, LENGTH), mx.int32))
+
+
 def tables(length: int, *sizes: tuple[int, int]) -> tuple[mx.array, mx.array]:
     ids = [image_ids(*size, reference=k - 1 if k else None) for k, size in enumerate(sizes)]
     return FluxKlein.compute_rope(text_ids(length), mx.concatenate(ids, axis=1))
@@ -474,7 +488,7 @@ def training(census: Census, dtype: mx.Dtype) -> None:
         census.run("training", run)
 
 
-STAGES = (text_encoder, steps, autoencoder, noise, packing, adapters, formats, gguf, training)
+STAGES = (text_encoder, language_model, steps, autoencoder, noise, packing, adapters, formats, gguf, training)
 
 
 def take() -> Census:

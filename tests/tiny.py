@@ -49,7 +49,13 @@ def transformer(
 
 
 def text_encoder(
-    text_hidden: int = 64, text_heads: int = 4, text_kv_heads: int = 2, layers: int = 28, vocab: int = 151936
+    text_hidden: int = 64,
+    text_heads: int = 4,
+    text_kv_heads: int = 2,
+    layers: int = 28,
+    vocab: int = 151936,
+    *,
+    tied: bool = True,
 ) -> Qwen3ForCausalLM:
     model = Qwen3ForCausalLM(
         Qwen3Config(
@@ -64,7 +70,7 @@ def text_encoder(
             rope_theta=1e6,
             rms_norm_eps=1e-6,
             initializer_range=0.1,
-            tie_word_embeddings=True,
+            tie_word_embeddings=tied,
         )
     )
     randomize_norms(model)

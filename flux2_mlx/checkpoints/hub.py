@@ -217,6 +217,19 @@ def download_part(repo: str, part: Part) -> Path:
     return _with_variants(repo, folder, {"": part})
 
 
+def complete_part(folder: Path, part: Part) -> None:
+    """Fetch the weight files that a part needs in a folder of the Hub's cache, of which another part left some out; a
+    folder elsewhere is left as it is.
+    """
+    cached = re.search(r"/models--([^/]+)/snapshots/([^/]+)(/.+)?$", folder.as_posix())
+    indices = [index for stem in stems_of(part) if (index := folder / f"{stem}.safetensors.index.json").is_file()]
+    if not cached or not indices or all(shard.is_file() for shard in needed_shards(indices[0], part)):
+        return
+    repo, start = cached[1].replace("--", "/", 1), f"{cached[3]}/".lstrip("/") if cached[3] else ""
+    files = [f"{start}{shard.name}" for shard in needed_shards(indices[0], part)]
+    fetching(repo, repo, cached[2], lambda: _snapshot(repo, cached[2], files))
+
+
 def _with_variants(repo: str, folder: Path, parts: Mapping[str, Part]) -> Path:
     """The snapshot's folder, of parts without a weight file in it the repository's only variant fetched too.
 

@@ -21,7 +21,9 @@ from ..lazy import INTEGERS, Derived, LazyTensor, cast, read
 from ..models.autoencoder import AutoEncoder
 from ..models.config import FluxKleinParams
 from ..models.flux2 import FluxKlein
+from ..models.language_model import Qwen3LanguageModel
 from ..models.names.autoencoder import sanitize_taef2_weights
+from ..models.names.common import block_count
 from ..models.qwen3 import Qwen3TextEncoder
 from ..models.taef2 import TinyDecoder
 from ..quantization.layers import QuantizedEmbedding, QuantizedLinear, dense_layers, quantize
@@ -31,6 +33,7 @@ from ..quantization.spec import Quantization
 from .checkpoint import Checkpoint
 from .files import open_safetensors
 from .hub import HUB_FILE, download_file, local_path
+from .language import find_language_model
 from .sanitize import sanitize
 
 M = TypeVar("M", bound=nn.Module)
@@ -225,6 +228,21 @@ def load_text_encoder(checkpoint: Checkpoint, dtype: mx.Dtype, spec: Quantizatio
     """
     source = checkpoint.sources["text_encoder"]
     return assign(Qwen3TextEncoder(checkpoint.text_encoder), source.weights(), dtype, source.name, spec)
+
+
+def load_language_model(
+    checkpoint: Checkpoint, dtype: mx.Dtype, spec: Quantization | None = None
+) -> Qwen3LanguageModel:
+    """The language model that the checkpoint's text encoder begins, with lazy weights; as load_transformer.
+
+    Raises:
+        CheckpointError: for a bad file, or weights that do not fit the config.
+        InputError: for a checkpoint that has not all of it.
+    """
+    source, weights = find_language_model(checkpoint)
+    layers, is_tied = block_count(weights, "model.layers"), "lm_head.weight" not in weights
+    model = Qwen3LanguageModel(checkpoint.text_encoder, layers, is_tied=is_tied)
+    return assign(model, weights, dtype, source.name, spec)
 
 
 def load_autoencoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> AutoEncoder:

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from .._version import __version__
+from ..checkpoints.checkpoint import Checkpoint
 from ..device import stage_dtype, synchronize, weights_of
 from ..disk_cache import read_prompt, write_prompt
 from ..errors import CheckpointError
@@ -18,6 +19,19 @@ from ..runtime.stats import Stats
 from .tokenizer import Qwen3Tokenizer
 
 Key = tuple[str, int]  # a prompt and its number of tokens
+
+
+def check_tokens(largest: int, checkpoint: Checkpoint) -> None:
+    """Refuse a tokenizer whose largest token of a text the text encoder does not know.
+
+    Raises:
+        CheckpointError: naming both.
+    """
+    if largest >= checkpoint.text_encoder.vocab_size:
+        raise CheckpointError(
+            f"{checkpoint.tokenizer}: the tokenizer gives token {largest}, but the text encoder knows "
+            f"{checkpoint.text_encoder.vocab_size}; they do not belong together"
+        )
 
 
 class PromptEncoder:
@@ -60,12 +74,7 @@ class PromptEncoder:
         """Embeddings of prompts that no call has kept: from disk, else by the text encoder."""
         config = self.stages.checkpoint.text_encoder
         ids, mask = self.tokenizer(prompts, length)
-        largest = int(np.array(ids).max())
-        if largest >= config.vocab_size:
-            raise CheckpointError(
-                f"{self.stages.checkpoint.tokenizer}: the tokenizer gives token {largest}, but the text encoder knows "
-                f"{config.vocab_size}; they do not belong together"
-            )
+        check_tokens(int(np.array(ids).max()), self.stages.checkpoint)
         rows = {text: (ids[row : row + 1], mask[row : row + 1]) for row, text in enumerate(prompts)}
         keys = {text: self._disk_key(*row) for text, row in rows.items()} if self.uses_disk else {}
         embeddings = {}

@@ -19,6 +19,8 @@ from ..checkpoints.reading import read_json, read_text
 from ..errors import CheckpointError, InputError, abridge, one_line
 from ..families import MAX_SEQUENCE_LENGTH
 
+SYSTEM_PREFIX = "<|im_start|>system\n"
+SYSTEM_SUFFIX = "<|im_end|>\n"
 PROMPT_PREFIX = "<|im_start|>user\n"
 PROMPT_SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 PAD = "<|endoftext|>"
@@ -44,6 +46,7 @@ class Qwen3Tokenizer:
         most: the most tokens that the text encoder takes; None where it takes any number.
 
     Attributes:
+        ends: the tokens that end an answer.
         default_length: the tokens that a prompt is padded or truncated to by default: 512, or the
             ``model_max_length`` of the folder's tokenizer_config.json, or ``most``, where that is less.
 
@@ -62,6 +65,7 @@ class Qwen3Tokenizer:
         if pad is None or missing:
             raise CheckpointError(f"{path} is not Qwen3's tokenizer: it has no {', '.join(missing)}")
         self._pad: int = pad
+        self.ends: list[int] = [pad, *self._tokenizer.encode("<|im_end|>", add_special_tokens=False).ids]
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._most = most
@@ -76,6 +80,17 @@ class Qwen3Tokenizer:
         length = self.default_length if max_sequence_length is None else max_sequence_length
         check_length(length, self._most)
         return length
+
+    def chat_ids(self, system: str, prompt: str) -> list[int]:
+        """Tokens of a chat that an answer follows, with a system prompt and thinking off."""
+        text = SYSTEM_PREFIX + system + SYSTEM_SUFFIX + PROMPT_PREFIX + prompt + PROMPT_SUFFIX
+        with _tokenizer_faults(self._path):
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer's tokens, special ones left out."""
+        with _tokenizer_faults(self._path):
+            return str(self._tokenizer.decode(list(ids)))
 
     def __call__(self, prompts: Sequence[str], max_sequence_length: int | None = None) -> tuple[mx.array, mx.array]:
         """Tokenize prompts in the chat template. Special tokens written out in a prompt become special tokens.

@@ -20,11 +20,28 @@ from .layers import BlockRunner, Linear, random_state_kept, run_block
 from .text_adapter import TextAdapter
 
 
+class TokenCache:
+    """Keys and values of a layer's tokens so far, with room for all that are to come."""
+
+    def __init__(self, room: int):
+        self.room, self.length = room, 0
+
+    def update_and_fetch(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        """Keep k and v (B, KV heads, N, head_dim) of the next N tokens; those of all tokens so far."""
+        if not self.length:
+            self.k, self.v = (mx.zeros((*own.shape[:2], self.room, own.shape[3]), own.dtype) for own in (k, v))
+        start, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+
 class Attention(nn.Module):
     """Grouped-query attention: (B, L, hidden) to (B, L, hidden).
 
-    The mask (B or 1, 1, L, keys) is true where a token attends to one of the first ``keys`` tokens. Of the others,
-    which nothing attends to, no keys and values are made.
+    The mask (B or 1, 1, L, keys) is true where a token attends to one of the first ``keys`` tokens; None means to all.
+    Of the others, which nothing attends to, no keys and values are made. With a cache the tokens come after those that
+    it holds, and attend to these, too.
     """
 
     def __init__(self, config: Qwen3Config):
@@ -43,16 +60,19 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(self.head_dim, eps)
         self.rope = nn.RoPE(self.head_dim, traditional=False, base=config.rope_theta)
 
-    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, mask: mx.array | None, cache: TokenCache | None = None) -> mx.array:
         batch, tokens, _ = x.shape
-        keys = mask.shape[-1]
+        start, keys = 0 if cache is None else cache.length, tokens if mask is None else mask.shape[-1]
         attended = x[:, :keys]
         q = self.q_proj(x).reshape(batch, tokens, self.heads, self.head_dim)
         k = self.k_proj(attended).reshape(batch, keys, self.kv_heads, self.head_dim)
         v = self.v_proj(attended).reshape(batch, keys, self.kv_heads, self.head_dim)
-        q = self.rope(self.q_norm(q).transpose(0, 2, 1, 3))
-        k = self.rope(self.k_norm(k).transpose(0, 2, 1, 3))
-        return self.o_proj(attention(q, k, v.transpose(0, 2, 1, 3), mask))
+        q = self.rope(self.q_norm(q).transpose(0, 2, 1, 3), offset=start)
+        k = self.rope(self.k_norm(k).transpose(0, 2, 1, 3), offset=start)
+        v = v.transpose(0, 2, 1, 3)
+        if cache is not None:
+            k, v = cache.update_and_fetch(k, v)
+        return self.o_proj(attention(q, k, v, mask))
 
 
 class MLP(nn.Module):
@@ -75,16 +95,16 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), mask)
+    def __call__(self, x: mx.array, mask: mx.array | None, cache: TokenCache | None = None) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Qwen3Model(nn.Module):
-    def __init__(self, config: Qwen3Config):
+    def __init__(self, config: Qwen3Config, layers: int):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [Layer(config) for _ in range(config.num_layers)]
+        self.layers = [Layer(config) for _ in range(layers)]
 
 
 class Qwen3TextEncoder(nn.Module):
@@ -98,7 +118,7 @@ class Qwen3TextEncoder(nn.Module):
     def __init__(self, config: Qwen3Config):
         super().__init__()
         self.config = config
-        self.model = Qwen3Model(config)
+        self.model = Qwen3Model(config, config.num_layers)
         if config.adapter is not None:
             self.adapter = TextAdapter(config.adapter)
         self.block_runner: BlockRunner = run_block

@@ -96,6 +96,13 @@ class QuantizedEmbedding(nn.Module):
         biases = self.get("biases")
         return dequantize(self.weight[ids], self.scales[ids], None if biases is None else biases[ids], self.spec)
 
+    def as_linear(self, x: mx.array) -> mx.array:
+        """The table as the weight of a head: x (..., dims) to (..., ids)."""
+        spec, packed = self.spec, (self.weight, self.scales, self.get("biases"))
+        return mx.quantized_matmul(
+            x, *packed, transpose=True, group_size=spec.group_size, bits=spec.bits, mode=spec.mode
+        )
+
 
 PACKED_LAYERS = {Linear: QuantizedLinear, nn.Embedding: QuantizedEmbedding}
 

@@ -115,7 +115,7 @@ def hold_packed(module: nn.Module, weights: Mapping[str, Any]) -> dict[str, Any]
 
 IN_PARTS = {"to_qkv_mlp_proj": 1 / 3, "linear_in": 1 / 2}  # layers multiplied in parts, and the largest part's share
 # Layers whose input has one row, so that they are never unpacked.
-ONE_ROW = re.compile(r"(\w+_modulation(_\w+)?|norm_out|time_guidance_embed)\.")
+ONE_ROW = re.compile(r"(\w+_modulation(_\w+)?|norm_out|time_guidance_embed)\.|lm_head$")
 
 
 def dense_bytes(module: nn.Module, dtype: mx.Dtype) -> int:

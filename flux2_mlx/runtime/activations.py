@@ -110,6 +110,14 @@ def text_encoder_bytes(config: Qwen3Config, length: int, dtype: mx.Dtype) -> int
     return max(feed_forward, (scores + rows) * dtype.size + length**2)
 
 
+def language_model_bytes(config: Qwen3Config, layers: int, tokens: int, dtype: mx.Dtype) -> int:
+    """Activations of writing text: those of encoding so many tokens, given ones and written ones, keys and values of
+    all of them in every layer, and logits, also as float32 and sorted.
+    """
+    kv = 2 * layers * tokens * config.num_key_value_heads * config.head_dim * dtype.size
+    return text_encoder_bytes(replace(config, adapter=None), tokens, dtype) + kv + 16 * config.vocab_size
+
+
 def transformer_bytes(params: FluxKleinParams, one: Pass, dtype: mx.Dtype) -> tuple[int, int]:
     """Activations of one pass through the transformer, in bytes: (those beside an unpacked matrix, those of attention,
     during which no matrix is unpacked).

@@ -16,6 +16,7 @@ import mlx.nn as nn
 from ..device import stage_dtype, weight_bytes
 from ..models.autoencoder import TILE_BYTES, AutoEncoder
 from ..models.flux2 import FluxKlein
+from ..models.language_model import Qwen3LanguageModel
 from ..models.qwen3 import Qwen3TextEncoder
 from ..quantization.recipes import largest_dense_bytes
 from .activations import (
@@ -24,6 +25,7 @@ from .activations import (
     decoder_bytes,
     encoder_bytes,
     kv_bytes,
+    language_model_bytes,
     largest_tile,
     text_encoder_bytes,
     training_bytes,
@@ -36,6 +38,9 @@ from .streaming import streamed_bytes
 # and transformer one block at a time, read again in every pass. Auto: resident if that fits, else staged, with the
 # stages streamed that do not fit alone.
 MODES = ("auto", "resident", "staged", "streamed")
+# The stage that writes prompts out, loaded in the place of the text encoder, whose layers it has, and never streamed.
+LANGUAGE_MODEL = "language model"
+WRITTEN_TOKENS = 512  # of which it is given some and writes the rest
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,11 @@ class Plan:
 
     @property
     def resident(self) -> int:
-        """Bytes where all stages stay loaded."""
-        return sum(stage.weights for stage in self.stages) + max(stage.activation_bytes for stage in self.stages)
+        """Bytes where all stages stay loaded, but for the language model, which is there before the text encoder."""
+        own = {stage.name: stage.weights for stage in self.stages}
+        replaced = own["text encoder"] if LANGUAGE_MODEL in own else 0
+        most = max(stage.activation_bytes for stage in self.stages)
+        return sum(stage.weights for stage in self.stages) - replaced + most
 
     @property
     def mode(self) -> str:
@@ -111,11 +119,12 @@ class Plan:
 
     def seconds(self, prompts: int = 1, passes: int = 1) -> tuple[float, float] | None:
         """(least, most) seconds of an image with so many prompts, the negative one among them, and passes through the
-        transformer, all weights loaded; None where the machine's speed is not known.
+        transformer, all weights loaded; None where the machine's speed is not known. Those of the language model, which
+        depend on how much it writes, are not among them.
         """
         times = {"text encoder": prompts, "transformer": passes}
         least = most = 0.0
-        for stage in self.stages:
+        for stage in (own for own in self.stages if own.name != LANGUAGE_MODEL):
             seconds = stage.seconds_of(times.get(stage.name, 1))
             if seconds is None:
                 return None
@@ -192,6 +201,7 @@ def make_plan(
     transformer: FluxKlein,
     autoencoder: AutoEncoder,
     workload: Workload,
+    language_model: Qwen3LanguageModel | None = None,
     *,
     dtype: mx.Dtype,
     limit: int,
@@ -200,6 +210,7 @@ def make_plan(
     """Plan one image; the modules' weights are not read.
 
     Args:
+        language_model: writes the prompt out before, if it is given.
         dtype: the dtype of the transformer's activations; see device.stage_dtype for the text encoder's, and the
             autoencoder's is that of its weights.
         limit: the bytes of memory that the stages may take.
@@ -210,6 +221,11 @@ def make_plan(
     height, width, sizes = workload.height, workload.width, workload.reference_sizes
     encoding = text_encoder_bytes(text_encoder.config, workload.text, text_dtype)
     stages = [stage_of("text encoder", text_encoder, text_dtype, encoding)]
+    if language_model is not None:
+        writing = language_model_bytes(
+            language_model.config, len(language_model.model.layers), WRITTEN_TOKENS, text_dtype
+        )
+        stages.insert(0, stage_of(LANGUAGE_MODEL, language_model, text_dtype, writing))
     tiled: dict[str, Callable[[int], int]] = {}  # activations with tiles of so many bytes
     if sizes:
         most = max(sizes, key=math.prod)
@@ -231,7 +247,7 @@ def make_plan(
         own_dtypes = {"text encoder": text_dtype, "transformer": dtype}
         for k, stage in enumerate(stages):
             speeds = known[own_dtypes.get(stage.name, image_dtype)]
-            if speeds is not None:
+            if speeds is not None and stage.name != LANGUAGE_MODEL:
                 after = later.seconds(speeds) if later is not None and stage.name == "transformer" else None
                 stages[k] = replace(stage, seconds=work[stage.name].seconds(speeds), seconds_after_first=after)
     return Plan(tuple(stages), limit, memory)

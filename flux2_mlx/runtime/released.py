@@ -7,12 +7,14 @@ from collections.abc import Mapping
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..checkpoints.language import no_language_model
 from ..device import stage_dtype, weights_of
 from ..errors import InputError
 from ..families import RELEASED_NAMES, Release, find_release
 from ..models.autoencoder import AutoEncoder
 from ..models.config import AutoEncoderConfig
 from ..models.flux2 import FluxKlein
+from ..models.language_model import Qwen3LanguageModel
 from ..models.qwen3 import Qwen3TextEncoder
 from ..quantization.layers import Recipe, quantize
 from ..quantization.packing import quantize_rtn
@@ -46,6 +48,27 @@ def released_modules(
     if release.text_encoder.adapter is not None:
         text_encoder.adapter.set_dtype(mx.float32)
     return text_encoder, transformer, autoencoder
+
+
+def released_language_model(
+    model: str | Release, dtype: mx.Dtype, specs: Mapping[str, Quantization]
+) -> Qwen3LanguageModel:
+    """The language model that a released model's text encoder is the beginning of; as released_modules.
+
+    Raises:
+        InputError: for a name of no release, and for the small text encoder.
+    """
+    release = _release(model)
+    if release.text_encoder.adapter is not None:
+        raise no_language_model("the small text encoder is too small to write prompts out")
+    ways = [Qwen3LanguageModel(release.text_encoder, is_tied=is_tied) for is_tied in (True, False)]
+    sizes = [sum(array.size for array in weights_of(way).values()) for way in ways]
+    language_model = ways[sizes.index(release.text_encoder_parameters)]
+    language_model.set_dtype(stage_dtype("text_encoder", dtype))
+    quantize(language_model, _stored_recipe(release, "text_encoder"), quantize_rtn)
+    if "text_encoder" in specs:
+        quantize(language_model, mixed_precision(language_model, specs["text_encoder"]), quantize_rtn)
+    return language_model
 
 
 def _stored_recipe(release: Release, part: str) -> Recipe:

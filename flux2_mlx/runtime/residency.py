@@ -26,6 +26,7 @@ from ..checkpoints.files import read_through
 from ..checkpoints.load import (
     load_all,
     load_autoencoder,
+    load_language_model,
     load_text_encoder,
     load_transformer,
     load_weights,
@@ -53,6 +54,7 @@ from .streaming import is_streamed, stream
 LARGE = 10**9  # bytes of a stage from which quantizing it at every start is worth a warning
 STATISTICS = "bn."  # the beginning of names of the latents' statistics
 STAGES = ("text_encoder", "transformer", "autoencoder")
+LANGUAGE_MODEL = "language_model"  # a stage that is opened once it is asked for; conditioning.enhance alone uses it
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Stages:
         self._shown = ""
         self.evict: Callable[[], None] = lambda: None
         self._modules: dict[str, nn.Module] = {}
-        self._loaded: dict[str, set[int]] = {name: set() for name in STAGES}
+        self._loaded: dict[str, set[int]] = {name: set() for name in (*STAGES, LANGUAGE_MODEL)}
         self._thread: dict[str, Thread] = {}
         with self.turn():
             warn_of_tf32()
@@ -206,7 +208,7 @@ class Stages:
 
     def claim(self, name: str) -> None:
         """Open a stage anew where another thread opened it, so that this one can evaluate its lazy weights."""
-        if self._thread[name] is not current_thread():
+        if self._thread.get(name) is not current_thread():
             self._open(name)
 
     def latent_statistics(self) -> LatentStatistics:
@@ -446,6 +448,8 @@ class Stages:
             return load_autoencoder(self.checkpoint, dtype)
         if name == "text_encoder":
             return load_text_encoder(self.checkpoint, dtype, spec)
+        if name == LANGUAGE_MODEL:
+            return load_language_model(self.checkpoint, dtype, self.quantize.get("text_encoder"))
         transformer = load_transformer(self.checkpoint, dtype, spec)
         set_adapters(transformer, self._unfused())
         return transformer

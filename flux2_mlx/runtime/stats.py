@@ -14,8 +14,8 @@ import mlx.core as mx
 class Stats:
     """Seconds, and peak bytes of MLX arrays (weights included), of each part of a run.
 
-    Parts: "load" (weights into memory), "text_encoder", "references", "denoise", "decode", and "preview", where a
-    preview decoder decodes.
+    Parts: "load" (weights into memory), "enhance" (prompts written out), "text_encoder", "references", "denoise",
+    "decode", and "preview", where a preview decoder decodes.
 
     Attributes:
         steps: how many of the images' steps were "computed", and how many "reused" earlier ones (First Block Cache).

@@ -37,9 +37,12 @@ def is_read_by_klein(name: str) -> bool:
     layer = _LAYER.match(name)
     if layer:
         return int(layer[1] or layer[2]) <= TAPPED_LAYERS[-1]
-    if name.endswith("rotary_emb.inv_freq") or name == "rope_freqs.weight":  # tables of mflux's and llama.cpp's
-        return False
-    return name.rpartition(".")[0] not in ("model.norm", "norm", "lm_head", "output_norm", "output")
+    return is_weight(name) and name.rpartition(".")[0] not in ("model.norm", "norm", "lm_head", "output_norm", "output")
+
+
+def is_weight(name: str) -> bool:
+    """Whether a name is a weight's of the whole Qwen3, not a table's of mflux's or llama.cpp's."""
+    return not name.endswith("rotary_emb.inv_freq") and name != "rope_freqs.weight"
 
 
 def is_qwen3_vl(names: Iterable[str]) -> bool:
@@ -63,7 +66,9 @@ def _transformers_name(name: str) -> str:
     if llama and llama[2] in _LLAMA:
         layer = f"layers.{llama[1]}." if llama[1] else ""
         return f"model.{layer}{_LLAMA[llama[2]]}.{llama[3]}"
-    return f"model.{name}" if name.startswith(("layers.", "embed_tokens.")) else name
+    if llama and not llama[1] and llama[2] == "output":
+        return f"lm_head.{llama[3]}"
+    return f"model.{name}" if name.startswith(("layers.", "embed_tokens.", "norm.")) else name
 
 
 def qwen3_config(weights: Mapping[str, Any]) -> Qwen3Config:
@@ -154,3 +159,4 @@ NAMES = Names(
     infer=qwen3_config,
     is_read=is_read_by_klein,
 )
+LANGUAGE_MODEL_NAMES = replace(NAMES, is_read=is_weight)
