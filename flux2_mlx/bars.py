@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 
 class Hidden:
@@ -33,11 +33,11 @@ def progress_bar(what: str, total: int, *, shown: bool, **options: Any) -> Any:
     return tqdm(desc=what, total=total, **options)
 
 
-def print_past(text: str, end: str = "\n") -> None:
-    """Print to standard output, past the bars that are shown."""
+def print_past(text: str, end: str = "\n", file: TextIO | None = None) -> None:
+    """Print to standard output, or another file, past the bars that are shown."""
     if "tqdm" in sys.modules:
         from tqdm import tqdm
 
-        tqdm.write(text, end=end)
+        tqdm.write(text, file, end)
     else:
-        print(text, end=end)
+        print(text, end=end, file=file)

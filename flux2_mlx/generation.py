@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from .collectives import all_gather
+from .conditioning.enhance import Enhancer
 from .conditioning.references import ReferenceEncoder
 from .conditioning.text import PromptEncoder
 from .decoding import LatentDecoder
@@ -82,6 +83,7 @@ class Generator:
     """
 
     stages: Stages
+    enhancer: Enhancer
     prompts: PromptEncoder
     references: ReferenceEncoder
     decoder: LatentDecoder
@@ -110,6 +112,7 @@ class Generator:
 
     def _generate(self, request: Request) -> collections.abc.Generator[Step, None, None]:
         stats = Stats()
+        request = self._enhanced(request, stats)
         conditioning = self._condition(request, stats)
         two_passes, largest = request.uses_cfg and self.group is None, conditioning.canvases[-1].one
         is_batched = two_passes and self.stages.fits(replace(largest, rows=2))
@@ -133,6 +136,21 @@ class Generator:
                         request, conditioning, canvas, init, images, is_batched, stats, bar
                     )
                     z = self.decoder.unpack(latents, size)  # from which hires goes on
+
+    def _enhanced(self, request: Request, stats: Stats) -> Request:
+        """The request with its prompts written out, if that is asked for."""
+        if not request.batch.enhance:
+            return request
+        is_edit = bool(request.references) or request.inpaint is not None
+        prompts = [settings.prompt for settings in request.settings]
+        texts = self.enhancer.write(prompts, edit=is_edit, seed=request.batch.enhance_seed, stats=stats)
+        settings = [
+            replace(own, prompt=texts[own.prompt], original_prompt=own.prompt)
+            if texts[own.prompt] != own.prompt
+            else own
+            for own in request.settings
+        ]
+        return replace(request, settings=settings)
 
     def _sample(
         self,
@@ -290,7 +308,7 @@ class Generator:
 
     def _images_per_pass(self, request: Request, one: Pass) -> int:
         """How many images go through the transformer together, each with the rows of ``one``."""
-        most = request.batch_size
+        most = request.batch.batch_size
         if most is None:  # a streamed transformer is read once for all of them
             most = len(request.settings) if self.stages.streams_transformer(one) else 1
         counts = range(min(most, len(request.settings)), 1, -1)

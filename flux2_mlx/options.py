@@ -240,8 +240,18 @@ class GenerationOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchOptions(Options):
-    """How many images a call generates, and how many of them in one pass."""
+    """What a call does that the settings of its images do not depend on: prompts written out, which these have as they
+    were drawn with; how many images, and how many of them in one pass.
+    """
 
+    enhance: bool = option(
+        False, "write a short prompt out before, with the language model that the text encoder is the beginning of; of "
+        "an edit the instruction", group=PROMPT,
+    )  # fmt: skip
+    enhance_seed: int | None = option(
+        None, "seed of --enhance: another text for each, instead of the likeliest", group=PROMPT, ge=0, metavar="N",
+        shown="none",
+    )  # fmt: skip
     num_images: int = option(
         1, "images per prompt", group=SAMPLING, ge=1, le=MAX_IMAGES, metavar="N",
         also=("-n", "--num-images-per-prompt"), alias="num_images_per_prompt",
@@ -250,6 +260,10 @@ class BatchOptions(Options):
         None, "images per pass through the transformer, as far as memory allows", group=MEMORY, ge=1, le=MAX_IMAGES,
         metavar="N", shown="1; streamed: what fits",
     )  # fmt: skip
+
+    def check_together(self) -> None:
+        if self.enhance_seed is not None and not self.enhance:
+            raise InputError("enhance_seed belongs to enhance (--enhance), and it is not given")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,7 +392,7 @@ class RuntimeOptions(Options):
         None, "memory limit of weights and activations together", group=MEMORY, check=_check_limit, parse=gigabytes,
         metavar="GB", shown="what the machine has now",
     )  # fmt: skip
-    cache: bool = option(True, "cache prompt embeddings on disk", group=MEMORY, shown="on")
+    cache: bool = option(True, "cache prompt embeddings, and what --enhance wrote, on disk", group=MEMORY, shown="on")
     preview_decoder: str | None = option(
         None,
         "TAEF2's weights for finer previews: a file, or owner/name/file on the Hub",

@@ -15,7 +15,7 @@ from dataclasses import fields
 from functools import partial
 from inspect import signature
 from operator import attrgetter
-from typing import Any, NoReturn
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -23,6 +23,7 @@ from PIL import Image
 
 from .adapters.lora import Lora
 from .checkpoints.checkpoint import Checkpoint, open_checkpoint
+from .conditioning.enhance import Enhancer
 from .conditioning.references import ReferenceEncoder
 from .conditioning.text import PromptEncoder
 from .conditioning.tokenizer import Qwen3Tokenizer
@@ -47,6 +48,7 @@ from .options import (
     seed_of,
 )
 from .quantization.spec import Quantization
+from .refusals import refuse_to
 from .request import output_size, resolve
 from .results import Result, Step, watch
 from .runtime.activations import Workload
@@ -72,6 +74,7 @@ class Flux2Pipeline:
         group: the two processes that share the two passes of CFG, if any.
         loras: those that are loaded, by name; see load_lora.
         tokenizer: Qwen3's tokenizer with the chat template.
+        enhance: writes a short prompt out, pipe.enhance("a red fox"); see conditioning.enhance.Enhancer.
         preview_decoder: TAEF2 for Step.preview, if its weights were given.
     """
 
@@ -103,10 +106,12 @@ class Flux2Pipeline:
         )
         self.tokenizer = Qwen3Tokenizer(checkpoint.tokenizer, checkpoint.text_encoder.max_tokens)
         self.group = group
+        self.enhance = Enhancer(self.stages, self.tokenizer, uses_disk=cache)
         self._prompts = PromptEncoder(self.stages, self.tokenizer, uses_disk=cache)
         self._decoder = LatentDecoder(self.stages, preview_decoder)
         self.preview_decoder = self._decoder.preview_decoder
-        self._generator = Generator(self.stages, self._prompts, ReferenceEncoder(self.stages), self._decoder, group)
+        encoders = self.enhance, self._prompts, ReferenceEncoder(self.stages)
+        self._generator = Generator(self.stages, *encoders, self._decoder, group)
 
     # Attributes of the stages, which the pipeline has too.
     checkpoint = property(attrgetter("stages.checkpoint"))
@@ -128,13 +133,9 @@ class Flux2Pipeline:
     def autoencoder(self) -> AutoEncoder:
         return self.stages.autoencoder
 
-    @property
-    def memory_limit(self) -> int:
-        return self.stages.memory_limit
-
-    @memory_limit.setter
-    def memory_limit(self, limit: int) -> None:
-        self.stages.memory_limit = limit
+    memory_limit = property(
+        lambda self: self.stages.memory_limit, lambda self, limit: setattr(self.stages, "memory_limit", limit)
+    )
 
     @classmethod
     def from_pretrained(
@@ -205,11 +206,12 @@ class Flux2Pipeline:
         references: Sequence[tuple[int, int]] = (),
         step_cache: float | None = None,
         reuse: str | None = None,
+        enhance: bool = False,
     ) -> Plan:
         """The memory plan of one image, with the mode that "auto" chooses; nothing is loaded.
 
         Args:
-            height, width, max_sequence_length, step_cache, reuse: as stream takes them.
+            height, width, max_sequence_length, step_cache, reuse, enhance: as stream takes them.
             references: (height, width) of each reference image, as it is encoded: at most a megapixel.
 
         Raises:
@@ -221,7 +223,8 @@ class Flux2Pipeline:
         caches = self.checkpoint.has_kv_cache, step_cache is not None, reuse
         workload = Workload(height, width, length, references, *caches)
         modules = self.text_encoder, self.transformer, self.autoencoder
-        return make_plan(*modules, workload, dtype=self.dtype, limit=self.memory_limit, memory=self.memory)
+        writer = self.enhance.language_model() if enhance else None
+        return make_plan(*modules, workload, writer, dtype=self.dtype, limit=self.memory_limit, memory=self.memory)
 
     def encode(self, prompts: Sequence[str], max_sequence_length: int | None = None) -> list[mx.array]:
         """Encode prompts of calls to come, negative ones too, which then need no text encoder: (1, L, D) each, kept
@@ -291,12 +294,7 @@ class Flux2Pipeline:
         """The model's options, as they go into images' settings."""
         return ModelOptions.of(self.stages)
 
-    def to(self, *_: Any, **__: Any) -> NoReturn:
-        """Raise an InputError that names this library's way to a device and a dtype."""
-        raise InputError(
-            "MLX computes on the GPU where there is one, so leave .to(...) out; mx.set_default_device chooses another "
-            "device, and from_pretrained(..., dtype=) the dtype"
-        )
+    to = refuse_to
 
     def __call__(
         self,
@@ -356,6 +354,8 @@ class Flux2Pipeline:
         hires_strength: float | None = None,
         seed: int | None = None,
         num_images: int | None = None,
+        enhance: bool = False,
+        enhance_seed: int | None = None,
         batch_size: int | None = None,
         schedule: str = "flux2",
         sigmas: Sequence[float] | None = None,
@@ -400,6 +400,7 @@ class Flux2Pipeline:
             hires_strength: denoising strength of that second pass, None takes 0.5; see strength.
             seed: the first image's seed, the k-th has seed + k; random unless given.
             num_images: images of each prompt.
+            enhance, enhance_seed: write prompts out before, with references or a mask as edits; see pipe.enhance.
             batch_size: the most images in one pass through the transformer, where memory allows; None takes one, and
                 as many as fit where the transformer is streamed, which is then read once for them.
             schedule: noise schedule, "flux2" (the official one), "linear", "comfy" or "power".

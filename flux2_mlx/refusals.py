@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from .checkpoints.checkpoint import Checkpoint
+from .checkpoints.language import find_language_model
 from .errors import InputError
 from .inputs import Size
+from .options import BatchOptions
 
 
 def check_reuse(reuse: str, guidance: float, checkpoint: Checkpoint, *, has_references: bool) -> None:
@@ -57,6 +60,24 @@ def check_room(
         )
 
 
+def check_enhance(batch: BatchOptions, checkpoint: Checkpoint, *, has_embeds: bool, shares_cfg: bool) -> None:
+    """Refuse to write prompts out where there are none, or where it cannot be; what it needs is fetched.
+
+    Raises:
+        InputError: with the way out.
+    """
+    if not batch.enhance:
+        return
+    if has_embeds:
+        raise InputError("enhance writes prompts out, and prompt_embeds are given in their place; give one of them")
+    if shares_cfg:
+        raise InputError(
+            "two processes that share the passes of CFG might write different prompts; write one out before, with "
+            "flux2-generate --enhance or pipe.enhance, and give that"
+        )
+    find_language_model(checkpoint)
+
+
 def check_group(is_seeded: bool, guidance: float) -> None:
     """Refuse what two processes cannot share.
 
@@ -69,3 +90,11 @@ def check_group(is_seeded: bool, guidance: float) -> None:
         raise InputError(
             "two processes share the passes of CFG, and there is no CFG; they can share images: --jobs FILE"
         )
+
+
+def refuse_to(*_: Any, **__: Any) -> NoReturn:
+    """Raise an InputError that names this library's way to a device and a dtype: diffusers' pipe.to(...)."""
+    raise InputError(
+        "MLX computes on the GPU where there is one, so leave .to(...) out; mx.set_default_device chooses another "
+        "device, and from_pretrained(..., dtype=) the dtype"
+    )

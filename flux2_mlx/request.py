@@ -37,7 +37,7 @@ from .options import (
     check_size,
 )
 from .paths import without_home
-from .refusals import check_group, check_reuse, check_room
+from .refusals import check_enhance, check_group, check_reuse, check_room
 from .sampling.latents import PIXELS_PER_TOKEN, initial_noise, pack_channels_first
 from .sampling.schedules import StepPlan, custom_sigmas, plan_steps, schedule_sigmas
 
@@ -53,7 +53,7 @@ def paths_of(cls: type) -> list[str]:
 class Settings(ModelOptions, GenerationOptions):
     """All that one image depends on, defaults filled in; written into its file and read back by ``--from-image``.
 
-    ``inputs`` names what the call was given besides (of INPUTS), which no file carries.
+    ``inputs`` names what else the call was given (of INPUTS), which no file carries; ``original_prompt`` enhance's.
     """
 
     prompt: str = option(check=check_prompt)
@@ -67,6 +67,7 @@ class Settings(ModelOptions, GenerationOptions):
     noise: str = changed(GenerationOptions, "noise")
     dtype: str = changed(ModelOptions, "dtype")
     max_sequence_length: int = changed(GenerationOptions, "max_sequence_length")
+    original_prompt: str | None = option(None)
     inputs: tuple[str, ...] = option(())
     version: str = option(__version__)
 
@@ -132,7 +133,7 @@ class Request:
         edit: brings the result back to the first reference.
         mask_tokens: (1, S, 1) in 0..1, how much of each token is inpainted.
         uses_cfg: whether the CFG scale is above 1.
-        batch_size: the most images in a pass; None for as many as suit the memory.
+        batch: the call's options that settings do not have.
     """
 
     settings: list[Settings]
@@ -146,7 +147,7 @@ class Request:
     edit: Edit | None
     mask_tokens: mx.array | None
     uses_cfg: bool
-    batch_size: int | None
+    batch: BatchOptions
 
 
 def warn(message: str) -> None:
@@ -383,6 +384,7 @@ def resolve(
     sampling = samplings[-1]
     if options.reuse is not None:
         check_reuse(options.reuse, sampling.guidance, checkpoint, has_references=bool(sizes))
+    check_enhance(batch, checkpoint, has_embeds=embeds is not None, shares_cfg=shares_cfg)
     if shares_cfg:
         check_group(options.seed is not None, sampling.guidance)
     warn_of_sampling(options, sampling.guidance, [step for own in samplings for step in own.steps], checkpoint.name)
@@ -408,7 +410,7 @@ def resolve(
         edit=inputs.edit(options, size),
         mask_tokens=None if inpaint is None else inpaint.mask_tokens(size),
         uses_cfg=sampling.guidance > 1,
-        batch_size=batch.batch_size,
+        batch=batch,
     )
 
 

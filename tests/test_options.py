@@ -115,7 +115,7 @@ def test_every_flag_is_still_there_and_every_field_has_one():
 
 def test_settings_are_the_options_and_what_is_told_besides():
     own = {f.name for f in fields(ModelOptions)} | {f.name for f in fields(GenerationOptions)}
-    assert {f.name for f in fields(Settings)} == own | {"prompt", "inputs", "version"}
+    assert {f.name for f in fields(Settings)} == own | {"prompt", "original_prompt", "inputs", "version"}
 
 
 def test_a_new_field_reaches_command_job_session_file_and_replay(tmp_path):

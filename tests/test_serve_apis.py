@@ -13,6 +13,7 @@ import openai
 import pytest
 from PIL import Image
 
+from flux2_mlx.conditioning.enhance import Enhancer
 from flux2_mlx.generate import main as generate
 from tests.server import FAST, PROMPT, Server, nano_server, opened, pixels, png, uri
 
@@ -52,6 +53,20 @@ def test_openais_client_generates(client, tmp_path):
     assert (answer.size, answer.output_format, answer.background) == ("64x64", "png", "opaque")
     usage = answer.usage
     assert (usage.input_tokens, usage.output_tokens, usage.total_tokens) == (48, 2 * 16, 48 + 32)
+
+
+def test_a_prompt_is_written_out_and_told(client, server, monkeypatch):
+    name, told = server.draw(enhance=True)[-1]
+    assert (name, told["status"]) == ("error", 400)
+    assert "nano's text encoder knows the words of its scenes alone" in told["message"]
+    monkeypatch.setattr("flux2_mlx.refusals.find_language_model", lambda checkpoint: None)
+    monkeypatch.setattr(Enhancer, "write", lambda self, prompts, **how: {prompts[0]: "a blue square"})
+    settings = server.image(enhance=True)["settings"]
+    assert (settings["prompt"], settings["original_prompt"]) == ("a blue square", PROMPT)
+    answer = client.images.generate(prompt=PROMPT, size="64x64", extra_body={**SMALL, "enhance": True})
+    assert answer.data[0].revised_prompt == "a blue square"
+    plain = client.images.generate(prompt=PROMPT, size="64x64", extra_body=SMALL)
+    assert plain.data[0].revised_prompt is None
 
 
 @pytest.mark.parametrize(

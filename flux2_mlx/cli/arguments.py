@@ -80,6 +80,11 @@ class Task:
         paths = [self.mask_path(self.seed + k, k) for k in range(self.batch.num_images)]
         return [path for path in paths if path is not None]
 
+    @property
+    def is_edit(self) -> bool:
+        """Whether the transformer sees an image."""
+        return any(self.inputs.strengths(self.options.reference_strength)) or self.inpaint is not None
+
     def output_path(self, seed: int, index: int) -> Path:
         return output_path(self.output, seed, index, self.inputs.prompt)
 
@@ -286,7 +291,7 @@ def replayed(given: Mapping[str, Any], inputs: Sequence[str]) -> dict[str, Any]:
     if not is_other:
         check_sources({name: value for name, value in model.items() if name not in given})
     values = (kept if is_other else model) | settings.select(GenerationOptions)
-    values["prompt"] = settings.prompt
+    values["prompt"] = (settings.original_prompt if given.get("enhance") else None) or settings.prompt
     if given.keys() & {"num_steps", "schedule", "sigmas"}:
         values["sigmas"] = None
     if "sigmas" in given or values["sigmas"] is not None:

@@ -194,10 +194,11 @@ class Jobs:
                     self.failed.append(job.number)
 
     def _encode(self, jobs: Sequence[Job]) -> None:
-        """Encode the prompts of the jobs that use the same model as the first, in one go. A faulty
-        job is passed over here and reported when it is generated.
+        """Encode the prompts of the jobs that use the same model as the first, in one go, written out before where
+        they are to be. A faulty job is passed over here and reported when it is generated.
         """
         prompts: dict[str, None] = {}
+        short: dict[tuple[bool, int | None], list[str]] = {}  # prompts to write out, by whether of an edit, and seed
         first_needed = None
         for job in jobs:
             with faults_passed_over():
@@ -209,11 +210,16 @@ class Jobs:
                 first_needed = first_needed or needed
                 if needed == first_needed:
                     pipe = self._open(task)
-                    prompts[task.inputs.prompt] = None
+                    if task.batch.enhance:
+                        short.setdefault((task.is_edit, task.batch.enhance_seed), []).append(task.inputs.prompt)
+                    else:
+                        prompts[task.inputs.prompt] = None
                     if task.options.force_guidance or not pipe.checkpoint.is_distilled:
                         prompts[task.options.negative_prompt] = None
         with faults_passed_over():
             if first_needed is not None and self.pipe is not None:
+                for (edit, seed), texts in short.items():
+                    prompts |= dict.fromkeys(self.pipe.enhance.write(texts, edit=edit, seed=seed).values())
                 self.pipe.encode(list(prompts), first_needed[1])
 
     def _generate(self, job: Job) -> None:

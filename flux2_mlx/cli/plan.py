@@ -14,7 +14,7 @@ from ..models.config import AutoEncoderConfig
 from ..request import Size, resolve_samplings
 from ..runtime.activations import Workload
 from ..runtime.plan import Plan, format_range, make_plan
-from ..runtime.released import download_bytes, released_modules
+from ..runtime.released import download_bytes, released_language_model, released_modules
 from ..runtime.roofline import measure
 from .arguments import Task
 from .runner import open_pipeline, plan_of, use_loras
@@ -36,6 +36,7 @@ def print_plan(task: Task, measures: bool) -> None:
         check_kv_support(release.name)
     side = AutoEncoderConfig.sample_size
     modules = released_modules(release, dtype, model.quantization(), vae_dtype)
+    writer = released_language_model(release, dtype, model.quantization()) if task.batch.enhance else None
     most = release.text_encoder.max_tokens
     length = options.max_sequence_length or most or MAX_SEQUENCE_LENGTH
     check_length(length, most)
@@ -50,7 +51,7 @@ def print_plan(task: Task, measures: bool) -> None:
             caches_steps=options.step_cache is not None,
             frozen=options.reuse,
         )
-        return make_plan(*modules, workload, dtype=dtype, limit=limit, memory=task.runtime.memory)
+        return make_plan(*modules, workload, writer, dtype=dtype, limit=limit, memory=task.runtime.memory)
 
     print_plans(plan_at, task, side, release.is_distilled if model.distilled is None else model.distilled)
     print(f"download: up to {download_bytes(release) / 1e9:.1f} GB")

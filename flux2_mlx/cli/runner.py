@@ -16,6 +16,7 @@ from PIL import Image
 
 from ..adapters.lora import parse_lora
 from ..bars import print_past
+from ..errors import printable
 from ..imaging.files import save_image, save_preview
 from ..imaging.terminal import PROTOCOLS, detect_protocol, encode
 from ..options import CheckpointOptions
@@ -73,7 +74,8 @@ def plan_of(pipe: Flux2Pipeline, task: Task, size: Size | None = None) -> Plan:
     """The plan of a task's image, or of one of another size (height, width)."""
     own, references = task.sizes(pipe.checkpoint.autoencoder.sample_size)
     height, width = size or own
-    return pipe.plan(references=references, **{**task.options.planned, "height": height, "width": width})
+    own_size = {"height": height, "width": width}
+    return pipe.plan(references=references, enhance=task.batch.enhance, **{**task.options.planned, **own_size})
 
 
 @contextlib.contextmanager
@@ -117,8 +119,12 @@ def generate(
             stacklevel=2,
         )
     saved: list[int] = []
+    is_told = task.quiet
     with interrupts_say_the_rest(task, saved):
         for step in steps:
+            if not is_told and step.settings.original_prompt is not None:
+                print_past(f"prompt: {printable(step.settings.prompt)}", file=sys.stderr)
+            is_told = True  # all images of a task have one prompt
             if task.preview is not None and saves:
                 save_preview(step.preview(), task.preview)
             if step.is_last and saves:

@@ -156,7 +156,9 @@ async def answer(
     for image in images:
         text = await encoded(image, wish.suffix, wish.quality)
         url = {"url": data_uri(text, wish.suffix)} if wish.has_url else {}
-        data.append({"b64_json": text, "seed": image.settings["seed"], **url})
+        is_written = image.settings["original_prompt"] is not None
+        revised = {"revised_prompt": image.settings["prompt"]} if is_written else {}
+        data.append({"b64_json": text, "seed": image.settings["seed"], **url, **revised})
     return JSONResponse(
         {
             "created": created,
