@@ -31,7 +31,7 @@ from flux2_mlx.models.qwen3 import Qwen3TextEncoder
 from flux2_mlx.options import BatchOptions
 from flux2_mlx.refusals import check_enhance
 from flux2_mlx.runtime.plan import LANGUAGE_MODEL, WRITTEN_TOKENS
-from tests import tiny
+from tests import formats, tiny
 from tests.hub import Hub
 
 SMALL = {"height": 64, "width": 64, "num_steps": 1, "max_sequence_length": 48, "seed": 1}
@@ -275,6 +275,22 @@ def test_a_file_may_have_all_of_it(writer):
     file = writer / "text_encoder" / "model.safetensors"
     pipe, other = Flux2Pipeline.from_pretrained(writer, text_encoder=file), Flux2Pipeline.from_pretrained(writer)
     assert pipe.enhance("a red fox") == other.enhance("a red fox")
+
+
+def test_packed_files_write_what_they_stand_for(checkpoint, tmp_path):
+    """As mlx-lm packs Qwen3, which is what Bonsai's folder has."""
+    config = json.loads((checkpoint / "text_encoder" / "config.json").read_text())
+    weights = load_file(checkpoint / "text_encoder" / "model.safetensors")
+    packed, expected = formats.packed(weights, 4, 64)
+    texts = {}
+    for name, tensors, more in (
+        ("packed", packed, {"quantization": {"bits": 4, "group_size": 64}}),
+        ("dense", expected, {}),
+    ):
+        formats.save(tensors, tmp_path / name / "model.safetensors", {"format": "mlx"})
+        (tmp_path / name / "config.json").write_text(json.dumps(config | more))
+        texts[name] = Flux2Pipeline.from_pretrained(checkpoint, text_encoder=tmp_path / name).enhance("a red fox")
+    assert texts["packed"] == texts["dense"]
 
 
 def test_a_head_that_is_there_twice_is_read_once(checkpoint, damaged):
