@@ -24,7 +24,7 @@ from .imaging.edits import Edit
 from .imaging.preprocess import image_array
 from .models.first_block_cache import FirstBlockCache
 from .models.kv_cache import KV, FrozenKV
-from .request import Request, Sampling, request_noise, warn
+from .request import Request, request_noise
 from .results import Step
 from .runtime.activations import Pass, Workload
 from .runtime.residency import Need, Stages
@@ -33,6 +33,7 @@ from .sampling.denoiser import CachedDenoiser, Denoiser, FrozenDenoiser, Velocit
 from .sampling.guidance import Guidance, batched, distributed, sequential
 from .sampling.latents import image_ids
 from .sampling.samplers import MaskBlend, add_noise, sample_euler
+from .samplings import Sampling, warn
 
 
 @dataclass(frozen=True)

@@ -49,11 +49,12 @@ from .options import (
 )
 from .quantization.spec import Quantization
 from .refusals import refuse_to
-from .request import output_size, resolve
+from .request import resolve
 from .results import Result, Step, watch
 from .runtime.activations import Workload
 from .runtime.plan import Plan, make_plan
 from .runtime.residency import STAGES, Stages
+from .samplings import output_size
 
 CALL_OPTIONS = ("output_type", "callback_on_step_end", "return_dict")  # options of pipe(...) beside stream's
 ImageLike = Image.Image | str | os.PathLike  # an image, or its file

@@ -12,9 +12,9 @@ from flux2_mlx import generation as flux2_generation
 from flux2_mlx.generate import main
 from flux2_mlx.imaging.files import read_metadata
 from flux2_mlx.options import GenerationOptions
-from flux2_mlx.request import resolve_samplings
 from flux2_mlx.runtime.plan import Plan, Stage
 from flux2_mlx.sampling.latents import resize_latents
+from flux2_mlx.samplings import resolve_samplings
 from tests.test_pipeline import close, count_keeping, kept_by, same
 
 SMALL = {"height": 64, "width": 80, "num_steps": 4, "max_sequence_length": 16}

@@ -30,7 +30,8 @@ from flux2_mlx.options import (
     OutputOptions,
     RuntimeOptions,
 )
-from flux2_mlx.request import INPUTS, default_guidance, default_steps, resolve_sampling
+from flux2_mlx.request import INPUTS
+from flux2_mlx.samplings import default_guidance, default_steps, resolve_sampling
 from flux2_mlx.training.options import TrainingOptions
 
 PACKAGE = Path(flux2_mlx.__file__).parent

@@ -18,13 +18,13 @@ from flux2_mlx.imaging.preprocess import init_array
 from flux2_mlx.models.flux2 import FluxKlein
 from flux2_mlx.models.qwen3 import Qwen3TextEncoder
 from flux2_mlx.options import STRENGTH, check_size
-from flux2_mlx.request import max_partial_strength, output_size, start_step
 from flux2_mlx.runtime.activations import Pass, decoder_bytes, kv_bytes, transformer_bytes
 from flux2_mlx.runtime.plan import MODES
 from flux2_mlx.runtime.residency import Need
 from flux2_mlx.runtime.stats import Stats
 from flux2_mlx.sampling.latents import image_ids, initial_noise, pack_latents, text_ids
 from flux2_mlx.sampling.schedules import flux2_sigmas
+from flux2_mlx.samplings import max_partial_strength, output_size, start_step
 from tests import tiny
 from tests.parity.compare import ROUNDED
 

@@ -31,7 +31,7 @@ ORDER = [
     {"options"},
     {"conditioning"},
     {"inputs"},
-    {"refusals"},
+    {"refusals", "samplings"},
     {"request"},
     {"decoding"},
     {"results"},

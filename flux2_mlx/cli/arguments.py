@@ -37,8 +37,9 @@ from ..options import (
     check_prompt,
 )
 from ..paths import HIDDEN, expand
-from ..request import Settings, Size, image_sizes, paths_of
+from ..request import Settings, Size, paths_of
 from ..runtime.distributed import random_seed
+from ..samplings import image_sizes
 from .common import Parser, given_options, path
 from .streams import shows_bars
 

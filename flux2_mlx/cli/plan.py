@@ -10,12 +10,13 @@ from ..conditioning.tokenizer import check_length
 from ..device import machine_memory
 from ..dtypes import dtype_of, vae_dtype_of
 from ..families import MAX_SEQUENCE_LENGTH
+from ..inputs import Size
 from ..models.config import AutoEncoderConfig
-from ..request import Size, resolve_samplings
 from ..runtime.activations import Workload
 from ..runtime.plan import Plan, format_range, make_plan
 from ..runtime.released import download_bytes, released_language_model, released_modules
 from ..runtime.roofline import measure
+from ..samplings import resolve_samplings
 from .arguments import Task
 from .runner import open_pipeline, plan_of, use_loras
 

@@ -16,8 +16,8 @@ from ..cli.command import tell, tell_fault
 from ..cli.runner import identity, open_pipeline, use_loras
 from ..errors import CheckpointError, DeviceError, InputError
 from ..pipeline import Flux2Pipeline
-from ..request import default_guidance, default_steps
 from ..results import Step
+from ..samplings import default_guidance, default_steps
 from .catalogue import Catalogue
 from .events import Failure, Picture, StepDone
 from .kept import KeptLatents
