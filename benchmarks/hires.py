@@ -1,11 +1,12 @@
 """How well does the composition stay where a large image is begun from a small one, and what does that cost?
 
-    python -m benchmarks.hires [--small 64] [--size 128] [--strengths 0.25 0.5 0.75]
+    python -m benchmarks.hires [--small 64] [--size 128] [--strengths 0.25 0.5 0.75] [--tile 128]
 
 Captions of nano's world that training never saw are drawn at a small size, and then larger: anew from the same seed,
-from the small image's latents (as --hires does) and from the image (img2img), by each strength, in turn. The table says
-of each how far it is from the enlarged small image (levels of 255), how many captions are right, and its share of the
-seconds of drawing anew, the small image aside. Ends with a line of JSON.
+from the small image's latents (as --hires does) and from the image (img2img), by each strength, in turn; with --tile
+also in tiles (as --hires-tile does). The table says of each how far it is from the enlarged small image (levels of
+255), how many captions are right, its share of the seconds of drawing anew, the small image aside, and with --tile its
+seams: by how many levels neighbouring pixels differ more at tiles' edges than elsewhere. Ends with a line of JSON.
 """
 
 from __future__ import annotations
@@ -23,6 +24,23 @@ from benchmarks.common import print_json, print_row
 from examples.nano_score import Drawn, rates, unseen_tasks
 from examples.nano_world import judge
 from flux2_mlx import Flux2Pipeline
+from flux2_mlx.sampling.latents import PIXELS_PER_TOKEN
+from flux2_mlx.sampling.tiles import divide
+
+
+def seams(picture: Image.Image, tile: int) -> float:
+    """The mean difference of neighbouring pixels at the edges of the tiles of a picture, less that elsewhere."""
+    levels = np.asarray(picture, float)
+    tiling = divide(levels.shape[:2], tile)
+    if tiling is None:
+        return 0.0
+    excess = []
+    for axis, own in enumerate((tiling.rows, tiling.columns)):
+        steps = np.abs(np.diff(levels, axis=axis)).mean((1 - axis, 2))  # of each pixel to the next one
+        edges = {edge * PIXELS_PER_TOKEN for start in own.starts for edge in (start, start + own.length)}
+        is_edge = np.isin(np.arange(1, len(steps) + 1), list(edges))
+        excess += [] if not is_edge.any() else [steps[is_edge].mean() - steps[~is_edge].mean()]
+    return float(np.mean(excess))
 
 
 def draw_all(pipe: Flux2Pipeline, arguments: argparse.Namespace) -> dict[str, list[tuple[Drawn, float, float]]]:
@@ -40,6 +58,10 @@ def draw_all(pipe: Flux2Pipeline, arguments: argparse.Namespace) -> dict[str, li
             image.putpixel((0, 0), (k, k, k))  # or what was encoded for the strength before would be taken again
             ways[f"latents {strength:g}"] = {"init_latents": latents, "strength": strength, **size, **common}
             ways[f"image {strength:g}"] = {"init_image": image, "strength": strength, **size, **common}
+            if arguments.tile is not None:
+                tiles = {"hires": arguments.size / arguments.small, "hires_tile": arguments.tile}
+                tiles |= {"init_latents": latents, "hires_strength": strength}
+                ways[f"tiles {strength:g}"] = tiles | size | common
         for name, options in ways.items():
             started = time.perf_counter()
             (picture,) = pipe(task.caption, **options).images
@@ -59,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--captions", type=int, default=20, help="how many (%(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="denoising steps (%(default)s)")
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.25, 0.5, 0.75], help="(0.25 0.5 0.75)")
+    parser.add_argument("--tile", type=int, help="most pixels a side of tiles; unless given there are none")
     return parser
 
 
@@ -67,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipe = Flux2Pipeline.from_pretrained(arguments.model, cache=False)
     pipe("a star", height=arguments.size, width=arguments.size, num_steps=1)  # warms up
     found = draw_all(pipe, arguments)
-    print_row("", ("off", "right", "seconds"), width=10, first=14)
+    columns = ("off", "right", "seconds") if arguments.tile is None else ("off", "right", "seconds", "seams")
+    print_row("", columns, width=10, first=14)
     ways = {}
     for name, own in found.items():
         shares = [seconds / anew for (*_, seconds), (*_, anew) in zip(own, found["anew"], strict=True)]
@@ -76,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "right": rates([drawn for drawn, *_ in own])["whole"],
             "seconds": statistics.median(shares),
         }
+        if arguments.tile is not None:
+            ways[name]["seams"] = statistics.mean(seams(drawn.picture, arguments.tile) for drawn, *_ in own)
         print_row(name, ways[name].values(), width=10, first=14)
     print_json("hires", arguments, {"ways": ways})
 

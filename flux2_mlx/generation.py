@@ -6,9 +6,10 @@ request -> Conditioning (prompt embeddings, references, rope) -> for each batch:
 from __future__ import annotations
 
 import collections.abc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -24,7 +25,7 @@ from .imaging.edits import Edit
 from .imaging.preprocess import image_array
 from .models.first_block_cache import FirstBlockCache
 from .models.kv_cache import KV, FrozenKV
-from .request import Request, request_noise
+from .request import Request, Settings, request_noise
 from .results import Step
 from .runtime.activations import Pass, Workload
 from .runtime.residency import Need, Stages
@@ -32,7 +33,8 @@ from .runtime.stats import Stats, not_finite
 from .sampling.denoiser import CachedDenoiser, Denoiser, FrozenDenoiser, Velocity, strength_bias
 from .sampling.guidance import Guidance, batched, distributed, sequential
 from .sampling.latents import image_ids
-from .sampling.samplers import MaskBlend, add_noise, sample_euler
+from .sampling.samplers import GuidedVelocity, MaskBlend, add_noise, sample_euler
+from .sampling.tiles import Following, TiledVelocity, low_pass
 from .samplings import Sampling, warn
 
 
@@ -41,13 +43,13 @@ class Canvas:
     """One sampling of the images, and what depends on its size.
 
     Attributes:
-        rope: rotation tables of text, image and references.
+        ropes: rotation tables of text, image and references; of an image in tiles those of each tile.
         bias: what the references' strengths add to attention's scores; see Denoiser.
         one: the size of a pass; in Conditioning for one image without CFG.
     """
 
     sampling: Sampling
-    rope: tuple[mx.array, mx.array]
+    ropes: list[tuple[mx.array, mx.array]]
     bias: mx.array | None
     one: Pass
 
@@ -60,6 +62,7 @@ class Conditioning:
         embeddings: embeddings (1, L, D) of each image's prompt.
         negative: embeddings (1, L, D) of the negative prompt, where there is CFG.
         init: clean tokens (1, S, C) of the init image, if any.
+        init_latent: what hires enlarges in the place of a small image, (1, h, w, C / 4) of the init image, if any.
         references: clean tokens (1, R, C) of the references that go through every pass.
         reference_kv: keys and values of the references, in place of their tokens (klein-9b-kv).
         edit: the request's, with its reference's tokens.
@@ -69,6 +72,7 @@ class Conditioning:
     embeddings: list[mx.array]
     negative: mx.array | None
     init: mx.array | None
+    init_latent: mx.array | None
     references: list[mx.array]
     reference_kv: list[KV] | None
     edit: Edit | None
@@ -115,21 +119,24 @@ class Generator:
         stats = Stats()
         request = self._enhanced(request, stats)
         conditioning = self._condition(request, stats)
-        two_passes, largest = request.uses_cfg and self.group is None, conditioning.canvases[-1].one
+        two_passes = request.uses_cfg and self.group is None
+        largest = self._largest(conditioning.canvases)
         is_batched = two_passes and self.stages.fits(replace(largest, rows=2))
-        rows, caches = 2 if is_batched else 1, largest.caches * (2 if two_passes and not is_batched else 1)
-        count = self._images_per_pass(request, replace(largest, rows=rows, caches=caches))
+        rows, turns = 2 if is_batched else 1, 2 if two_passes and not is_batched else 1
+        count = self._images_per_pass(request, replace(largest, rows=rows, caches=turns * largest.caches))
         canvases = [
-            replace(canvas, one=replace(canvas.one, rows=count * rows, caches=caches))
+            replace(canvas, one=replace(canvas.one, rows=count * rows, caches=turns * canvas.one.caches))
             for canvas in conditioning.canvases
         ]
         # The transformer is loaded now, so that its progress bar comes before that of the steps.
-        self.stages.prepare("transformer", self._need(canvases[-1].one), stats)
+        self.stages.prepare("transformer", self._need(self._largest(canvases)), stats)
         total = len(request.settings) * sum(len(canvas.sampling.steps) for canvas in canvases)
         with self.stages.bar("generating", total, unit="step") as bar:
             for start in range(0, len(request.settings), count):
                 images = range(start, min(start + count, len(request.settings)))
-                z = None if request.init_latents is None else mx.concatenate([request.init_latents[k] for k in images])
+                z = conditioning.init_latent
+                if request.init_latents is not None:
+                    z = mx.concatenate([request.init_latents[k] for k in images])
                 for canvas in canvases:
                     size = canvas.sampling.size
                     init = conditioning.init if z is None else self.decoder.pack(z, size)
@@ -182,8 +189,15 @@ class Generator:
             return self.stages.use("transformer", self._need(one, is_frozen), stats, what="denoise")
 
         references = conditioning.references, conditioning.reference_kv
-        denoiser = Denoiser(use, canvas.rope, one.image, *references, canvas.bias)
-        velocity = self._velocity(request, conditioning, denoiser, frozen, images, is_batched)
+        tiling = canvas.sampling.tiling
+        txt = mx.concatenate([conditioning.embeddings[k] for k in images])
+        negative = txt if conditioning.negative is None else mx.broadcast_to(conditioning.negative, txt.shape)
+        mx.eval(txt, negative)  # a later step may be asked for in another thread
+        denoisers = [Denoiser(use, rope, one.image, *references, canvas.bias) for rope in canvas.ropes]
+        velocities = [self._velocity(first, own, frozen, txt, negative, is_batched) for own in denoisers]
+        velocity: GuidedVelocity = velocities[0]
+        if tiling is not None and init is not None:
+            velocity = TiledVelocity(tiling, velocities, self._following(init, canvas.sampling))
         x = noise = mx.concatenate(
             [
                 request.latents[k] if request.latents else request_noise(request.settings[k], size, channels)
@@ -197,8 +211,9 @@ class Generator:
         for step, latents, denoised in sample_euler(velocity, x, steps, blend):
             if not mx.isfinite(latents).all().item():
                 raise FloatingPointError(not_finite(f"step {step.index} of {total}", first.dtype))
-            cache = velocity.cond.cache if isinstance(velocity.cond, CachedDenoiser) else None
-            stats.steps["reused" if cache is not None and cache.is_used else "computed"] += len(images)
+            caches = [own.cond.cache for own in velocities if isinstance(own.cond, CachedDenoiser)]
+            is_reused = bool(caches) and all(cache is not None and cache.is_used for cache in caches)
+            stats.steps["reused" if is_reused else "computed"] += len(images)
             for row, k in enumerate(images):
                 own, foreseen = latents[row : row + 1], denoised[row : row + 1]
                 mx.eval(own, foreseen)  # a caller may look at them in another thread
@@ -220,17 +235,24 @@ class Generator:
                 )
         return latents
 
+    def _following(self, init: mx.array, sampling: Sampling) -> Following:
+        """What an image in tiles follows: a smaller image, enlarged to clean tokens (1 or B, S, C)."""
+        size = sampling.size
+        unpack, pack = partial(self.decoder.unpack, size=size), partial(self.decoder.pack, size=size)
+        target, filters = unpack(init), low_pass(size, sampling.small)
+        mx.eval(target, *filters)  # a later step may be asked for in another thread
+        return Following(target, *filters, unpack, pack)
+
     def _velocity(
         self,
-        request: Request,
-        conditioning: Conditioning,
+        first: Settings,
         denoiser: Denoiser,
         frozen: FrozenKV | None,
-        images: range,
+        txt: mx.array,
+        negative: mx.array,
         is_batched: bool,
     ) -> Guidance:
         """The velocity of a step: the denoiser, wrapped in the caches that the request asks for, then in CFG."""
-        first = request.settings[0]
         threshold = first.step_cache
         cond: Velocity = denoiser
         uncond: Velocity = denoiser
@@ -244,9 +266,6 @@ class Generator:
             passes = distributed(cond, self.group)
         else:
             passes = batched(cond) if is_batched else sequential(cond, uncond)
-        txt = mx.concatenate([conditioning.embeddings[k] for k in images])
-        negative = txt if conditioning.negative is None else mx.broadcast_to(conditioning.negative, txt.shape)
-        mx.eval(txt, negative)  # a later step may be asked for in another thread
         return Guidance(cond, passes, txt, negative, first.guidance, first.guidance_rescale)
 
     def _condition(self, request: Request, stats: Stats) -> Conditioning:
@@ -269,6 +288,9 @@ class Generator:
         sizes = [(pixels.shape[1], pixels.shape[2]) for pixels in pictures]
         places, strengths = [own.place for own in request.references], [own.strength for own in request.references]
         init = references.pop().astype(mx.float32) if init_images else None
+        init_latent = None
+        if init is not None and first.hires is not None:
+            init_latent = self.decoder.unpack(init, (init_images[0].shape[1], init_images[0].shape[2]))
         if edit is not None and edited:
             edit = replace(edit, tokens=references.pop())
         if init is not None and request.inpaint is not None:
@@ -282,15 +304,18 @@ class Generator:
 
         def canvas(sampling: Sampling) -> Canvas:
             has_kv = self.stages.checkpoint.has_kv_cache
-            workload = Workload(*sampling.size, length, sizes, has_kv, frozen=first.reuse)
-            rope = self.references.rope(length, [image_ids(*sampling.size), *position_ids])
+            tiling = sampling.tiling
+            workload = Workload(*sampling.size, length, sizes, has_kv, frozen=first.reuse, tiling=tiling)
+            ids = [image_ids(*sampling.size)] if tiling is None else tiling.position_ids(sampling.small)
+            ropes = [self.references.rope(length, [own, *position_ids]) for own in ids]
             one = workload.denoising(caches=0 if first.step_cache is None else 1)
-            return Canvas(sampling, rope, strength_bias(length + one.image, tokens, strengths), one)
+            return Canvas(sampling, ropes, strength_bias(length + one.image, tokens, strengths), one)
 
         return Conditioning(
             request.prompt_embeds or [encoded[prompt] for prompt in prompts],
             encoded[first.negative_prompt] if negative else None,
             init,
+            init_latent,
             references,
             reference_kv,
             edit,
@@ -306,6 +331,10 @@ class Generator:
         frozen_bytes = one.rows * self.stages.kv_bytes(one.frozen_tokens) if is_frozen else 0
         activations, attention = (part - frozen_bytes for part in self.stages.transformer_need(one))
         return Need(activations, attention, pinned=self.stages.kv_bytes(one.kv) + frozen_bytes)
+
+    def _largest(self, canvases: Sequence[Canvas]) -> Pass:
+        """The pass that needs most: of hires that of the large image, unless it is one of a tile."""
+        return max((canvas.one for canvas in canvases), key=self.stages.transformer_need)
 
     def _images_per_pass(self, request: Request, one: Pass) -> int:
         """How many images go through the transformer together, each with the rows of ``one``."""

@@ -132,17 +132,25 @@ class Inputs:
             )
         if self.init_image is not None and self.init_latents is not None:
             raise InputError("init_image and init_latents are both what to start from; give one of them")
-        starts = [name for name in ("init_image", "init_latents", "latents") if getattr(self, name) is not None]
-        if options.hires is not None and starts:
-            raise InputError(
-                f"hires starts from a smaller image of its own, and {starts[0]} is given; give one of them"
-            )
+        if options.hires is not None:
+            self._check_hires(options)
         mask = self.mask
         if options.edit_option is not None:
             inpaints = self.init_image is not None and (mask is not None or options.expand is not None)
             self._check_edit(options.edit_option, inpaints=inpaints)
             mask = None  # which says where the edit is
         return inpaint_from(self.init_image, mask, options.mask_blur, options.mask_padding, options.expand)
+
+    def _check_hires(self, options: GenerationOptions) -> None:
+        if self.latents is not None:
+            raise InputError("hires draws noise of its own for each size, and latents is given; give one of them")
+        if options.strength is not None:
+            raise InputError("strength is hires_strength (--hires-strength) where hires enlarges the init_image")
+        for name, value in (("mask", self.mask), ("expand", options.expand)):
+            if self.init_image is not None and value is not None:
+                raise InputError(
+                    f"hires enlarges whole images, and {name} is given; enlarge the result in another call"
+                )
 
     def _check_edit(self, name: str, *, inpaints: bool) -> None:
         if not self.images:

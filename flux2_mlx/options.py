@@ -21,7 +21,9 @@ from .sampling.schedules import SCHEDULES, check_sigmas
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 MIN_SIDE = 64
-MAX_PIXELS = 4 * 1024 * 1024
+MAX_PIXELS = 4 * 1024 * 1024  # of a pass, up to which FLUX.2 is meant to generate
+MAX_HIRES_PIXELS = 2 * MAX_PIXELS  # of what hires draws in tiles
+MAX_TILE = 2048  # pixels a side; a square of it has MAX_PIXELS
 MAX_STEPS = 1000  # noise levels that the models were trained on
 MAX_POSITIONS = 40960  # positions that Qwen3 was trained on
 MAX_IMAGES = 10_000
@@ -40,27 +42,39 @@ PROMPT, MODEL, ADAPTERS, SAMPLING = "prompt and images", "model", "adapters", "s
 OUTPUT, MEMORY, BATCH = "output", "memory and speed", "batch and session"
 
 
-def check_size(height: int | None, width: int | None) -> None:
+def check_side(name: str, value: int) -> None:
+    """Refuse a side in pixels that no image can have.
+
+    Raises:
+        InputError: unless it is a multiple of 16, at least 64.
+    """
+    if value < MIN_SIDE:
+        raise InputError(f"{name} must be a whole number of at least {MIN_SIDE}, got {value}")
+    if value % PIXELS_PER_TOKEN:
+        low = value // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN
+        raise InputError(
+            f"{name} must be a multiple of {PIXELS_PER_TOKEN}, got {value}; the nearest are {low} and "
+            f"{low + PIXELS_PER_TOKEN}"
+        )
+
+
+def check_size(height: int | None, width: int | None, hires: float | None = None) -> None:
     """Refuse an image's size that cannot be generated; None is a side that is not known yet.
 
     Raises:
-        InputError: unless both are multiples of 16, at least 64, and together at most 4 megapixels.
+        InputError: unless both are multiples of 16, at least 64, and together at most 4 megapixels, or 8 with hires.
     """
     for name, value in (("height", height), ("width", width)):
-        if value is None:
-            continue
-        if value < MIN_SIDE:
-            raise InputError(f"{name} must be a whole number of at least {MIN_SIDE}, got {value}")
-        if value % PIXELS_PER_TOKEN:
-            low = value // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN
-            raise InputError(
-                f"{name} must be a multiple of {PIXELS_PER_TOKEN}, got {value}; the nearest are {low} and "
-                f"{low + PIXELS_PER_TOKEN}"
-            )
-    if height is not None and width is not None and height * width > MAX_PIXELS:
+        if value is not None:
+            check_side(name, value)
+    if height is None or width is None:
+        return
+    pixels = height * width
+    if pixels > (MAX_PIXELS if hires is None else MAX_HIRES_PIXELS):
+        most = "4 (2048 x 2048)" if hires is None else "8 (4096 x 2048)"
+        more = ", or 8 with hires (--hires 2)" if hires is None and pixels <= MAX_HIRES_PIXELS else ""
         raise InputError(
-            f"{width} x {height} is {height * width / 2**20:.2f} megapixels; at most {MAX_PIXELS // 2**20} "
-            "(2048 x 2048) can be generated"
+            f"{width} x {height} is {pixels / 2**20:.2f} megapixels; at most {most} can be generated{more}"
         )
 
 
@@ -154,13 +168,18 @@ class GenerationOptions(Options):
         shown="the init or reference image's, else 1024; nano 128",
     )  # fmt: skip
     hires: float | None = option(
-        None, "hires fix: generate the image this much smaller first (1 to 4), enlarge its latents and denoise them at "
-        "the full size, so that large images keep one composition", group=SAMPLING, gt=1, le=MAX_HIRES, metavar="SCALE",
-        shown="off",
+        None, "hires fix: generate the image this much smaller first (1 to 4), or take --init-image, enlarge its "
+        "latents and denoise them at the full size, so that large images keep one composition", group=SAMPLING, gt=1,
+        le=MAX_HIRES, metavar="SCALE", shown="off", planned=True,
     )  # fmt: skip
     hires_strength: float | None = option(
         None, "denoising strength of the second pass of --hires", group=SAMPLING, gt=0, le=1, metavar="STRENGTH",
         shown=str(HIRES_STRENGTH),
+    )  # fmt: skip
+    hires_tile: int | None = option(
+        None, "side of the tiles that the second pass of --hires is computed in", group=SAMPLING, ge=MIN_SIDE,
+        le=MAX_TILE, check=lambda value: check_side("hires_tile", value), metavar="PIXELS", planned=True,
+        shown="undivided up to 4 megapixels; beyond 1024, nano 128",
     )  # fmt: skip
     num_steps: int | None = option(
         None, "denoising steps", group=SAMPLING, ge=1, le=MAX_STEPS, flag="steps", metavar="N",
@@ -229,11 +248,12 @@ class GenerationOptions(Options):
         return "edit_composite" if self.edit_composite is not None else "color_match" if self.color_match else None
 
     def check_together(self) -> None:
-        check_size(self.height, self.width)
+        check_size(self.height, self.width, self.hires)
         if self.sigmas is not None and self.num_steps not in (None, len(self.sigmas)):
             raise InputError(f"num_steps is {self.num_steps}, but {len(self.sigmas)} sigmas are given")
-        if self.hires_strength is not None and self.hires is None:
-            raise InputError("hires_strength belongs to hires (--hires SCALE), and none is given")
+        for name in ("hires_strength", "hires_tile"):
+            if getattr(self, name) is not None and self.hires is None:
+                raise InputError(f"{name} belongs to hires (--hires SCALE), and none is given")
         if self.step_cache is not None and self.reuse is not None:
             raise InputError("step_cache is for tens of steps and reuse for a few; give one of them")
 

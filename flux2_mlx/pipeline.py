@@ -51,10 +51,9 @@ from .quantization.spec import Quantization
 from .refusals import refuse_to
 from .request import resolve
 from .results import Result, Step, watch
-from .runtime.activations import Workload
 from .runtime.plan import Plan, make_plan
 from .runtime.residency import STAGES, Stages
-from .samplings import output_size
+from .samplings import output_size, workload_of
 
 CALL_OPTIONS = ("output_type", "callback_on_step_end", "return_dict")  # options of pipe(...) beside stream's
 ImageLike = Image.Image | str | os.PathLike  # an image, or its file
@@ -207,22 +206,22 @@ class Flux2Pipeline:
         references: Sequence[tuple[int, int]] = (),
         step_cache: float | None = None,
         reuse: str | None = None,
+        hires: float | None = None,
+        hires_tile: int | None = None,
         enhance: bool = False,
     ) -> Plan:
         """The memory plan of one image, with the mode that "auto" chooses; nothing is loaded.
 
         Args:
-            height, width, max_sequence_length, step_cache, reuse, enhance: as stream takes them.
+            height, width, max_sequence_length, step_cache, reuse, hires, hires_tile, enhance: as stream takes them.
             references: (height, width) of each reference image, as it is encoded: at most a megapixel.
 
         Raises:
             InputError: for a size or a length that cannot be.
         """
-        GenerationOptions.collect(locals())
-        height, width = output_size(height, width, references, self.checkpoint.autoencoder.sample_size)
-        length = self.tokenizer.length(max_sequence_length)
-        caches = self.checkpoint.has_kv_cache, step_cache is not None, reuse
-        workload = Workload(height, width, length, references, *caches)
+        options, side = GenerationOptions.collect(locals()), self.checkpoint.autoencoder.sample_size
+        size, length = output_size(height, width, references, side, hires), self.tokenizer.length(max_sequence_length)
+        workload = workload_of(options, size, length, references, side, has_kv_cache=self.checkpoint.has_kv_cache)
         modules = self.text_encoder, self.transformer, self.autoencoder
         writer = self.enhance.language_model() if enhance else None
         return make_plan(*modules, workload, writer, dtype=self.dtype, limit=self.memory_limit, memory=self.memory)
@@ -265,8 +264,7 @@ class Flux2Pipeline:
             partial: load a file that fits only in part, without its other keys, instead of refusing it.
 
         Raises:
-            CheckpointError: for a file that does not fit, with all of its keys that fit nothing; or for fusing into
-                weights that the checkpoint holds packed.
+            CheckpointError: for a file that does not fit, naming its keys, or fusing into weights that are packed.
             InputError: for a name that is taken, or a scale that is none.
         """
         where = os.fspath(where)
@@ -353,6 +351,7 @@ class Flux2Pipeline:
         reuse: str | None = None,
         hires: float | None = None,
         hires_strength: float | None = None,
+        hires_tile: int | None = None,
         seed: int | None = None,
         num_images: int | None = None,
         enhance: bool = False,
@@ -386,8 +385,8 @@ class Flux2Pipeline:
             negative_prompt: what CFG steers away from.
             image: reference images, as diffusers takes them, or their files; so are init_image and mask.
             reference_strength: of each image in turn, from 0, which leaves it out, to 2; 1 where none is given.
-            height, width: in pixels, multiples of 16, from 64 up to 4 megapixels; None takes the first reference's (of
-                one side given, the other by its aspect), or what the checkpoint is for, 1024 for the released ones.
+            height, width: in pixels, multiples of 16, from 64 up to 4 megapixels, with hires 8; None takes the first
+                reference's (of one side given, the other by its aspect), or what the checkpoint is for, mostly 1024.
             num_steps: None takes 4 for distilled models and 50 for base models.
             guidance: CFG's scale, None takes 4.0 for base models; distilled models ignore it. The two passes are one
                 where memory allows.
@@ -397,8 +396,9 @@ class Flux2Pipeline:
             step_cache: First Block Cache, for tens of steps: those that differ by less, as 0.1, are one block long.
             reuse: "text" or "references", whose keys and values later steps take from the first (distilled models).
             hires: hires fix: generate the image this much smaller first, from above 1 to 4, enlarge its latents, and
-                denoise them at the full size. The composition is that of the small image.
+                denoise them at the full size. An init_image takes the small one's place, and gives the size.
             hires_strength: denoising strength of that second pass, None takes 0.5; see strength.
+            hires_tile: most pixels a side of the tiles it is computed in; None for tiles beyond 4 megapixels alone.
             seed: the first image's seed, the k-th has seed + k; random unless given.
             num_images: images of each prompt.
             enhance, enhance_seed: write prompts out before, with references or a mask as edits; see pipe.enhance.

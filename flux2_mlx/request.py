@@ -26,7 +26,7 @@ from .options import BatchOptions, GenerationOptions, ModelOptions, check_prompt
 from .paths import without_home
 from .refusals import check_enhance, check_group, check_reuse, check_room
 from .sampling.latents import PIXELS_PER_TOKEN, initial_noise, pack_channels_first
-from .samplings import Sampling, image_sizes, resolve_samplings, warn_of_sampling
+from .samplings import Sampling, image_sizes, resolve_samplings, small_size, warn_of_sampling
 
 
 def paths_of(cls: type) -> list[str]:
@@ -108,11 +108,12 @@ class Request:
 
     Attributes:
         settings: one for each image.
-        samplings: the sampling of every image, or with hires both: of the small image, and of the large one.
+        samplings: the sampling of every image, or with hires both: of the small image, unless one is given, and of the
+            large one.
         prompt_embeds: (1, L, D) for each image; None where prompts are to be encoded.
         latents: (1, S, C) for each image; None where seeds give the noise.
         references: the reference images, without those of strength 0.
-        init_image: (1, H, W, 3) in -1..1, for img2img and inpainting.
+        init_image: (1, H, W, 3) in -1..1, for img2img and inpainting; of hires' small size where hires enlarges it.
         init_latents: (1, h, w, C) of each image, of any size, in place of an init image.
         inpaint: composites the result into the init image.
         edit: brings the result back to the first reference.
@@ -168,7 +169,8 @@ def resolve(
     inputs = inputs.opened()
     inpaint = inputs.inpaint(options)
     references = inputs.references(options.reference_strength)
-    size, sizes = image_sizes(options, inputs, inpaint, checkpoint.autoencoder.sample_size)
+    side = checkpoint.autoencoder.sample_size
+    size, sizes = image_sizes(options, inputs, inpaint, side)
     length = options.max_sequence_length or default_length
     if embeds is not None:
         length = embeds.shape[1] + checkpoint.text_encoder.dropped_tokens
@@ -176,7 +178,7 @@ def resolve(
     if references:
         check_room(lambda some: peak(resolved, some), size, sizes, int(inpaint is not None), limit)
     samplings = resolve_samplings(
-        resolved, checkpoint.is_distilled, size, has_init=inputs.has_init, inpaints=inpaint is not None
+        resolved, checkpoint.is_distilled, size, side, has_init=inputs.has_init, inpaints=inpaint is not None
     )
     sampling = samplings[-1]
     if options.reuse is not None:
@@ -193,7 +195,8 @@ def resolve(
     count = len(prompts) * batch.num_images
     image_of = [k // batch.num_images for k in range(count)]
     channels = checkpoint.transformer.in_channels
-    init_image = None if inputs.init_image is None or inpaint is not None else init_array(inputs.init_image, size)
+    begun = size if options.hires is None else small_size(size, options.hires)
+    init_image = None if inputs.init_image is None or inpaint is not None else init_array(inputs.init_image, begun)
     init_latents = None if inputs.init_latents is None else given_init(inputs.init_latents, count, channels // 4)
     return Request(
         settings=[replace(first, prompt=prompts[image_of[k]], seed=seed + k) for k in range(count)],

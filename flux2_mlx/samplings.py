@@ -16,9 +16,11 @@ from .families import BASE, DISTILLED
 from .imaging.inpaint import Inpaint
 from .imaging.preprocess import reference_size
 from .inputs import Inputs, Size
-from .options import HIRES_STRENGTH, MIN_SIDE, STRENGTH, GenerationOptions, check_size
+from .options import HIRES_STRENGTH, MAX_PIXELS, MIN_SIDE, STRENGTH, GenerationOptions, check_size
+from .runtime.activations import Workload
 from .sampling.latents import PIXELS_PER_TOKEN
 from .sampling.schedules import StepPlan, custom_sigmas, plan_steps, schedule_sigmas
+from .sampling.tiles import Tiling, divide
 
 TENS_OF_STEPS = 10  # with fewer steps, each differs too much from the one before to reuse it
 
@@ -64,14 +66,16 @@ def start_step(strength: float, steps: int) -> int:
     return start
 
 
-def output_size(height: int | None, width: int | None, references: Sequence[Size], side: int) -> Size:
+def output_size(
+    height: int | None, width: int | None, references: Sequence[Size], side: int, hires: float | None = None
+) -> Size:
     """The size (height, width) of an image: what is given, else the first reference's, by its aspect where one side is
     given, else ``side``.
 
     Raises:
         InputError: see check_size.
     """
-    check_size(height, width)
+    check_size(height, width, hires)
     if references:
         tall, wide = references[0]
         if height is None:
@@ -79,7 +83,7 @@ def output_size(height: int | None, width: int | None, references: Sequence[Size
         if width is None:
             width = _multiple(height * wide / tall)
     height, width = height or side, width or side
-    check_size(height, width)
+    check_size(height, width, hires)
     return height, width
 
 
@@ -100,8 +104,11 @@ def image_sizes(
     references = [reference_size(image) for image in inputs.images]
     init_image = inputs.init_image if inpaint is None else inpaint.image
     init_size = inputs.init_size if init_image is None else reference_size(init_image)
+    if init_size is not None and options.hires is not None:
+        height, width = init_size if init_image is None else (init_image.height, init_image.width)
+        init_size = _multiple(options.hires * height), _multiple(options.hires * width)
     models = references if init_size is None else [init_size, *references]
-    size = output_size(options.height, options.width, models, side)
+    size = output_size(options.height, options.width, models, side, options.hires)
     strengths = inputs.strengths(options.reference_strength)
     references = [own for own, strength in zip(references, strengths, strict=True) if strength]
     if inpaint is None:
@@ -131,6 +138,8 @@ class Sampling:
         strength: denoising strength of img2img, inpainting and hires; None where nothing is started from.
         num_steps: the schedule's steps, those that the strength leaves out among them.
         steps: the steps that are done.
+        tiling: the tiles in which each step is computed; None for the undivided image.
+        small: (height, width) of the image that tiles follow.
     """
 
     size: Size
@@ -138,32 +147,52 @@ class Sampling:
     strength: float | None
     num_steps: int
     steps: list[StepPlan]
+    tiling: Tiling | None = None
+    small: Size = (0, 0)
 
     @property
     def passes(self) -> int:
-        """Passes through the transformer."""
+        """Passes of the image through the transformer, all of its tiles together one."""
         return sum(step.passes for step in self.steps)
 
 
 def resolve_samplings(
-    options: GenerationOptions, distilled: bool, size: Size, *, has_init: bool, inpaints: bool
+    options: GenerationOptions, distilled: bool, size: Size, side: int, *, has_init: bool, inpaints: bool
 ) -> list[Sampling]:
-    """The sampling of an image of this size; with hires before it that of the small image. Steps are numbered through.
+    """The sampling of an image of this size, where ``side`` is what the model is for; with hires before it that of the
+    small image, unless what is started from takes its place. Steps are numbered through.
 
     Raises:
-        InputError: for an image that is too small for hires.
+        InputError: for a size or an option that hires cannot do.
     """
     if options.hires is None:
         return [resolve_sampling(options, distilled, size, has_init=has_init, inpaints=inpaints)]
+    begun = small_size(size, options.hires)
     if min(size) < options.hires * MIN_SIDE:
         raise InputError(
             f"hires {options.hires:g} would begin {size[1]} x {size[0]} with a side below {MIN_SIDE} pixels; give a "
             "larger image, or less of it"
         )
-    small = resolve_sampling(options, distilled, small_size(size, options.hires), has_init=False, inpaints=False)
+    tiling = tiles_of(options, size, side)
+    if tiling is not None and options.reuse is not None:
+        raise InputError(
+            f"reuse has the keys and values of one pass, and hires computes {size[1]} x {size[0]} in {len(tiling)} "
+            "tiles; leave reuse out"
+        )
     strength = HIRES_STRENGTH if options.hires_strength is None else options.hires_strength
     again = replace(options, strength=strength)
-    large = resolve_sampling(again, distilled, size, has_init=True, inpaints=False)
+    # A tile has the noise levels of its own size: those of many tokens leave next to nothing of what is begun from.
+    seen = size if tiling is None else tiling.size
+    large = resolve_sampling(again, distilled, seen, has_init=True, inpaints=False)
+    large = replace(large, size=size, tiling=tiling, small=begun)
+    if has_init:
+        return [large]
+    if math.prod(begun) > MAX_PIXELS:
+        raise InputError(
+            f"hires {options.hires:g} would begin {size[1]} x {size[0]} with {math.prod(begun) / 2**20:.2f} "
+            f"megapixels, and at most {MAX_PIXELS // 2**20} are generated in one; give more of it, as --hires 2"
+        )
+    small = resolve_sampling(options, distilled, begun, has_init=False, inpaints=False)
     steps = [replace(step, index=k) for k, step in enumerate(large.steps, small.num_steps + 1)]
     return [small, replace(large, steps=steps)]
 
@@ -171,6 +200,30 @@ def resolve_samplings(
 def small_size(size: Size, scale: float) -> Size:
     """The size (height, width) that hires begins an image with."""
     return _multiple(size[0] / scale), _multiple(size[1] / scale)
+
+
+def tiles_of(options: GenerationOptions, size: Size, side: int) -> Tiling | None:
+    """The tiles in which hires computes an image of this size, where ``side`` is what the model is for; None for the
+    undivided image. Beyond the size of which FLUX.2 is meant to generate images there is no other way.
+    """
+    if options.hires is None or (options.hires_tile is None and math.prod(size) <= MAX_PIXELS):
+        return None
+    return divide(size, options.hires_tile or side)
+
+
+def workload_of(
+    options: GenerationOptions, size: Size, length: int, references: Sequence[Size], side: int, *, has_kv_cache: bool
+) -> Workload:
+    """What memory and time of an image of this size depend on, where ``side`` is what the model is for.
+
+    Args:
+        length: tokens of the prompt.
+        references: (height, width) of what the transformer sees.
+    """
+    tiling = tiles_of(options, size, side)
+    small = None if tiling is None or options.hires is None else small_size(size, options.hires)
+    caches_steps = options.step_cache is not None
+    return Workload(*size, length, references, has_kv_cache, caches_steps, options.reuse, tiling, small)
 
 
 def resolve_sampling(

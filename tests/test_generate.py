@@ -123,6 +123,7 @@ def test_every_option_reaches_the_pipeline(run, tmp_path, base_reference):
         "height": 64,
         "hires": None,
         "hires_strength": None,
+        "hires_tile": None,
         "num_steps": 2,
         "guidance": 2.5,
         "guidance_interval": [0.1, 0.9],

@@ -179,7 +179,7 @@ def test_steps_of_both_passes_are_counted(pipe):
 )
 def test_the_small_image_has_sides_that_can_be_generated(size, scale, small):
     options = GenerationOptions(hires=scale, num_steps=8)
-    first, second = resolve_samplings(options, True, size, has_init=False, inpaints=False)
+    first, second = resolve_samplings(options, True, size, 1024, has_init=False, inpaints=False)
     assert (first.size, second.size) == (small, size)
     assert [step.index for step in (*first.steps, *second.steps)] == list(range(1, 13))
     assert second.steps[0].sigma == second.steps[0].sigma_next or second.steps[0].restarts
@@ -195,8 +195,6 @@ def test_what_it_does_not_go_with(pipe):
             {"hires": 2.5},
             "hires 2.5 would begin 160 x 128 with a side below 64 pixels; give a larger image, or less of it",
         ),
-        ({"hires": 2, "init_image": PICTURE}, "hires starts from a smaller image of its own, and init_image is given"),
-        ({"hires": 2, "init_latents": LATENTS}, "and init_latents is given; give one of them"),
         ({"hires": 2, "latents": np.zeros((1, 80, 128))}, "and latents is given"),
         ({"hires": 2, "strength": 0.5}, "strength belongs to init_image"),
         ({"hires": 2, "mask": PICTURE}, "mask belongs to init_image"),

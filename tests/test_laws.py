@@ -113,7 +113,13 @@ WAYS = {
     "hires": Way(
         {"hires": 2.0, "hires_strength": 0.5, "height": 128, "width": 160},
         ({"hires_strength": 1.0}, {"hires": None, "hires_strength": None}),
-        ({"init_image": IMAGE}, "hires starts from a smaller image of its own, and init_image is given"),
+        ({"latents": np.zeros((1, 80, 128))}, "hires draws noise of its own for each size, and latents is given"),
+    ),
+    "enlarge": Way(
+        {"init_image": IMAGE, "image": REFERENCE, "hires": 2.0, "hires_tile": 96, "height": 128, "width": 160},
+        ({"hires_tile": 160}, {"hires_tile": None}),
+        ({"strength": 0.5}, r"strength is hires_strength \(--hires-strength\) where hires enlarges the init_image"),
+        references=(REFERENCE.size[::-1],),
     ),
     "inpaint": Way(
         INPAINT,
@@ -229,7 +235,7 @@ def test_its_file_repeats_it(opened, way, checkpoints, tmp_path):
 def test_the_memory_that_is_planned_is_enough(opened, way, memory, monkeypatch):
     """No stage says that it needs more, and what is drawn is the same."""
     pipe = opened(way, memory=memory)
-    caches = {name: way.options[name] for name in ("step_cache", "reuse") if name in way.options}
+    caches = {name: way.options[name] for name in ("step_cache", "reuse", "hires", "hires_tile") if name in way.options}
     options = {**SMALL, **way.options}
     sizes = options["height"], options["width"], options["max_sequence_length"]
     monkeypatch.setattr(pipe, "memory_limit", pipe.plan(*sizes, way.references, **caches).peak)

@@ -19,7 +19,7 @@ from ..bars import print_past
 from ..errors import printable
 from ..imaging.files import save_image, save_preview
 from ..imaging.terminal import PROTOCOLS, detect_protocol, encode
-from ..options import CheckpointOptions
+from ..options import CheckpointOptions, GenerationOptions
 from ..pipeline import Flux2Pipeline
 from ..request import Settings, Size
 from ..results import Step
@@ -49,7 +49,7 @@ def start(task: Task, pipe: Flux2Pipeline) -> Iterator[Step]:
     use_loras(pipe, task)
     remove_unfinished(task)
     if not task.quiet:
-        print(plan_of(pipe, task).summary(), file=sys.stderr)
+        print(plan_of(pipe, task, task.options).summary(), file=sys.stderr)
     return pipe.stream(**vars(task.inputs), **vars(task.options), **vars(task.batch))
 
 
@@ -70,12 +70,12 @@ def identity(task: Task) -> dict[str, Any]:
     return task.model.select(CheckpointOptions) | vars(task.runtime)
 
 
-def plan_of(pipe: Flux2Pipeline, task: Task, size: Size | None = None) -> Plan:
-    """The plan of a task's image, or of one of another size (height, width)."""
+def plan_of(pipe: Flux2Pipeline, task: Task, options: GenerationOptions, size: Size | None = None) -> Plan:
+    """The plan of a task's image with options, or of one of another size (height, width)."""
     own, references = task.sizes(pipe.checkpoint.autoencoder.sample_size)
     height, width = size or own
     own_size = {"height": height, "width": width}
-    return pipe.plan(references=references, enhance=task.batch.enhance, **{**task.options.planned, **own_size})
+    return pipe.plan(references=references, enhance=task.batch.enhance, **{**options.planned, **own_size})
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,11 @@ from ..models.attention import queries_at_once
 from ..models.autoencoder import MOST_TILE_BYTES, TILE_BYTES
 from ..models.config import AutoEncoderConfig, FluxKleinParams, Qwen3Config
 from ..sampling.latents import PIXELS_PER_TOKEN
+from ..sampling.tiles import Tiling
+
+# Latents of a whole image that there are while its tiles are computed: what is sampled, its noise, the smaller image's
+# as tokens and as a latent, the velocity before and after a tile, and what the step before gave its caller, twice.
+WHOLE_LATENTS = 8
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,7 @@ class Pass:
         kv: reference tokens that are attended to by cached keys and values alone (klein-9b-kv).
         caches: First Block Caches a row: 1, or 2 where CFG computes its passes in turn.
         frozen: "text" or "references": later passes take their keys and values from the first; see FrozenKV.
+        whole: tokens of the image that ``image`` is a tile of, if it is one.
     """
 
     text: int
@@ -33,6 +40,7 @@ class Pass:
     kv: int = 0
     caches: int = 0
     frozen: str | None = None
+    whole: int = 0
 
     @property
     def tokens(self) -> int:
@@ -65,6 +73,8 @@ class Workload:
         has_kv_cache: whether the references' keys and values are kept in place of their tokens (klein-9b-kv).
         caches_steps: whether there is a First Block Cache, counted for both passes of CFG.
         frozen: "text", "references" or None; see Pass.
+        tiling: the tiles in which hires computes the image; None for the undivided one.
+        small: (height, width) of the image that hires begins with, where it may need more than a tile.
     """
 
     height: int
@@ -74,6 +84,13 @@ class Workload:
     has_kv_cache: bool = False
     caches_steps: bool = False
     frozen: str | None = None
+    tiling: Tiling | None = None
+    small: tuple[int, int] | None = None
+
+    @property
+    def tiles(self) -> int:
+        """How many passes a step of denoising takes."""
+        return 1 if self.tiling is None else len(self.tiling)
 
     @property
     def references(self) -> int:
@@ -86,10 +103,21 @@ class Workload:
         return self.references if self.has_kv_cache else 0
 
     def denoising(self, rows: int = 1, caches: int = 0) -> Pass:
-        """A pass of denoising."""
-        image = self.height * self.width // PIXELS_PER_TOKEN**2
-        references = self.references - self.kv
-        return Pass(self.text, image, references, rows, self.kv, caches, None if self.kv else self.frozen)
+        """A pass of denoising, of the image or of each of its tiles.
+
+        Args:
+            caches: First Block Caches a row and pass.
+        """
+        size = (self.height, self.width) if self.tiling is None else self.tiling.size
+        whole = 0 if self.tiling is None else self.tiling.tokens
+        image, references = math.prod(size) // PIXELS_PER_TOKEN**2, self.references - self.kv
+        frozen = None if self.kv else self.frozen
+        return Pass(self.text, image, references, rows, self.kv, caches * self.tiles, frozen, whole)
+
+    def passes(self, caches: int) -> list[Pass]:
+        """A pass of denoising, and with tiles one of the image that hires begins with."""
+        small = [] if self.small is None else [replace(self, height=self.small[0], width=self.small[1], tiling=None)]
+        return [own.denoising(caches=caches) for own in (self, *small)]
 
 
 def text_encoder_bytes(config: Qwen3Config, length: int, dtype: mx.Dtype) -> int:
@@ -127,6 +155,7 @@ def transformer_bytes(params: FluxKleinParams, one: Pass, dtype: mx.Dtype) -> tu
            residual stream is in float32);
         2 a token and a token of ``kv``, where there is any: keys and values of both, joined;
         3 an image token and cache: the changes that a First Block Cache holds.
+    Beside a tile are latents of the whole image in float32.
     Attention has two units less a token, one less where it is computed in parts, and the scores of one call where they
     are written out, as on the CPU: heads * queries * keys. Of frozen tokens later passes have the keys and values
     alone, which are counted beside the pass that needs more.
@@ -138,6 +167,7 @@ def transformer_bytes(params: FluxKleinParams, one: Pass, dtype: mx.Dtype) -> tu
         return activations, attention
     tokens, units = one.tokens, 11 if dtype == mx.float16 else 10
     beside = (2 * (tokens + one.kv if one.kv else 0) + 3 * one.caches * one.image) * params.hidden_size
+    beside += WHOLE_LATENTS * one.whole * params.in_channels * mx.float32.size // dtype.size
     activations = one.rows * (units * tokens * params.hidden_size + beside) * dtype.size
     if not writes_scores(dtype):
         return activations, 0

@@ -231,7 +231,8 @@ def make_plan(
         most = max(sizes, key=math.prod)
         tiled["references"] = partial(encoder_bytes, config, *most, image_dtype)
         stages.append(stage_of("references", autoencoder.encoder, image_dtype, tiled["references"](TILE_BYTES)))
-    passes = [transformer_bytes(params, workload.denoising(caches=2 if workload.caches_steps else 0), dtype)]
+    caches = 2 if workload.caches_steps else 0
+    passes = [transformer_bytes(params, one, dtype) for one in workload.passes(caches)]
     if workload.kv:
         passes.append(transformer_bytes(params, Pass(0, 0, workload.kv), dtype))
     pinned = kv_bytes(params, workload.kv, dtype)

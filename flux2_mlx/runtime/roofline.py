@@ -253,7 +253,7 @@ def image_work(
     dtype: mx.Dtype,
 ) -> dict[str, Work]:
     """The work of each stage of an image, by the plan's names: for one prompt, as long as may be, all references, one
-    pass of the transformer (the first), one image. Weights of modules are not read.
+    step of the transformer (the first; of all tiles), one image. Weights of modules are not read.
     """
     text_dtype, image_dtype = stage_dtype("text_encoder", dtype), autoencoder.dtype
     params, config, one = transformer.params, autoencoder.config, workload.denoising()
@@ -267,7 +267,7 @@ def image_work(
         work["references"] = sum(encoded, Work())
         if workload.kv:
             work["references"] += reference_kv_work(params, workload.kv, dtype) + weights
-    work["transformer"] = transformer_work(params, one, dtype) + weights
+    work["transformer"] = (transformer_work(params, one, dtype) + weights) * workload.tiles
     decoding = decoder_work(config, workload.height, workload.width, image_dtype)
     work["decoder"] = decoding + _reading(autoencoder.decoder, image_dtype)
     return work

@@ -54,12 +54,12 @@ def resize_latents(z: mx.array, height: int, width: int) -> mx.array:
     """
     batch, rows, columns, channels = z.shape
     scale = min(rows / height, columns / width)
-    down, across = _resizing(rows, height, scale), _resizing(columns, width, scale)
+    down, across = resizing(rows, height, scale), resizing(columns, width, scale)
     z = (mx.array(down) @ z.astype(mx.float32).reshape(batch, rows, -1)).reshape(-1, columns, channels)
     return (mx.array(across) @ z).reshape(batch, height, width, channels)
 
 
-def _resizing(source: int, target: int, scale: float) -> np.ndarray:
+def resizing(source: int, target: int, scale: float) -> np.ndarray:
     """(target, source) weights of Keys' cubic convolution (a = -1/2) around the middle, widened where it shrinks.
 
     Source: R. Keys, Cubic convolution interpolation for digital image processing, 1981.

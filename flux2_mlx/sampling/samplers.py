@@ -13,6 +13,8 @@ import mlx.core as mx
 from ..errors import InputError
 from .schedules import StepPlan, linear_sigmas
 
+GuidedVelocity = Callable[[mx.array, StepPlan], mx.array]  # of tokens (B, S, C) in a step, with CFG where that is
+
 
 def add_noise(clean: mx.array, noise: mx.array, sigma: float) -> mx.array:
     """Clean tokens at a noise level: (1 - sigma) * clean + sigma * noise."""
@@ -43,7 +45,7 @@ class MaskBlend:
 
 
 def sample_euler(
-    velocity: Callable[[mx.array, StepPlan], mx.array],
+    velocity: GuidedVelocity,
     x: mx.array,
     steps: Sequence[StepPlan],
     blend: MaskBlend | None = None,

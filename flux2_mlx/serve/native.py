@@ -38,7 +38,8 @@ queue is full.
 GET /api/info: {"version", "status": "opening" | "ready" | "unloaded" | "failed", "fault", "model": {"name",
 "is_distilled", "side", "steps", "guidance"} with nulls until it is open, "models", "loras": names, "lora": {name:
 strength} of those that the server has without being asked, "options": {name: {"type", "default", "help", "minimum",
-"maximum", "choices"}}, "limits": {"images", "pictures", "pixels", "body"}, "queue": {"running", "waiting", "places"}}.
+"maximum", "choices"}}, "limits": {"images", "pictures", "pixels", "hires_pixels" (with hires), "body"}, "queue":
+{"running", "waiting", "places"}}.
 
 POST /api/settings: an image's file as the body; answers {"settings", "parameters", "inputs"}, to draw it again: the
 options by the names above, with prompt; "lora" and "model" name what the image was drawn with; "inputs" what was given
@@ -65,8 +66,8 @@ from ..fields import check_choice, type_of
 from ..imaging.files import read_metadata
 from ..imaging.inpaint import ALPHA
 from ..imaging.preprocess import MAX_PIXELS
+from ..options import MAX_HIRES_PIXELS, BatchOptions, GenerationOptions, ModelOptions
 from ..options import MAX_PIXELS as MAX_GENERATED
-from ..options import BatchOptions, GenerationOptions, ModelOptions
 from ..request import Settings, paths_of
 from .answers import data_uri, encoded, encoded_preview, events_answer, sse
 from .events import Event, Failure, Picture, Queued, StepDone
@@ -241,6 +242,7 @@ async def info(request: Request) -> Response:
                 "images": MAX_IMAGES,
                 "pictures": MAX_PICTURES,
                 "pixels": MAX_GENERATED,
+                "hires_pixels": MAX_HIRES_PIXELS,
                 "picture_pixels": MAX_PIXELS,
                 "body": MAX_BODY,
             },

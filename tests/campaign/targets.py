@@ -384,8 +384,8 @@ def mask(folder: Path, _: Path) -> None:
 
 SETTINGS = {
     "negative_prompt": "", "strength": None, "mask_blur": 0.0, "mask_padding": None, "expand": None,
-    "color_match": False, "edit_composite": None, "hires": None, "hires_strength": None, "width": 64, "height": 64,
-    "num_steps": 1, "guidance": 1.0, "guidance_interval": None, "guidance_rescale": 0.0,
+    "color_match": False, "edit_composite": None, "hires": None, "hires_strength": None, "hires_tile": None,
+    "width": 64, "height": 64, "num_steps": 1, "guidance": 1.0, "guidance_interval": None, "guidance_rescale": 0.0,
     "force_guidance": False, "seed": 3, "schedule": "flux2", "sigmas": None, "noise": "torch",
     "max_sequence_length": 48, "step_cache": None, "reuse": None, "model": "nano", "revision": None,
     "transformer": None, "text_encoder": None, "vae": None, "tokenizer": None, "distilled": None, "kv_cache": None,
