@@ -13,6 +13,7 @@ A compiled function is traced through. A custom function is called as what it wr
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -50,9 +51,10 @@ from flux2_mlx.quantization.packing import quantize_rtn, quantize_weight
 from flux2_mlx.quantization.spec import AFFINE_BITS, AFFINE_GROUPS, FLOAT_MODES, READ_BITS, Quantization
 from flux2_mlx.sampling.denoiser import CachedDenoiser, Denoiser, FrozenDenoiser, strength_bias
 from flux2_mlx.sampling.guidance import Guidance, batched, sequential
-from flux2_mlx.sampling.latents import initial_noise, pack_latents, resize_latents, unpack_latents
+from flux2_mlx.sampling.latents import PIXELS_PER_TOKEN, initial_noise, pack_latents, resize_latents, unpack_latents
 from flux2_mlx.sampling.samplers import MaskBlend, add_noise, sample_euler
 from flux2_mlx.sampling.schedules import flux2_sigmas, plan_steps
+from flux2_mlx.sampling.tiles import Following, TiledVelocity, divide, low_pass
 from flux2_mlx.training.dataset import Example
 from flux2_mlx.training.options import TrainingOptions
 from flux2_mlx.training.trainer import Trainer
@@ -314,10 +316,22 @@ def steps(census: Census, dtype: mx.Dtype) -> None:
         mask = mx.zeros((1, TOKENS, 1))
         return sample(lambda: (alone, batched(alone)), add_noise(reference, x, 0.9), txt, MaskBlend(reference, x, mask))
 
+    def tiled(x: mx.array, txt: mx.array) -> Any:
+        tiling = divide(SIZE, SIZE[0] // 2)
+        assert tiling is not None
+        count = math.prod(tiling.size) // PIXELS_PER_TOKEN**2
+        ropes = [FluxKlein.compute_rope(text_ids(LENGTH), ids) for ids in tiling.position_ids(SIZE)]
+        denoisers = [Denoiser(lambda: nullcontext(model), rope, count) for rope in ropes[:2]]
+        velocities = [Guidance(own, batched(own), txt, txt, 3.0) for own in denoisers]
+        unpack, pack = partial(unpack_latents, height=SIZE[0], width=SIZE[1]), pack_latents
+        follow = Following(unpack(x), *low_pass(SIZE, (SIZE[0] // 2, SIZE[1] // 2)), unpack, pack)
+        return list(sample_euler(TiledVelocity(tiling, velocities * (len(tiling) // 2), follow), x, plan))
+
     # CFG makes two rows of one.
     x = mx.zeros((1, TOKENS, PARAMS.in_channels))
     txt = mx.zeros((1, LENGTH, PARAMS.txt_embed_dim), dtype)
     census.trace("step", partial(sample, lambda: (alone, sequential(alone, alone)), rescale=0.0), x, txt)
+    census.trace("step in tiles", tiled, x, txt)
     census.trace("step with references", partial(sample, lambda: (edit, batched(edit))), x, txt)
     strong = replace(edit, bias=strength_bias(LENGTH + TOKENS, [TOKENS], [0.5]))
     census.trace("step with a reference's strength", partial(sample, lambda: (strong, batched(strong))), x, txt)

@@ -1,5 +1,7 @@
 """Large images in tiles: that they cover the image, what they follow, and all of it beside diffusers' transformer."""
 
+from contextlib import nullcontext
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -7,16 +9,24 @@ import torch
 from diffusers import Flux2KleinPipeline
 from PIL import Image
 
-from flux2_mlx import InputError
+from benchmarks.hires import seams
+from flux2_mlx import Flux2Pipeline, InputError
+from flux2_mlx.device import weight_bytes
+from flux2_mlx.generate import main
 from flux2_mlx.inputs import Inputs
 from flux2_mlx.models.config import FluxKleinParams
+from flux2_mlx.models.flux2 import FluxKlein
 from flux2_mlx.options import GenerationOptions
 from flux2_mlx.runtime.activations import Pass, Workload, transformer_bytes
+from flux2_mlx.runtime.released import released_modules
+from flux2_mlx.runtime.roofline import image_work
+from flux2_mlx.sampling.denoiser import Denoiser
 from flux2_mlx.sampling.latents import image_ids
 from flux2_mlx.sampling.schedules import StepPlan
 from flux2_mlx.sampling.tiles import Axis, Following, TiledVelocity, divide, low_pass
 from flux2_mlx.samplings import image_sizes, resolve_samplings, workload_of
 from tests.test_pipeline import close, same
+from tests.test_plan import peak_of
 
 STEP = StepPlan(1, 0.5, 0.25)
 LARGE = {"height": 128, "width": 160, "num_steps": 2, "max_sequence_length": 16, "seed": 4, "hires": 2.0}
@@ -288,6 +298,21 @@ def test_what_cannot_be_in_tiles(pipe):
             pipe.stream("a fox", **{**LARGE, **options})
 
 
+@pytest.mark.nightly
+def test_nano_s_tiles_have_no_seams_and_keep_the_composition():
+    """Beside the undivided pass: neighbouring pixels at tiles' edges differ by less than two levels more, and the image
+    is nearer to the small one.
+    """
+    pipe = Flux2Pipeline.from_pretrained("nano", cache=False)
+    for seed, prompt in enumerate(("a star", "a red circle and a blue square", "a green triangle, black background")):
+        small = pipe(prompt, seed=seed, height=128, width=128).images[0].resize((256, 256), Image.Resampling.BICUBIC)
+        options = {"seed": seed, "height": 256, "width": 256, "hires": 2}
+        undivided, tiled = (pipe(prompt, hires_tile=tile, **options).images[0] for tile in (None, 128))
+        assert seams(tiled, 128) - seams(undivided, 128) < 2, prompt
+        off = [np.abs(np.asarray(image, float) - np.asarray(small)).mean() for image in (tiled, undivided)]
+        assert off[0] < 0.7 * off[1], prompt
+
+
 # ------------------------------------------------------------------------------------------------ memory
 
 
@@ -306,3 +331,36 @@ def test_memory_is_that_of_a_tile_or_of_the_small_image():
     )
     undivided = workload_of(GenerationOptions(), (1024, 1024), 512, [], 1024, has_kv_cache=False)
     assert undivided == Workload(1024, 1024, 512, [])
+
+
+def test_tiles_of_an_image_need_what_the_plan_says(memory):
+    """Less than half of the undivided image, latents of all of it among it."""
+    params = FluxKleinParams(hidden_size=384, num_heads=3, txt_embed_dim=960, depth=1, depth_single=2)
+    transformer, size, text = FluxKlein(params), (384, 384), 128
+    tiling = divide(size, 128)
+    planned, whole = (
+        max(transformer_bytes(params, Workload(*size, text, tiling=own).denoising(), mx.float32))
+        for own in (tiling, None)
+    )
+    ropes = [FluxKlein.compute_rope(mx.zeros((1, text, 4)), ids) for ids in tiling.position_ids((192, 192))]
+    txt, latents = mx.zeros((1, text, 960)), [mx.random.normal((1, 576, 128)) for _ in range(4)]
+    height, width = tiling.size
+    denoisers = [Denoiser(lambda: nullcontext(transformer), rope, height * width // 256) for rope in ropes]
+    velocities = [lambda x, step, own=own: own(x, txt, step) for own in denoisers]
+    mx.eval(ropes, txt, latents)
+    memory()
+    taken = peak_of(transformer, lambda: TiledVelocity(tiling, velocities, unchanged)(latents[0], STEP), planned)
+    assert planned < whole / 2
+    assert 0.7 <= (taken - weight_bytes(transformer)) / planned <= 1.1
+
+
+def test_the_plan_of_eight_megapixels(capsys):
+    """And of seconds, as many passes as tiles; of a released model nothing is downloaded."""
+    assert main(["--plan", "--model", "klein-4b", "--width", "4096", "--height", "2048", "--hires", "2"]) == 0
+    assert "decoder" in capsys.readouterr().out
+    modules = released_modules("klein-4b", mx.bfloat16, {}, mx.bfloat16)
+    tiled, tile = (
+        image_work(*modules, workload_of(options, size, 512, [], 1024, has_kv_cache=False), mx.bfloat16)["transformer"]
+        for options, size in ((GenerationOptions(hires=2.0), (2048, 4096)), (GenerationOptions(), (864, 1024)))
+    )
+    assert tiled.flops == 15 * tile.flops
