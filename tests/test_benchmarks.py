@@ -39,7 +39,7 @@ NIGHTLY = [
     (quality, ["--model", "CHECKPOINT", "--ways", "--captions", "1", "--ranks", "1", "--layers"], "ways"),
     (quality, IN_TURN, "figures"),
     (gpu, ["FOLDER", "--tiny"], "sections"),
-    (hires, ["--size", "96", "--steps", "1", "--captions", "1", "--strengths", "0.5"], "ways"),
+    (hires, ["--size", "96", "--steps", "1", "--captions", "1", "--strengths", "0.5", "--tile", "64"], "ways"),
     (strengths, ["--count", "1"], "percent"),
     (serve, ["--repeats", "1", "--clients", "2", "--requests", "4", "--soak", "5"], "overhead"),
     (training, ["--tiny", "--size", "64", "--text-length", "16", "--depth-single", "1", "2"], "whole"),

@@ -16,8 +16,9 @@ from ..sampling.latents import PIXELS_PER_TOKEN
 from ..sampling.tiles import Tiling
 
 # Latents of a whole image that there are while its tiles are computed: what is sampled, its noise, the smaller image's
-# as tokens and as a latent, the velocity before and after a tile, and what the step before gave its caller, twice.
-WHOLE_LATENTS = 8
+# as tokens and as a latent, the velocity before and after a tile, and what the step before gave its caller, twice; and
+# the tiles' RoPE tables, which have as many numbers a token as a latent and are those of overlapping tiles.
+WHOLE_LATENTS = 10
 
 
 @dataclass(frozen=True)
