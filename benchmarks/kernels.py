@@ -199,7 +199,7 @@ def own_step(
     with recorder.recording():
         from flux2_mlx import FluxKlein
         from flux2_mlx.models import attention
-        from flux2_mlx.models.kv_cache import BiasedKV
+        from flux2_mlx.models.kv_cache import MaskedKV
 
         attention.writes_scores = lambda _: False  # type: ignore[assignment]  # a GPU's kernels are counted
         tables = FluxKlein.compute_rope(
@@ -208,7 +208,7 @@ def own_step(
         model: Any = hollow(FluxKlein(params), dtype)
 
         def step(*arrays: mx.array, bias: mx.array | None = None) -> mx.array:
-            kv = None if bias is None else [BiasedKV(bias.astype(dtype))] * params.blocks
+            kv = None if bias is None else [MaskedKV(bias.astype(dtype))] * params.blocks
             v: mx.array = model.forward_with_rope(*arrays, image_tokens=(side // 16) ** 2, kv=kv)
             return v
 

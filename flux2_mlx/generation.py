@@ -25,6 +25,7 @@ from .imaging.edits import Edit
 from .imaging.preprocess import image_array
 from .models.first_block_cache import FirstBlockCache
 from .models.kv_cache import KV, FrozenKV
+from .regions import parse_region
 from .request import Request, Settings, request_noise
 from .results import Step
 from .runtime.activations import Pass, Workload
@@ -33,6 +34,7 @@ from .runtime.stats import Stats, not_finite
 from .sampling.denoiser import CachedDenoiser, Denoiser, FrozenDenoiser, Velocity, strength_bias
 from .sampling.guidance import Guidance, batched, distributed, sequential
 from .sampling.latents import image_ids
+from .sampling.regions import WHOLE, Regions, make_regions
 from .sampling.samplers import GuidedVelocity, MaskBlend, add_noise, sample_euler
 from .sampling.tiles import Following, TiledVelocity, low_pass
 from .samplings import Sampling, warn
@@ -45,12 +47,14 @@ class Canvas:
     Attributes:
         ropes: rotation tables of text, image and references; of an image in tiles those of each tile.
         bias: what the references' strengths add to attention's scores; see Denoiser.
+        regions: who attends to whom, where there are regions; one for each of ``ropes``.
         one: the size of a pass; in Conditioning for one image without CFG.
     """
 
     sampling: Sampling
     ropes: list[tuple[mx.array, mx.array]]
     bias: mx.array | None
+    regions: list[Regions | None]
     one: Pass
 
 
@@ -60,6 +64,7 @@ class Conditioning:
 
     Attributes:
         embeddings: embeddings (1, L, D) of each image's prompt.
+        of_regions: embeddings (1, L, D) of each region's prompt, which follow the image's own.
         negative: embeddings (1, L, D) of the negative prompt, where there is CFG.
         init: clean tokens (1, S, C) of the init image, if any.
         init_latent: what hires enlarges in the place of a small image, (1, h, w, C / 4) of the init image, if any.
@@ -70,6 +75,7 @@ class Conditioning:
     """
 
     embeddings: list[mx.array]
+    of_regions: list[mx.array]
     negative: mx.array | None
     init: mx.array | None
     init_latent: mx.array | None
@@ -121,7 +127,8 @@ class Generator:
         conditioning = self._condition(request, stats)
         two_passes = request.uses_cfg and self.group is None
         largest = self._largest(conditioning.canvases)
-        is_batched = two_passes and self.stages.fits(replace(largest, rows=2))
+        # With regions the two passes have texts of different lengths.
+        is_batched = two_passes and not largest.is_masked and self.stages.fits(replace(largest, rows=2))
         rows, turns = 2 if is_batched else 1, 2 if two_passes and not is_batched else 1
         count = self._images_per_pass(request, replace(largest, rows=rows, caches=turns * largest.caches))
         canvases = [
@@ -192,8 +199,13 @@ class Generator:
         tiling = canvas.sampling.tiling
         txt = mx.concatenate([conditioning.embeddings[k] for k in images])
         negative = txt if conditioning.negative is None else mx.broadcast_to(conditioning.negative, txt.shape)
+        of_regions = [mx.broadcast_to(own, txt.shape) for own in conditioning.of_regions]
+        txt = mx.concatenate([txt, *of_regions], axis=1) if of_regions else txt
         mx.eval(txt, negative)  # a later step may be asked for in another thread
-        denoisers = [Denoiser(use, rope, one.image, *references, canvas.bias) for rope in canvas.ropes]
+        denoisers = [
+            Denoiser(use, rope, one.image, *references, canvas.bias, regions)
+            for rope, regions in zip(canvas.ropes, canvas.regions, strict=True)
+        ]
         velocities = [self._velocity(first, own, frozen, txt, negative, is_batched) for own in denoisers]
         velocity: GuidedVelocity = velocities[0]
         if tiling is not None and init is not None:
@@ -273,8 +285,10 @@ class Generator:
         first = request.settings[0]
         length, size = first.max_sequence_length, (first.height, first.width)
         prompts = [] if request.prompt_embeds else [settings.prompt for settings in request.settings]
+        regions = [parse_region(text) for text in first.region]
         negative = [first.negative_prompt] if request.uses_cfg else []
-        encoded = self.prompts.encode([*prompts, *negative], length, stats)
+        encoded = self.prompts.encode([*prompts, *(own.prompt for own in regions), *negative], length, stats)
+        embeddings = request.prompt_embeds or [encoded[prompt] for prompt in prompts]
         if request.references and self.stages.checkpoint.is_bonsai:
             warn(
                 f"{self.stages.checkpoint.name} is Bonsai Image, which was trained to draw from text alone: edits come "
@@ -305,14 +319,23 @@ class Generator:
         def canvas(sampling: Sampling) -> Canvas:
             has_kv = self.stages.checkpoint.has_kv_cache
             tiling = sampling.tiling
-            workload = Workload(*sampling.size, length, sizes, has_kv, frozen=first.reuse, tiling=tiling)
-            ids = [image_ids(*sampling.size)] if tiling is None else tiling.position_ids(sampling.small)
-            ropes = [self.references.rope(length, [own, *position_ids]) for own in ids]
+            workload = Workload(
+                *sampling.size, length, sizes, has_kv, frozen=first.reuse, tiling=tiling, regions=len(regions)
+            )
             one = workload.denoising(caches=0 if first.step_cache is None else 1)
-            return Canvas(sampling, ropes, strength_bias(length + one.image, tokens, strengths), one)
+            texts, text, boxes = 1 + len(regions), embeddings[0].shape[1], [own.box for own in regions]
+            ids = [image_ids(*sampling.size)] if tiling is None else tiling.position_ids(sampling.small)
+            ropes = [self.references.rope(length, [own, *position_ids], texts) for own in ids]
+            places = [WHOLE] if tiling is None else tiling.places
+            seen = [
+                make_regions(boxes, sampling.size, text, one.references, one.kv, place) if boxes else None
+                for place in places
+            ]
+            return Canvas(sampling, ropes, strength_bias(texts * text + one.image, tokens, strengths), seen, one)
 
         return Conditioning(
-            request.prompt_embeds or [encoded[prompt] for prompt in prompts],
+            embeddings,
+            [encoded[own.prompt] for own in regions],
             encoded[first.negative_prompt] if negative else None,
             init,
             init_latent,

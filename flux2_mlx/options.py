@@ -14,6 +14,7 @@ from .fields import Options, option
 from .imaging.edits import THRESHOLD
 from .imaging.inpaint import MAX_MARGIN, SIDES, check_expand
 from .quantization.spec import AFFINE_BITS, AFFINE_GROUPS, FLOAT_MODES, Quantization, options_of, parse_options
+from .regions import check_regions
 from .runtime.plan import MODES
 from .runtime.residency import Stages
 from .sampling.latents import NOISES, PIXELS_PER_TOKEN
@@ -108,6 +109,12 @@ def _check_strengths(value: Any) -> None:
         )
 
 
+def _check_regions(value: Any) -> None:
+    check_regions(value)
+    for text in value:
+        check_prompt(text)
+
+
 def _check_limit(value: Any) -> None:
     if isinstance(value, bool) or not (isinstance(value, (int, float)) and MIN_MEMORY <= value < 2**63):
         raise InputError(
@@ -131,6 +138,10 @@ class GenerationOptions(Options):
     negative_prompt: str = option(
         "", "what CFG steers away from (base models)", group=PROMPT, check=check_prompt, metavar="TEXT",
         also=("--negative",),
+    )  # fmt: skip
+    region: tuple[str, ...] = option(
+        (), "a prompt for a part of the image, whose sides are shares of the image's; repeat it for several",
+        group=PROMPT, check=_check_regions, metavar="PROMPT@LEFT,TOP,RIGHT,BOTTOM", planned=True,
     )  # fmt: skip
     reference_strength: tuple[float, ...] = option(
         (), "strength of each --image in turn: from 0, which leaves it out, to 2; repeat it for several", group=PROMPT,
@@ -254,6 +265,12 @@ class GenerationOptions(Options):
         for name in ("hires_strength", "hires_tile"):
             if getattr(self, name) is not None and self.hires is None:
                 raise InputError(f"{name} belongs to hires (--hires SCALE), and none is given")
+        texts, length = 1 + len(self.region), self.max_sequence_length or 0
+        if self.region and texts * length > MAX_POSITIONS:
+            raise InputError(
+                f"{texts} prompts of {length} tokens each, the regions' among them, are more than {MAX_POSITIONS}; "
+                "give fewer regions, or a smaller max_sequence_length"
+            )
         if self.step_cache is not None and self.reuse is not None:
             raise InputError("step_cache is for tens of steps and reuse for a few; give one of them")
 

@@ -179,8 +179,7 @@ class Flux2Pipeline:
                 "mxfp8", "nvfp4"); below 8 bits the most sensitive layers get a third of a bit a weight more at most.
             quantize_text_encoder: the same for the text encoder, where it is to differ; "none" leaves it.
             group_size: weights that share a scale, of bits: 32, 64 or 128; None takes 64.
-            cache: keep prompt embeddings on disk (FLUX2_MLX_CACHE, or the platform's folder for caches; at most 1 GB).
-                To be False for a text encoder whose weights are changed by hand.
+            cache: keep prompt embeddings on disk (at most 1 GB); False for weights that are changed by hand.
             memory, memory_limit: see Flux2Pipeline; a limit of None takes what the machine has now.
             group: two processes, from mx.distributed.init, that generate the same and share the two passes of CFG.
             preview_decoder: TAEF2's weights for Step.preview, a safetensors file or "owner/name/file" on the Hub.
@@ -208,12 +207,13 @@ class Flux2Pipeline:
         reuse: str | None = None,
         hires: float | None = None,
         hires_tile: int | None = None,
+        region: Sequence[str] = (),
         enhance: bool = False,
     ) -> Plan:
         """The memory plan of one image, with the mode that "auto" chooses; nothing is loaded.
 
         Args:
-            height, width, max_sequence_length, step_cache, reuse, hires, hires_tile, enhance: as stream takes them.
+            height, width, max_sequence_length, step_cache, reuse, hires, hires_tile, region, enhance: see stream.
             references: (height, width) of each reference image, as it is encoded: at most a megapixel.
 
         Raises:
@@ -338,6 +338,7 @@ class Flux2Pipeline:
         prompt: str | Sequence[str] | None = None,
         *,
         negative_prompt: str = "",
+        region: Sequence[str] = (),
         image: ImageLike | Sequence[ImageLike] | None = None,
         reference_strength: Sequence[float] = (),
         height: int | None = None,
@@ -383,13 +384,13 @@ class Flux2Pipeline:
         Args:
             prompt: one or several; each is encoded once.
             negative_prompt: what CFG steers away from.
+            region: prompts for parts of the image, each "PROMPT@left,top,right,bottom" in shares of its sides.
             image: reference images, as diffusers takes them, or their files; so are init_image and mask.
             reference_strength: of each image in turn, from 0, which leaves it out, to 2; 1 where none is given.
             height, width: in pixels, multiples of 16, from 64 up to 4 megapixels, with hires 8; None takes the first
                 reference's (of one side given, the other by its aspect), or what the checkpoint is for, mostly 1024.
             num_steps: None takes 4 for distilled models and 50 for base models.
-            guidance: CFG's scale, None takes 4.0 for base models; distilled models ignore it. The two passes are one
-                where memory allows.
+            guidance: CFG's scale, None takes 4.0 for base models; distilled models ignore it.
             guidance_interval: noise levels (low, high) between which CFG applies; None for all.
             guidance_rescale: CFG rescale against oversaturation, from 0 (none) to 1 (full); see apply_cfg.
             force_guidance: apply CFG to a distilled model, too.
@@ -402,8 +403,7 @@ class Flux2Pipeline:
             seed: the first image's seed, the k-th has seed + k; random unless given.
             num_images: images of each prompt.
             enhance, enhance_seed: write prompts out before, with references or a mask as edits; see pipe.enhance.
-            batch_size: the most images in one pass through the transformer, where memory allows; None takes one, and
-                as many as fit where the transformer is streamed, which is then read once for them.
+            batch_size: the most images in a pass, where memory allows; None: one, of a streamed transformer what fits.
             schedule: noise schedule, "flux2" (the official one), "linear", "comfy" or "power".
             sigmas: a noise schedule of your own instead, shifted as diffusers does.
             noise: "torch" equals torch's CPU generator; "mlx" takes mx.random.

@@ -222,8 +222,8 @@ def workload_of(
     """
     tiling = tiles_of(options, size, side)
     small = None if tiling is None or options.hires is None else small_size(size, options.hires)
-    caches_steps = options.step_cache is not None
-    return Workload(*size, length, references, has_kv_cache, caches_steps, options.reuse, tiling, small)
+    caches_steps, regions = options.step_cache is not None, len(options.region)
+    return Workload(*size, length, references, has_kv_cache, caches_steps, options.reuse, tiling, small, regions)
 
 
 def resolve_sampling(

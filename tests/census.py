@@ -52,6 +52,7 @@ from flux2_mlx.quantization.spec import AFFINE_BITS, AFFINE_GROUPS, FLOAT_MODES,
 from flux2_mlx.sampling.denoiser import CachedDenoiser, Denoiser, FrozenDenoiser, strength_bias
 from flux2_mlx.sampling.guidance import Guidance, batched, sequential
 from flux2_mlx.sampling.latents import PIXELS_PER_TOKEN, initial_noise, pack_latents, resize_latents, unpack_latents
+from flux2_mlx.sampling.regions import make_regions
 from flux2_mlx.sampling.samplers import MaskBlend, add_noise, sample_euler
 from flux2_mlx.sampling.schedules import flux2_sigmas, plan_steps
 from flux2_mlx.sampling.tiles import Following, TiledVelocity, divide, low_pass
@@ -335,6 +336,11 @@ def steps(census: Census, dtype: mx.Dtype) -> None:
     census.trace("step with references", partial(sample, lambda: (edit, batched(edit))), x, txt)
     strong = replace(edit, bias=strength_bias(LENGTH + TOKENS, [TOKENS], [0.5]))
     census.trace("step with a reference's strength", partial(sample, lambda: (strong, batched(strong))), x, txt)
+    regions, both = make_regions([(0, 0, 0.5, 1)], SIZE, LENGTH, TOKENS), mx.concatenate([txt, txt], axis=1)
+    apart = replace(edit, rope=tables(2 * LENGTH, SIZE, SIZE), regions=regions)
+    faint = replace(apart, bias=strength_bias(2 * LENGTH + TOKENS, [TOKENS], [0.5]))
+    for parts in (apart, faint):
+        census.trace("step with regions", partial(sample, lambda parts=parts: (parts, batched(parts))), x, both)
     census.trace("step with First Block Cache", partial(sample, cached), x, txt, answers=[False, True])
     for tokens, denoiser in (("text", alone), ("references", edit)):
         census.trace(f"step with frozen {tokens}", partial(sample, frozen(tokens, denoiser)), x, txt)

@@ -110,6 +110,7 @@ def test_every_option_reaches_the_pipeline(run, tmp_path, base_reference):
         "quantize": 8,
         "quantize_text_encoder": "mxfp8",
         "group_size": 32,
+        "region": [],
         "reference_strength": [],
         "strength": None,
         "mask_blur": 0.0,

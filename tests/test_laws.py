@@ -29,6 +29,7 @@ CFG = {"guidance": 3.0, "force_guidance": True, "negative_prompt": "rain"}
 NO_CFG = {"guidance": None, "force_guidance": False}
 CACHED = {**CFG, "num_steps": 12, "step_cache": 1.0}  # of a random model, whose steps differ much
 INPAINT = {"init_image": IMAGE, "mask": MASK}
+REGIONS = ["a hat@0,0,0.5,1", "rain@0.3,0.5,1,1"]
 KV = "kv"  # the checkpoint whose transformer keeps its references
 
 
@@ -103,6 +104,12 @@ WAYS = {
             r"reference_strength has 1 numbers, one for each reference image \(--image\), and of these there",
         ),
         checkpoint=KV,
+        references=(REFERENCE.size[::-1],),
+    ),
+    "regions": Way(
+        {**CFG, "image": REFERENCE, "reference_strength": [0.5], "region": REGIONS},
+        ({"region": [], **NO_CFG}, {"region": [], **NO_CFG}),
+        ({"region": ["a fox@0,0,0,1"]}, 'region must be "PROMPT@left,top,right,bottom" in shares of the image'),
         references=(REFERENCE.size[::-1],),
     ),
     "img2img": Way(
@@ -214,6 +221,9 @@ def flags(options: dict[str, Any], folder: Path) -> list[str]:
             value.save(folder / f"{name}.png")
             value = folder / f"{name}.png"
         flag = "--steps" if name == "num_steps" else f"--{name.replace('_', '-')}"
+        if name == "region":
+            words += [word for text in value for word in (flag, text)]
+            continue
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         words += [flag] if value is True else [flag, text]
     return words
@@ -235,7 +245,8 @@ def test_its_file_repeats_it(opened, way, checkpoints, tmp_path):
 def test_the_memory_that_is_planned_is_enough(opened, way, memory, monkeypatch):
     """No stage says that it needs more, and what is drawn is the same."""
     pipe = opened(way, memory=memory)
-    caches = {name: way.options[name] for name in ("step_cache", "reuse", "hires", "hires_tile") if name in way.options}
+    planned = ("step_cache", "reuse", "hires", "hires_tile", "region")
+    caches = {name: way.options[name] for name in planned if name in way.options}
     options = {**SMALL, **way.options}
     sizes = options["height"], options["width"], options["max_sequence_length"]
     monkeypatch.setattr(pipe, "memory_limit", pipe.plan(*sizes, way.references, **caches).peak)

@@ -15,7 +15,7 @@ from flux2_mlx.cli.arguments import build_parser, complete
 from flux2_mlx.cli.jobs import Job
 from flux2_mlx.cli.session import Session
 from flux2_mlx.inputs import Inputs
-from flux2_mlx.models.kv_cache import BiasedKV, FrozenKV
+from flux2_mlx.models.kv_cache import FrozenKV, MaskedKV
 from flux2_mlx.sampling.denoiser import Denoiser, strength_bias
 from flux2_mlx.sampling.schedules import plan_steps
 from tests import tiny
@@ -50,7 +50,7 @@ def test_the_velocity_is_that_of_diffusers_with_an_attention_mask(model, batch):
     strengths, ours = (0.3, 1.7), ported(model)
     rope = ours.compute_rope(txt_ids, img_ids, ours.params.axes_dims_rope, ours.params.rope_theta)
     bias = strength_bias(LENGTH + IMAGE, [20, 20], strengths)
-    kv = [BiasedKV(bias)] * ours.params.blocks
+    kv = [MaskedKV(bias)] * ours.params.blocks
     velocity = ours.forward_with_rope(img, txt, timesteps, *rope, image_tokens=IMAGE, kv=kv)
     mask = np.concatenate([np.ones(LENGTH + IMAGE), *(np.full(20, strength) for strength in strengths)])
     with torch.no_grad():

@@ -28,6 +28,7 @@ ORDER = [
     {"checkpoints"},
     {"adapters", "imaging"},
     {"runtime"},
+    {"regions"},
     {"options"},
     {"conditioning"},
     {"inputs"},

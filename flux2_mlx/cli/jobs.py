@@ -25,17 +25,22 @@ from ..errors import InputError
 from ..fields import flag_of, type_of
 from ..options import GenerationOptions, ModelOptions
 from ..pipeline import Flux2Pipeline
+from ..regions import parse_region
 from ..runtime.distributed import any_process, launched
 from .arguments import Task, build_parser, check, complete
 from .command import tell, tell_fault
 from .common import Parser
 from .runner import generate, identity, open_pipeline, remove_unfinished, start
 
-# Options whose flag is repeated for each file or number, and options that concern the whole run.
+# Options whose flag is repeated for each value, and options that concern the whole run.
 SEVERAL = (
     "image",
-    *(f.name for f in fields(ModelOptions) if type_of(ModelOptions, f.name) == tuple[str, ...]),
-    *(flag_of(f) for f in fields(GenerationOptions) if f.metadata.get("repeated")),
+    *(
+        flag_of(f)
+        for cls in (ModelOptions, GenerationOptions)
+        for f in fields(cls)
+        if f.metadata.get("repeated") or type_of(cls, f.name) == tuple[str, ...]
+    ),
 )
 COMMAND_ALONE = ("help", "version", "prompt-file", "jobs", "resume", "interactive", "plan", "measure", "stats", "quiet")
 
@@ -214,6 +219,7 @@ class Jobs:
                         short.setdefault((task.is_edit, task.batch.enhance_seed), []).append(task.inputs.prompt)
                     else:
                         prompts[task.inputs.prompt] = None
+                    prompts |= dict.fromkeys(parse_region(text).prompt for text in task.options.region)
                     if task.options.force_guidance or not pipe.checkpoint.is_distilled:
                         prompts[task.options.negative_prompt] = None
         with faults_passed_over():

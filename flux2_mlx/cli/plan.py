@@ -66,7 +66,8 @@ def print_plans(plan_at: Callable[[GenerationOptions, Size], Plan], task: Task, 
     )
     plan = plan_at(task.options, size)
     print(plan)
-    parts = [plan.seconds(2 if sampling.guidance > 1 else 1, sampling.passes)]
+    prompts = len(task.options.region) + (2 if sampling.guidance > 1 else 1)
+    parts = [plan.seconds(prompts, sampling.passes)]
     undivided = replace(task.options, hires=None, hires_strength=None, hires_tile=None, width=None, height=None)
     parts += [plan_at(undivided, small.size).denoising_seconds(small.passes) for small in smaller]
     known = [part for part in parts if part is not None]

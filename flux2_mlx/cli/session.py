@@ -20,7 +20,7 @@ from PIL import Image
 
 from ..disk_cache import cache_folder
 from ..errors import InputError
-from ..fields import Options, convert_option, flag_of, parser_of
+from ..fields import Options, convert_option, flag_of, parser_of, type_of
 from ..imaging.files import FORMATS, open_image, save_image
 from ..inputs import open_reference
 from ..options import BatchOptions, GenerationOptions, ModelOptions, OutputOptions
@@ -258,6 +258,8 @@ class Session:
             value = None if text is None else parser_of(cls, option)(text)
         except (ValueError, KeyError):
             raise InputError(f"{name} cannot be {text!r}: {option.metadata['help']}") from None
+        if value is not None and type_of(cls, name) == tuple[str, ...]:
+            value = (*self.options.get(name, ()), value)  # one more
         self._set_option(name, value)
         return f"{name} {'default' if text is None else text}"
 

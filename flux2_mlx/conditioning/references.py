@@ -77,10 +77,13 @@ class ReferenceEncoder:
         self._kv = contents, kv
         return kv
 
-    def rope(self, length: int, position_ids: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
-        """Rotation tables of a prompt of ``length`` tokens and of image tokens at these positions, each (1, S, 4)."""
+    def rope(self, length: int, position_ids: Sequence[mx.array], texts: int = 1) -> tuple[mx.array, mx.array]:
+        """Rotation tables of prompts of ``length`` tokens, each from position 0, and of image tokens at these
+        positions, each (1, S, 4).
+        """
         checkpoint, ids = self.stages.checkpoint, mx.concatenate(list(position_ids), axis=1)
         params, text = checkpoint.transformer, text_ids(length)[:, checkpoint.text_encoder.dropped_tokens :]
+        text = mx.concatenate([text] * texts, axis=1)
         return FluxKlein.compute_rope(text, ids, params.axes_dims_rope, params.rope_theta)
 
 

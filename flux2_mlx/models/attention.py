@@ -84,7 +84,7 @@ def attend(
         q: (B, heads, queries, head_dim).
         k, v: (B, heads, N, head_dim).
         cos, sin: (B or 1, N, head_dim / 2), of the N tokens.
-        kv: takes the rotated k and v, and gives what is attended to, and its bias; without it, these.
+        kv: takes the rotated k and v, and gives what is attended to, and its mask; without it, these.
         queries: which of the N tokens q is of.
 
     Returns:
@@ -93,4 +93,7 @@ def attend(
     q, k = rotate(q, cos[:, queries], sin[:, queries]), rotate(k, cos, sin)
     if kv is None:
         return attention(q, k, v)
-    return attention(q, *kv.update_and_fetch(k, v), kv.bias)
+    mask = kv.mask
+    if mask is not None and mask.shape[2] > 1:
+        mask = mask[:, :, queries]
+    return attention(q, *kv.update_and_fetch(k, v), mask)

@@ -19,22 +19,22 @@ class BlockKV(Protocol):
     """A block's access to KV: it takes the block's own keys and values and decides what the block attends to.
 
     Attributes:
-        bias: (1, 1, 1, keys) added to every query's scores of the keys that it gives, in the block's dtype; None adds
+        mask: attention's, over the keys that it gives: (1, 1, N or 1, keys), N being the block's tokens; None masks
             nothing.
     """
 
-    bias: mx.array | None
+    mask: mx.array | None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KV:
         """Take the block's own rotated keys and values, (B, heads, N, head_dim), and give those to attend to."""
         ...
 
 
-class BiasedKV:
-    """A block's own KV, with a bias."""
+class MaskedKV:
+    """A block's own KV, with a mask."""
 
-    def __init__(self, bias: mx.array):
-        self.bias: mx.array | None = bias
+    def __init__(self, mask: mx.array):
+        self.mask: mx.array | None = mask
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KV:
         return keys, values
@@ -43,8 +43,8 @@ class BiasedKV:
 class KVReader:
     """Lets a block's tokens attend to other tokens' KV too, appended to their own."""
 
-    def __init__(self, kv: KV, bias: mx.array | None = None):
-        self.kv, self.bias = kv, bias
+    def __init__(self, kv: KV, mask: mx.array | None = None):
+        self.kv, self.mask = kv, mask
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KV:
         other_keys, other_values = (mx.broadcast_to(other, (len(keys), *other.shape[1:])) for other in self.kv)
@@ -61,8 +61,8 @@ class KVRecorder:
         kv: the KV of these tokens, once the block was called.
     """
 
-    def __init__(self, tokens: slice, bias: mx.array | None = None):
-        self.tokens, self.bias = tokens, bias
+    def __init__(self, tokens: slice, mask: mx.array | None = None):
+        self.tokens, self.mask = tokens, mask
         self.kv: KV
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KV:
@@ -104,13 +104,13 @@ class FrozenKV:
         cos: mx.array,
         sin: mx.array,
         blocks: int,
-        bias: mx.array | None = None,
+        mask: mx.array | None = None,
     ) -> tuple[mx.array, mx.array | None, mx.array, mx.array, Sequence[BlockKV]]:
         """What so many blocks are given in a step: in the first one all tokens, and what records the KV of some; later
         the others alone, beside that KV.
 
         Args:
-            bias: (1, 1, 1, keys) of the keys of text, image and references; see BlockKV.
+            mask: of text, image and references; see BlockKV.
 
         Returns:
             (img, txt, cos, sin, kv), as FluxKlein.forward_with_rope takes them.
@@ -119,11 +119,14 @@ class FrozenKV:
         rest = slice(text, None) if self.tokens == "text" else slice(text + self.image_tokens)
         frozen = slice(text) if self.tokens == "text" else slice(text + self.image_tokens, None)
         if not self._recorders:
-            self._recorders = [KVRecorder(frozen, bias) for _ in range(blocks)]
+            self._recorders = [KVRecorder(frozen, mask) for _ in range(blocks)]
             return img, txt, cos, sin, self._recorders
-        if bias is not None:  # readers append what is frozen
-            bias = mx.concatenate([bias[..., rest], bias[..., frozen]], axis=-1)
-        cos, sin, readers = cos[:, rest], sin[:, rest], [KVReader(kv, bias) for kv in self.kv]
+        for recorder in self._recorders:
+            recorder.mask = None  # the first step's, which need not stay in memory
+        if mask is not None:  # readers append what is frozen
+            mask = mask if mask.shape[2] == 1 else mask[:, :, rest]
+            mask = mx.concatenate([mask[..., rest], mask[..., frozen]], axis=-1)
+        cos, sin, readers = cos[:, rest], sin[:, rest], [KVReader(kv, mask) for kv in self.kv]
         if self.tokens == "text":
             return img, None, cos, sin, readers
         return img[:, : self.image_tokens], txt, cos, sin, readers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 
@@ -32,6 +33,7 @@ class Pass:
         caches: First Block Caches a row: 1, or 2 where CFG computes its passes in turn.
         frozen: "text" or "references": later passes take their keys and values from the first; see FrozenKV.
         whole: tokens of the image that ``image`` is a tile of, if it is one.
+        is_masked: whether there is a mask with a row for each token, of regions.
     """
 
     text: int
@@ -42,6 +44,7 @@ class Pass:
     caches: int = 0
     frozen: str | None = None
     whole: int = 0
+    is_masked: bool = False
 
     @property
     def tokens(self) -> int:
@@ -59,7 +62,7 @@ class Pass:
     @property
     def after_first(self) -> Pass:
         """A pass after the first, which has frozen tokens as keys and values alone."""
-        gone = {self.frozen: 0} if self.frozen else {}
+        gone: dict[str, Any] = {self.frozen: 0} if self.frozen else {}
         return replace(self, frozen=None, kv=self.kv + self.frozen_tokens, **gone)
 
 
@@ -69,13 +72,14 @@ class Workload:
 
     Attributes:
         height, width: the image's size in pixels.
-        text: tokens of the prompt.
+        text: tokens of each prompt.
         reference_sizes: (height, width) of each reference image, as it is encoded.
         has_kv_cache: whether the references' keys and values are kept in place of their tokens (klein-9b-kv).
         caches_steps: whether there is a First Block Cache, counted for both passes of CFG.
         frozen: "text", "references" or None; see Pass.
         tiling: the tiles in which hires computes the image; None for the undivided one.
         small: (height, width) of the image that hires begins with, where it may need more than a tile.
+        regions: how many have prompts of their own.
     """
 
     height: int
@@ -87,6 +91,7 @@ class Workload:
     frozen: str | None = None
     tiling: Tiling | None = None
     small: tuple[int, int] | None = None
+    regions: int = 0
 
     @property
     def tiles(self) -> int:
@@ -112,8 +117,9 @@ class Workload:
         size = (self.height, self.width) if self.tiling is None else self.tiling.size
         whole = 0 if self.tiling is None else self.tiling.tokens
         image, references = math.prod(size) // PIXELS_PER_TOKEN**2, self.references - self.kv
-        frozen = None if self.kv else self.frozen
-        return Pass(self.text, image, references, rows, self.kv, caches * self.tiles, frozen, whole)
+        text, frozen = self.text * (1 + self.regions), None if self.kv else self.frozen
+        more = caches * self.tiles, frozen, whole, self.regions > 0
+        return Pass(text, image, references, rows, self.kv, *more)
 
     def passes(self, caches: int) -> list[Pass]:
         """A pass of denoising, and with tiles one of the image that hires begins with."""
@@ -157,6 +163,7 @@ def transformer_bytes(params: FluxKleinParams, one: Pass, dtype: mx.Dtype) -> tu
         2 a token and a token of ``kv``, where there is any: keys and values of both, joined;
         3 an image token and cache: the changes that a First Block Cache holds.
     Beside a tile are latents of the whole image in float32.
+    A mask of regions has a number a token and key beside them, which is enough for one of truth values in the making.
     Attention has two units less a token, one less where it is computed in parts, and the scores of one call where they
     are written out, as on the CPU: heads * queries * keys. Of frozen tokens later passes have the keys and values
     alone, which are counted beside the pass that needs more.
@@ -169,14 +176,15 @@ def transformer_bytes(params: FluxKleinParams, one: Pass, dtype: mx.Dtype) -> tu
     tokens, units = one.tokens, 11 if dtype == mx.float16 else 10
     beside = (2 * (tokens + one.kv if one.kv else 0) + 3 * one.caches * one.image) * params.hidden_size
     beside += WHOLE_LATENTS * one.whole * params.in_channels * mx.float32.size // dtype.size
-    activations = one.rows * (units * tokens * params.hidden_size + beside) * dtype.size
+    mask = tokens * (tokens + one.kv) if one.is_masked else 0
+    activations = (one.rows * (units * tokens * params.hidden_size + beside) + mask) * dtype.size
     if not writes_scores(dtype):
         return activations, 0
     heads, keys = one.rows * params.num_heads, tokens + one.kv
     queries = queries_at_once(heads, tokens, keys, params.head_dim, dtype)
     units -= 2 if queries == tokens else 1
     rest = one.rows * (units * tokens * params.hidden_size + beside)
-    return activations, (rest + heads * queries * keys) * dtype.size
+    return activations, (rest + mask + heads * queries * keys) * dtype.size
 
 
 def training_bytes(

@@ -16,7 +16,8 @@ import mlx.core as mx
 
 from ..models.first_block_cache import FirstBlockCache
 from ..models.flux2 import FluxKlein
-from ..models.kv_cache import KV, BiasedKV, BlockKV, FrozenKV, KVReader
+from ..models.kv_cache import KV, BlockKV, FrozenKV, KVReader, MaskedKV
+from .regions import Regions
 from .schedules import StepPlan
 
 
@@ -55,6 +56,8 @@ class Denoiser:
         references: clean tokens (1, R, C) of each reference image, which follow the image's.
         reference_kv: keys and values of the references in every block, in place of their tokens (klein-9b-kv).
         bias: strength_bias of the references.
+        regions: where the text is a prompt and those of regions, of one length each. A negative prompt has no regions,
+            and its text is one of that length.
     """
 
     use: Callable[[], AbstractContextManager[FluxKlein]]
@@ -63,6 +66,7 @@ class Denoiser:
     references: Sequence[mx.array] = ()
     reference_kv: Sequence[KV] | None = None
     bias: mx.array | None = None
+    regions: Regions | None = None
 
     def __call__(
         self,
@@ -79,13 +83,18 @@ class Denoiser:
         kv: Sequence[BlockKV] | None = None
         with self.use() as transformer:
             blocks = transformer.params.blocks
-            bias = None if self.bias is None else self.bias.astype(transformer.dtype)
+            mask = None if self.bias is None else self.bias.astype(transformer.dtype)
+            if extra := cos.shape[1] - txt.shape[1] - img.shape[1]:  # a negative prompt, without the regions' texts
+                cos, sin, mask = cos[:, extra:], sin[:, extra:], None if mask is None else mask[..., extra:]
+            elif self.regions is not None:
+                mask = self.regions.mask(mask)
             if self.reference_kv is not None:
-                kv = [KVReader(own, bias) for own in self.reference_kv]
-            elif bias is not None:
-                kv = [BiasedKV(bias)] * blocks
+                kv = [KVReader(own, mask) for own in self.reference_kv]
+            elif mask is not None:
+                kv = [MaskedKV(mask)] * blocks
             if frozen is not None:
-                img, text, cos, sin, kv = frozen.begin_step(img, txt, cos, sin, blocks, bias)
+                img, text, cos, sin, kv = frozen.begin_step(img, txt, cos, sin, blocks, mask)
+            del mask  # which frozen KV has in another order, and which would stay in memory
             v = transformer.forward_with_rope(
                 img, text, mx.array([step.sigma]), cos, sin, image_tokens=self.num_tokens, kv=kv, cache=cache
             ).astype(mx.float32)

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
@@ -181,6 +182,11 @@ def test_text_keeps_its_positions_where_first_tokens_are_dropped(folder, checkpo
     of_text, of_embeds = pipe("a red fox", **how), pipe(prompt_embeds=embeds, **how)
     assert np.array_equal(of_text.images[0], of_embeds.images[0])
     assert [result.settings[0].max_sequence_length for result in (of_text, of_embeds)] == [LENGTH, LENGTH]
+    picture = Image.new("RGB", (64, 64), "red")
+    faint = pipe("a red fox", image=picture, reference_strength=[1e-20], **how)
+    region = pipe("a hat", region=["a red fox@0,0,1,1"], **how)  # masks are of the tokens that are left
+    for result in (faint, region):
+        assert np.abs(result.images[0] - of_text.images[0]).max() < 1e-4
 
 
 def test_a_prompt_has_no_more_tokens_than_the_adapter_has_positions(folder, checkpoint):
