@@ -5,7 +5,8 @@ POST /api/images draws. The body is JSON, or multipart with the same names. Answ
     prompt          text
     any option      of docs/options.md by its Python name or a flag's ("num_steps" or "steps", "guidance", "seed",
                     "width", "height", "size": "512x768", "num_images" up to 10, "negative_prompt", "strength",
-                    "mask_blur", "mask_padding", "expand": {"left": 64}, "enhance": true, ...); null for its default
+                    "mask_blur", "mask_padding", "expand": {"left": 64}, "region": ["a fox@0,0,0.5,1"],
+                    "enhance": true, ...); null for its default
     model           a name of GET /api/info; any other is answered by the model that is loaded, as "warnings" tells
     lora            a name, "name:0.8", a list of them, or {"name": 0.8}; absent for the server's own, [] too
     image           references: a picture or a list; in multipart a file part for each, all called "image"

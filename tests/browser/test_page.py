@@ -241,7 +241,8 @@ def test_edges_are_dragged_outward(studio):
 
 def test_settings_come_back_from_a_dropped_image(studio):
     """And with them the same image, pixel by pixel."""
-    made = studio.server.image(prompt=BLUE, seed=77, steps=2, width=96, height=64)
+    regions = ["a red circle, blue ground@0,0,0.5,1", "a cross@0.5,0,1,1"]
+    made = studio.server.image(prompt=BLUE, seed=77, steps=2, width=96, height=64, region=regions)
     studio.expected = "status of 400"
     studio.drop("#drop-settings", "plain.png", png(RED))  # without settings
     studio.page.wait_for_selector("#status.is-fault")
@@ -256,6 +257,7 @@ def test_settings_come_back_from_a_dropped_image(studio):
         for name in ("Seed", "Steps", "Width", "Height")
     }
     assert values == {"Seed": "77", "Steps": "2", "Width": "96", "Height": "64"}
+    assert studio.page.get_by_role("textbox", name="Regions").input_value() == "\n".join(regions)
     np.testing.assert_array_equal(contents(studio.download()), pixels(made["data"]))
 
 
@@ -507,6 +509,7 @@ def test_what_a_base_model_and_loras_add(studio):
     studio.open_more()
     page = studio.page
     page.get_by_role("textbox", name="Negative prompt").fill("blue")
+    page.get_by_role("textbox", name="Regions").fill("a fox@0,0,0.5,1\n\na hat@0.5,0,1,1\n")
     page.get_by_role("spinbutton", name="Guidance").fill("3.5")
     page.get_by_role("combobox", name="Model").select_option("klein-base-4b")
     page.get_by_role("combobox", name="Aspect").select_option("3:2")
@@ -514,8 +517,11 @@ def test_what_a_base_model_and_loras_add(studio):
     studio.prompt.fill(PROMPT)
     page.get_by_text("seen").wait_for()
     body = studio.bodies[-1]
-    assert {name: body[name] for name in ("negative_prompt", "guidance", "model", "lora", "width", "height")} == {
+    assert {
+        name: body[name] for name in ("negative_prompt", "region", "guidance", "model", "lora", "width", "height")
+    } == {
         "negative_prompt": "blue",
+        "region": ["a fox@0,0,0.5,1", "a hat@0.5,0,1,1"],
         "guidance": 3.5,
         "model": "klein-base-4b",
         "lora": {"ink": 0.8, "fox": 0.6},

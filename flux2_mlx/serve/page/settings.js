@@ -37,7 +37,7 @@ export class Settings {
       byId(name).addEventListener("input", changed);
     }
     for (const name of ["color-match", "edit-composite", "threshold"]) byId(name).addEventListener("input", changed);
-    for (const name of ["model", "soft-edge"]) byId(name).addEventListener("change", changed);
+    for (const name of ["model", "soft-edge", "regions"]) byId(name).addEventListener("change", changed);
     byId("new-seed").addEventListener("click", () => {
       this.newSeed();
       changed();
@@ -191,6 +191,8 @@ export class Settings {
     /** @type {Record<string, any>} */
     const values = { ...this.others, prompt: this.prompt.value.trim(), seed: number("seed") || 0 };
     if (number("steps")) values.num_steps = number("steps");
+    const regions = byId("regions").value.split("\n").filter((/** @type {string} */ line) => line.trim());
+    if (regions.length) values.region = regions;
     if (!this.isDistilled) {
       if (!Number.isNaN(number("guidance"))) values.guidance = number("guidance");
       if (byId("negative").value) values.negative_prompt = byId("negative").value;
@@ -207,7 +209,7 @@ export class Settings {
    * @param {Record<string, any>} settings
    */
   restore(settings) {
-    const own = ["prompt", "seed", "width", "height", "num_steps", "guidance", "negative_prompt", "model", "lora",
+    const own = ["prompt", "seed", "width", "height", "num_steps", "guidance", "negative_prompt", "region", "model", "lora",
       "strength", "mask_blur", "mask_padding", "expand", "num_images", "batch_size", "inputs",
       "color_match", "edit_composite", "reference_strength"];
     const known = Object.keys(this.info?.options ?? {});
@@ -222,6 +224,7 @@ export class Settings {
     byId("color-match").checked = settings.color_match === true;
     byId("edit-composite").checked = settings.edit_composite != null;
     byId("threshold").value = settings.edit_composite ?? "";
+    byId("regions").value = (settings.region ?? []).join("\n");
     if ([...byId("model").options].some((option) => option.value === settings.model)) byId("model").value = settings.model;
     if (settings.width && settings.height) this.setSize(settings);
     const pairs = (settings.lora ?? []).map((/** @type {string} */ text) => /^(.*?)(?::(-?[\d.]+))?$/.exec(text) ?? []);
