@@ -6,7 +6,21 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-from benchmarks import common, compare, gpu, hires, kernels, parity, plan, quality, serve, step, strengths, training
+from benchmarks import (
+    common,
+    compare,
+    gpu,
+    hires,
+    kernels,
+    parity,
+    plan,
+    quality,
+    regions,
+    serve,
+    step,
+    strengths,
+    training,
+)
 from benchmarks.common import figures_of, ratio
 
 TINY = ["--random", "tiny", "--size", "64", "--text-length", "16", "--repeats", "1"]
@@ -41,6 +55,7 @@ NIGHTLY = [
     (gpu, ["FOLDER", "--tiny"], "sections"),
     (hires, ["--size", "96", "--steps", "1", "--captions", "1", "--strengths", "0.5", "--tile", "64"], "ways"),
     (strengths, ["--count", "1"], "percent"),
+    (regions, ["--count", "1"], "percent"),
     (serve, ["--repeats", "1", "--clients", "2", "--requests", "4", "--soak", "5"], "overhead"),
     (training, ["--tiny", "--size", "64", "--text-length", "16", "--depth-single", "1", "2"], "whole"),
 ]

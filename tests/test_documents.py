@@ -51,6 +51,7 @@ BENCHMARKS = (
     "hires",
     "serve",
     "strengths",
+    "regions",
 )
 
 # Sizes of the documents, cut down so that reference BLAS computes them in a moment.
