@@ -31,9 +31,9 @@ import mlx.core as mx
 
 from benchmarks.common import STEMS, TINY, name_of, print_json, print_row, write_checkpoint
 from flux2_mlx import RELEASED, AutoEncoder, Flux2Pipeline, FluxKlein, Plan, Quantization, Qwen3TextEncoder
+from flux2_mlx.checks import check_size
 from flux2_mlx.device import on_gpu, on_metal, stage_dtype
 from flux2_mlx.dtypes import DTYPES, dtype_of
-from flux2_mlx.options import check_size
 from flux2_mlx.quantization.layers import quantize
 from flux2_mlx.quantization.packing import quantize_rtn
 from flux2_mlx.quantization.recipes import mixed_precision

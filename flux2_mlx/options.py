@@ -7,6 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .checks import (
+    MIN_SIDE,
+    check_interval,
+    check_limit,
+    check_prompt,
+    check_side,
+    check_size,
+    check_strengths,
+    gigabytes,
+)
 from .dtypes import DTYPES, VAE_DTYPES, dtype_name
 from .errors import InputError
 from .families import SMALL, Release, find_release, with_small_encoder
@@ -17,118 +27,24 @@ from .quantization.spec import AFFINE_BITS, AFFINE_GROUPS, FLOAT_MODES, Quantiza
 from .regions import check_regions
 from .runtime.plan import MODES
 from .runtime.residency import Stages
-from .sampling.latents import NOISES, PIXELS_PER_TOKEN
+from .sampling.latents import NOISES
 from .sampling.schedules import SCHEDULES, check_sigmas
 
 OUTPUT_TYPES = ("pil", "np", "latent")
-MIN_SIDE = 64
-MAX_PIXELS = 4 * 1024 * 1024  # of a pass, up to which FLUX.2 is meant to generate
-MAX_HIRES_PIXELS = 2 * MAX_PIXELS  # of what hires draws in tiles
 MAX_TILE = 2048  # pixels a side; a square of it has MAX_PIXELS
 MAX_STEPS = 1000  # noise levels that the models were trained on
 MAX_POSITIONS = 40960  # positions that Qwen3 was trained on
 MAX_IMAGES = 10_000
 MAX_GUIDANCE = 100
-MAX_PROMPT = 100_000  # characters; encoding takes hundreds of bytes for each, and at most 40,960 tokens are read
-MIN_MEMORY = 10**6  # bytes; less is a number of GB
 STRENGTH = 0.75  # img2img's default; less where the steps are fewer than four
 HIRES_STRENGTH = 0.5
 MAX_HIRES = 4
-MAX_REFERENCE = 2  # strength
 FROZEN = ("text", "references")
 
 _LORA = "LoRA and its strength: a safetensors file, a folder, a Hub id or owner/name/file; repeat it for several"
 _PART = "from a file, a folder or the Hub, in place of the model's own"
 PROMPT, MODEL, ADAPTERS, SAMPLING = "prompt and images", "model", "adapters", "sampling"
 OUTPUT, MEMORY, BATCH = "output", "memory and speed", "batch and session"
-
-
-def check_side(name: str, value: int) -> None:
-    """Refuse a side in pixels that no image can have.
-
-    Raises:
-        InputError: unless it is a multiple of 16, at least 64.
-    """
-    if value < MIN_SIDE:
-        raise InputError(f"{name} must be a whole number of at least {MIN_SIDE}, got {value}")
-    if value % PIXELS_PER_TOKEN:
-        low = value // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN
-        raise InputError(
-            f"{name} must be a multiple of {PIXELS_PER_TOKEN}, got {value}; the nearest are {low} and "
-            f"{low + PIXELS_PER_TOKEN}"
-        )
-
-
-def check_size(height: int | None, width: int | None, hires: float | None = None) -> None:
-    """Refuse an image's size that cannot be generated; None is a side that is not known yet.
-
-    Raises:
-        InputError: unless both are multiples of 16, at least 64, and together at most 4 megapixels, or 8 with hires.
-    """
-    for name, value in (("height", height), ("width", width)):
-        if value is not None:
-            check_side(name, value)
-    if height is None or width is None:
-        return
-    pixels = height * width
-    if pixels > (MAX_PIXELS if hires is None else MAX_HIRES_PIXELS):
-        most = "4 (2048 x 2048)" if hires is None else "8 (4096 x 2048)"
-        more = ", or 8 with hires (--hires 2)" if hires is None and pixels <= MAX_HIRES_PIXELS else ""
-        raise InputError(
-            f"{width} x {height} is {pixels / 2**20:.2f} megapixels; at most {most} can be generated{more}"
-        )
-
-
-def check_prompt(prompt: Any) -> None:
-    """Refuse what is no text: another type, or a string with halves of characters, as undecodable input leaves them.
-
-    Raises:
-        InputError: naming the value.
-    """
-    if not isinstance(prompt, str):
-        raise InputError(f"a prompt must be a string, got {prompt!r}")
-    if len(prompt) > MAX_PROMPT:
-        raise InputError(f"a prompt has at most {MAX_PROMPT:,} characters, and this one has more; shorten it")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"the prompt is not Unicode text: {prompt[error.start]!r} at {error.start}") from None
-
-
-def _check_interval(value: Any) -> None:
-    ends = list(value) if isinstance(value, (list, tuple)) else []
-    if not (len(ends) == 2 and all(isinstance(end, (int, float)) for end in ends) and 0 <= ends[0] <= ends[1] <= 1):
-        raise InputError(f"guidance_interval must be two noise levels, 0 <= low <= high <= 1, got {value!r}")
-
-
-def _check_strengths(value: Any) -> None:
-    given = list(value) if isinstance(value, (list, tuple)) else [None]
-    if not all(isinstance(one, (int, float)) and 0 <= one <= MAX_REFERENCE for one in given):
-        raise InputError(
-            f"reference_strength must be numbers from 0 to {MAX_REFERENCE}, one for each reference image, got {value!r}"
-        )
-
-
-def _check_regions(value: Any) -> None:
-    check_regions(value)
-    for text in value:
-        check_prompt(text)
-
-
-def _check_limit(value: Any) -> None:
-    if isinstance(value, bool) or not (isinstance(value, (int, float)) and MIN_MEMORY <= value < 2**63):
-        raise InputError(
-            f"memory_limit must be a number of bytes, at least {MIN_MEMORY}, got {value!r}; 8 GB are 8e9 "
-            "(--memory-limit 8)"
-        )
-
-
-def gigabytes(text: str) -> int:
-    """GB of 10^9 bytes in bytes."""
-    size = float(text) * 1e9
-    if not 1 <= size < 2**63:
-        raise ValueError
-    return int(size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +57,11 @@ class GenerationOptions(Options):
     )  # fmt: skip
     region: tuple[str, ...] = option(
         (), "a prompt for a part of the image, whose sides are shares of the image's; repeat it for several",
-        group=PROMPT, check=_check_regions, metavar="PROMPT@LEFT,TOP,RIGHT,BOTTOM", planned=True,
+        group=PROMPT, check=check_regions, metavar="PROMPT@LEFT,TOP,RIGHT,BOTTOM", planned=True,
     )  # fmt: skip
     reference_strength: tuple[float, ...] = option(
         (), "strength of each --image in turn: from 0, which leaves it out, to 2; repeat it for several", group=PROMPT,
-        check=_check_strengths, metavar="STRENGTH", shown="1", repeated=True,
+        check=check_strengths, metavar="STRENGTH", shown="1", repeated=True,
     )  # fmt: skip
     strength: float | None = option(
         None, "denoising strength of img2img and inpainting: 1 keeps nothing of --init-image", group=PROMPT, gt=0, le=1,
@@ -204,7 +120,7 @@ class GenerationOptions(Options):
     )  # fmt: skip
     guidance_interval: tuple[float, ...] | None = option(
         None, "apply CFG only in steps whose noise level (sigma) is in this range", group=SAMPLING,
-        check=_check_interval, metavar="LOW,HIGH", shown="0,1",
+        check=check_interval, metavar="LOW,HIGH", shown="0,1",
     )  # fmt: skip
     guidance_rescale: float = option(
         0.0,
@@ -426,7 +342,7 @@ class RuntimeOptions(Options):
         "(streamed), or what fits (auto)", group=MEMORY, choices=MODES,
     )  # fmt: skip
     memory_limit: float | None = option(
-        None, "memory limit of weights and activations together", group=MEMORY, check=_check_limit, parse=gigabytes,
+        None, "memory limit of weights and activations together", group=MEMORY, check=check_limit, parse=gigabytes,
         metavar="GB", shown="what the machine has now",
     )  # fmt: skip
     cache: bool = option(True, "cache prompt embeddings, and what --enhance wrote, on disk", group=MEMORY, shown="on")

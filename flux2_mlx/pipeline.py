@@ -23,6 +23,7 @@ from PIL import Image
 
 from .adapters.lora import Lora
 from .checkpoints.checkpoint import Checkpoint, open_checkpoint
+from .checks import check_prompt
 from .conditioning.enhance import Enhancer
 from .conditioning.references import ReferenceEncoder
 from .conditioning.text import PromptEncoder
@@ -44,7 +45,6 @@ from .options import (
     GenerationOptions,
     ModelOptions,
     RuntimeOptions,
-    check_prompt,
     seed_of,
 )
 from .quantization.spec import Quantization

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from .checks import check_prompt
 from .errors import InputError
 from .sampling.regions import Box
 
@@ -48,4 +49,5 @@ def check_regions(value: Any) -> None:
     if len(value) > MAX_REGIONS:
         raise InputError(f"region is given {len(value)} times; at most {MAX_REGIONS} can be")
     for text in value:
+        check_prompt(text)
         parse_region(text)

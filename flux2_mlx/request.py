@@ -16,13 +16,14 @@ import numpy as np
 
 from ._version import __version__
 from .checkpoints.checkpoint import Checkpoint
+from .checks import check_prompt
 from .errors import InputError
 from .fields import changed, is_of_type, option
 from .imaging.edits import Edit
 from .imaging.inpaint import Inpaint
 from .imaging.preprocess import init_array
 from .inputs import INPUTS, Inputs, Reference, Size
-from .options import BatchOptions, GenerationOptions, ModelOptions, check_prompt
+from .options import BatchOptions, GenerationOptions, ModelOptions
 from .paths import without_home
 from .refusals import check_enhance, check_group, check_reuse, check_room
 from .sampling.latents import PIXELS_PER_TOKEN, initial_noise, pack_channels_first

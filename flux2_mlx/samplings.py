@@ -11,12 +11,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from .checks import MAX_PIXELS, MIN_SIDE, check_size
 from .errors import InputError
 from .families import BASE, DISTILLED
 from .imaging.inpaint import Inpaint
 from .imaging.preprocess import reference_size
 from .inputs import Inputs, Size
-from .options import HIRES_STRENGTH, MAX_PIXELS, MIN_SIDE, STRENGTH, GenerationOptions, check_size
+from .options import HIRES_STRENGTH, STRENGTH, GenerationOptions
 from .runtime.activations import Workload
 from .sampling.latents import PIXELS_PER_TOKEN
 from .sampling.schedules import StepPlan, custom_sigmas, plan_steps, schedule_sigmas

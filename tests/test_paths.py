@@ -10,13 +10,14 @@ import pytest
 from PIL import Image
 
 from flux2_mlx import InputError, Settings, read_metadata, save_image
+from flux2_mlx.checks import MAX_PROMPT
 from flux2_mlx.cli.arguments import build_parser, check, complete, output_path
 from flux2_mlx.cli.jobs import Job
 from flux2_mlx.cli.session import Session, SessionImage
 from flux2_mlx.cli.training import parse, read_config
 from flux2_mlx.generate import main
 from flux2_mlx.inputs import Inputs
-from flux2_mlx.options import MAX_PROMPT, CheckpointOptions, ModelOptions
+from flux2_mlx.options import CheckpointOptions, ModelOptions
 from flux2_mlx.paths import expand, without_home
 from flux2_mlx.training.options import TrainingOptions
 from tests.test_images import SETTINGS

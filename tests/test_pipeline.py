@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from flux2_mlx import CheckpointError, Flux2Pipeline, InputError, Step
+from flux2_mlx.checks import check_size
 from flux2_mlx.device import default_dtype, machine_memory, weight_bytes, weights_of
 from flux2_mlx.imaging.preprocess import init_array
 from flux2_mlx.models.flux2 import FluxKlein
 from flux2_mlx.models.qwen3 import Qwen3TextEncoder
-from flux2_mlx.options import STRENGTH, check_size
+from flux2_mlx.options import STRENGTH
 from flux2_mlx.runtime.activations import Pass, decoder_bytes, kv_bytes, transformer_bytes
 from flux2_mlx.runtime.plan import MODES
 from flux2_mlx.runtime.residency import Need

@@ -28,6 +28,7 @@ ORDER = [
     {"checkpoints"},
     {"adapters", "imaging"},
     {"runtime"},
+    {"checks"},
     {"regions"},
     {"options"},
     {"conditioning"},

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from .._version import __version__
 from ..adapters.lora import parse_lora
 from ..checkpoints.hub import HUB_FILE, HUB_ID, is_cached, local_path
+from ..checks import MAX_PROMPT, check_prompt
 from ..errors import InputError
 from ..families import NANO, RELEASED
 from ..imaging.files import FORMATS, check_output, check_preview, read_metadata
@@ -23,7 +24,6 @@ from ..models.config import AutoEncoderConfig
 from ..options import (
     ADAPTERS,
     BATCH,
-    MAX_PROMPT,
     MEMORY,
     MODEL,
     OUTPUT,
@@ -34,7 +34,6 @@ from ..options import (
     ModelOptions,
     OutputOptions,
     RuntimeOptions,
-    check_prompt,
 )
 from ..paths import HIDDEN, expand
 from ..request import Settings, Size, paths_of

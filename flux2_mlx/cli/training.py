@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
+from ..checks import check_prompt
 from ..device import machine_memory
 from ..dtypes import dtype_of, vae_dtype_of
 from ..errors import InputError
 from ..families import MAX_SEQUENCE_LENGTH
 from ..fields import nearest
-from ..options import MODEL, RuntimeOptions, check_prompt
+from ..options import MODEL, RuntimeOptions
 from ..runtime.released import released_modules
 from ..sampling.latents import PIXELS_PER_TOKEN
 from ..training.dataset import Size, read_datasets

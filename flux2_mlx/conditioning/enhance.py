@@ -11,12 +11,13 @@ import mlx.core as mx
 from .._version import __version__
 from ..checkpoints.language import find_language_model
 from ..checkpoints.load import load_language_model
+from ..checks import check_prompt
 from ..device import stage_dtype, synchronize
 from ..disk_cache import digest_of, read_table, write_table
 from ..dtypes import dtype_name
 from ..models.language_model import Qwen3LanguageModel, generate, most_likely, sampled
 from ..models.names.common import block_count
-from ..options import BatchOptions, check_prompt
+from ..options import BatchOptions
 from ..runtime.activations import language_model_bytes
 from ..runtime.residency import LANGUAGE_MODEL, Need, Stages
 from ..runtime.stats import Stats, not_finite

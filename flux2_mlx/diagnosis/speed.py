@@ -9,11 +9,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..checks import MAX_PIXELS
 from ..device import on_gpu
 from ..families import RELEASES
 from ..models.attention import FLOP_AT_ONCE
 from ..models.layers import Linear
-from ..options import MAX_PIXELS
 from ..quantization.layers import QuantizedLinear, autotune
 from ..quantization.spec import Quantization
 from ..runtime.roofline import Speeds

@@ -17,8 +17,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from ..checks import MIN_SIDE
 from ..errors import InputError
-from ..options import MAX_HIRES, MIN_SIDE, GenerationOptions
+from ..options import MAX_HIRES, GenerationOptions
 from ..sampling.latents import PIXELS_PER_TOKEN
 from ..sampling.schedules import SCHEDULES
 from .answers import encoded, pictures_of

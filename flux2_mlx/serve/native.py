@@ -62,13 +62,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from .._version import __version__
+from ..checks import MAX_HIRES_PIXELS
+from ..checks import MAX_PIXELS as MAX_GENERATED
 from ..errors import InputError
 from ..fields import check_choice, type_of
 from ..imaging.files import read_metadata
 from ..imaging.inpaint import ALPHA
 from ..imaging.preprocess import MAX_PIXELS
-from ..options import MAX_HIRES_PIXELS, BatchOptions, GenerationOptions, ModelOptions
-from ..options import MAX_PIXELS as MAX_GENERATED
+from ..options import BatchOptions, GenerationOptions, ModelOptions
 from ..request import Settings, paths_of
 from .answers import data_uri, encoded, encoded_preview, events_answer, sse
 from .events import Event, Failure, Picture, Queued, StepDone
