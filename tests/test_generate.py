@@ -95,6 +95,7 @@ def test_every_option_reaches_the_pipeline(run, tmp_path, base_reference):
     assert (code, out) == (0, "seed 3  out-3-0.webp\nseed 4  out-4-1.webp\n")
     assert read_metadata(tmp_path / "out-4-1.webp") == {
         "prompt": "a red fox",
+        "original_prompt": None,
         "negative_prompt": "blur",
         "model": str(folder),
         "revision": None,

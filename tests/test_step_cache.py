@@ -203,7 +203,7 @@ def test_only_what_must_be_is_computed(base, base_in_turn, picture, blocks, way,
 def test_some_steps_are_reused_and_the_picture_is_near(base):
     plain = base("a", **SMALL)
     errors = []
-    for threshold in (0.7, SOME, HUGE):
+    for threshold in (0.9, SOME, HUGE):
         result = base("a", step_cache=threshold, **SMALL)
         difference = np.abs(np.asarray(plain.images[0], int) - np.asarray(result.images[0]))
         errors.append((result.steps["reused"], difference.mean()))

@@ -61,7 +61,7 @@ class Axis:
         for k, (start, after) in enumerate(pairwise(self.starts)):
             overlap = start + self.length - after
             rising = np.sin(np.pi / 2 * (np.arange(overlap) + 0.5) / overlap) ** 2
-            raw[k, self.length - overlap :] *= rising[::-1]
+            raw[k, self.length - overlap :] *= np.flip(rising)
             raw[k + 1, :overlap] *= rising
         total = np.zeros(self.tokens)
         for start, own in zip(self.starts, raw, strict=True):

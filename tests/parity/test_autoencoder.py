@@ -153,7 +153,7 @@ def test_norms_of_faint_inputs(model):
     """GroupNorm's epsilon only shows where the variance is small."""
     ours = ported(model).encoder.down_blocks[0].resnets[0].norm1
     theirs = model.encoder.down_blocks[0].resnets[0].norm1
-    x = 1e-3 * random((1, 4, 4, 16))
+    x = 1e-3 * random((1, 4, 4, 8))
     assert relative_error(ours.over([x])(x), torch.nn.functional.silu(nhwc(theirs(nchw(x))))) <= EXACT
 
 
