@@ -23,6 +23,12 @@ hypothesis.settings.register_profile("project", deadline=None)
 hypothesis.settings.load_profile("project")
 
 
+def pytest_collection_finish():
+    """What was imported stays: garbage is looked for among the rest alone."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def cpu_order():
     """Skip on a GPU what counts on the CPU's order of computing: peaks of memory, and plans of them."""

@@ -175,9 +175,22 @@ def image(pipe: Flux2Pipeline, way: Way, prompt: str = "a fox", **options: Any) 
     return pipe(prompt, **{**SMALL, **way.options, **options}).images[0]
 
 
+@pytest.fixture(scope="module")
+def images() -> dict[int, Image.Image]:
+    return {}
+
+
+@pytest.fixture
+def resident(opened, way, images) -> Image.Image:
+    """The image that the way draws with all stages loaded, drawn once for all laws."""
+    if id(way) not in images:
+        images[id(way)] = image(opened(way), way)
+    return images[id(way)]
+
+
 @pytest.mark.parametrize("memory", ["staged", "streamed"])
-def test_every_mode_draws_the_resident_image(opened, way, memory):
-    assert same(image(opened(way, memory=memory), way), image(opened(way), way))
+def test_every_mode_draws_the_resident_image(opened, way, memory, resident):
+    assert same(image(opened(way, memory=memory), way), resident)
 
 
 def test_an_image_takes_nothing_from_the_one_before(opened, way):
@@ -195,16 +208,16 @@ def test_images_that_share_a_pass_are_their_single_ones(opened, way):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_draws_about_the_same(opened, way, dtype):
-    exact, half = (np.asarray(image(opened(way, **more), way), int) for more in ({}, {"dtype": dtype}))
+def test_half_precision_draws_about_the_same(opened, way, dtype, resident):
+    exact, half = (np.asarray(picture, int) for picture in (resident, image(opened(way, dtype=dtype), way)))
     assert 0 < np.abs(exact - half).mean() < 25
 
 
-def test_where_it_does_nothing_it_changes_nothing(opened, way):
+def test_where_it_does_nothing_it_changes_nothing(opened, way, resident):
     nothing, without = way.none
     plain = image(opened(WAYS["plain"]), way, **without)
     assert same(image(opened(way), way, **nothing), plain)
-    assert way is WAYS["plain"] or not same(image(opened(way), way), plain)
+    assert way is WAYS["plain"] or not same(resident, plain)
 
 
 def test_what_does_not_go_with_it_is_refused(opened, way):
@@ -229,20 +242,20 @@ def flags(options: dict[str, Any], folder: Path) -> list[str]:
     return words
 
 
-def test_its_file_repeats_it(opened, way, checkpoints, tmp_path):
+def test_its_file_repeats_it(way, checkpoints, tmp_path, resident):
     options = {**SMALL, **way.options}
     images = {name: value for name, value in options.items() if isinstance(value, Image.Image)}
     first, again = tmp_path / "first.png", tmp_path / "again.png"
     model = ["--model", str(checkpoints[way.checkpoint]), "--no-cache", "--quiet"]
     assert main(["a fox", *model, *flags(options, tmp_path), "--output", str(first)]) == 0
     with Image.open(first) as drawn:
-        assert close(drawn, image(opened(way), way))
+        assert close(drawn, resident)
     assert main(["--from-image", str(first), *flags(images, tmp_path), "--quiet", "--output", str(again)]) == 0
     assert first.read_bytes() == again.read_bytes()
 
 
 @pytest.mark.parametrize("memory", ["staged", "streamed"])
-def test_the_memory_that_is_planned_is_enough(opened, way, memory, monkeypatch):
+def test_the_memory_that_is_planned_is_enough(opened, way, memory, resident, monkeypatch):
     """No stage says that it needs more, and what is drawn is the same."""
     pipe = opened(way, memory=memory)
     planned = ("step_cache", "reuse", "hires", "hires_tile", "region")
@@ -253,4 +266,4 @@ def test_the_memory_that_is_planned_is_enough(opened, way, memory, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         generated = image(pipe, way)
-    assert close(generated, image(opened(way), way))
+    assert close(generated, resident)
