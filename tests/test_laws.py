@@ -207,7 +207,7 @@ def test_images_that_share_a_pass_are_their_single_ones(opened, way):
         assert close(several[k], pipe(prompt, **{**options, "seed": SMALL["seed"] + k}).images[0])
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float16", marks=pytest.mark.nightly), "bfloat16"])
 def test_half_precision_draws_about_the_same(opened, way, dtype, resident):
     exact, half = (np.asarray(picture, int) for picture in (resident, image(opened(way, dtype=dtype), way)))
     assert 0 < np.abs(exact - half).mean() < 25
