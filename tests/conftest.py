@@ -8,6 +8,7 @@ from pathlib import Path
 import hypothesis
 import mlx.core as mx
 import pytest
+import torch
 
 from flux2_mlx import Flux2Pipeline
 from tests import device, tiny
@@ -48,6 +49,14 @@ def memory(cpu_order):
         return mx.get_active_memory()
 
     return settled
+
+
+@pytest.fixture(scope="module", params=["4b", "9b"])
+def model(request):
+    """diffusers' transformer in the layouts of both sizes."""
+    torch.manual_seed(3)
+    layout = tiny.LAYOUTS[request.param]
+    return tiny.transformer(layout["heads"], layout["depth"], layout["depth_single"], layout["text_hidden"])
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,6 @@ from flux2_mlx.inputs import Inputs
 from flux2_mlx.models.kv_cache import FrozenKV, MaskedKV
 from flux2_mlx.sampling.denoiser import Denoiser, strength_bias
 from flux2_mlx.sampling.schedules import plan_steps
-from tests import tiny
 from tests.parity.compare import EXACT, relative_error, to_torch
 from tests.parity.test_transformer import inputs, ported
 from tests.test_pipeline import count_keeping, kept_by, same
@@ -26,13 +25,6 @@ from tests.test_pipeline import count_keeping, kept_by, same
 LENGTH, IMAGE = 24, 24  # tokens of the text, and of an image of 64 x 96
 SIZES = [(64, 80), (80, 64)]
 SMALL = {"height": 64, "width": 80, "num_steps": 2, "max_sequence_length": 16, "seed": 3}
-
-
-@pytest.fixture(scope="module", params=["4b", "9b"])
-def model(request):
-    torch.manual_seed(3)
-    layout = tiny.LAYOUTS[request.param]
-    return tiny.transformer(layout["heads"], layout["depth"], layout["depth_single"], layout["text_hidden"])
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ from flux2_mlx.sampling.latents import image_ids, text_ids
 from flux2_mlx.sampling.regions import make_regions, region_tokens
 from flux2_mlx.sampling.schedules import plan_steps
 from flux2_mlx.sampling.tiles import divide
-from tests import tiny
 from tests.parity.compare import EXACT, relative_error, to_torch
 from tests.parity.test_transformer import ported
 from tests.test_pipeline import close, kept_by, same
@@ -32,13 +31,6 @@ SIZE, TEXT, IMAGE, REFERENCE = (64, 96), 8, 24, 20  # of the image, and tokens o
 LEFT, CORNER, ALL = (0, 0, 0.5, 1), (0.3, 0.4, 1, 0.9), (0, 0, 1, 1)
 SMALL = {"height": 64, "width": 80, "num_steps": 2, "max_sequence_length": 16, "seed": 3}
 STEPS = plan_steps([1.0, 0.7, 0.0], 0, uses_cfg=False)
-
-
-@pytest.fixture(scope="module", params=["4b", "9b"])
-def model(request):
-    torch.manual_seed(3)
-    layout = tiny.LAYOUTS[request.param]
-    return tiny.transformer(layout["heads"], layout["depth"], layout["depth_single"], layout["text_hidden"])
 
 
 def arrays(model, texts, batch=1, references=1):

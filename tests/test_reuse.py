@@ -9,7 +9,6 @@ import diffusers.models.transformers.transformer_flux2 as flux2
 import mlx.core as mx
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from examples.nano_score import draw, unseen_edits, unseen_tasks
@@ -19,20 +18,12 @@ from flux2_mlx.generate import main
 from flux2_mlx.models.kv_cache import FrozenKV
 from flux2_mlx.options import FROZEN
 from flux2_mlx.runtime.activations import Pass, kv_bytes, transformer_bytes
-from tests import tiny
 from tests.parity.compare import EXACT, relative_error
 from tests.parity.test_transformer import inputs, ported, theirs
 from tests.test_pipeline import kept_by, same
 
 LENGTH, TOKENS = 24, 24  # of the text, and of a picture of 64 x 96
 SMALL = {"height": 64, "width": 80, "num_steps": 3, "max_sequence_length": 16, "seed": 3}
-
-
-@pytest.fixture(scope="module", params=["4b", "9b"])
-def model(request):
-    torch.manual_seed(3)
-    layout = tiny.LAYOUTS[request.param]
-    return tiny.transformer(layout["heads"], layout["depth"], layout["depth_single"], layout["text_hidden"])
 
 
 @pytest.fixture

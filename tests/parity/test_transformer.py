@@ -42,13 +42,6 @@ def theirs(model, img, txt, timesteps, img_ids, txt_ids) -> torch.Tensor:
         )[0]
 
 
-@pytest.fixture(scope="module", params=["4b", "9b"])
-def model(request):
-    torch.manual_seed(3)
-    layout = tiny.LAYOUTS[request.param]
-    return tiny.transformer(layout["heads"], layout["depth"], layout["depth_single"], layout["text_hidden"])
-
-
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("batch", [1, 2])
 def test_velocity_equals_diffusers(model, size, batch):
